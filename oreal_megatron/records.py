@@ -1,0 +1,107 @@
+"""What flows through the trainer: frozen records, shapes on every field.
+
+Shape letters used in the whole project: P prompts, K answers per prompt, N samples kept, B sequences of a
+micro-batch, S its padded length, T its action tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+
+class Outcome(enum.Enum):
+    """What the verifier says of one answer. UNKNOWN is not wrong: it never becomes a reward."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcome of one answer and how it was reached."""
+
+    outcome: Outcome
+    method: str  # "exact", "numeric", "symbolic", "judge", "truncated", "no answer", "time-out", "error"
+    extracted: str | None = None  # the answer found in the response
+    seconds: float = 0.0  # time spent on this answer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question with its gold answer, as read from the JSONL file."""
+
+    id: int  # line of the file, from 0
+    question: str
+    gold: str
+    pass_rate: float | None  # share of the starting policy's answers that were right, in [0, 1]
+    tokens: tuple[int, ...]  # the rendered chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled answer."""
+
+    prompt: Prompt
+    index: int  # 0 .. K-1 among the answers of its prompt
+    tokens: tuple[int, ...]  # sampled tokens, the stop token included when there is one
+    text: str
+    finished: bool  # ended with the stop token; False means truncated
+    logprobs: tuple[float, ...] | None = None  # the engine's untempered log-probs, where they were asked for
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.prompt.id, self.index
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One kept answer with its reward and leave-one-out advantage."""
+
+    prompt_tokens: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+    reward: float  # +1 or -1
+    advantage: float
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens) + len(self.response_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Denominators of the losses, over all kept samples of the step and all data-parallel ranks."""
+
+    sequences: int
+    action_tokens: int
+    right_tokens: int
+    wrong_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences padded on the right to one length, and their action tokens laid end to end."""
+
+    tokens: torch.Tensor  # [B, S] int64, prompt then response then padding
+    positions: torch.Tensor  # [B, S] int64
+    action_index: torch.Tensor  # [T] int64, into the flattened [B*S]: the position that predicts each action token
+    labels: torch.Tensor  # [T] int64, the action tokens
+    cu_seqlens: torch.Tensor  # [B+1] int64, borders of the sequences within T
+    reward: torch.Tensor  # [B] float32, +1 or -1
+    advantage: torch.Tensor  # [B] float32
+
+    @property
+    def sequence_of_token(self) -> torch.Tensor:
+        """[T] int64, which of the B sequences each action token belongs to."""
+        lengths = self.cu_seqlens.diff()
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One data-parallel rank's micro-batches of a step, with the counts of the whole step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    counts: Counts

@@ -1,0 +1,1 @@
+"""Response text -> Verdict."""
