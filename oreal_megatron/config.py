@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
 class ConfigError(ValueError):
     """Bad input found before anything was loaded; the message is a sentence for the user (exit code 2)."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot honestly go on, and can be resumed; the message is a sentence for the user (exit code 3).
+
+    Raised on all ranks at once, so that none is left waiting for the others.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,167 @@ class Verify:
     thinking_end: tuple[str, ...] = ("</think>",)  # the answer is looked for after the last of these
     unknown_limit: float = 0.2  # the run stops when a larger share of a step's verdicts is UNKNOWN
     judge: Judge = field(default_factory=Judge)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The starting policy, a Hugging Face folder; reward model and reference start from it as well."""
+
+    path: str = ""
+    dtype: str = "float32"  # "float32" or "bfloat16"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How Megatron cuts the models; data-parallel size is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The colocated vLLM engine: replicas of `tensor` consecutive ranks each."""
+
+    tensor: int = 1
+    max_model_len: int = 16384  # prompt and response, tokens
+    max_num_seqs: int = 256
+    kv_cache_gb: float = 1.0  # per rank
+    enforce_eager: bool = False
+    proof_answers: int = 2  # answers of each replica whose log-probs are compared with the trainer's, every step
+    proof_tokens: int = 64  # at most so many tokens of each
+    proof_tolerance: float | None = None  # nats, mean |difference|; None: 1e-4 for float32, 0.05 for bfloat16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled (papers.md, section 1.7)."""
+
+    answers_per_prompt: int = 16
+    temperature: float = 1.0
+    top_p: float = 0.9
+    max_new_tokens: int = 14000
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts: JSONL with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
+
+    path: str = ""
+    held_out: str = ""  # JSONL of problems to evaluate on; empty: no evaluation
+    prompts_per_step: int = 64
+    system_prompt: str = ""
+    drop_bad_golds: bool = False  # leave out prompts whose gold answer the verifier cannot equate with itself
+    buckets: tuple[tuple[float, float, int], ...] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which answers are trained on, and their advantage."""
+
+    advantage: str = "leave_one_out"  # or "group_normalised"
+    keep: str = "pair"  # "pair": one right and one wrong answer per prompt; "all": every answer of a mixed prompt
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How reward-model scores become token weights (paper, Eq. 10)."""
+
+    rescale: str = "threshold"  # or "top_share"
+    threshold: float = 0.5
+    top_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Coefficients of the policy loss (paper, Eq. 11; values of the authors' configuration)."""
+
+    positive_coef: float = 1.0
+    negative_coef: float = 0.5
+    kl_coef: float = 0.01
+    kl_kind: str = "k3"  # k1, k1_reversed, k2, k3
+    advantage_on_positives: bool = True
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 5e-7
+    min_lr: float = 1e-7
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """The token-level reward model; disabled, every token weighs 1."""
+
+    enabled: bool = True
+    score_at: str = "token"  # "token": after reading the token (paper, w(s_<=t)); "before": authors' code
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=2e-6, min_lr=4e-7))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = 10  # steps; 0: only at the end
+    keep: int = 3  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = 10  # steps; 0: never during training
+    problems: int = 0  # the first so many held-out problems; 0: all of them
+    max_new_tokens: int = 14000
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """`oreal sft`: cross entropy on demonstrations (JSONL with question and response)."""
+
+    path: str = ""
+    steps: int = 1000
+    samples_per_step: int = 128
+    evaluate_every: int = 0  # steps; 0: never (no engine is started)
+    stop_at_accuracy: float = 1.0  # stop once greedy held-out accuracy reaches it; needs evaluate_every
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5, min_lr=1e-6))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    run: str = "runs/oreal"  # run folder
+    seed: int = 0
+    steps: int = 90
+    policy_freeze_steps: int = 10  # the first steps train the reward model alone
+    tokens_per_micro_batch: int = 16384
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    engine: Engine = field(default_factory=Engine)
+    sampling: Sampling = field(default_factory=Sampling)
+    data: Data = field(default_factory=Data)
+    verify: Verify = field(default_factory=Verify)
+    selection: Selection = field(default_factory=Selection)
+    weights: Weights = field(default_factory=Weights)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    supervised: Supervised = field(default_factory=Supervised)
+    megatron: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields, passed through
+
+    @property
+    def frozen_steps(self) -> int:
+        """Without a reward model there is nothing to wait for."""
+        return self.policy_freeze_steps if self.reward_model.enabled else 0
+
+    @property
+    def proof_tolerance(self) -> float:
+        if self.engine.proof_tolerance is not None:
+            return self.engine.proof_tolerance
+        return 1e-4 if self.model.dtype == "float32" else 0.05

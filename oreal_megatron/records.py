@@ -6,6 +6,7 @@ micro-batch, S its padded length, T its action tokens, V vocabulary, H hidden si
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Rollout:
     """One sampled answer."""
 
     prompt: Prompt
+    slot: int  # 0 .. P-1, place of its prompt in the step (one prompt may be asked twice)
     index: int  # 0 .. K-1 among the answers of its prompt
     tokens: tuple[int, ...]  # sampled tokens, the stop token included when there is one
     text: str
@@ -54,7 +56,7 @@ class Rollout:
 
     @property
     def key(self) -> tuple[int, int]:
-        return self.prompt.id, self.index
+        return self.slot, self.index
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Sample:
     response_tokens: tuple[int, ...]
     reward: float  # +1 or -1
     advantage: float
+    engine_logprobs: tuple[float, ...] | None = None  # one for each response token, where the engine was asked
 
     def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.response_tokens)
@@ -89,14 +92,20 @@ class MicroBatch:
     action_index: torch.Tensor  # [T] int64, into the flattened [B*S]: the position that predicts each action token
     labels: torch.Tensor  # [T] int64, the action tokens
     cu_seqlens: torch.Tensor  # [B+1] int64, borders of the sequences within T
-    reward: torch.Tensor  # [B] float32, +1 or -1
+    reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the filler of an empty micro-batch
     advantage: torch.Tensor  # [B] float32
+    engine_logprobs: torch.Tensor  # [T] float32, nan where the engine was not asked
 
     @property
     def sequence_of_token(self) -> torch.Tensor:
         """[T] int64, which of the B sequences each action token belongs to."""
         lengths = self.cu_seqlens.diff()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        return dataclasses.replace(
+            self, **{field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,84 @@
+"""From verdicts to training samples: what is kept of a step, and with which advantage."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from oreal_megatron.algo import advantages
+from oreal_megatron.config import Selection
+from oreal_megatron.records import Counts, Outcome, Rollout, Sample, Verdict
+
+REWARD = {Outcome.CORRECT: 1.0, Outcome.WRONG: -1.0}
+
+
+def samples(
+    rollouts: Sequence[Sequence[Rollout]],  # [P, K]
+    verdicts: Sequence[Sequence[Verdict]],  # [P, K]
+    config: Selection,
+    seed: tuple[int, int],
+) -> list[Sample]:
+    """Keep prompts with 0 < pass rate < 1, and of each one correct and one wrong answer (paper, Algorithm 1).
+
+    Advantages are taken over all answers of a prompt with a known verdict; UNKNOWN answers are neither kept nor
+    counted. The choice depends on `seed` and the prompt's slot alone, not on how other prompts went.
+    """
+    kept: list[Sample] = []
+    for row, judged in zip(rollouts, verdicts, strict=True):
+        known = [
+            (rollout, REWARD[verdict.outcome])
+            for rollout, verdict in zip(row, judged, strict=True)
+            if verdict.outcome in REWARD
+        ]
+        kept += _of_one_prompt(known, config, seed)
+    return kept
+
+
+def _of_one_prompt(known: list[tuple[Rollout, float]], config: Selection, seed: tuple[int, int]) -> list[Sample]:
+    rewards = [reward for _, reward in known]
+    if len(set(rewards)) < 2:  # all right, all wrong, or nothing known: no signal
+        return []
+    shaped = [
+        Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs)
+        for (rollout, reward), advantage in zip(known, advantages.KINDS[config.advantage](rewards), strict=True)
+        if rollout.tokens
+    ]
+    if config.keep == "all":
+        return shaped
+    generator = random.Random(f"{seed} {known[0][0].slot}")
+    right = [sample for sample in shaped if sample.reward > 0]
+    wrong = [sample for sample in shaped if sample.reward < 0]
+    return [generator.choice(group) for group in (right, wrong) if group]
+
+
+def counts(kept: Sequence[Sample]) -> Counts:
+    """Denominators of the losses; every rank holds all samples of the step, so no communication is needed."""
+    lengths = {True: 0, False: 0}
+    for sample in kept:
+        lengths[sample.reward > 0] += len(sample.response_tokens)
+    return Counts(len(kept), lengths[True] + lengths[False], lengths[True], lengths[False])
+
+
+def summary(
+    rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]], kept: Sequence[Sample]
+) -> dict[str, float]:
+    """Metrics of what was sampled: pass rate, rewards, unknowns, lengths, truncation, kept prompts."""
+    outcomes = [verdict.outcome for row in verdicts for verdict in row]
+    flat = [rollout for row in rollouts for rollout in row]
+    known = [REWARD[outcome] for outcome in outcomes if outcome in REWARD]
+    lengths = [len(rollout.tokens) for rollout in flat]
+    return {
+        "reward/mean": sum(known) / max(len(known), 1),
+        "reward/pass_rate": sum(reward > 0 for reward in known) / max(len(known), 1),
+        "reward/solvable_prompts": sum(any(v.outcome is Outcome.CORRECT for v in row) for row in verdicts),
+        "verify/unknown": outcomes.count(Outcome.UNKNOWN),
+        "verify/seconds_sum": sum(verdict.seconds for row in verdicts for verdict in row),
+        "rollout/answers": len(flat),
+        "rollout/response_tokens_mean": sum(lengths) / max(len(lengths), 1),
+        "rollout/response_tokens_max": max(lengths, default=0),
+        "rollout/truncated_share": sum(not rollout.finished for rollout in flat) / max(len(flat), 1),
+        "batch/kept_samples": len(kept),
+        "batch/kept_prompts": sum(
+            {Outcome.CORRECT, Outcome.WRONG} <= {verdict.outcome for verdict in row} for row in verdicts
+        ),
+    }

@@ -1,0 +1,67 @@
+"""OREAL on one page (arXiv 2502.06781, Algorithm 1). Nouns are records, verbs are rooms.
+
+Every rank runs this loop. It is the same with fakes: tests/unit/test_loop.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from oreal_megatron import ranks
+from oreal_megatron.algo import pack, proof, selection
+from oreal_megatron.config import Config
+from oreal_megatron.observe.run import Run
+
+
+def train(
+    config: Config,
+    prompts: Any,  # .take(step) -> [P] Prompt
+    engine: Any,  # .generate(...) -> [P, K] Rollout
+    verifier: Any,  # .submit(rollout), .verdicts(rollouts) -> [P, K] Verdict
+    policy: Any,  # .score(batch), .update(batch, reference log-probs, token weights)
+    reference: Any,  # .score(batch)
+    reward_model: Any,  # .update(batch) -> token weights, metrics
+    hand_over: Callable[[], None],  # the policy's weights -> the engine
+    run: Run,
+    after_step: Callable[[int], None],  # evaluate and save when due
+    data_parallel: tuple[int, int] = (0, 1),  # this rank, ranks
+) -> None:
+    cut = (config.tokens_per_micro_batch, *data_parallel)
+    with run.steps() as steps:
+        for step in steps:
+            seed = (config.seed, step)
+            asked = prompts.take(step)  # [P]
+            with run.phase("generate"):
+                rollouts = engine.generate(asked, config.sampling, seed, verifier.submit)  # [P, K]
+            with run.phase("verify"):  # what generation did not overlap
+                verdicts = verifier.verdicts(rollouts)  # [P, K]
+            with run.phase("prove"):  # before anything is trained on them
+                metrics = same_policy(config, policy, rollouts, cut, step)
+
+            samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one right, one wrong a prompt
+            metrics |= selection.summary(rollouts, verdicts, samples)
+            if samples:
+                batch = pack.batch(samples, *cut)  # with the counts of the whole step
+                with run.phase("reference"):
+                    reference_logp = reference.score(batch)
+                with run.phase("reward_model"):
+                    weight, learned = reward_model.update(batch)  # what it believed before this update
+                metrics |= learned
+                if step >= config.frozen_steps:
+                    with run.phase("policy"):
+                        metrics |= policy.update(batch, reference_logp, weight)
+                    with run.phase("reshard"):
+                        hand_over()
+
+            generated = sum(len(rollout.tokens) for row in rollouts for rollout in row)
+            trained = dict.fromkeys(("reference", "reward_model", "policy"), sum(len(sample) for sample in samples))
+            run.log(step, metrics, {"generate": generated, **trained}, rollouts, verdicts)
+            after_step(step + 1)
+
+
+def same_policy(config: Config, policy: Any, rollouts: Any, cut: tuple[int, int, int], step: int) -> dict[str, float]:
+    """Compare the engine's log-probs of a few sampled tokens with the trainer's; stops the run when they differ."""
+    batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
+    totals = ranks.total(proof.difference(policy.score(batch), batch))
+    return proof.check(totals, config.proof_tolerance, policy.updates, step)

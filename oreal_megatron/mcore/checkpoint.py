@@ -1,0 +1,109 @@
+"""Megatron distributed checkpoints of all trained models: weights, optimizers, schedules, random-number states.
+
+A checkpoint is a folder `step_000010`, complete before it gets that name. The sampler's position, the learning rates
+and the choice of samples are functions of the step and the seed, so the step restores them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+
+from oreal_megatron import ranks
+from oreal_megatron.config import ConfigError
+from oreal_megatron.mcore import adam
+from oreal_megatron.mcore.cpu import device_layer
+from oreal_megatron.mcore.worker import Trainer
+
+# The default sharding of megatron-core 0.16 refuses to load ("flattened_range is not supported").
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Path:
+    """Write `folder/step_<step>`, then delete all but the newest `keep`. Collective."""
+    final = folder / f"step_{step:06d}"
+    partial = final.with_name(final.name + ".partial")
+    if ranks.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state: dict[str, Any] = {
+        "step": step,
+        "updates": {name: trainer.updates for name, trainer in trainers.items()},
+        "random": ranks.gather(_random_state()),
+    }
+    with device_layer():
+        for name, trainer in trainers.items():
+            state |= _sharded(name, trainer, loading=False)
+        dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if ranks.rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(path: Path, trainers: dict[str, Trainer]) -> int:
+    """Restore all trainers in place and return the step to go on with. Collective."""
+    check(path)
+    with device_layer():
+        wanted: dict[str, Any] = {}
+        for name, trainer in trainers.items():
+            wanted |= _sharded(name, trainer, loading=True)
+        with adam.loadable():
+            state = dist_checkpointing.load(wanted, str(path))
+            for name, trainer in trainers.items():
+                trainer.model.module.load_state_dict(state[f"{name}_model"])
+                trainer.optimizer.load_state_dict(state[f"{name}_optimizer"])
+                adam.separate_steps(trainer.optimizer)
+                trainer.updates = state["updates"][name]
+        if len(state["random"]) == ranks.world_size():
+            _restore_random_state(state["random"][ranks.rank()])
+    return state["step"]
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+
+
+def check(path: Path) -> None:
+    """Refuse a folder that is not a Megatron distributed checkpoint."""
+    marker = path / "metadata.json"
+    if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
+        raise ConfigError(
+            f"{path} is not a Megatron distributed checkpoint (torch_dist): its metadata.json says nothing"
+        )
+
+
+def _sharded(name: str, trainer: Trainer, loading: bool) -> dict[str, Any]:
+    """Both models have the same tensor names inside, hence the prefix."""
+    model = {f"{name}.": trainer.model.module.sharded_state_dict(prefix=f"{name}.", metadata=SHARDING)}
+    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=SHARDING)
+    return {f"{name}_model": model, f"{name}_optimizer": optimizer}
+
+
+def _random_state() -> dict[str, Any]:
+    with device_layer():
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])

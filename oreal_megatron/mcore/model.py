@@ -1,0 +1,129 @@
+"""Stock Megatron GPTModel for one pipeline stage, filled from Hugging Face tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.mapping import tensors
+from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.mcore.cpu import device_layer
+from oreal_megatron.mcore.heads import ScalarHead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
+    """Megatron's description of the model and its layout; `config.megatron` passes further fields through."""
+    dtype = DTYPES[config.model.dtype]
+    fields = dict(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even for dense models
+        calculate_per_token_loss=True,  # our losses are divided by counts of the step; Megatron must not average again
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every tensor is filled from the Hugging Face folder
+        gradient_accumulation_fusion=False,  # the next four need apex or Transformer Engine
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(config.megatron) - known):
+        raise ConfigError(f"config.megatron has {unknown[0]!r}, which megatron-core's TransformerConfig does not know")
+    return TransformerConfig(**{**fields, **config.megatron})
+
+
+def build(arch: Architecture, config: Config, head: str) -> GPTModel:
+    """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head."""
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    with device_layer():
+        megatron = transformer_config(arch, config)
+        model = GPTModel(
+            megatron,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=arch.padded_vocab(config.parallel.tensor),
+            max_sequence_length=arch.max_positions,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            share_embeddings_and_output_weights=arch.tied and head == "lm",
+        )
+        if head == "scalar" and last:
+            model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype)
+        return model.to(device(), megatron.params_dtype)
+
+
+def placed(model: GPTModel, arch: Architecture, config: Config, head: str) -> Iterator[tuple[tensors.Entry, Tensor]]:
+    """The mapping entries of this rank's stage, each with the live parameter it describes."""
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
+    live = dict(model.named_parameters())
+    offset = arch.stage_layers(stages, stage).start
+    for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
+        yield entry, live.pop(_local_name(entry.megatron, offset))
+    if live:
+        raise RuntimeError(f"Megatron's model has tensors that no mapping entry describes: {', '.join(live)}")
+
+
+def load(model: GPTModel, arch: Architecture, config: Config, head: str, read: Callable[[str], Tensor]) -> None:
+    """Fill the model from Hugging Face tensors, given by name."""
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), config.parallel.tensor
+    with torch.no_grad():
+        for entry, parameter in placed(model, arch, config, head):
+            part = tensors.shard(entry, tensors.to_megatron(entry, arch, read), rank, ranks)
+            if part.shape != parameter.shape:
+                raise ConfigError(
+                    f"{entry.megatron}: the file gives {tuple(part.shape)} for this rank, the model has "
+                    f"{tuple(parameter.shape)}; does config.json belong to these weights?"
+                )
+            parameter.copy_(part)
+            # Megatron tags shards while it initialises them, which we skip. Untagged, a shard is taken for a copy of
+            # the first rank's and missing from the gradient norm, so that clipping differs between layouts.
+            parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE
+
+
+def _local_name(name: str, offset: int) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) - offset)
+    return ".".join(parts)
+
+
+def unwrapped(model: Any) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model

@@ -1,0 +1,54 @@
+"""The process group, Megatron's parallel groups on top of it, and where this rank stands in them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from oreal_megatron.config import Parallel
+from oreal_megatron.mcore.cpu import device_layer
+
+
+def start_process_group() -> None:
+    """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:  # only when there is no torchrun, so one process
+        os.environ["MASTER_PORT"] = "0"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+
+
+def start_megatron(config: Parallel, seed: int) -> None:
+    """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
+    with device_layer():
+        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop(engine: Any = None) -> None:
+    """Leave together. The engine goes last, because it ends the process group itself."""
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    if engine:
+        engine.close()
+    else:
+        dist.destroy_process_group()
+
+
+def data_parallel() -> tuple[int, int]:
+    """This rank's place among the data-parallel replicas, and their number."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Tensor-parallel ranks and pipeline stages that hold one replica of a model together with this rank."""
+    return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()

@@ -1,0 +1,115 @@
+"""Policy, reference and token-level reward model: workers bound to the losses of algo/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from oreal_megatron.algo import loss, weights
+from oreal_megatron.algo.schedule import learning_rate
+from oreal_megatron.config import Config
+from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.mapping.tensors import Entry
+from oreal_megatron.mcore import heads, model
+from oreal_megatron.mcore.worker import Scorer, Trainer
+from oreal_megatron.records import Batch, MicroBatch
+
+Reader = Callable[[str], Tensor]
+
+
+def _policy_head(arch: Architecture) -> Callable[[Tensor, MicroBatch], Tensor]:
+    return partial(heads.log_probs, vocab_size=arch.vocab)
+
+
+class Reference(Scorer):
+    """The fixed SFT policy."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        stage = model.build(arch, config, "lm")
+        model.load(stage, arch, config, "lm", read)
+        super().__init__(stage.requires_grad_(False), _policy_head(arch))
+
+
+class Policy(Trainer):
+    """The policy being trained. `updates` counts its optimizer steps and is the version the engine must hold."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        stage = model.build(arch, config, "lm")
+        model.load(stage, arch, config, "lm", read)
+        super().__init__(stage, _policy_head(arch), config, config.optimizer)
+        self.arch, self.config, self.updates = arch, config, 0
+
+    def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
+        """One OREAL step on the batch (paper, Eq. 11)."""
+
+        def objective(number: int, micro_batch: MicroBatch, logp_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss.policy(
+                logp_T, reference_logp[number], weight[number], micro_batch, batch.counts, self.config.loss
+            )
+
+        config = self.config
+        rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
+        return self._counted(self.train(batch, objective, rate))
+
+    def imitate(self, batch: Batch) -> dict[str, float]:
+        """One supervised step on demonstrations."""
+        config = self.config.supervised
+        rate = learning_rate(self.updates, config.steps, config.optimizer)
+        return self._counted(
+            self.train(batch, lambda number, micro_batch, logp_T: loss.supervised(logp_T, batch.counts), rate)
+        )
+
+    def placed(self) -> Iterator[tuple[Entry, Tensor]]:
+        """This rank's tensors with their mapping entries, for whoever hands them on."""
+        return model.placed(model.unwrapped(self.model), self.arch, self.config, "lm")
+
+    def _counted(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.updates += 1
+        return {f"policy/{name}" if "/" not in name else name: value for name, value in metrics.items()}
+
+
+class TokenRewardModel(Trainer):
+    """The policy's twin with a scalar head, trained by cross entropy on the mean token score (paper, Eq. 12)."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        stage = model.build(arch, config, "scalar")
+        model.load(stage, arch, config, "scalar", _with_fresh_head(arch, config, read))
+        head = partial(heads.token_scores, score_at=config.reward_model.score_at)
+        super().__init__(stage, head, config, config.reward_model.optimizer)
+        self.config, self.updates = config, 0
+
+    def update(self, batch: Batch) -> tuple[list[Tensor] | None, dict[str, float]]:
+        """One step; returns the token weights it believed in before the step, from the same forward pass."""
+        believed: dict[int, Tensor] = {}
+
+        def objective(number: int, micro_batch: MicroBatch, score_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            believed[number] = weights.importance(score_T, micro_batch, self.config.weights)
+            return loss.reward_model(score_T, micro_batch, batch.counts)
+
+        rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
+        metrics = self.train(batch, objective, rate)
+        self.updates += 1
+        named = {f"reward_model/{name}" if "/" not in name else name: value for name, value in metrics.items()}
+        return [believed[number] for number in sorted(believed)] or None, named
+
+
+class NoRewardModel:
+    """Every token weighs 1."""
+
+    def update(self, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
+        device = model.device()
+        return [torch.ones(len(part.labels), device=device) for part in batch.micro_batches], {}
+
+
+def _with_fresh_head(arch: Architecture, config: Config, read: Reader) -> Reader:
+    """Backbone from the policy; the scalar head drawn as the policy's own matrices were, equal on every rank."""
+
+    def reader(name: str) -> Tensor:
+        if name != "score.weight":
+            return read(name)
+        return torch.randn(1, arch.hidden, generator=torch.Generator().manual_seed(config.seed)) * 0.02
+
+    return reader

@@ -1,0 +1,51 @@
+"""A progress bar on a terminal, a line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Bar:
+    """Progress of one long phase; silent on all ranks but the first."""
+
+    def __init__(self, title: str, total: int, shown: bool = True, done: int = 0):
+        self.title, self.total, self.done, self.note = title, total, done, ""
+        self.console = Console(quiet=not shown, soft_wrap=True)
+        self.started = self.last_line = time.monotonic()
+        self.first = done
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        self.bar = Progress(*columns, console=self.console) if shown and self.console.is_terminal else None
+
+    def __enter__(self) -> Bar:
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+        else:
+            self._line()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self.done += count
+        self.note = self.note if note is None else note
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=self.note)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        spent = self.last_line - self.started
+        left = spent / max(self.done - self.first, 1) * (self.total - self.done)
+        times = f"{spent:.0f} s gone, about {left:.0f} s left" if self.done < self.total else f"{spent:.0f} s"
+        self.console.print(f"{self.title} {self.done}/{self.total} ({times}) {self.note}", highlight=False)

@@ -1,0 +1,120 @@
+"""The run folder: configuration, environment, metrics.jsonl, TensorBoard events, rollouts of every step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from oreal_megatron import ranks, versions
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.observe.progress import Bar
+from oreal_megatron.records import Rollout, Verdict
+
+
+class Run:
+    """Written by the first rank only; the other ranks just measure phases."""
+
+    def __init__(self, config: Config, first_step: int = 0):
+        self.config, self.first_step, self.path = config, first_step, Path(config.run)
+        self.writes = ranks.rank() == 0
+        self.seconds: dict[str, float] = {}
+        if not self.writes:
+            return
+        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        if first_step == 0:
+            _write_json(self.path / "config.json", dataclasses.asdict(config))
+            _write_json(self.path / "environment.json", versions.environment())
+        self._forget_from(first_step)
+        self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[Iterator[int]]:
+        """The step numbers still to do, under a progress bar."""
+        bar = Bar(f"oreal {self.path.name}", self.config.steps, self.writes, self.first_step)
+        with bar as self.bar:
+            yield iter(range(self.first_step, self.config.steps))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the seconds of one phase of the step, on this rank."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def log(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        tokens: dict[str, int],
+        rollouts: Sequence[Sequence[Rollout]],
+        verdicts: Sequence[Sequence[Verdict]],
+    ) -> None:
+        """Write one step; `tokens` counts those processed in a phase, for tokens per second."""
+        seconds, self.seconds = self.seconds, {}
+        if not self.writes:
+            return
+        times = {f"seconds/{name}": value for name, value in seconds.items()}
+        rates = {
+            f"tokens_per_second/{name}": count / seconds[name] for name, count in tokens.items() if name in seconds
+        }
+        row = {"step": step, **metrics, **times, "seconds/step": sum(seconds.values()), **rates}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            self.events.add_scalar(name, value, step)
+        lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
+                 for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
+        (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/kept_samples']}")
+
+    def log_evaluation(self, step: int, result: dict[str, float]) -> None:
+        """Held-out accuracy of the policy after `step` steps."""
+        if not self.writes:
+            return
+        with open(self.path / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **result}) + "\n")
+        for name, value in result.items():
+            self.events.add_scalar(f"evaluation/{name}", value, step)
+
+    def _forget_from(self, step: int) -> None:
+        """Drop what an interrupted run wrote at or after the step that is done again."""
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            file = self.path / name
+            lines = file.read_text().splitlines() if file.is_file() else []
+            last = step if name == "evaluations.jsonl" else step - 1
+            file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
+
+
+def refuse_existing(config: Config) -> None:
+    """A new run never writes over an old one."""
+    if (Path(config.run) / "config.json").exists():
+        raise ConfigError(
+            f"run folder {config.run} exists already; go on with --resume {config.run}, "
+            "or name another with --set run=FOLDER"
+        )
+
+
+def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "question": rollout.prompt.question,
+        "gold_answer": rollout.prompt.gold,
+        "slot": rollout.slot,
+        "index": rollout.index,
+        "response": rollout.text,
+        "tokens": len(rollout.tokens),
+        "finished": rollout.finished,
+        "verdict": verdict.outcome.value,
+        "method": verdict.method,
+        "extracted": verdict.extracted,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""Trainer's shards -> full Hugging Face tensors on every rank: the generic transport, correct for every layout.
+
+Every rank derives the same sequence of tensors from the mapping, so no names or shapes are communicated. Tensors
+travel in buckets: one all-gather over tensor-parallel ranks and one broadcast over pipeline stages for each bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from oreal_megatron.mapping import tensors
+from oreal_megatron.mapping.architecture import Architecture
+
+BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what: process groups over tensor-parallel ranks and over pipeline stages, in rank order."""
+
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    dtype: torch.dtype
+    device: torch.device
+
+
+def full_tensors(
+    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: Layout, head: str = "lm"
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor) in Hugging Face terms, the same on every rank. Collective: every rank must exhaust it.
+
+    `placed` are this rank's tensors with their entries. Buffers are fresh for every bucket, because vLLM's loaders
+    may keep a tensor until the last of its layer has come.
+    """
+    mine = {entry.megatron: tensor.detach() for entry, tensor in placed}
+    stages, ranks = layout.pipeline_group.size(), layout.tensor_group.size()
+    for stage in range(stages):
+        wanted = [entry for entry in tensors.entries(arch, ranks, stages, stage, head) if entry.exported]
+        here = stage == layout.pipeline_group.rank()
+        for bucket in _buckets(wanted, ranks, layout.dtype):
+            yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout)
+
+
+def _buckets(entries: list[tensors.Entry], ranks: int, dtype: torch.dtype) -> Iterator[list[tensors.Entry]]:
+    """Consecutive entries whose full tensors fit BUCKET_BYTES together; a larger one travels alone."""
+    bucket: list[tensors.Entry] = []
+    size = 0
+    for entry in entries:
+        bytes_needed = entry.shard_shape(ranks).numel() * ranks * dtype.itemsize
+        if bucket and size + bytes_needed > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(entry)
+        size += bytes_needed
+    yield bucket
+
+
+def _bucket_tensors(
+    bucket: list[tensors.Entry], mine: dict[str, Tensor] | None, stage: int, arch: Architecture, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    ranks = layout.tensor_group.size()
+    shapes = [entry.shard_shape(ranks) for entry in bucket]
+    flat = torch.empty(ranks, sum(shape.numel() for shape in shapes), dtype=layout.dtype, device=layout.device)
+    if mine is not None:
+        packed = torch.cat([mine[entry.megatron].flatten() for entry in bucket])
+        dist.all_gather(list(flat.unbind(0)), packed, group=layout.tensor_group)
+    if layout.pipeline_group.size() > 1:
+        dist.broadcast(flat, dist.get_global_rank(layout.pipeline_group, stage), group=layout.pipeline_group)
+    offset = 0
+    for entry, shape in zip(bucket, shapes, strict=True):
+        shards = [part[offset : offset + shape.numel()].view(shape) for part in flat]
+        offset += shape.numel()
+        yield from tensors.to_hf(entry, arch, tensors.unshard(entry, shards)).items()

@@ -1,0 +1,146 @@
+"""The colocated vLLM engine: this process is one of its workers. The only room that imports vllm."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+# Read by vllm at import: the engine lives in this process, takes no thread binding of its own, and is quiet.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from oreal_megatron import ranks, versions
+from oreal_megatron.config import Config, RunStopped, Sampling
+from oreal_megatron.records import Prompt, Rollout
+
+versions.check(versions.VLLM)
+
+Finished = Callable[[Rollout], None]
+
+
+class EngineError(RunStopped):
+    """The engine cannot be trusted to hold the weights it was given."""
+
+
+class Engine:
+    """Replicas of `engine.tensor` consecutive ranks, each generating for its share of the prompts.
+
+    All ranks of a replica make the same calls in the same order, and every request carries its own seed: vLLM's
+    scheduler runs on each of them, and without seeds their token streams part silently.
+    """
+
+    def __init__(self, config: Config, stop_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+        self.config, self.stop_tokens, self.tokenizer = config, list(stop_tokens), tokenizer
+        size = config.engine.tensor
+        self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
+        self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
+        self.version = 0
+        self.llm = LLM(
+            config.model.path,
+            dtype=config.model.dtype,
+            skip_tokenizer_init=True,
+            tensor_parallel_size=size,
+            distributed_executor_backend="external_launcher",
+            seed=config.seed,
+            max_model_len=config.engine.max_model_len,
+            max_num_seqs=config.engine.max_num_seqs,
+            kv_cache_memory_bytes=int(config.engine.kv_cache_gb * 2**30),
+            enforce_eager=config.engine.enforce_eager,
+            logprobs_mode="raw_logprobs",  # of the model's own distribution: comparable whatever temperature and top_p
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **_platform_arguments(config),
+        )
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, int], finished: Finished | None = None
+    ) -> list[list[Rollout]]:
+        """[P, K] answers to all prompts, on every rank. `finished` is called for each answer as soon as it is
+        complete, on one rank of the replica that generated it."""
+        mine = [slot for slot in range(len(prompts)) if slot % self.replicas == self.replica]
+        asked = {f"{slot}.{index}": (slot, index) for slot in mine for index in range(sampling.answers_per_prompt)}
+        for request, (slot, index) in asked.items():
+            prompt = {"prompt_token_ids": list(prompts[slot].tokens)}
+            self.llm.llm_engine.add_request(request, prompt, self._parameters(sampling, seed, slot, index))
+        done = []
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                slot, index = asked[output.request_id]
+                rollout = self._rollout(prompts[slot], slot, index, output.outputs[0])
+                done.append(rollout)
+                if finished and self.speaks:
+                    finished(rollout)
+        return self._everyones(done, prompts, sampling.answers_per_prompt)
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights (Hugging Face names, full tensors) and forget what was cached under the old ones."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+        if not self.llm.reset_prefix_cache():
+            raise EngineError(
+                f"vLLM refused to reset its prefix cache after weights of version {version} were loaded; it would "
+                "answer from keys and values of the old policy. Were requests still running?"
+            )
+        self.version = version
+
+    def close(self) -> None:
+        """End the engine. vLLM takes torch's process group down with it, so this comes last."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _parameters(self, sampling: Sampling, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
+        proof = index == 0 and slot // self.replicas < self.config.engine.proof_answers
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=request_seed(*seed, slot, index),
+            stop_token_ids=self.stop_tokens,
+            logprobs=0 if proof else None,  # 0: of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _rollout(self, prompt: Prompt, slot: int, index: int, output: Any) -> Rollout:
+        tokens = tuple(output.token_ids)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = tuple(step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True))
+        return Rollout(
+            prompt=prompt,
+            slot=slot,
+            index=index,
+            tokens=tokens,
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            finished=bool(tokens) and tokens[-1] in self.stop_tokens,
+            logprobs=logprobs,
+        )
+
+    def _everyones(self, mine: list[Rollout], prompts: Sequence[Prompt], answers: int) -> list[list[Rollout]]:
+        """[P, K] from the replicas' parts; prompts are known everywhere and do not travel."""
+        parts = [(r.slot, r.index, r.tokens, r.text, r.finished, r.logprobs) for r in mine if self.speaks]
+        table: list[list[Any]] = [[None] * answers for _ in prompts]
+        for slot, index, *rest in (part for share in ranks.gather(parts) for part in share):
+            table[slot][index] = Rollout(prompts[slot], slot, index, *rest)
+        return table
+
+
+def _platform_arguments(config: Config) -> dict[str, Any]:
+    """On CPU, vLLM 0.31 fails when a seeded request's prompt is cut into chunks ("CPU Generator does not use offset")."""
+    if torch.cuda.is_available():
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, config.engine.max_model_len)}
+
+
+def request_seed(run_seed: int, step: int, slot: int, index: int) -> int:
+    """31-bit seed of one request; independent of which replica serves it."""
+    digest = hashlib.blake2b(f"{run_seed} {step} {slot} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 33

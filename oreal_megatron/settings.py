@@ -1,0 +1,96 @@
+"""Building a Config from the outside: a recipe's name, `--set` overrides, the JSON of a run folder."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import Config, ConfigError
+
+
+def from_recipe(name: str) -> Config:
+    """Call the recipe function named `path/to/file.py:function` and return its Config."""
+    path, _, function = name.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"recipe file {path} does not exist; a recipe is named path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipes = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"]
+    if function not in recipes:
+        raise ConfigError(f"{path} has no recipe {function!r}{_nearest(function, recipes)}")
+    config = getattr(module, function)()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{name} returned {type(config).__name__}; a recipe returns oreal_megatron.config.Config")
+    return config
+
+
+def override(config: Config, assignments: list[str]) -> Config:
+    """Apply `section.key=value` assignments; an unknown key is an error that names the nearest known one."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: wanted section.key=value")
+        config = _replace(config, path.split("."), text, assignment)
+    return config
+
+
+def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any:
+    """The dataclass tree of a JSON object, as written by `dataclasses.asdict`."""
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(f"unknown configuration key {where}{key}{_nearest(key, list(hints))}")
+    return kind(**{key: _typed(value, hints[key], f"{where}{key}") for key, value in data.items()})
+
+
+def _replace(node: Any, path: list[str], text: str, assignment: str) -> Any:
+    key, *rest = path
+    if isinstance(node, dict):  # the megatron pass-through: its keys are checked by TransformerConfig
+        return {**node, ".".join(path): _parse(text)}
+    hints = typing.get_type_hints(type(node))
+    if key not in hints:
+        raise ConfigError(f"--set {assignment}: unknown key {key!r}{_nearest(key, list(hints))}")
+    value = getattr(node, key)
+    if rest and not (dataclasses.is_dataclass(value) or isinstance(value, dict)):
+        raise ConfigError(f"--set {assignment}: {key} is a value, it has no key {rest[0]!r}")
+    if not rest and dataclasses.is_dataclass(value):
+        raise ConfigError(f"--set {assignment}: {key} is a section; name one of {', '.join(vars(value))}")
+    new = _replace(value, rest, text, assignment) if rest else _typed(_parse(text), hints[key], key)
+    return dataclasses.replace(node, **{key: new})
+
+
+def _parse(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a bare word is a string
+        return {"true": True, "false": False}.get(text, text)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value as its annotated type: dictionaries become dataclasses, lists tuples, integers floats."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint, f"{where}.")
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _typed(value, typing.get_args(hint)[0], where)
+    origin = typing.get_origin(hint) or hint
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is str and not isinstance(value, dict | list | tuple):
+        return str(value)
+    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+        raise ConfigError(f"configuration key {where} is {value!r}; wanted {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1, 0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

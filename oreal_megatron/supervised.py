@@ -1,0 +1,35 @@
+"""Supervised fine-tuning: what `oreal sft` does before reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from oreal_megatron.algo import pack
+from oreal_megatron.config import Config
+from oreal_megatron.observe.progress import Bar
+
+
+def imitate(
+    config: Config,
+    demonstrations: Any,  # .take(step) -> samples
+    policy: Any,  # .imitate(batch) -> metrics
+    accuracy: Callable[[], float],  # greedy, held out, of the present weights
+    shown: bool,
+    data_parallel: tuple[int, int],
+) -> int:
+    """Train for `supervised.steps`, or until the held-out accuracy is reached; returns the steps done."""
+    wanted = config.supervised
+    with Bar("sft", wanted.steps, shown) as bar:
+        for step in range(wanted.steps):
+            batch = pack.batch(demonstrations.take(step), config.tokens_per_micro_batch, *data_parallel)
+            metrics = policy.imitate(batch)
+            note = f"loss {metrics['loss/total']:.3f}"
+            if wanted.evaluate_every and (step + 1) % wanted.evaluate_every == 0:
+                reached = accuracy()
+                note += f", held-out accuracy {reached:.3f}"
+                if reached >= wanted.stop_at_accuracy:
+                    bar.advance(1, note)
+                    return step + 1
+            bar.advance(1, note)
+    return wanted.steps

@@ -1,0 +1,139 @@
+"""One spelling for gold and prediction: unicode, delimiters, spacing commands. Pure string work, linear in the length."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_CHARACTERS = {
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}",
+    "⅚": r"\frac{5}{6}", "⅐": r"\frac{1}{7}", "⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}",
+    "⅞": r"\frac{7}{8}", "⅑": r"\frac{1}{9}", "⅒": r"\frac{1}{10}",
+    "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "∞": r"\infty ", "∅": r"\emptyset ", "±": r"\pm ",
+    "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "÷": r"\div ",
+    "≤": r"\le ", "⩽": r"\le ", "≦": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≧": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "°": r"^\circ ",
+    "º": r"^\circ ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ",
+    "⋯": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "、": ",", "。": ".", "【": "[", "】": "]", "⁄": "/", "∕": "/", "∣": "|", "‖": r"\|", "∗": "*",
+    "⟹": r"\implies ", "→": r"\to ", "⇒": r"\implies ", "∧": r"\text{ and }", "∨": r"\text{ or }",
+}  # fmt: skip
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "ϑ": "theta", "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "µ": "mu", "ν": "nu", "ξ": "xi", "π": "pi",
+    "ρ": "rho", "σ": "sigma", "τ": "tau", "υ": "upsilon", "φ": "phi", "ϕ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega",
+    "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta", "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi",
+    "Ψ": "Psi", "Ω": "Omega",
+}  # fmt: skip
+_CHARACTERS.update({letter: f"\\{name} " for letter, name in _GREEK.items()})
+_SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
+_SUBSCRIPT = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
+_INVISIBLE = re.compile("[\ufeff\u200b-\u200f\u2060-\u2064\u00ad]")
+_SPECIAL_TOKENS = re.compile(r"<\|[A-Za-z_]{1,24}\|>|</?s>")
+_SPACE = re.compile(r"\\\\|\\(?:[,;:!> ]|q?quad|(?:hspace|vspace|hskip|mspace)\*?\{[^{}]*\}|"
+                    r"(?:thinspace|enspace|space|newline|nobreakspace)(?![A-Za-z]))|~")  # fmt: skip
+_THOUSANDS_GAP = re.compile(r"(?<=\d)(?:\\!|\{,\}\\!|\\!,\\!|\\!,|,\\!|\{,\}|\{,\\!\}|\\[,;: ]|~)\s*(?=\d{3}(?!\d))")
+_SIZE = re.compile(
+    r"\\\\|\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|bigg|Bigg|big|Big)(?![A-Za-z])\s*\.?"
+)
+_STYLE = re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|large|Large|small|boldmath)"
+                    r"(?![A-Za-z])|\\(?:color|textcolor)\s*\{[^{}]*\}|\\(?:label|tag\*?)\{[^{}]*\}")  # fmt: skip
+_DELIMITERS = re.compile(r"\\\\|\\[()\[\]](?!\s*\d+(?:\.\d+)?\s*(?:pt|em|ex)\])|\$\$|(?<!\\)\$")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
+_ELLIPSES = ("...", "\\ldots", "\\dots", "\\cdots", "…")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
+_SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+MAX_WRAPPERS = 8  # a box in a box in a box: eight are taken off
+_BOX = re.compile(r"^\\(?:boxed|fbox|framebox|mathbox)\s*\{")
+
+
+def _character(character: str) -> str:
+    """The LaTeX or ASCII spelling of one character outside ASCII."""
+    if character in _CHARACTERS:
+        return _CHARACTERS[character]
+    if (digit := unicodedata.decimal(character, None)) is not None:
+        return str(digit)
+    return unicodedata.normalize("NFKC", character)
+
+
+def _script_runs(text: str) -> str:
+    """x²³ -> x^{23}, x₁₂ -> x_{12}."""
+    for table, sign in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
+        run = re.compile(f"[{''.join(table)}]+")
+        text = run.sub(lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m.group())}}}", text)
+    return text
+
+
+def unicode_to_latex(text: str) -> str:
+    """ASCII and LaTeX where there is a spelling; other characters stay as they are."""
+    if text.isascii():
+        return text
+    text = _script_runs(_INVISIBLE.sub("", text))
+    return "".join(c if c < "\x80" else _character(c) for c in text)
+
+
+def closing_braces(text: str, start: int = 0) -> dict[int, int]:
+    """Index of every opening brace from `start` -> index of the one that closes it. One pass, however deep they are."""
+    pairs: dict[int, int] = {}
+    open_at: list[int] = []
+    for match in _BRACE.finditer(text, start):
+        if match.group() == "{":
+            open_at.append(match.start())
+        elif match.group() == "}" and open_at:
+            pairs[open_at.pop()] = match.start()
+    return pairs
+
+
+def _unwrap(text: str) -> str:
+    """Without the things that stand around a whole answer: a box, bold signs, trailing punctuation."""
+    for _ in range(MAX_WRAPPERS):
+        before = text
+        text = _without_tail(text.strip())
+        if box := _BOX.match(text):
+            end = closing_braces(text).get(box.end() - 1, -1)
+            if end == len(text) - 1:
+                text = text[box.end() : end]
+        if text[:2] == text[-2:] in ("**", "__") and len(text) > 4:
+            text = text[2:-2]
+        if text == before:
+            break
+    return text
+
+
+def _without_tail(text: str) -> str:
+    """Without punctuation and row ends at the end; an ellipsis is part of the answer."""
+    while not text.endswith(_ELLIPSES):
+        shorter = text.rstrip(" \t\r\n.,;:。，；")
+        shorter = shorter[:-2] if shorter.endswith("\\\\") else shorter
+        if shorter == text:
+            break
+        text = shorter
+    return text
+
+
+def _drop(pattern: re.Pattern, text: str, by: str) -> str:
+    """Replaces every match by `by`, save the row ends that the pattern also matches so as not to split them."""
+    return pattern.sub(lambda match: match.group() if match.group() == "\\\\" else by, text)
+
+
+def normalise(text: str) -> str:
+    """The spelling both sides are compared and parsed in."""
+    text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text))
+    if "\\" in text:
+        if "\\begin" not in text:
+            text = _DOUBLED.sub(r"\\", text)  # "\\frac" escaped twice; in a matrix \\ ends a row
+        text = _ROW_END.sub(r"\\\\", text)
+        text = _drop(_SIZE, _STYLE.sub("", text), "")
+        text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
+        text = _drop(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
+    elif "{,}" in text:
+        text = _THOUSANDS_GAP.sub(",", text)
+    text = _unwrap(_drop(_DELIMITERS, _unwrap(text), " "))
+    if _SPACED_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", ",")
+    missing = text.count("{") - text.count("}")
+    return text + "}" * missing if 0 < missing <= 3 else text

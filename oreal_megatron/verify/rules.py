@@ -1,0 +1,225 @@
+"""Two answers -> correct or wrong, by rules alone. Pure: no process, no clock, no torch, and no code made of strings.
+
+A text becomes tokens, tokens become a tree of tuples, and the tree is computed by this package's own arithmetic.
+Nothing reads a model's text as Python: not here, not in a library (mpmath is handed numbers, never strings).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from oreal_megatron.verify import extract
+from oreal_megatron.verify.compare import Same
+from oreal_megatron.verify.lexer import ParseError
+from oreal_megatron.verify.normalise import normalise, unicode_to_latex
+from oreal_megatron.verify.parser import parse
+from oreal_megatron.verify.tree import Node
+
+MAX_ANSWER = 20_000  # characters of an answer that is looked at; no gold is longer
+MAX_REMEMBERED = 200  # characters of a text whose tree is kept
+_INTEGER = re.compile(r"[-+]?\d{1,4000}")
+_SPACES = re.compile(r"\s+")
+_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|textnormal|mathit|mathsf|emph)\s*\{([^{}]*)\}")
+_WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
+_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?[(\[]?\s*([A-J])\s*[)\]]?[.:]?", re.IGNORECASE)
+_LABELLED = re.compile(r"\(\s*([A-J])\s*\)[.:]?\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|([B-HJ]|A(?=\s+[A-Z]))\s+([A-Z][a-z]+.*)", re.DOTALL)  # fmt: skip
+_CHOICES = re.compile(r"[(\[{]?\s*[A-J](?:\s*(?:,|and|&|\s)\s*[A-J]|[A-J])+\s*[)\]}]?")
+_GROUPED = re.compile(r"\d,\d{3}(?!\d)")
+_DECIMAL_COMMA = re.compile(r"[-+]?0,\d{2,}|[-+]?\d+,\d{2}(?=\D*$)")
+_MARKS = re.compile(r"\*\*|####|<answer>|答案|\banswer", re.IGNORECASE)
+_LONG_WORD = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}")
+_CJK = re.compile(r"[\u3400-\u9fff\uff00-\uffef]")
+_CJK_LEAD = re.compile(r"^(?:(?:因此|所以|故|则|即|综上|最终|最后|正确)*(?:本题)?(?:的)?(?:答案|结果|选项|解)?(?:应该|应)?(?:为|是|选|等于|有|[:：]|,|，)*)")
+
+
+class Graded(NamedTuple):
+    """What the rules say of one answer; the parent process makes a Verdict of it."""
+
+    outcome: str  # "correct", "wrong", "unknown"
+    method: str  # "exact", "numeric", "symbolic", "truncated", "no answer", "error"
+    extracted: str | None
+
+
+def grade(gold: str, response: str, finished: bool = True, thinking_end: tuple[str, ...] = ()) -> Graded:
+    """Grades a response of the policy: only a box after the thinking counts as its answer."""
+    if not finished:
+        return Graded("wrong", "truncated", None)
+    found = extract.from_boxes(extract.after_thinking(response, thinking_end))
+    return Graded("wrong", "no answer", None) if found is None else graded(gold, found)
+
+
+def grade_text(gold: str, text: str) -> Graded:
+    """Grades what stands in a file: a bare answer, or a text with the answer in it."""
+    found = extract.from_boxes(text)
+    if found is None and _is_prose(text):
+        found = extract.from_text(text)
+        if found is None:
+            return Graded("wrong", "no answer", None)
+    return graded(gold, found or extract.Found(text))
+
+
+def graded(gold: str, found: extract.Found) -> Graded:
+    """Compares the answer, or the boxes it ends where there are several."""
+    answer = found.together or found.answer
+    try:
+        same, method = equal(gold, answer)
+    except RecursionError:
+        return Graded("unknown", "error", answer)
+    return Graded("correct" if same else "wrong", method, answer)
+
+
+def equals_itself(gold: str) -> bool:
+    """Whether a gold answer can be graded at all: its own repetition is correct, also inside a box and past the text match."""
+    if not gold.strip():
+        return False
+    graded_box = grade(gold, f"\\boxed{{{gold}}}")
+    return graded_box.outcome == "correct"
+
+
+def trivial(gold: str, answer: str) -> bool | None:
+    """Verdict of two whole numbers, or None. Bounded and cheap enough for the caller's own process."""
+    if len(gold) < 64 and len(answer) < 64 and gold.isascii() and answer.isascii():
+        gold, answer = gold.strip(" $"), answer.strip(" $")
+        if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
+            return int(gold) == int(answer)
+    return None
+
+
+def equal(gold: str, answer: str) -> tuple[bool, str]:
+    """(same answer, how it was decided)."""
+    if len(answer) > MAX_ANSWER:
+        return False, "exact"
+    if (verdict := trivial(gold, answer)) is not None:
+        return verdict, "exact"
+    gold_text, text = prepared(gold), prepared(answer)
+    if squashed(gold_text) == squashed(text):
+        return bool(text), "exact"
+    if (verdict := same_choice(gold_text, text)) is not None:
+        return verdict, "exact"
+    if (words := folded(gold_text)) is not None and words == folded(text):
+        return True, "exact"
+    return same_mathematics(gold_text, text)
+
+
+def prepared(text: str) -> str:
+    """Normalised, and without Chinese words around the answer."""
+    text = normalise(text)
+    return _without_chinese(text) if _CJK.search(text) else text
+
+
+def _without_chinese(text: str) -> str:
+    """Takes phrases such as "the answer is" off the front; words alone, or behind a number (units), stay."""
+    lead = _CJK_LEAD.match(text)
+    rest = text[lead.end() :].strip()
+    rest = re.sub(r"(?<=[\d})])\s*(?:或者|或)\s*", " or ", rest)
+    rest = re.sub(r"(?<=[\d})])\s*(?:和|与|及)\s*", " , ", rest)
+    return rest or text
+
+
+def squashed(text: str) -> str:
+    """Without the spaces that mean nothing; "5 5" keeps its own."""
+    text = _LOOSE_SPACE.sub("", _SPACES.sub(" ", text))
+    return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+
+
+def _unwrapped(text: str) -> str:
+    """Without \\text{...} and its like, three deep."""
+    for _ in range(3):
+        text = _WRAPPER.sub(r" \1 ", text)
+    return text.strip()
+
+
+def folded(text: str) -> str | None:
+    """Words in one case and spacing; None for what is more than words."""
+    if len(text) > 400:
+        return None
+    text = _SPACES.sub(" ", _unwrapped(text)).strip(" .,;:!\"'*`")
+    if not _WORDS.fullmatch(text) or len(text) < 2 and text.isascii():
+        return None
+    text = text.casefold()
+    return text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+
+
+def _letters(text: str) -> tuple[str, bool] | None:
+    """(choice letters in order, whether more was written), or None where the text is no choice."""
+    if len(text) > 300:
+        return None
+    text = _SPACES.sub(" ", _unwrapped(text)).strip()
+    if (bare := _CHOICE.fullmatch(text)) is not None and bare.group(1).isupper():
+        return bare.group(1), False
+    if _CHOICES.fullmatch(text):
+        letters = re.findall(r"[A-J]", text)
+        return ("".join(sorted(letters)), False) if len(set(letters)) == len(letters) else None
+    if (labelled := _LABELLED.fullmatch(text)) is not None:
+        letter = next(group for group in labelled.groups()[::2] if group)
+        rest = next(group for group in labelled.groups()[1::2] if group)
+        return None if re.search(r"\([A-J]\)|^\s*[=<>+*/^_-]", rest) else (letter, True)
+    return None
+
+
+def same_choice(gold: str, answer: str) -> bool | None:
+    """Verdict of two multiple-choice answers: C, (C), \\text{(C)}, "C. 5", "A, B, D". None where one side is none."""
+    if not any("A" <= ch <= "J" for ch in gold[:60]):
+        return None
+    gold_letters, letters = _letters(gold), _letters(answer)
+    if gold_letters is None or letters is None:
+        return None
+    if gold_letters[0] == letters[0]:
+        return True
+    return None if len(gold_letters[0]) > 1 or len(letters[0]) > 1 else False
+
+
+def same_mathematics(gold: str, answer: str) -> tuple[bool, str]:
+    """Compares every reading of one side with the same reading of the other."""
+    method = "exact"
+    for golds, answers in zip(readings(gold), readings(answer), strict=True):
+        for gold_tree in golds:
+            for tree in answers:
+                same = Same()
+                if same.answers(gold_tree, tree):
+                    return True, same.method
+                method = same.method
+    return False, method
+
+
+def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Trees of a text: as written, and where it holds a comma in front of three digits, with that comma as a separator."""
+    first = _tree(text, True)
+    plain = () if first is None else (first,)
+    if _DECIMAL_COMMA.fullmatch(text) and (decimal := _tree(text.replace(",", "."), True)) is not None:
+        plain += (decimal,)
+    if not _GROUPED.search(text):
+        return plain, plain
+    listed = _tree(text, False)
+    return plain, () if listed is None else (listed,)
+
+
+def _tree(text: str, thousands: bool) -> Node | None:
+    return _short_tree(text, thousands) if len(text) <= MAX_REMEMBERED else _parsed(text, thousands)
+
+
+def _parsed(text: str, thousands: bool) -> Node | None:
+    try:
+        return parse(text, thousands)
+    except ParseError:
+        return None  # what a model writes need not be mathematics; it is then compared as text only
+
+
+# a gold is parsed once for all the answers to its question; long texts are not kept, so that memory stays small
+_short_tree = lru_cache(maxsize=1024)(_parsed)
+
+
+def _is_prose(text: str) -> bool:
+    """A sentence with an answer in it, rather than an answer."""
+    if _LABELLED.fullmatch(text.strip()):
+        return False
+    plain = unicode_to_latex(text[:4000])
+    if "\n" in plain.strip() or _MARKS.search(plain):
+        return True
+    if (formula := re.search(r"\$|\\[(\[]", plain)) is not None and _LONG_WORD.search(plain[: formula.start()]):
+        return True
+    outside = re.sub(r"\\[A-Za-z]+\s*\{[^{}]*\}|\\[A-Za-z]+", " ", plain)
+    return len(re.findall(r"(?<![A-Za-z])[A-Za-z]{2,}", outside)) >= 4

@@ -1,0 +1,280 @@
+"""Arithmetic that never lies and never grows: exact fractions while they are small, then balls that know their error.
+
+A number beyond MAX_BITS is a `Ball`: middle and radius (mpmath numbers have exponents of any size, so 2^(10^9) costs
+nothing), and for integers and fractions also the residue modulo a prime, which tells 2^(10^9) from 2^(10^9) + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from mpmath.ctx_mp import MPContext
+
+MAX_BITS = 20_000  # of numerator or denominator kept exactly
+MAX_EXACT_FACTORIAL = 2000
+MAX_RESIDUE_FACTORIAL = 50_000
+PRIME = 2**127 - 1
+
+
+class Undefined(ArithmeticError):
+    """No value here: division by zero, a pole, a logarithm of zero."""
+
+
+class TooLarge(ArithmeticError):
+    """The value cannot be held to any useful precision (a power tower, the sine of a huge number)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """Some number within `radius` of `middle`; `residue` modulo PRIME where it is rational.
+
+    `blurred`: a term too small for the precision was added somewhere (100000! + 1); two such balls are not told apart."""
+
+    middle: Any  # mpf or mpc
+    radius: Any  # mpf
+    residue: int | None = None
+    blurred: bool = False
+
+
+Value = Fraction | Ball
+
+
+def _residue(value: Fraction) -> int | None:
+    bottom = value.denominator % PRIME
+    return None if bottom == 0 else value.numerator * pow(bottom, -1, PRIME) % PRIME
+
+
+def _exact_root(value: Fraction, degree: int) -> Fraction | None:
+    """The rational root of a non-negative fraction, or None."""
+    if degree > 64 or max(value.numerator.bit_length(), value.denominator.bit_length()) > 2048:
+        return None
+    top, bottom = _integer_root(value.numerator, degree), _integer_root(value.denominator, degree)
+    return None if top is None or bottom is None else Fraction(top, bottom)
+
+
+def _integer_root(number: int, degree: int) -> int | None:
+    if degree == 2:
+        root = math.isqrt(number)
+        return root if root * root == number else None
+    low, high = 0, 1 << (number.bit_length() // degree + 1)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if middle**degree < number else (low, middle)
+    return low if low**degree == number else None
+
+
+def _factorial_residue(a: Value) -> int | None:
+    whole = isinstance(a, Fraction) and a.denominator == 1 and a <= MAX_RESIDUE_FACTORIAL
+    return _product_residue(a.numerator) if whole else None
+
+
+@lru_cache(maxsize=64)
+def _product_residue(n: int) -> int:
+    residue = 1
+    for k in range(2, n + 1):
+        residue = residue * k % PRIME
+    return residue
+
+
+class Arithmetic:
+    """Operations at one precision, in bits."""
+
+    def __init__(self, bits: int) -> None:
+        self.context = MPContext()
+        self.context.prec = bits
+        self.error = self.context.mpf(2) ** (8 - bits)  # relative, of one operation
+        self.pi = Ball(+self.context.pi, 4 * self.error)
+        self.e = Ball(+self.context.e, 4 * self.error)
+        self.i = Ball(self.context.mpc(0, 1), self.context.mpf(0))
+
+    def ball(self, value: Value) -> Ball:
+        if isinstance(value, Ball):
+            return value
+        middle = self.context.mpf(value.numerator) / value.denominator
+        return Ball(middle, abs(middle) * self.error, _residue(value))
+
+    def fit(self, value: Fraction) -> Value:
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        return value if bits <= MAX_BITS else self.ball(value)
+
+    def add(self, a: Value, b: Value) -> Value:
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return self.fit(a + b)
+        a, b = self.ball(a), self.ball(b)
+        middle = a.middle + b.middle
+        residue = None if a.residue is None or b.residue is None else (a.residue + b.residue) % PRIME
+        small, large = sorted((a, b), key=lambda ball: abs(ball.middle))
+        blurred = a.blurred or b.blurred or 0 < abs(small.middle) < abs(large.middle) * self.error
+        return Ball(middle, a.radius + b.radius + abs(middle) * self.error, residue, blurred)
+
+    def negative(self, a: Value) -> Value:
+        if isinstance(a, Fraction):
+            return -a
+        return Ball(-a.middle, a.radius, None if a.residue is None else -a.residue % PRIME, a.blurred)
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return self.fit(a * b)
+        if a == 0 or b == 0:
+            return Fraction(0)
+        a, b = self.ball(a), self.ball(b)
+        middle = a.middle * b.middle
+        radius = abs(a.middle) * b.radius + abs(b.middle) * a.radius + a.radius * b.radius + abs(middle) * self.error
+        residue = None if a.residue is None or b.residue is None else a.residue * b.residue % PRIME
+        return Ball(middle, radius, residue, a.blurred or b.blurred)
+
+    def divide(self, a: Value, b: Value) -> Value:
+        return self.multiply(a, self.inverse(b))
+
+    def inverse(self, b: Value) -> Value:
+        if isinstance(b, Fraction):
+            if b == 0:
+                raise Undefined("division by zero")
+            return 1 / b
+        size = abs(b.middle)
+        if size <= 2 * b.radius:
+            raise Undefined("division by what may be zero")
+        residue = pow(b.residue, -1, PRIME) if b.residue else None
+        return Ball(1 / b.middle, 2 * b.radius / size**2 + self.error / size, residue, b.blurred)
+
+    def power(self, a: Value, b: Value) -> Value:
+        if isinstance(b, Fraction):
+            if b.denominator == 1:
+                return self._integer_power(a, b.numerator)
+            if isinstance(a, Fraction) and a >= 0 and (root := _exact_root(a, b.denominator)) is not None:
+                return self._integer_power(root, b.numerator)
+        if isinstance(a, Fraction) and a == 0:
+            if self.context.re(self.ball(b).middle) > 0:
+                return Fraction(0)
+            raise Undefined("zero to a power that is not positive")
+        return self.exponential(self.multiply(b, self.logarithm(a)))
+
+    def _integer_power(self, a: Value, n: int) -> Value:
+        if isinstance(a, Fraction):
+            if a == 0 and n < 0:
+                raise Undefined("division by zero")
+            if a in (0, 1) or n == 0:
+                return a if n else Fraction(1)
+            if a == -1:
+                return Fraction(-1 if n % 2 else 1)
+            if abs(n) * max(a.numerator.bit_length(), a.denominator.bit_length()) <= MAX_BITS:
+                return a**n
+        if n < 0:
+            return self.inverse(self._integer_power(a, -n))
+        if n == 0:
+            return Fraction(1)
+        a = self.ball(a)
+        relative = n * (a.radius / abs(a.middle) if a.middle else 0) + n * self.error
+        if n.bit_length() > 64 or relative > 2**-20:
+            raise TooLarge(f"a power with an exponent of {n.bit_length()} bits")
+        middle = a.middle**n
+        residue = None if a.residue is None else pow(a.residue, n, PRIME)
+        return Ball(middle, abs(middle) * 2 * relative, residue, a.blurred)
+
+    def exponential(self, a: Value) -> Value:
+        if a == 0:
+            return Fraction(1)
+        a = self.ball(a)
+        if abs(a.middle) > 10**20 or a.radius > 2**-20:
+            raise TooLarge("the exponential of a huge number")
+        middle = self.context.exp(a.middle)
+        return Ball(middle, abs(middle) * (2 * a.radius + self.error), None, a.blurred)
+
+    def logarithm(self, a: Value) -> Value:
+        if a == 1:
+            return Fraction(0)
+        a = self.ball(a)
+        size = abs(a.middle)
+        if size <= 2 * a.radius:
+            raise Undefined("the logarithm of what may be zero")
+        middle = self.context.log(a.middle)
+        return Ball(middle, 2 * a.radius / size + (abs(middle) + 1) * self.error, None, a.blurred)
+
+    def smooth(self, function: Callable, slope: Callable, a: Value) -> Ball:
+        """function(a), with the error that `slope` (a bound of the derivative) makes of the error of a."""
+        a = self.ball(a)
+        if abs(a.middle) > 10**9:
+            raise TooLarge("a function of a huge number")
+        try:
+            middle = function(a.middle)
+            steep = abs(slope(a.middle, middle))
+        except (ValueError, ZeroDivisionError):
+            raise Undefined("a pole") from None
+        radius = 2 * steep * a.radius + (abs(middle) + steep * abs(a.middle)) * self.error
+        return Ball(middle, radius, None, a.blurred)
+
+    def factorial(self, a: Value) -> Value:
+        """n!, and gamma(a + 1) where a is not a whole number."""
+        if isinstance(a, Fraction) and a.denominator == 1:
+            n = a.numerator
+            if n < 0:
+                raise Undefined("the factorial of a negative number")
+            if n <= MAX_EXACT_FACTORIAL:
+                return Fraction(math.factorial(n))
+        ball = self.ball(a)
+        size = abs(ball.middle)
+        if size > 10**15 or ball.radius > 2**-20:
+            raise TooLarge("the factorial of a huge number")
+        try:
+            middle = self.context.gamma(ball.middle + 1)
+        except ValueError:
+            raise Undefined("a pole") from None
+        relative = (ball.radius + size * self.error) * (self.context.log(size + 2) * 4 + 16) + self.error
+        return Ball(middle, abs(middle) * relative, _factorial_residue(a), ball.blurred)
+
+    def binomial(self, n: Value, k: Value) -> Value:
+        if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1 and n >= 0:
+            if k < 0 or k > n:
+                return Fraction(0)
+            if min(k, n - k) * max(n.numerator.bit_length(), 1) <= 4 * MAX_BITS:
+                return self.fit(Fraction(math.comb(n.numerator, k.numerator)))
+        bottom = self.multiply(self.factorial(k), self.factorial(self.add(n, self.negative(k))))
+        return self.divide(self.factorial(n), bottom)
+
+    def floor(self, a: Value) -> Fraction:
+        if isinstance(a, Fraction):
+            return Fraction(math.floor(a))
+        if abs(a.middle) > 10**100 or not self.is_real(a):
+            raise TooLarge("the floor of a huge or complex number")
+        real = self.context.re(a.middle)
+        low, high = self.context.floor(real - a.radius), self.context.floor(real + a.radius)
+        if low != high:
+            raise Undefined("a floor at the edge of an integer")
+        return Fraction(int(low))
+
+    def absolute(self, a: Value) -> Value:
+        if isinstance(a, Fraction):
+            return abs(a)
+        residue = a.residue if self.is_real(a) and self.context.re(a.middle) > 0 else None
+        return Ball(abs(a.middle), a.radius, residue, a.blurred)
+
+    def is_real(self, a: Value) -> bool:
+        return isinstance(a, Fraction) or abs(self.context.im(a.middle)) <= a.radius
+
+    def sign(self, a: Value) -> int:
+        """-1, 0 or 1 of a real value; raises Undefined where the ball holds zero and more."""
+        if isinstance(a, Fraction):
+            return (a > 0) - (a < 0)
+        if not self.is_real(a) or abs(a.middle) <= a.radius:
+            raise Undefined("a sign that is not settled")
+        return 1 if self.context.re(a.middle) > 0 else -1
+
+    def equal(self, a: Value, b: Value) -> bool:
+        """Whether the two may be one number: exact for fractions, else balls that meet and are narrow enough."""
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return a == b
+        a, b = self.ball(a), self.ball(b)
+        radius = a.radius + b.radius
+        if abs(a.middle - b.middle) > radius:
+            return False
+        if a.residue is not None and b.residue is not None:
+            return a.residue == b.residue
+        if a.blurred or b.blurred:
+            return False
+        scale = max(abs(a.middle), abs(b.middle))
+        return bool(radius <= max(scale, 1) * self.context.mpf(10) ** -15)

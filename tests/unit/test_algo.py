@@ -1,0 +1,182 @@
+"""Advantages, selection, token weights, packing, sampling, schedules: oracles, invariances, edges."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oreal_megatron.algo import advantages, pack, sampler, schedule, segments, selection, weights
+from oreal_megatron.config import ConfigError, Data, Optimizer, Selection, Weights
+from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Sample, Verdict
+
+RIGHT, WRONG, UNKNOWN = Outcome.CORRECT, Outcome.WRONG, Outcome.UNKNOWN
+
+
+def step_of(*rows: list[Outcome], tokens: tuple[int, ...] = (7, 8)):
+    """Rollouts and verdicts of a step with these outcomes."""
+    rollouts = [
+        [Rollout(Prompt(p, "q", "1", None, (1, p + 10)), p, k, (*tokens, k), "", True) for k in range(len(row))]
+        for p, row in enumerate(rows)
+    ]
+    return rollouts, [[Verdict(outcome, "exact") for outcome in row] for row in rows]
+
+
+@given(st.lists(st.sampled_from([1.0, -1.0]), min_size=2, max_size=20))
+def test_leave_one_out_sums_to_zero_and_is_each_against_the_mean_of_the_others(rewards):
+    result = advantages.leave_one_out(rewards)
+    assert sum(result) == pytest.approx(0, abs=1e-9)
+    others = rewards[1:]
+    assert result[0] == pytest.approx(rewards[0] - sum(others) / len(others))
+
+
+def test_leave_one_out_on_plus_minus_one_is_twice_the_paper_s():
+    result = advantages.leave_one_out([1, -1, -1, -1])
+    assert result == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3])
+
+
+def test_group_normalised_by_hand():
+    assert advantages.group_normalised([1, 1, -1, -1]) == pytest.approx([math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
+
+
+def test_one_answer_has_no_others():
+    for kind in advantages.KINDS.values():
+        with pytest.raises(ValueError, match="at least 2"):
+            kind([1.0])
+
+
+def test_selection_drops_prompts_that_are_all_right_all_wrong_or_unknown():
+    rollouts, verdicts = step_of([RIGHT] * 4, [WRONG] * 4, [UNKNOWN] * 4, [RIGHT, UNKNOWN, UNKNOWN, RIGHT])
+    assert selection.samples(rollouts, verdicts, Selection(), (0, 0)) == []
+
+
+def test_selection_keeps_one_right_and_one_wrong_with_advantages_over_all_known_answers():
+    rollouts, verdicts = step_of([RIGHT, WRONG, WRONG, UNKNOWN, WRONG])
+    right, wrong = selection.samples(rollouts, verdicts, Selection(), (0, 0))
+    assert (right.reward, wrong.reward) == (1.0, -1.0)
+    assert right.advantage == pytest.approx(2.0) and wrong.advantage == pytest.approx(-2 / 3)
+    assert right.response_tokens == (7, 8, 0) and wrong.response_tokens[-1] in (1, 2, 4)
+
+
+def test_unknown_is_never_kept_nor_counted_as_wrong():
+    rollouts, verdicts = step_of([RIGHT, RIGHT, WRONG, UNKNOWN])
+    kept = selection.samples(rollouts, verdicts, Selection(keep="all"), (0, 0))
+    assert [sample.response_tokens[-1] for sample in kept] == [0, 1, 2]
+    metrics = selection.summary(rollouts, verdicts, kept)
+    assert metrics["verify/unknown"] == 1 and metrics["reward/pass_rate"] == pytest.approx(2 / 3)
+
+
+def test_the_choice_depends_on_the_seed_and_on_its_own_prompt_only():
+    mixed = [RIGHT] * 8 + [WRONG] * 8
+    alone = selection.samples(*step_of([WRONG] * 16, mixed), Selection(), (5, 9))
+    together = selection.samples(*step_of(mixed, mixed), Selection(), (5, 9))
+    assert together[2:] == alone
+    chosen = {selection.samples(*step_of(mixed), Selection(), (5, step))[0].response_tokens for step in range(40)}
+    assert len(chosen) > 4
+
+
+def test_an_empty_answer_is_not_trained_on():
+    rollouts, verdicts = step_of([RIGHT, WRONG])
+    rollouts[0][1] = Rollout(rollouts[0][1].prompt, 0, 1, (), "", False)
+    assert [sample.reward for sample in selection.samples(rollouts, verdicts, Selection(), (0, 0))] == [1.0]
+
+
+def test_counts_of_the_step():
+    samples = [Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5, 6), -1.0, -1.0)]
+    assert selection.counts(samples) == Counts(2, 5, 2, 3)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 1000))
+def test_running_mean_equals_the_plain_loop_and_borders_do_not_leak(lengths, seed):
+    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed)) * 100
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    expected = [
+        values[start : t + 1].mean()
+        for start, stop in zip(borders[:-1], borders[1:], strict=True)
+        for t in range(start, stop)
+    ]
+    result = segments.running_mean(values, borders)
+    torch.testing.assert_close(result, torch.stack(expected) if expected else torch.zeros(0), atol=1e-4, rtol=1e-5)
+
+
+def test_mean_of_an_empty_sequence_is_zero():
+    assert segments.mean(torch.tensor([2.0, 4.0]), torch.tensor([0, 0, 2])).tolist() == [0.0, 3.0]
+
+
+def test_weights_are_eq_10_of_the_running_mean_and_stop_no_gradient_through():
+    batch = pack.micro_batch([Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5), -1.0, -1.0)])
+    score = torch.tensor([1.0, 3.0, 1.0, -5.0], requires_grad=True)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    expected = [2 * sigmoid(1) - 1, 2 * sigmoid(2) - 1, 0.0, 1 - 2 * sigmoid(-2)]
+    result = weights.importance(score, batch, Weights())
+    assert result.tolist() == pytest.approx(expected, abs=1e-6) and not result.requires_grad
+
+
+def test_top_share_spreads_the_best_tokens_over_zero_to_one():
+    batch = pack.micro_batch([Sample((1,), (2, 3, 4, 5), 1.0, 1.0)])
+    score = torch.tensor([4.0, -4.0, -4.0, -4.0])
+    half = weights.importance(score, batch, Weights("top_share", top_share=0.5))
+    assert sorted(half.tolist()) == [0.0, 0.0, 0.0, 1.0] and half[0] == 1
+    even = weights.importance(torch.zeros(4), batch, Weights("top_share", top_share=0.5))
+    assert even.sum() == 2
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_batches(data):
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), max_size=30))
+    ranks, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(10, 200))
+    samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
+    batches = [pack.batch(samples, budget, rank, ranks) for rank in range(ranks)]
+    assert len({len(batch.micro_batches) for batch in batches}) == 1
+    found = Counter()
+    for part in (part for batch in batches for part in batch.micro_batches):
+        if part.tokens.shape[0] > 1:
+            assert part.tokens.numel() <= budget
+        owner = part.sequence_of_token
+        assert (part.labels == part.advantage[owner].long()).all(), "labels, borders and advantages belong together"
+        found.update(part.labels.tolist())
+    assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))
+
+
+def test_the_position_before_a_token_predicts_it():
+    batch = pack.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)])
+    flat = batch.tokens.flatten()
+    assert flat[batch.action_index + 1].tolist() == batch.labels.tolist() == [7, 6, 4, 3, 2]
+    assert flat[batch.action_index].tolist() == [8, 7, 5, 4, 3]
+
+
+def prompts(*rates: float | None) -> list[Prompt]:
+    return [Prompt(i, str(i), "1", rate, (1,)) for i, rate in enumerate(rates)]
+
+
+def test_an_epoch_repeats_prompts_by_their_bucket():
+    data = Data(prompts_per_step=17)
+    taken = sampler.balanced(prompts(0.1, 0.25, 0.5, 0.7, 0.8, 1.0, None), data, seed=1).take(0)
+    assert Counter(prompt.id for prompt in taken) == {0: 6, 1: 4, 2: 4, 3: 2, 6: 1}
+
+
+def test_the_sampler_is_a_function_of_the_step_and_covers_each_epoch():
+    one, other = (sampler.Sampler(range(10), 4, seed=3) for _ in range(2))
+    later = [other.take(step) for step in (4, 3, 2, 1, 0)][::-1]
+    taken = [one.take(step) for step in range(5)]
+    assert taken == later
+    flat = [item for step in taken for item in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+
+
+def test_no_prompt_in_any_bucket_is_bad_input():
+    with pytest.raises(ConfigError, match="none of the 2 prompts"):
+        sampler.balanced(prompts(0.9, 1.0), Data(), seed=0)
+
+
+def test_warm_up_then_cosine():
+    optimizer = Optimizer(lr=1.0, min_lr=0.2, warmup_steps=4)
+    rates = [schedule.learning_rate(update, 24, optimizer) for update in range(24)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[-1] == pytest.approx(0.2) and rates[13] == pytest.approx(0.6, abs=0.05)
+    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))

@@ -1,0 +1,176 @@
+"""The losses against the paper's formulas written answer by answer in fp64, and the signs of their gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from oreal_megatron.algo import loss, pack, weights
+from oreal_megatron.config import Loss, Weights
+from oreal_megatron.records import Counts
+
+
+def oracle(samples, logps, references, scores, config: Loss, threshold: float = 0.5) -> float:
+    """OREAL's policy loss in plain Python floats, one answer and one token after the other."""
+    right_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
+    wrong_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
+    total = 0.0
+    for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
+        for t in range(len(sample.response_tokens)):
+            mean_so_far = sum(score[: t + 1]) / (t + 1)
+            right = 1 / (1 + math.exp(-mean_so_far))
+            merit = right if sample.reward > 0 else 1 - right
+            weight = min(max((merit - threshold) / (1 - threshold), 0.0), 1.0)
+            if sample.reward > 0:
+                advantage = sample.advantage if config.advantage_on_positives else 1.0
+                total += config.positive_coef * -logp[t] * weight * advantage / right_tokens
+            else:
+                total += config.negative_coef * -1.0 * weight * sample.advantage / wrong_tokens
+            d = reference[t] - logp[t]
+            kl = {"k1": -d, "k1_reversed": d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[config.kl_kind]
+            total += config.kl_coef * kl / (right_tokens + wrong_tokens)
+    return total
+
+
+def oracle_gradient(samples, logps, references, scores, config: Loss) -> list[float]:
+    """d loss / d logp of each token, by hand: the ratio of the negative term has value 1 and derivative 1."""
+    right_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
+    wrong_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
+    slopes = []
+    for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
+        for t in range(len(sample.response_tokens)):
+            right = 1 / (1 + math.exp(-sum(score[: t + 1]) / (t + 1)))
+            weight = max(2 * right - 1, 0.0) if sample.reward > 0 else max(1 - 2 * right, 0.0)
+            factor = weight * (sample.advantage if sample.reward < 0 or config.advantage_on_positives else 1.0)
+            coefficient, tokens = (
+                (config.positive_coef, right_tokens) if sample.reward > 0 else (config.negative_coef, wrong_tokens)
+            )
+            d = reference[t] - logp[t]
+            kl_slope = {"k1": 1.0, "k1_reversed": -1.0, "k2": -d, "k3": 1 - math.exp(d)}[config.kl_kind]
+            slopes.append(-coefficient * factor / tokens + config.kl_coef * kl_slope / (right_tokens + wrong_tokens))
+    return slopes
+
+
+@pytest.fixture
+def case(make_samples):
+    samples = make_samples(5, seed=3)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(scale: float, shift: float) -> list[list[float]]:
+        return [
+            (torch.randn(len(s.response_tokens), generator=generator, dtype=torch.float64) * scale + shift).tolist()
+            for s in samples
+        ]
+
+    return samples, draw(0.5, -1.5), draw(0.5, -1.5), draw(2.0, 0.1)
+
+
+def joined(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kl_kind", ["k1", "k1_reversed", "k2", "k3"])
+@pytest.mark.parametrize("advantage_on_positives", [True, False])
+def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positives):
+    samples, logps, references, scores = case
+    config = Loss(kl_kind=kl_kind, advantage_on_positives=advantage_on_positives, kl_coef=0.3)
+    batch = pack.micro_batch(samples)
+    logp = joined(logps).requires_grad_()
+    weight = weights.importance(joined(scores), batch, Weights()).double()
+    total, _ = loss.policy(logp, joined(references), weight, batch, pack.counts(samples), config)
+    total.backward()
+    assert total.item() == pytest.approx(oracle(samples, logps, references, scores, config), abs=1e-6)
+    expected = torch.tensor(oracle_gradient(samples, logps, references, scores, config), dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_any_cut_into_micro_batches_adds_up(case):
+    samples, logps, references, scores = case
+    counts, config = pack.counts(samples), Loss()
+
+    def total_of(indices: list[int]) -> float:
+        batch = pack.micro_batch([samples[i] for i in indices])
+        pick = lambda rows: joined([rows[i] for i in indices])  # noqa: E731
+        weight = weights.importance(pick(scores), batch, Weights())
+        return loss.policy(pick(logps), pick(references), weight, batch, counts, config)[0].item()
+
+    whole = total_of(list(range(10)))
+    for cut in ([[0], [1, 2], [3, 4, 5, 6, 7, 8, 9]], [[i] for i in range(10)], [[9, 0, 5], [], [1, 2, 3, 4, 6, 7, 8]]):
+        assert sum(total_of(part) for part in cut) == pytest.approx(whole, abs=1e-7)
+
+
+def gradient_of(reward: float, advantage: float, logp: float, reference: float, config: Loss, make_samples) -> float:
+    sample = make_samples(1)[0 if reward > 0 else 1]
+    batch = pack.micro_batch([type(sample)(sample.prompt_tokens, (5,), reward, advantage)])
+    value = torch.tensor([logp], requires_grad=True)
+    counts = Counts(1, 1, int(reward > 0), int(reward < 0))
+    loss.policy(value, torch.tensor([reference]), torch.ones(1), batch, counts, config)[0].backward()
+    return value.grad.item()
+
+
+def test_a_right_token_is_made_likelier_and_more_so_on_hard_prompts(make_samples):
+    easy = gradient_of(1.0, 0.2, -1.0, -1.0, Loss(), make_samples)
+    hard = gradient_of(1.0, 1.8, -1.0, -1.0, Loss(), make_samples)
+    assert hard < easy < 0  # descending the loss raises logp
+
+
+def test_a_wrong_token_is_made_less_likely(make_samples):
+    assert gradient_of(-1.0, -1.0, -1.0, -1.0, Loss(), make_samples) > 0
+
+
+@pytest.mark.parametrize("kl_kind", ["k2", "k3"])
+@pytest.mark.parametrize("reward", [1.0, -1.0])
+def test_kl_pulls_back_to_the_reference_on_right_and_wrong_answers(kl_kind, reward, make_samples):
+    only_kl = Loss(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kl_kind)
+    assert gradient_of(reward, reward, logp=-0.5, reference=-1.5, config=only_kl, make_samples=make_samples) > 0
+    assert gradient_of(reward, reward, logp=-1.5, reference=-0.5, config=only_kl, make_samples=make_samples) < 0
+    assert gradient_of(reward, reward, logp=-1.0, reference=-1.0, config=only_kl, make_samples=make_samples) == 0
+
+
+def test_kl_estimates_by_hand():
+    logp, reference = torch.tensor([-1.0]), torch.tensor([-1.5])
+    values = {kind: loss.kl_estimate(logp, reference, kind).item() for kind in ("k1", "k1_reversed", "k2", "k3")}
+    assert values == pytest.approx({"k1": 0.5, "k1_reversed": -0.5, "k2": 0.125, "k3": math.exp(-0.5) + 0.5 - 1})
+
+
+def test_reward_model_loss_is_cross_entropy_of_the_mean_score(make_samples):
+    samples = make_samples(3, seed=5)
+    batch = pack.micro_batch(samples)
+    score = torch.randn(len(batch.labels), generator=torch.Generator().manual_seed(1)).requires_grad_()
+    total, metrics = loss.reward_model(score, batch, pack.counts(samples))
+    expected, hits, place = 0.0, 0, 0
+    for sample in samples:
+        length = len(sample.response_tokens)
+        mean = sum(score[place : place + length].tolist()) / length
+        p = 1 / (1 + math.exp(-mean))
+        expected -= math.log(p if sample.reward > 0 else 1 - p) / len(samples)
+        hits += (mean > 0) == (sample.reward > 0)
+        place += length
+    assert total.item() == pytest.approx(expected, abs=1e-6)
+    assert metrics["reward_model/accuracy"].item() == pytest.approx(hits / len(samples))
+    total.backward()
+    first = len(samples[0].response_tokens)
+    assert (score.grad[:first] < 0).all(), "descending raises the scores of a right answer"
+    assert (score.grad[first : first + len(samples[1].response_tokens)] > 0).all()
+
+
+def test_an_empty_micro_batch_adds_nothing(make_samples):
+    counts = pack.counts(make_samples(2))
+    empty = pack.micro_batch([])
+    nothing = torch.zeros(0, requires_grad=True)
+    for total, _ in (
+        loss.policy(nothing, torch.zeros(0), torch.zeros(0), empty, counts, Loss()),
+        loss.reward_model(nothing, empty, counts),
+        loss.supervised(nothing, counts),
+    ):
+        assert total.item() == 0
+        total.backward()
+
+
+def test_only_right_answers_or_only_wrong_ones_do_not_divide_by_zero(make_samples):
+    for sample in make_samples(1):
+        batch, counts = pack.micro_batch([sample]), pack.counts([sample])
+        logp = torch.full((len(batch.labels),), -1.0)
+        assert math.isfinite(loss.policy(logp, logp, torch.ones_like(logp), batch, counts, Loss())[0].item())
