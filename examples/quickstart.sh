@@ -19,7 +19,7 @@ done
 bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1
 folder=runs/quickstart recipes=examples/recipes/quickstart.py
-python=.venv/bin/python oreal="$python -m torch.distributed.run --nproc-per-node 2 --master-port 0 -m oreal_megatron"
+python=.venv/bin/python oreal="$python -m torch.distributed.run --standalone --nproc-per-node 2 -m oreal_megatron"
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
 rm -rf "$folder"

@@ -58,10 +58,11 @@ def make_model(path: Path, seed: int, layers: int = 4, hidden: int = 128, tied: 
     tokenizer.save_pretrained(path)
 
 
-def make_problems(path: Path, seed: int, training: int, held_out: int, demonstrations: int) -> None:
+def make_problems(path: Path, seed: int, training: int, held_out: int, demonstrations: int, below: int = 1000) -> None:
+    """Distinct sums of two numbers below `below`, shared out over the three files."""
     generator = random.Random(seed)
-    pairs = generator.sample(range(1_000_000), training + held_out + demonstrations)
-    sums = [(f"{pair // 1000}+{pair % 1000}=", str(pair // 1000 + pair % 1000)) for pair in pairs]
+    pairs = generator.sample(range(below * below), training + held_out + demonstrations)
+    sums = [(f"{pair // below}+{pair % below}=", str(pair // below + pair % below)) for pair in pairs]
     problems = [{"question": question, "gold_answer": answer, "pass_rate": None} for question, answer in sums]
     _write(path / "problems.jsonl", problems[:training])
     _write(path / "held_out.jsonl", problems[training : training + held_out])

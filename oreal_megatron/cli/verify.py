@@ -9,6 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,42 +24,59 @@ from oreal_megatron.verify.grader import Grader, JudgesDown
 from oreal_megatron.verify.pool import PoolBroken
 
 WINDOW = 1000  # lines under way at once: memory stays small for a file of any length
-EXCLUDED = "convention"  # kinds that begin so are graded, and left out of the accuracy: reasonable people differ on them
-console = Console(stderr=True)
+SHOWN_KINDS = 12  # with more, only those with an error are listed
+EXCLUDED = "convention"  # such kinds are graded, and left out of the accuracy: reasonable people differ on them
+BAD_INPUT, STOPPED = 2, 3  # exit codes
+console = Console(stderr=True, soft_wrap=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `oreal verify`."""
     defaults = config.Verify()
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="lines with `gold` and `pred` (or `response`)")
-    parser.add_argument("output", type=Path, metavar="OUT.jsonl", help="the same lines with verdict, method, extracted, seconds")
+    parser.add_argument(
+        "output", type=Path, metavar="OUT.jsonl", help="the same lines with verdict, method, extracted, seconds"
+    )
     parser.add_argument("--workers", type=int, default=defaults.workers, help="grading processes (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=defaults.timeout_s, metavar="S", help="per answer (default %(default)s)")
-    parser.add_argument("--judge", nargs="+", default=[], metavar="URL", help="OpenAI-compatible hosts, asked where rules say wrong")
+    parser.add_argument(
+        "--timeout", type=float, default=defaults.timeout_s, metavar="S", help="per answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--judge", nargs="+", default=[], metavar="URL", help="OpenAI-compatible hosts, asked where rules say wrong"
+    )
     parser.add_argument("--judge-model", default="", metavar="NAME", help="default: the first model a host names")
     parser.add_argument("--judge-cache", default="", metavar="FILE", help="verdicts of the judge, kept from run to run")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 stopped (the judges are down, no worker starts), 2 bad input."""
+    """Exit code: 0 done, 2 bad input, 3 stopped (the judges are down, or no worker starts)."""
     if (complaint := _complaint(args)) is not None:
-        console.print(f"oreal verify: {complaint}", style="red", highlight=False, markup=False)
-        return 2
+        _say(complaint)
+        return BAD_INPUT
     judge = config.Judge(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
     settings = config.Verify(workers=args.workers, timeout_s=args.timeout, judge=judge)
     summary = Summary()
     try:
-        with Grader(settings) as grader, args.input.open("rb") as lines, args.output.open("w") as out, _progress() as bar:
+        with (
+            Grader(settings) as grader,
+            args.input.open("rb") as lines,
+            args.output.open("w") as out,
+            _progress() as bar,
+        ):
             task = bar.add_task("grading", total=_count_lines(args.input))
             for line in _graded(grader, lines):
                 out.write(json.dumps(line.written()) + "\n")
                 summary.add(line)
                 bar.advance(task)
     except (JudgesDown, PoolBroken) as stopped:
-        console.print(f"oreal verify: {stopped}", style="red", highlight=False, markup=False)
-        return 1
-    summary.show(Console())
+        _say(f"{stopped}. {args.output} holds the answers graded so far")
+        return STOPPED
+    summary.show(Console(soft_wrap=True))
     return 0
+
+
+def _say(sentence: str) -> None:
+    console.print(f"oreal verify: {sentence}", style="yellow", highlight=False, markup=False)
 
 
 def _complaint(args: argparse.Namespace) -> str | None:
@@ -126,19 +144,23 @@ def _read(number: int, raw: bytes) -> Line:
         return Line(number, {"line": number}, f"line {number} holds a {type(fields).__name__}, wanted an object")
     answer = "pred" if "pred" in fields else "response"
     if missing := [name for name in ("gold", answer) if not isinstance(fields.get(name), (str, int, float))]:
-        return Line(number, fields, f"line {number} needs text in `gold` and in `pred` or `response`; look at `{missing[0]}`")
+        return Line(
+            number, fields, f"line {number} needs text in `gold` and in `pred` or `response`; look at `{missing[0]}`"
+        )
     return Line(number, fields)
 
 
 def _submitted(grader: Grader, line: Line) -> Line:
     if line.complaint:
-        console.print(f"oreal verify: {line.complaint}", style="yellow", highlight=False, markup=False)
+        _say(line.complaint)
         return line
     gold, question = str(line.fields["gold"]), str(line.fields.get("question", ""))
     if "pred" in line.fields:
         line.future = grader.submit_text(gold, str(line.fields["pred"]), question)
     else:
-        line.future = grader.submit(gold, str(line.fields["response"]), bool(line.fields.get("finished", True)), question)
+        line.future = grader.submit(
+            gold, str(line.fields["response"]), bool(line.fields.get("finished", True)), question
+        )
     return line
 
 
@@ -174,35 +196,41 @@ class Summary:
         kind["false rejects"] += outcome is not Outcome.CORRECT and bool(label)
 
     def show(self, console: Console) -> None:
+        say = partial(console.print, highlight=False)
         total = sum(self.outcomes.values())
         counts = ", ".join(f"{self.outcomes[outcome.value]} {outcome.value}" for outcome in Outcome)
         unknown = self.outcomes["unknown"] / max(total, 1)
-        console.print(f"{total} answers: {counts} (unknown {unknown:.2%}), verifier version {VERSION}", highlight=False)
-        console.print("decided by " + ", ".join(f"{name} {n}" for name, n in self.methods.most_common()), highlight=False)
+        say(f"{total} answers: {counts} (unknown {unknown:.2%}), verifier version {VERSION}")
+        say("decided by " + ", ".join(f"{name} {n}" for name, n in self.methods.most_common()))
         if self.seconds:
             median, p99, worst = statistics.median(self.seconds), _percentile(self.seconds, 0.99), max(self.seconds)
-            console.print(f"per answer: median {median * 1e3:.3f} ms, p99 {p99 * 1e3:.2f} ms, worst {worst:.3f} s", highlight=False)
+            say(f"per answer: median {median * 1e3:.3f} ms, p99 {p99 * 1e3:.2f} ms, worst {worst:.3f} s")
+        counted = [kind for name, kind in self.kinds.items() if not name.startswith(EXCLUDED)]
+        if (whole := sum(counted, Counter()))["pairs"]:
+            say(f"kinds other than {EXCLUDED}: {', '.join(_errors(whole))}")
         if self.kinds:
-            self._show_labels(console)
+            self._show_kinds(console)
 
-    def _show_labels(self, console: Console) -> None:
-        counted = [kind for kind in self.kinds if not kind.startswith(EXCLUDED)]
-        total = sum((self.kinds[kind] for kind in counted), Counter())
-        if total["pairs"]:
-            console.print(
-                f"kinds other than {EXCLUDED}: {total['pairs']} pairs, accuracy {total['right'] / total['pairs']:.2%}, "
-                f"false accepts {total['false accepts']}, false rejects {total['false rejects']}", highlight=False)  # fmt: skip
-        table = Table("kind", *(("pairs", "accuracy", "false accepts", "false rejects")))
+    def _show_kinds(self, console: Console) -> None:
+        """Every kind where there are few, else the kinds with an error."""
+        table = Table("kind", "pairs", "accuracy", "false accepts", "false rejects")
         for name in sorted(self.kinds):
             kind = self.kinds[name]
-            if kind["right"] == kind["pairs"] and len(self.kinds) > 12:
-                continue
-            accuracy = f"{kind['right'] / kind['pairs']:.1%}"
-            table.add_row(name, str(kind["pairs"]), accuracy, str(kind["false accepts"]), str(kind["false rejects"]))
+            if kind["right"] < kind["pairs"] or len(self.kinds) <= SHOWN_KINDS:
+                table.add_row(name, *(text.split()[-1] for text in _errors(kind)))
         if table.row_count:
             console.print(table)
         if hidden := len(self.kinds) - table.row_count:
             console.print(f"{hidden} kinds without an error are not listed", highlight=False)
+
+
+def _errors(kind: Counter[str]) -> list[str]:
+    accuracy = f"accuracy {kind['right'] / kind['pairs']:.2%}"
+    return [
+        f"pairs {kind['pairs']}",
+        accuracy,
+        *(f"{name} {kind[name]}" for name in ("false accepts", "false rejects")),
+    ]
 
 
 def _percentile(values: list[float], share: float) -> float:

@@ -1,6 +1,7 @@
 """Megatron distributed checkpoints of all trained models: weights, optimizers, schedules, random-number states.
 
-A checkpoint is a folder `step_000010`, complete before it gets that name. The sampler's position, the learning rates
+A checkpoint is a folder `step_000010`, complete before it gets that name, with one distributed checkpoint for each
+trained model (`policy`, `reward_model`), which loads at other layouts too. The sampler's position, the learning rates
 and the choice of samples are functions of the step and the seed, so the step restores them.
 """
 
@@ -34,15 +35,14 @@ def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state: dict[str, Any] = {
-        "step": step,
-        "updates": {name: trainer.updates for name, trainer in trainers.items()},
-        "random": ranks.gather(_random_state()),
-    }
+    random_states = ranks.gather(_random_state())
     with device_layer():
         for name, trainer in trainers.items():
-            state |= _sharded(name, trainer, loading=False)
-        dist_checkpointing.save(state, str(partial))
+            if ranks.rank() == 0:
+                (partial / name).mkdir()
+            dist.barrier()
+            common = {"step": step, "updates": trainer.updates, "random": random_states}
+            dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
     dist.barrier()
     if ranks.rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -55,18 +55,14 @@ def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Pa
 
 def load(path: Path, trainers: dict[str, Trainer]) -> int:
     """Restore all trainers in place and return the step to go on with. Collective."""
-    check(path)
-    with device_layer():
-        wanted: dict[str, Any] = {}
+    with device_layer(), adam.loadable():
         for name, trainer in trainers.items():
-            wanted |= _sharded(name, trainer, loading=True)
-        with adam.loadable():
-            state = dist_checkpointing.load(wanted, str(path))
-            for name, trainer in trainers.items():
-                trainer.model.module.load_state_dict(state[f"{name}_model"])
-                trainer.optimizer.load_state_dict(state[f"{name}_optimizer"])
-                adam.separate_steps(trainer.optimizer)
-                trainer.updates = state["updates"][name]
+            check(path / name)
+            state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path / name))
+            trainer.model.module.load_state_dict(state["model"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            adam.separate_steps(trainer.optimizer)
+            trainer.updates = state["updates"]
         if len(state["random"]) == ranks.world_size():
             _restore_random_state(state["random"][ranks.rank()])
     return state["step"]
@@ -86,11 +82,10 @@ def check(path: Path) -> None:
         )
 
 
-def _sharded(name: str, trainer: Trainer, loading: bool) -> dict[str, Any]:
-    """Both models have the same tensor names inside, hence the prefix."""
-    model = {f"{name}.": trainer.model.module.sharded_state_dict(prefix=f"{name}.", metadata=SHARDING)}
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=SHARDING)
-    return {f"{name}_model": model, f"{name}_optimizer": optimizer}
+def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
+    model = trainer.model.module.sharded_state_dict(metadata=SHARDING)
+    optimizer = trainer.optimizer.sharded_state_dict({"model": model}, is_loading=loading, metadata=SHARDING)
+    return {"model": model, "optimizer": optimizer}
 
 
 def _random_state() -> dict[str, Any]:

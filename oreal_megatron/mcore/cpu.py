@@ -3,7 +3,7 @@
 Megatron-core 0.16.1 names CUDA in many places where a CPU tensor would do. On a GPU machine this file does nothing.
 Without one, it stands in for the few torch.cuda functions that Megatron calls and rewrites `device="cuda"` in tensor
 factories. It is entered only around Megatron calls, because a global function mode would slow vLLM's Python, and
-because transformers and vLLM probe torch.cuda. Each row of PATCHES has a test in tests/unit/test_cpu_layer.py that
+because transformers and vLLM probe torch.cuda. Each row of PATCHES has a test in tests/dist/test_cpu_layer.py that
 fails without it.
 """
 
@@ -30,12 +30,6 @@ class _OnCpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class _Stream:
-    """A stream that has always finished, since the CPU runs operations in order."""
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
@@ -43,7 +37,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None: ...
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     "current_device": (torch.cuda, "current_device", lambda: "cpu"),
     "synchronize": (torch.cuda, "synchronize", _nothing),
-    "current_stream": (torch.cuda, "current_stream", lambda *args: _Stream()),
     "get_rng_state": (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "manual_seed": (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
     "_get_cuda_rng_state": (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),

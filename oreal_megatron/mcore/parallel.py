@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from oreal_megatron.config import Parallel
+from oreal_megatron.config import ConfigError, Parallel
 from oreal_megatron.mcore.cpu import device_layer
 
 
@@ -18,8 +18,12 @@ def start_process_group() -> None:
     """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:  # only when there is no torchrun, so one process
-        os.environ["MASTER_PORT"] = "0"
+    if os.environ.get("MASTER_PORT", "0") == "0" and os.environ["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            "MASTER_PORT is 0, at which the processes would wait for each other for ever; start them with "
+            "torchrun --standalone on one machine, or name a free port with --master-port"
+        )
+    os.environ.setdefault("MASTER_PORT", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30))

@@ -79,6 +79,8 @@ class Same:
             return self.numerals(gold.node, predicted.node)
         if is_infinite(gold.node) or is_infinite(predicted.node):
             return is_infinite(gold.node) == is_infinite(predicted.node)
+        if (radians := self.radians(gold, predicted)) is not None:
+            return self.scalars(*radians)
         scale = units.factor(gold.unit, predicted.unit)
         if scale is None:
             return False
@@ -92,14 +94,26 @@ class Same:
             return self.scalars(gold.node, hundredth)
         return False
 
-    def numerals(self, gold: Node, predicted: Node) -> bool:
-        """204_5 is 204_5, and 54_{10}; without its base it is taken for the same numeral."""
-        if gold[0] == "base" and predicted[0] == "num":
-            return gold[1] == str(predicted[1])
-        if gold[0] == predicted[0] == "base" and gold[2] == predicted[2]:
-            return gold[1] == predicted[1]
-        base = predicted if predicted[0] == "base" else gold
-        return base[2] == 10 and self.scalars(gold, predicted) if predicted[0] != gold[0] else self.scalars(gold, predicted)
+    @staticmethod
+    def radians(gold: Quantity, predicted: Quantity) -> tuple[Node, Node] | None:
+        """Both sides in radians where one is written in degrees and the other with pi: 45 degrees is pi/4."""
+        sides = []
+        for one, other in ((gold, predicted), (predicted, gold)):
+            if one.unit == "degree":
+                sides.append(("div", ("mul", (one.node, ("const", "pi"))), ("num", Fraction(180), None)))
+            elif other.unit == "degree" and one.unit in (None, "radian") and "pi" in _constants(one.node):
+                sides.append(one.node)
+        return (sides[0], sides[1]) if len(sides) == 2 and gold.unit != predicted.unit else None
+
+    @staticmethod
+    def numerals(gold: Node, predicted: Node) -> bool:
+        """204_5 is 204_5 and, without its base, 204; another base is another answer, save that 54 may be written
+        54_{10}."""
+        if gold[0] == predicted[0]:
+            return gold[1:] == predicted[1:]
+        numeral, other = (gold, predicted) if gold[0] == "base" else (predicted, gold)
+        written = numeral is gold or numeral[2] == 10
+        return written and other[0] == "num" and numeral[1] == str(other[1])
 
     def scalars(self, gold: Node, predicted: Node) -> bool:
         """Two expressions: equal everywhere, or a decimal that is the other side as far as it is written."""

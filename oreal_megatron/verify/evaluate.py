@@ -1,4 +1,5 @@
-"""Tree -> value at a point. Variables, and everything this file has no arithmetic for, take the point's values by name."""
+"""Tree -> value at a point. Variables, and everything this file has no arithmetic for, take the point's values by
+name."""
 
 from __future__ import annotations
 

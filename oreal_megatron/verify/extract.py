@@ -1,4 +1,5 @@
-"""Finds the answer in a response. Training reads boxes only; `from_text` also reads phrases, for files of plain answers."""
+"""Finds the answer in a response. Training reads boxes only; `from_text` also reads phrases, for files of plain
+answers."""
 
 from __future__ import annotations
 

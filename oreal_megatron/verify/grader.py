@@ -1,12 +1,14 @@
-"""The verifier the trainer sees: responses in, Verdicts out. Rules in worker processes, then the judge where they say WRONG."""
+"""The verifier the trainer sees: responses in, Verdicts out. Rules in worker processes, then the judge where they
+say WRONG."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 
 from oreal_megatron import config
 from oreal_megatron.records import Outcome, Verdict
 from oreal_megatron.verify import extract, rules
+from oreal_megatron.verify.futures import fail, follow, settle
 from oreal_megatron.verify.judge import Judge, JudgesDown
 from oreal_megatron.verify.pool import Pool, Result
 
@@ -48,6 +50,15 @@ class Grader:
         task.add_done_callback(lambda done: self._graded(future, done, gold, "", judged=False))
         return future
 
+    def worker_pids(self) -> list[int]:
+        """Process ids of the grading processes that live now."""
+        return self._pool.pids()
+
+    @property
+    def replaced_workers(self) -> int:
+        """Workers that died or were killed so far."""
+        return self._pool.replaced
+
     def close(self) -> None:
         """Ends the worker processes and the judge's connections; verdicts still to come are cancelled."""
         self._pool.close()
@@ -61,7 +72,8 @@ class Grader:
         self.close()
 
     def _easy(self, gold: str, response: str, finished: bool) -> Result | None:
-        """What needs no worker: a truncated response, and two whole numbers. Linear in the length, no arithmetic on them."""
+        """What needs no worker: a truncated response, and two whole numbers. Linear in the length, no arithmetic on
+        them."""
         if not finished:
             return Result("wrong", "truncated", None, 0.0)
         if len(response) > _EASY_RESPONSE:
@@ -72,37 +84,28 @@ class Grader:
         verdict = None if found.together else rules.trivial(gold, found.answer)
         return None if verdict is None else Result("correct" if verdict else "wrong", "exact", found.answer, 0.0)
 
-    def _graded(self, future: Future[Verdict], done: Future[Result], gold: str, question: str, judged: bool = True) -> None:
-        if done.cancelled():
-            future.cancel()
-        elif (error := done.exception()) is not None:
-            future.set_exception(error)
-        else:
+    def _graded(
+        self, future: Future[Verdict], done: Future[Result], gold: str, question: str, judged: bool = True
+    ) -> None:
+        if follow(future, done):
+            return
+        try:
             self._ruled(future, done.result(), gold, question, judged)
+        except Exception as error:  # raised here it would only be logged, and whoever waits would wait for ever
+            fail(future, error)
 
     def _ruled(self, future: Future[Verdict], result: Result, gold: str, question: str, judged: bool = True) -> None:
         """Settles what the rules decided, and asks the judge of answers they call wrong."""
         verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds)
         wrong = verdict.outcome is Outcome.WRONG and verdict.extracted is not None
         if self._judge is None or not judged or not wrong or not self._judge.asks_about(gold, verdict.extracted):
-            _settle(future, verdict)
+            settle(future, verdict)
             return
         asked = self._judge.submit(question, gold, verdict.extracted)
         asked.add_done_callback(lambda done: self._judged(future, done, verdict))
 
     @staticmethod
     def _judged(future: Future[Verdict], done: Future, verdict: Verdict) -> None:
-        if done.cancelled():
-            future.cancel()
-        elif (error := done.exception()) is not None:
-            future.set_exception(error)
-        else:
+        if not follow(future, done):
             outcome, seconds = done.result()
-            _settle(future, Verdict(outcome, "judge", verdict.extracted, verdict.seconds + seconds))
-
-
-def _settle(future: Future[Verdict], verdict: Verdict) -> None:
-    try:
-        future.set_result(verdict)
-    except InvalidStateError:
-        pass  # whoever waited has given up
+            settle(future, Verdict(outcome, "judge", verdict.extracted, verdict.seconds + seconds))

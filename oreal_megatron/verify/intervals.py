@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from oreal_megatron.verify.evaluate import has_variables
-from oreal_megatron.verify.shapes import is_infinite, unnamed
+from oreal_megatron.verify.shapes import is_infinite
 from oreal_megatron.verify.tree import Node
 
 _INFINITY = ("const", "inf")
@@ -38,7 +38,7 @@ def pieces(node: Node) -> list[Piece] | None:
     if kind == "such":
         return pieces(node[2]) if node[2][0] in ("rel", "list") else None
     if kind == "rel":
-        return pieces(unnamed(node)[1]) if node[2] == ("in",) else _inequality(node)
+        return pieces(node[1][1]) if node[2] == ("in",) else _inequality(node)
     if kind == "minus":
         return _without(node)
     if node == ("const", "set R") or kind == "word" and node[1].lower() in _EVERYTHING:

@@ -1,8 +1,11 @@
 """The LLM judge over the OpenAI-compatible API: the one file that speaks HTTP.
 
-Its own thread runs an asyncio loop: bounded concurrency, time-outs, retries with jittered back-off, one circuit breaker per
-host, verdicts cached. A host that fails is left alone for a growing while and then asked for its models; when all are down,
-requests wait up to `all_down_wait_s`, say so, and fail with JudgesDown: the run stops resumably and never trains on guesses.
+Its own thread runs an asyncio loop: bounded concurrency, time-outs, retries with jittered back-off, one circuit
+breaker per
+host, verdicts cached. A host that fails is left alone for a growing while and then asked for its models; when all
+are down,
+requests wait up to `all_down_wait_s`, say so, and fail with JudgesDown: the run stops resumably and never trains on
+guesses.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from oreal_megatron import config
 from oreal_megatron.records import Outcome
 from oreal_megatron.verify import prompt
 from oreal_megatron.verify.cache import VerdictCache, cache_key
+from oreal_megatron.verify.futures import cancel, fail, settle
 
 log = logging.getLogger(__name__)
 FAILURES_TO_OPEN = 3  # in a row, before a host is left alone
@@ -141,14 +145,12 @@ class Judge:
         try:
             outcome = await self._verdict(question, gold, answer)
         except asyncio.CancelledError:
-            future.cancel()
+            cancel(future)
             raise
         except Exception as error:  # it reaches whoever waits for the verdict
-            if not future.done():
-                future.set_exception(error)
+            fail(future, error)
         else:
-            if not future.done():
-                future.set_result((Outcome(outcome), time.monotonic() - start))
+            settle(future, (Outcome(outcome), time.monotonic() - start))
 
     async def _verdict(self, question: str, gold: str, answer: str) -> str:
         """Refusal, cache, a request for the same that is under way, else a request."""
@@ -166,7 +168,8 @@ class Judge:
         return outcome
 
     async def _ask(self, question: str, gold: str, answer: str) -> str:
-        """Tries hosts until one replies. After the retries UNKNOWN where a host lives, else another round when one is back."""
+        """Tries hosts until one replies. After the retries UNKNOWN where a host lives, else another round when one
+        is back."""
         chat = prompt.messages(question, gold, answer, max(self.config.max_answer_chars, len(answer)))
         async with self._slots:
             while True:
@@ -188,12 +191,13 @@ class Judge:
         return max(min(most, first * 3.0**attempt) * random.uniform(0.5, 1.0), min(failure.retry_after_s, REST_S[1]))
 
     async def _any_alive(self) -> bool:
-        if any(host.up for host in self.hosts):
+        if any(host.failures == 0 for host in self.hosts):
             return True
         return any(await asyncio.gather(*(self._probe(host) for host in self.hosts)))
 
     async def _host(self) -> _Host:
-        """The host with the fewest requests under way among those that are up; waits, and says so, while there is none."""
+        """The host with the fewest requests under way among those that are up; waits, and says so, while there is
+        none."""
         while not (up := [host for host in self.hosts if host.up]):
             now = time.monotonic()
             for host in self.hosts:
@@ -276,7 +280,11 @@ class Judge:
         async with self._client.stream(method, url, json=body) as response:
             if response.status_code != 200:
                 after = response.headers.get("retry-after", "")
-                raise _Failed(f"HTTP status {response.status_code}", response.status_code, float(after) if after.isdigit() else 0.0)
+                raise _Failed(
+                    f"HTTP status {response.status_code}",
+                    response.status_code,
+                    float(after) if after.isdigit() else 0.0,
+                )
             content = b""
             async for chunk in response.aiter_bytes():
                 content += chunk

@@ -49,9 +49,13 @@ _FENCES = {
     "langle": ("open", "<"), "rangle": ("close", "<"), "lbrace": ("open", "set"), "rbrace": ("close", "set"),
     "lparen": ("open", "("), "rparen": ("close", ")"), "lbrack": ("open", "["), "rbrack": ("close", "]"),
 }  # fmt: skip
-_DROPPED = frozenset("mathbf boldsymbol bm mathit mathsf mathcal mathfrak vec hat widehat overrightarrow mathop hbox "
-                     "underline ensuremath mathord mathbin mathstrut strut currency phantom hphantom".split())  # fmt: skip
-_TEXT = frozenset("text textbf textit mathrm mbox textrm textnormal textsf texttt operatorname textup emph mathtt".split())
+_DROPPED = frozenset(
+    "mathbf boldsymbol bm mathit mathsf mathcal mathfrak vec hat widehat overrightarrow mathop hbox underline "
+    "ensuremath mathord mathbin mathstrut strut currency".split()
+)
+_TEXT = frozenset(
+    "text textbf textit mathrm mbox textrm textnormal textsf texttt operatorname textup emph mathtt".split()
+)
 _DOTS = frozenset("ldots cdots dots dotsc dotsb dotsm vdots ddots".split())
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)")
@@ -86,7 +90,9 @@ def tokens(text: str, thousands: bool = True) -> list[Token]:
             continue
         token_list, at = _next(text, at, thousands and fences == 0)
         for token in token_list:
-            fences += (token.kind == "open" and token.value in "([set") - (token.kind == "close" and token.value in ")]set")
+            fences += (token.kind == "open" and token.value in "([set") - (
+                token.kind == "close" and token.value in ")]set"
+            )
         found.extend(token_list)
         if len(found) > MAX_TOKENS:
             raise ParseError(f"an answer of more than {MAX_TOKENS} tokens is not parsed")

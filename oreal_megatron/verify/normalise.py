@@ -1,4 +1,5 @@
-"""One spelling for gold and prediction: unicode, delimiters, spacing commands. Pure string work, linear in the length."""
+"""One spelling for gold and prediction: unicode, delimiters, spacing commands. Pure string work, linear in the
+length."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _CHARACTERS = {
     "≈": r"\approx ", "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "°": r"^\circ ",
     "º": r"^\circ ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ",
     "⋯": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
-    "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ", "⟩": r"\rangle ",
+    "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ",
+    "⟩": r"\rangle ",
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
     "、": ",", "。": ".", "【": "[", "】": "]", "⁄": "/", "∕": "/", "∣": "|", "‖": r"\|", "∗": "*",
     "⟹": r"\implies ", "→": r"\to ", "⇒": r"\implies ", "∧": r"\text{ and }", "∨": r"\text{ or }",
@@ -46,6 +48,7 @@ _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 _ELLIPSES = ("...", "\\ldots", "\\dots", "\\cdots", "…")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
+_MODULO = re.compile(r"\(\s*(?:\\(?:text|mathrm)\{\s*mod\s*\}|\\?mod\b)\s*([\w{}]{1,20})\s*\)")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 MAX_WRAPPERS = 8  # a box in a box in a box: eight are taken off
 _BOX = re.compile(r"^\\(?:boxed|fbox|framebox|mathbox)\s*\{")
@@ -132,8 +135,10 @@ def normalise(text: str) -> str:
         text = _drop(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
     elif "{,}" in text:
         text = _THOUSANDS_GAP.sub(",", text)
-    text = _unwrap(_drop(_DELIMITERS, _unwrap(text), " "))
-    if _SPACED_THOUSANDS.fullmatch(text):
-        text = text.replace(" ", ",")
+    if "mod" in text:
+        text = _MODULO.sub(r"\\pmod{\1}", text)
     missing = text.count("{") - text.count("}")
-    return text + "}" * missing if 0 < missing <= 3 else text
+    if 0 < missing <= 3:
+        text += "}" * missing  # an answer cut at its last brace
+    text = _unwrap(_drop(_DELIMITERS, _unwrap(text), " "))
+    return text.replace(" ", ",") if _SPACED_THOUSANDS.fullmatch(text) else text

@@ -1,6 +1,7 @@
 """Long-lived killable worker processes. One thread of this process owns their pipes, their clocks and their deaths.
 
-Time and memory limits are enforced from outside: a late worker is killed, memory is capped by the kernel through prlimit.
+Time and memory limits are enforced from outside: a late worker is killed, memory is capped by the kernel through
+prlimit.
 Its item becomes UNKNOWN, a new worker takes its place, and every other item keeps its place and its result.
 """
 
@@ -15,9 +16,11 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from oreal_megatron.verify.futures import cancel, fail, settle
 
 IN_FLIGHT = 16  # answers written ahead to one worker; it grades them one by one, each with its own clock
 START_S = 60.0  # a worker that is not ready by then counts as dead
@@ -60,9 +63,13 @@ class _Worker:
 class Pool:
     """Grades answers in `workers` processes. `submit` may be called from any thread and never blocks."""
 
-    def __init__(self, workers: int = 2, timeout_s: float = 2.0, memory_mb: int = 1024, command: list[str] | None = None) -> None:
+    def __init__(
+        self, workers: int = 2, timeout_s: float = 2.0, memory_mb: int = 1024, command: list[str] | None = None
+    ) -> None:
         if workers < 1 or timeout_s <= 0:
-            raise ValueError(f"a pool needs at least one worker and a time limit above zero, got {workers} and {timeout_s}")
+            raise ValueError(
+                f"a pool needs at least one worker and a time limit above zero, got {workers} and {timeout_s}"
+            )
         self._command = command or [sys.executable, "-m", "oreal_megatron.verify.worker"]
         self._size, self._timeout_s, self._memory = workers, timeout_s, memory_mb * 2**20
         self._waiting: deque[_Task] = deque()
@@ -80,7 +87,9 @@ class Pool:
         self._thread.start()
 
     # -- for every thread ----------------------------------------------------------------------------------------
-    def submit(self, kind: str, gold: str, text: str, finished: bool = True, thinking_end: tuple[str, ...] = ()) -> Future[Result]:
+    def submit(
+        self, kind: str, gold: str, text: str, finished: bool = True, thinking_end: tuple[str, ...] = ()
+    ) -> Future[Result]:
         """A future of the result. It fails with PoolBroken when no worker can be started."""
         future: Future[Result] = Future()
         line = json.dumps([kind, gold, text, finished, thinking_end]).encode() + b"\n"
@@ -124,7 +133,9 @@ class Pool:
         except PoolBroken as broken:
             self._broken = broken
         except Exception as error:  # whatever it was, nobody may wait for ever on a thread that is gone
-            self._broken = PoolBroken(f"the thread of the grading pool failed with {error!r}; this is a bug, please report it")
+            self._broken = PoolBroken(
+                f"the thread of the grading pool failed with {error!r}; this is a bug, please report it"
+            )
         finally:
             self._end()
 
@@ -159,11 +170,19 @@ class Pool:
         worker.deadline = worker.started + self._timeout_s
 
     def _start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        }
         process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, env=environment,
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
             start_new_session=True,  # a Ctrl-C at the terminal is for the trainer, which then closes the pool
-        )  # fmt: skip
+        )
         try:
             resource.prlimit(process.pid, resource.RLIMIT_AS, (self._memory, self._memory))
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
@@ -220,7 +239,7 @@ class Pool:
         task = worker.tasks.popleft()
         if worker.tasks:
             self._start_clock(worker)
-        _settle(task.future, Result(*json.loads(line)))
+        settle(task.future, Result(*json.loads(line)))
 
     def _kill_the_late(self) -> None:
         now = time.monotonic()
@@ -241,7 +260,7 @@ class Pool:
                 )
         if worker.tasks:
             task = worker.tasks.popleft()
-            _settle(task.future, Result("unknown", method, None, time.monotonic() - worker.started))
+            settle(task.future, Result("unknown", method, None, time.monotonic() - worker.started))
         with self._lock:
             self._waiting.extendleft(reversed(worker.tasks))
 
@@ -267,14 +286,6 @@ class Pool:
         self._selector.close()
         for task in unfinished:
             if self._broken is None:
-                task.future.cancel()
-            elif not task.future.done():
-                task.future.set_exception(self._broken)
-
-
-def _settle(future: Future, result: Result) -> None:
-    """Sets the result, unless whoever waited has given up."""
-    try:
-        future.set_result(result)
-    except InvalidStateError:
-        pass
+                cancel(task.future)
+            else:
+                fail(task.future, self._broken)

@@ -114,8 +114,8 @@ class Primaries:
         power = scripts.get("^")
         if self.peek().kind == "open":
             inside = self.group()
-            args = inside[3] if inside[0] == "tuple" else (inside,)
-            if inside[0] != "tuple" and power is None and self.take("op", "^") is not None:
+            args = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] == "set" else (inside,)
+            if inside[0] not in ("tuple", "set") and power is None and self.take("op", "^") is not None:
                 power = self.argument()
         else:
             args = (self.bare_argument(),)
@@ -170,10 +170,15 @@ class Primaries:
         """Brackets of every kind."""
         opening, bars = self.take("open").value, self.bars
         self.bars = 0
-        inside = None if self.peek().kind == "close" else self.answer()
-        builder = inside is not None and opening in ("set", "{") and (self.take("op", "|") or self.take("op", ":"))
+        builder = opening in ("set", "{") and self.peek().kind == "atom" and self.peek(1) in (("op", "|"), ("op", ":"))
         if builder:
-            inside = ("such", inside, self.answer())
+            variable = self.take()
+            self.take()
+            inside = ("such", ("atom", variable.value), self.answer())
+        else:
+            inside = None if self.peek().kind == "close" else self.answer()
+            if inside is not None and opening in ("set", "{") and self.take("op", "|") is not None:
+                inside, builder = ("such", inside, self.answer()), True  # {x in R | ...}
         closing = self.take("close")
         self.bars = bars
         if closing is None:

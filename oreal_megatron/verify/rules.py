@@ -22,17 +22,25 @@ MAX_REMEMBERED = 200  # characters of a text whose tree is kept
 _INTEGER = re.compile(r"[-+]?\d{1,4000}")
 _SPACES = re.compile(r"\s+")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|textnormal|mathit|mathsf|emph)\s*\{([^{}]*)\}")
+_WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|textnormal|mathit|mathsf|emph)\s*\{([^{}]*)\}"
+)
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?[(\[]?\s*([A-J])\s*[)\]]?[.:]?", re.IGNORECASE)
-_LABELLED = re.compile(r"\(\s*([A-J])\s*\)[.:]?\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|([B-HJ]|A(?=\s+[A-Z]))\s+([A-Z][a-z]+.*)", re.DOTALL)  # fmt: skip
+_LABELLED = re.compile(
+    r"\(\s*([A-J])\s*\)[.:]?\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|([B-HJ]|A(?=\s+[A-Z]))\s+([A-Z][a-z]+.*)", re.DOTALL
+)
 _CHOICES = re.compile(r"[(\[{]?\s*[A-J](?:\s*(?:,|and|&|\s)\s*[A-J]|[A-J])+\s*[)\]}]?")
+_NOT_A_VALUE = re.compile(r"[A-Za-z]{3,}(?![A-Za-z]*[\\{])")
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
+_ZERO_GROUP = re.compile(r",0\d{2}(?!\d)")  # 10,000 is never the list 10, 0
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{2,}|[-+]?\d+,\d{2}(?=\D*$)")
 _MARKS = re.compile(r"\*\*|####|<answer>|答案|\banswer", re.IGNORECASE)
 _LONG_WORD = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}")
 _CJK = re.compile(r"[\u3400-\u9fff\uff00-\uffef]")
-_CJK_LEAD = re.compile(r"^(?:(?:因此|所以|故|则|即|综上|最终|最后|正确)*(?:本题)?(?:的)?(?:答案|结果|选项|解)?(?:应该|应)?(?:为|是|选|等于|有|[:：]|,|，)*)")
+_CJK_LEAD = re.compile(
+    r"^(?:(?:因此|所以|故|则|即|综上|最终|最后|正确)*(?:本题)?(?:的)?(?:答案|结果|选项|解)?(?:应该|应)?(?:为|是|选|等于|有|[:：]|,|，)*)"
+)
 
 
 class Graded(NamedTuple):
@@ -64,15 +72,13 @@ def grade_text(gold: str, text: str) -> Graded:
 def graded(gold: str, found: extract.Found) -> Graded:
     """Compares the answer, or the boxes it ends where there are several."""
     answer = found.together or found.answer
-    try:
-        same, method = equal(gold, answer)
-    except RecursionError:
-        return Graded("unknown", "error", answer)
+    same, method = equal(gold, answer)
     return Graded("correct" if same else "wrong", method, answer)
 
 
 def equals_itself(gold: str) -> bool:
-    """Whether a gold answer can be graded at all: its own repetition is correct, also inside a box and past the text match."""
+    """Whether a gold answer can be graded at all: its own repetition is correct, also inside a box and past the
+    text match."""
     if not gold.strip():
         return False
     graded_box = grade(gold, f"\\boxed{{{gold}}}")
@@ -133,43 +139,45 @@ def _unwrapped(text: str) -> str:
 
 
 def folded(text: str) -> str | None:
-    """Words in one case and spacing; None for what is more than words."""
+    """Words in one case and without spacing; None for what is more than words."""
     if len(text) > 400:
         return None
     text = _SPACES.sub(" ", _unwrapped(text)).strip(" .,;:!\"'*`")
     if not _WORDS.fullmatch(text) or len(text) < 2 and text.isascii():
         return None
     text = text.casefold()
-    return text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+    text = text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
+    return re.sub(r"[\s-]", "", text)
 
 
-def _letters(text: str) -> tuple[str, bool] | None:
-    """(choice letters in order, whether more was written), or None where the text is no choice."""
+def _choice(text: str) -> tuple[str, str] | None:
+    """(choice letters in order, what stands behind a single one), or None where the text is no choice."""
     if len(text) > 300:
         return None
     text = _SPACES.sub(" ", _unwrapped(text)).strip()
     if (bare := _CHOICE.fullmatch(text)) is not None and bare.group(1).isupper():
-        return bare.group(1), False
+        return bare.group(1), ""
     if _CHOICES.fullmatch(text):
         letters = re.findall(r"[A-J]", text)
-        return ("".join(sorted(letters)), False) if len(set(letters)) == len(letters) else None
+        return ("".join(sorted(letters)), "") if len(set(letters)) == len(letters) else None
     if (labelled := _LABELLED.fullmatch(text)) is not None:
         letter = next(group for group in labelled.groups()[::2] if group)
         rest = next(group for group in labelled.groups()[1::2] if group)
-        return None if re.search(r"\([A-J]\)|^\s*[=<>+*/^_-]", rest) else (letter, True)
+        return None if re.search(r"\([A-J]\)|^\s*[=<>+*/^_-]", rest) else (letter, rest)
     return None
 
 
 def same_choice(gold: str, answer: str) -> bool | None:
     """Verdict of two multiple-choice answers: C, (C), \\text{(C)}, "C. 5", "A, B, D". None where one side is none."""
-    if not any("A" <= ch <= "J" for ch in gold[:60]):
-        return None
-    gold_letters, letters = _letters(gold), _letters(answer)
-    if gold_letters is None or letters is None:
-        return None
-    if gold_letters[0] == letters[0]:
+    golds, answers = _choice(gold), _choice(answer)
+    if golds is None or answers is None:
+        labelled, other = (golds, answer) if golds else (answers, gold)
+        if labelled is None or not labelled[1] or _NOT_A_VALUE.search(labelled[1]):
+            return None
+        return True if same_mathematics(prepared(labelled[1]), other)[0] else None  # "(C) 12" is 12
+    if golds[0] == answers[0]:
         return True
-    return None if len(gold_letters[0]) > 1 or len(letters[0]) > 1 else False
+    return None if len(golds[0]) > 1 or len(answers[0]) > 1 else False
 
 
 def same_mathematics(gold: str, answer: str) -> tuple[bool, str]:
@@ -186,12 +194,13 @@ def same_mathematics(gold: str, answer: str) -> tuple[bool, str]:
 
 
 def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """Trees of a text: as written, and where it holds a comma in front of three digits, with that comma as a separator."""
+    """Trees of a text: as written, and where it holds a comma in front of three digits, with that comma as a
+    separator."""
     first = _tree(text, True)
     plain = () if first is None else (first,)
     if _DECIMAL_COMMA.fullmatch(text) and (decimal := _tree(text.replace(",", "."), True)) is not None:
         plain += (decimal,)
-    if not _GROUPED.search(text):
+    if not _GROUPED.search(text) or _ZERO_GROUP.search(text):
         return plain, plain
     listed = _tree(text, False)
     return plain, () if listed is None else (listed,)

@@ -120,7 +120,8 @@ def assignments(items: tuple[Node, ...]) -> dict[str, Node]:
 
 
 def items_of(node: Node) -> tuple[Node, ...]:
-    """Items of a list, set or tuple in round brackets; a single answer is a list of one. Two signs count as two items."""
+    """Items of a list, set or tuple in round brackets; a single answer is a list of one. Two signs count as two
+    items."""
     if node[0] == "tuple":
         return node[3] if node[1:3] == ("(", ")") else (node,)
     items = node[1] if node[0] in ("list", "set") else (node,)
@@ -199,5 +200,6 @@ def _multiplied(a: tuple, b: tuple) -> tuple | None:
         return None
     columns = list(zip(*b, strict=True)) if len({len(row) for row in b}) == 1 else []
     return tuple(
-        tuple(("add", tuple(("mul", pair) for pair in zip(row, column, strict=True))) for column in columns) for row in a
+        tuple(("add", tuple(("mul", pair) for pair in zip(row, column, strict=True))) for column in columns)
+        for row in a
     )

@@ -30,7 +30,7 @@ def number(text: str) -> Node:
 
 
 def repeating(text: str) -> Node:
-    """"0.1|6" -> 1/6."""
+    """ "0.1|6" -> 1/6."""
     head, cycle = text.split("|")
     places = len(head.partition(".")[2])
     tail = Fraction(int(cycle), 10**places * (10 ** len(cycle) - 1))

@@ -13,7 +13,13 @@ _MONEY = {"cent": "1/100", "dollar": "1"}
 _VOLUME = {"ml": "1/1000", "liter": "1"}
 _FACTORS = {
     name: (dimension, Fraction(factor))
-    for dimension, table in (("length", _LENGTH), ("time", _TIME), ("mass", _MASS), ("money", _MONEY), ("volume", _VOLUME))
+    for dimension, table in (
+        ("length", _LENGTH),
+        ("time", _TIME),
+        ("mass", _MASS),
+        ("money", _MONEY),
+        ("volume", _VOLUME),
+    )
     for name, factor in table.items()
 }
 _SYNONYMS = {
@@ -23,9 +29,11 @@ _SYNONYMS = {
     "milligram": "mg", "gram": "g", "kilogram": "kg", "kgs": "kg", "hrs": "hour", "mins": "minute", "secs": "second",
     "usd": "dollar", "buck": "dollar", "litre": "liter", "l": "liter", "milliliter": "ml", "millilitre": "ml",
     "deg": "degree", "rad": "radian", "percentage": "percent", "pct": "percent", "mph": "mile per hour", "sq": "square",
-    "厘米": "cm", "米": "m", "千米": "km", "公里": "km", "毫米": "mm", "分米": "dm", "平方厘米": "cm^2", "平方米": "m^2",
+    "厘米": "cm", "米": "m", "千米": "km", "公里": "km", "毫米": "mm", "分米": "dm", "平方厘米": "cm^2",
+    "平方米": "m^2",
     "立方厘米": "cm^3", "立方米": "m^3", "小时": "hour", "分钟": "minute", "分": "minute", "秒": "second", "天": "day",
-    "度": "degree", "千克": "kg", "克": "g", "元": "yuan", "个": "unit", "只": "unit", "人": "unit", "种": "unit", "次": "unit",
+    "度": "degree", "千克": "kg", "克": "g", "元": "yuan", "个": "unit", "只": "unit", "人": "unit",
+    "种": "unit", "次": "unit",
     "岁": "year", "cu": "cubic", "lbs": "pound", "lb": "pound", "oz": "ounce", "p.m": "pm", "a.m": "am",
 }  # fmt: skip
 _GENERIC = frozenset(("unit", "unit^2", "unit^3"))

@@ -33,7 +33,8 @@ class TooLarge(ArithmeticError):
 class Ball:
     """Some number within `radius` of `middle`; `residue` modulo PRIME where it is rational.
 
-    `blurred`: a term too small for the precision was added somewhere (100000! + 1); two such balls are not told apart."""
+    `blurred`: a term too small for the precision was added somewhere (100000! + 1); two such balls are not told
+    apart."""
 
     middle: Any  # mpf or mpc
     radius: Any  # mpf
@@ -206,6 +207,8 @@ class Arithmetic:
         except (ValueError, ZeroDivisionError):
             raise Undefined("a pole") from None
         radius = 2 * steep * a.radius + (abs(middle) + steep * abs(a.middle)) * self.error
+        if radius > abs(middle) + 1:
+            raise Undefined("too close to a pole")
         return Ball(middle, radius, None, a.blurred)
 
     def factorial(self, a: Value) -> Value:

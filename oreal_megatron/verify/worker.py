@@ -1,6 +1,7 @@
 """One grading process: reads answers as JSON lines, writes results as JSON lines. Never imports torch.
 
-Started by pool.py as `python -m oreal_megatron.verify.worker`. It is killed from outside when it is late or too big; the
+Started by pool.py as `python -m oreal_megatron.verify.worker`. It is killed from outside when it is late or too
+big; the
 timer below only ends it where the process that would do so has died.
 """
 

@@ -40,7 +40,9 @@ def test_leave_one_out_on_plus_minus_one_is_twice_the_paper_s():
 
 
 def test_group_normalised_by_hand():
-    assert advantages.group_normalised([1, 1, -1, -1]) == pytest.approx([math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
+    assert advantages.group_normalised([1, 1, -1, -1]) == pytest.approx(
+        [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2
+    )
 
 
 def test_one_answer_has_no_others():

@@ -1,0 +1,115 @@
+"""The real commands under torchrun: fine-tune, rate, train, stop and resume; what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+from oreal_megatron.config import *
+
+BASE = dict(
+    steps=4,
+    policy_freeze_steps=1,
+    tokens_per_micro_batch=512,
+    model=Model("{folder}/start"),
+    parallel=Parallel(tensor={tensor}),
+    engine=Engine(tensor={tensor}, max_model_len=32, max_num_seqs=64, kv_cache_gb=0.05, enforce_eager=True),
+    sampling=Sampling(answers_per_prompt=4, top_p=1.0, max_new_tokens=12),
+    data=Data("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=24),
+    verify=Verify(workers=1),
+    optimizer=Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=1),
+    reward_model=RewardModel(optimizer=Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=1)),
+    checkpoint=Checkpoint(every=2, keep=2),
+    evaluation=Evaluation(every=2, max_new_tokens=12),
+)
+
+def sft():
+    return Config(run="{folder}/sft", supervised=Supervised(
+        path="{folder}/demonstrations.jsonl", steps=250, samples_per_step=64, evaluate_every=10, stop_at_accuracy=0.1,
+        optimizer=Optimizer(lr=3e-3, min_lr=3e-3, warmup_steps=10)), **BASE)
+
+def oreal():
+    return Config(run="{folder}/oreal", **BASE | dict(model=Model("{folder}/sft/policy")))
+"""
+
+
+def oreal(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    result = subprocess.run(
+        [*torchrun, "-m", "oreal_megatron", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Lines of a run, without what a clock wrote."""
+    read = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in read]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["data parallel", "tensor parallel"])
+def trained(request, tmp_path_factory, addition_task) -> Path:
+    folder = tmp_path_factory.mktemp("e2e")
+    addition_task.make_model(folder / "start", seed=0, layers=2)
+    addition_task.make_problems(folder, 0, training=200, held_out=60, demonstrations=600, below=30)
+    (folder / "recipes.py").write_text(RECIPE.format(folder=folder, tensor=request.param))
+    oreal("sft", f"{folder}/recipes.py:sft")
+    oreal("train", f"{folder}/recipes.py:oreal")
+    return folder
+
+
+def test_a_run_leaves_everything_behind(trained):
+    run = trained / "oreal"
+    steps = rows(run)
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    assert all(row["proof/logprob_gap"] < 1e-5 and row["proof/tokens"] > 0 for row in steps)
+    assert "loss/kl" not in steps[0] and steps[0]["loss/reward_model"] > 0, (
+        "the first step trains the reward model alone"
+    )
+    wanted = {
+        "reward/mean", "reward/pass_rate", "batch/kept_prompts", "verify/unknown", "loss/positive", "loss/negative",
+        "loss/kl", "loss/reward_model", "policy/gradient_norm", "reward_model/gradient_norm", "policy/learning_rate",
+        "reward_model/learning_rate", "rollout/response_tokens_mean", "rollout/truncated_share", "policy/reference_kl",
+        "policy/entropy_estimate", "reward_model/accuracy",
+    }  # fmt: skip
+    assert wanted <= steps[-1].keys()
+    assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 2, 4]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert len(list((run / "rollouts").iterdir())) == 4
+    environment = json.loads((run / "environment.json").read_text())["imported"]
+    assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
+
+
+def test_the_policy_is_a_hugging_face_folder_that_moved(trained):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(trained / name / "policy").state_dict() for name in ("sft", "oreal")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
+    run, again = trained / "oreal", trained / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints/step_000004")
+    oreal("train", "--resume", str(again))
+    assert rows(again) == rows(run)
+    for step in range(4):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (again / name).read_text() == (run / name).read_text()
+    assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()

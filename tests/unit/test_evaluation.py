@@ -1,0 +1,44 @@
+"""Intervals, and reading run folders back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from oreal_megatron.cli import main
+from oreal_megatron.evaluation import wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilson_interval_against_published_values(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_report_draws_and_sums_up(tmp_path, capsys):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"seed": 3, "reward_model": {"enabled": True}}))
+    (run / "environment.json").write_text(json.dumps({"imported": {"megatron-core": "0.16.1", "vllm": "0.31.0"}}))
+    metrics = [{"step": i, "reward/pass_rate": 0.2 + 0.1 * i, "seconds/step": 1.5} for i in range(4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    rows = [
+        {"step": s, "accuracy": a, "low": a - 0.1, "high": a + 0.1, "answers": 50} for s, a in ((0, 0.25), (4, 0.5))
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture, summary = tmp_path / "curve.png", tmp_path / "summary.json"
+    assert main.main(["report", str(run), "--picture", str(picture), "--summary", str(summary)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "+25.0 points" in capsys.readouterr().out
+    assert json.loads(summary.read_text()) == {
+        "accuracy_before": 0.25, "accuracy_after": 0.5, "interval_before": [0.15, 0.35], "interval_after": [0.4, 0.6],
+        "problems": 50, "steps": 4, "seed": 3, "reward_model": True, "megatron_core": "0.16.1", "vllm": "0.31.0",
+        "seconds": 6.0,
+    }  # fmt: skip
+
+
+def test_report_on_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main.main(["report", str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err

