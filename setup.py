@@ -29,8 +29,8 @@ setup(
         "safetensors",
         "sentencepiece",
         "sympy",
-        "math-verify==0.9.0",
-        "antlr4-python3-runtime==4.13.2",
+        "mpmath",
+        "httpx",
         "numpy",
         "rich",
         "tensorboard",
@@ -39,7 +39,7 @@ setup(
     extras_require={
         # apex is never required and not named here: `pip install apex` fetches an unrelated package.
         "gpu": ["vllm>=0.26,<0.34", "transformer-engine[pytorch]"],
-        "dev": ["pytest", "hypothesis", "ruff"],
+        "dev": ["pytest", "hypothesis", "ruff", "math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"],
     },
     entry_points={"console_scripts": ["oreal = oreal_megatron.cli.main:main"]},
 )

@@ -5,5 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1
-.venv/bin/ruff check .
+.venv/bin/ruff check --quiet .
+.venv/bin/ruff format --check --quiet .
 .venv/bin/python -m pytest tests/unit tests/dist tests/e2e "$@"

@@ -47,7 +47,7 @@ def golds(folder: Path, grader: Grader) -> None:
 
 
 def hostile(folder: Path, settings: config.Verify) -> None:
-    """Each string bare and in a box, in workers that stand in an empty folder: a payload would leave its marker there."""
+    """Each string bare and in a box, in workers that stand in an empty folder where a payload leaves its marker."""
     answers = rows(folder, "evil_answers")
     with tempfile.TemporaryDirectory() as empty:
         os.chdir(empty)

@@ -15,6 +15,7 @@ from oreal_megatron.config import (
     Sampling,
     Supervised,
     Verify,
+    Weights,
 )
 
 FOLDER = "runs/quickstart"
@@ -33,7 +34,10 @@ def oreal() -> Config:
         sampling=Sampling(answers_per_prompt=16, temperature=1.0, top_p=1.0, max_new_tokens=16),
         data=Data(f"{FOLDER}/rated.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=64),
         verify=Verify(workers=1),
-        optimizer=Optimizer(lr=1e-4, min_lr=2e-5, warmup_steps=10),
+        # The reward model of so small a policy hardly beats chance in so few steps. With the paper's threshold of 0.5
+        # its doubt would mute every token; with 0.25 a token it knows nothing about weighs a third.
+        weights=Weights(threshold=0.25),
+        optimizer=Optimizer(lr=3e-4, min_lr=5e-5, warmup_steps=10),
         reward_model=RewardModel(optimizer=Optimizer(lr=1e-3, min_lr=2e-4, warmup_steps=10)),
         checkpoint=Checkpoint(every=50, keep=2),
         evaluation=Evaluation(every=25, max_new_tokens=16),

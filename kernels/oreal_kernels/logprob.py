@@ -12,7 +12,8 @@ from torch import Tensor
 
 def statistics(logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
     """[4, T] fp32 of one rank's logits [T, V/tp]: maximum, sum of exp(logit - maximum), the label's logit (0 where
-    another rank holds it), and sum of exp(logit - maximum) x (logit - maximum). Columns beyond `vocab_size` are padding."""
+    another rank holds it), and sum of exp(logit - maximum) x (logit - maximum). Columns from `vocab_size` on are
+    padding."""
     logits = logits.float()[:, : max(vocab_size - vocab_start, 0)]
     if logits.shape[1] == 0:  # this rank holds only padding
         empty = logits.new_zeros(4, len(labels))

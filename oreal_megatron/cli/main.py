@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
     "evaluate": "held-out accuracy, or pass rates of training prompts",
+    "verify": "grade a file of answers against their golds",
     "report": "draw the learning curve of run folders and print what they reached",
 }
 BAD_INPUT, STOPPED = 2, 3  # exit codes

@@ -33,7 +33,7 @@ def read(path: Path) -> Record:
         if not (path / name).is_file():
             raise ConfigError(f"{path} is not a run folder: it has no {name}")
     return Record(
-        path.name,
+        str(path),
         json.loads((path / "config.json").read_text()),
         json.loads((path / "environment.json").read_text()),
         _lines(path / "metrics.jsonl"),
@@ -73,7 +73,7 @@ def print_table(records: list[Record]) -> None:
             str(len(record.metrics)),
             f"{record.seconds:.0f}",
         )
-    Console(width=140).print(table)
+    Console(width=150).print(table)
 
 
 def draw(records: list[Record], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import ranks, versions
+from oreal_megatron import ranks, verify, versions
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.records import Rollout, Verdict
@@ -30,7 +30,7 @@ class Run:
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
         if first_step == 0:
             _write_json(self.path / "config.json", dataclasses.asdict(config))
-            _write_json(self.path / "environment.json", versions.environment())
+            _write_json(self.path / "environment.json", versions.environment() | {"verifier": verify.VERSION})
         self._forget_from(first_step)
         self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
 

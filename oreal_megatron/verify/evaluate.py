@@ -31,14 +31,15 @@ def has_steps(node: Node) -> bool:
 
 
 def point(trial: int, whole: bool) -> Point:
-    """Values for any name, the same for the same name: fractions of both signs, later whole numbers."""
+    """Values for any name, the same for the same name: fractions of both signs, whole numbers, large fractions."""
 
     def value(name: str) -> Fraction:
         hashed = zlib.crc32(f"{trial} {name}".encode("utf-8", "replace"))
-        if whole or trial >= 6:
-            return Fraction(2 + hashed % 17 + 19 * (trial % 3))
+        if whole or 6 <= trial < 12:
+            return Fraction(2 + hashed % 17 + 19 * (trial % 6))
         size = Fraction(373 + hashed % 3331, 1009)  # a prime below: hardly ever a zero or an edge of the answer
-        return -size if trial % 3 == 2 or trial % 3 == 1 and hashed & 1024 else size
+        sign = -1 if trial % 3 == 2 or trial % 3 == 1 and hashed & 1024 else 1
+        return sign * (size if trial < 6 else size * Fraction(trial - 9, 2))
 
     return value
 

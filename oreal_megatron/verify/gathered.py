@@ -50,6 +50,6 @@ class StepVerifier:
             methods = ", ".join(sorted({verdict.method for verdict in unknown}))
             raise TooManyUnknown(
                 f"{len(unknown)} of {len(verdicts)} verdicts are unknown ({methods}), more than the "
-                f"{self.unknown_limit:.0%} that verify.unknown_limit allows. Nothing was trained on this step; mend the "
-                "judge or the limits and resume"
+                f"{self.unknown_limit:.0%} that verify.unknown_limit allows. Nothing was trained on this step; "
+                "mend the judge or the limits and resume"
             )

@@ -119,15 +119,17 @@ class _Parser(Primaries):
 
     def product(self, signs: bool = False) -> Node:
         """Factors next to each other; 1\\frac{1}{2} is a mixed number."""
-        factors = [self.factor(signs)]
+        bare, factors = self.peek().kind == "num", [self.factor(signs)]
         while self.follows():
-            if factors[-1][0] == "num" and self.peek().kind == "num":
+            token = self.peek()
+            if bare and token.kind == "num" and factors[-1][0] == "num":
                 factors[-1] = self.mixed(factors[-1])
                 continue
             following = self.factor()
-            if tree.is_mixed(factors[-1], following):
+            if bare and token == ("frac", "/") and tree.is_mixed(factors[-1], following):
                 following = ("add", (factors.pop(), following))
             factors.append(following)
+            bare = token.kind == "num"
         return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
 
     def mixed(self, whole: Node) -> Node:

@@ -26,6 +26,7 @@ _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|textnormal|mathit|mathsf|emph)\s*\{([^{}]*)\}"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
+_WORD = re.compile(r"[A-Za-z]{3,}|^no$|[^\x00-\x7f]", re.IGNORECASE)  # AB and ab may be two things, No and no are one
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?[(\[]?\s*([A-J])\s*[)\]]?[.:]?", re.IGNORECASE)
 _LABELLED = re.compile(
     r"\(\s*([A-J])\s*\)[.:]?\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|([B-HJ]|A(?=\s+[A-Z]))\s+([A-Z][a-z]+.*)", re.DOTALL
@@ -38,9 +39,10 @@ _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{2,}|[-+]?\d+,\d{2}(?=\D*$)")
 _MARKS = re.compile(r"\*\*|####|<answer>|答案|\banswer", re.IGNORECASE)
 _LONG_WORD = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}")
 _CJK = re.compile(r"[\u3400-\u9fff\uff00-\uffef]")
-_CJK_LEAD = re.compile(
-    r"^(?:(?:因此|所以|故|则|即|综上|最终|最后|正确)*(?:本题)?(?:的)?(?:答案|结果|选项|解)?(?:应该|应)?(?:为|是|选|等于|有|[:：]|,|，)*)"
-)
+_CJK_RUN = re.compile(r"[\u3400-\u9fff，,：:\s]*")
+_CJK_SO = re.compile(r"(?:因此|所以|故|则|即|综上){0,3}[，,]*")
+_CJK_IS = ("答案", "结果", "为", "是", "等于", "得", "选", "：", ":")
+_CJK_NOT = re.compile(r"[不非没无否]")
 
 
 class Graded(NamedTuple):
@@ -118,8 +120,9 @@ def prepared(text: str) -> str:
 
 def _without_chinese(text: str) -> str:
     """Takes phrases such as "the answer is" off the front; words alone, or behind a number (units), stay."""
-    lead = _CJK_LEAD.match(text)
-    rest = text[lead.end() :].strip()
+    run = _CJK_RUN.match(text).group()
+    end = max((run.rfind(word) + len(word) for word in _CJK_IS if word in run), default=_CJK_SO.match(text).end())
+    rest = text if _CJK_NOT.search(run[:end]) else text[end:].strip()
     rest = re.sub(r"(?<=[\d})])\s*(?:或者|或)\s*", " or ", rest)
     rest = re.sub(r"(?<=[\d})])\s*(?:和|与|及)\s*", " , ", rest)
     return rest or text
@@ -143,7 +146,7 @@ def folded(text: str) -> str | None:
     if len(text) > 400:
         return None
     text = _SPACES.sub(" ", _unwrapped(text)).strip(" .,;:!\"'*`")
-    if not _WORDS.fullmatch(text) or len(text) < 2 and text.isascii():
+    if not _WORDS.fullmatch(text) or not _WORD.search(text):
         return None
     text = text.casefold()
     text = text.removeprefix("the ").removeprefix("an ").removeprefix("a ")

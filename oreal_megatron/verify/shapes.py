@@ -45,12 +45,14 @@ def quantity(node: Node) -> Quantity:
 
 
 def lettered(quantity: Quantity, other: Quantity) -> Quantity:
-    """5m read as 5 metres where the other side has the unit m."""
+    """5m and 5m^2 read as 5 metres and 5 square metres where the other side has that unit."""
     node = quantity.node
-    if quantity.unit is not None or other.unit is None or len(other.unit) != 1 or node[0] != "mul":
+    if quantity.unit is not None or other.unit is None or node[0] != "mul":
         return quantity
     *rest, last = node[1]
-    if last != ("atom", other.unit) or not rest:
+    letter, _, power = other.unit.partition("^")
+    unit = ("pow", ("atom", letter), ("num", Fraction(power), None)) if power.isdigit() else ("atom", letter)
+    if last != unit:
         return quantity
     return Quantity(rest[0] if len(rest) == 1 else ("mul", tuple(rest)), other.unit, quantity.percent)
 

@@ -65,7 +65,7 @@ def bracket(opening: str, closing: str, inside: Node | None) -> Node:
     if opening == "set":
         return ("set", items) if items else ("const", "empty")
     if opening == "{":
-        return ("set", ()) if inside is None else inside
+        return ("const", "empty") if inside is None else inside
     if opening == "<":
         return ("tuple", "(", ")", items)
     if inside is not None and (inside[0] == "matrix" or (opening, closing) == ("(", ")") and inside[0] != "list"):

@@ -46,6 +46,9 @@ MAX_WORDS = 5
 
 
 def _singular(word: str) -> str:
+    name, caret, power = word.partition("^")
+    if caret:
+        return f"{_singular(name)}^{power}"
     word = _SYNONYMS.get(word, word)
     if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
         word = word[:-1]

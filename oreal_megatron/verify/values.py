@@ -281,3 +281,12 @@ class Arithmetic:
             return False
         scale = max(abs(a.middle), abs(b.middle))
         return bool(radius <= max(scale, 1) * self.context.mpf(10) ** -15)
+
+
+class RealArithmetic(Arithmetic):
+    """Has no value where the real numbers have none. The root of x times the root of y is the root of xy only there."""
+
+    def logarithm(self, a: Value) -> Value:
+        if self.is_real(a) and self.sign(a) < 0:
+            raise Undefined("the logarithm or a root of a negative number")
+        return super().logarithm(a)

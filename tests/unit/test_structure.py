@@ -19,7 +19,7 @@ HEIGHT = {
     "mapping": 4, "rollout": 5, "mcore": 5, "reshard": 5, "convert": 5, "observe": 6, "evaluation": 7, "loop": 7,
     "supervised": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
-WORLDS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"verify"}, "aiohttp": {"verify"}}
+WORLDS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"verify"}}
 
 
 def imports(file: Path) -> set[str]:

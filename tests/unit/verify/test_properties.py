@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from oreal_megatron.verify import prompt, rules
 
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 WHOLE = st.integers(-999, 999)
 LEAVES = st.one_of(
     WHOLE.map(lambda n: (f"{{{n}}}", f"({n})", Fraction(n))),
@@ -53,7 +55,8 @@ def test_two_spellings_of_one_number_are_equal(expression):
 def test_a_number_is_not_itself_and_a_bit(expression, bit):
     latex, _, value = expression
     assert not rules.equal(fraction(value), f"({latex})+{fraction(bit)}")[0]
-    assert not rules.equal(latex, fraction(value + bit))[0]
+    if "." not in latex:  # a gold decimal stands for what rounds to it
+        assert not rules.equal(latex, fraction(value + bit))[0]
 
 
 @given(LETTERED)
@@ -127,11 +130,10 @@ def test_equations_up_to_a_factor(a, b, c, k):
         assert not rules.equal(gold, f"{a}x+{b}y={c + 1}".replace("+-", "-"))[0]
 
 
-PIECES = list("x5{}()[]\\^_$,.|!+-*/=<> \n'%&") + (
-    "\\frac \\sqrt \\boxed{ \\text{ \\sum_{n=1}^{9} \\begin{pmatrix} \\end{pmatrix} ^{ ** \\pm \\sin 度 ½ "
-    "\\left( \\cup \\in \\setminus \\mathbb{R} : ; \\max \\ln \\log_ \\binom \\overline{ \\text{cm} \\text{and} f( \\le e i ! \ud800 \x00 1e9 \\{ \\}".split(
-        " "
-    )
+PIECES = list("x5{}()[]\\^_$,.|!+-*/=<> \n'%&:;") + (
+    "\\frac \\sqrt \\boxed{ \\text{ \\sum_{n=1}^{9} \\begin{pmatrix} \\end{pmatrix} ^{ ** \\pm \\sin 度 ½ \\left( "
+    "\\cup \\in \\setminus \\mathbb{R} \\max \\ln \\log_ \\binom \\overline{ \\text{cm} \\text{and} f( \\le e i ! "
+    "\ud800 \x00 1e9 \\{ \\}".split(" ")
 )
 TEXT = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 

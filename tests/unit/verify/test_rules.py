@@ -38,7 +38,7 @@ def test_every_gold_of_the_table_equals_itself_in_every_dress():
 def test_different_stays_different_the_other_way_round():
     """Accepting may be one-sided (a gold decimal, a base left out); refusing what differs may not hide an order."""
     accepted = [(answer, gold) for gold, answer in DIFFERENT if answer and rules.equal(answer, gold)[0]]
-    one_sided = {"0.3333", "3.146", "0.333333333333334", "6.28"}
+    one_sided = {"7.78", "0.3333", "3.146", "0.333333333333334", "6.28"}
     assert [pair for pair in accepted if not one_sided & set(pair)] == []
 
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The six learning runs of docs/learning.md: three seeds, with and without the token-level reward model.
+#     bash examples/learning_runs.sh
+# About 25 minutes on two cores. Leaves runs/learning/seed_N and prints the table.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1
+runs=()
+for seed in 0 1 2; do
+    folder=runs/learning/seed_$seed
+    bash examples/quickstart.sh --seed "$seed"
+    .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 -m oreal_megatron train \
+        examples/recipes/quickstart.py:oreal_without_reward_model --set seed="$seed"
+    mkdir -p runs/learning
+    rm -rf "$folder"
+    mv runs/quickstart "$folder"
+    runs+=("$folder/oreal" "$folder/without_reward_model")
+done
+.venv/bin/python -m oreal_megatron report "${runs[@]}" --picture runs/learning/learning_curves.png
