@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oreal_megatron.config import Config, Sampling
-from oreal_megatron.records import Outcome, Prompt
+from oreal_megatron.records import Outcome, Prompt, Rollout
 
 
 def evaluate(
-    prompts: Sequence[Prompt], engine: Any, verifier: Any, config: Config, sampling: Sampling | None = None
+    prompts: Sequence[Prompt],
+    engine: Any,
+    verifier: Any,
+    config: Config,
+    sampling: Sampling | None = None,
+    answered: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], list[float]]:
     """Mean accuracy over all answers (greedy, one each, unless told otherwise), and each problem's pass rate.
 
-    An UNKNOWN verdict counts as not right, and is counted.
+    An UNKNOWN verdict counts as not right, and is counted. `answered` is called for every answer of this replica.
     """
     greedy = dataclasses.replace(
         config.sampling,
@@ -26,7 +31,12 @@ def evaluate(
         max_new_tokens=config.evaluation.max_new_tokens,
     )
     sampling = sampling or greedy
-    rollouts = engine.generate(prompts, sampling, (config.seed, -1), verifier.submit)
+
+    def finished(rollout: Rollout) -> None:
+        verifier.submit(rollout)
+        answered()
+
+    rollouts = engine.generate(prompts, sampling, (config.seed, -1), finished)
     outcomes = [[verdict.outcome for verdict in row] for row in verifier.verdicts(rollouts)]
     rates = [row.count(Outcome.CORRECT) / len(row) for row in outcomes]
     answers = len(prompts) * sampling.answers_per_prompt

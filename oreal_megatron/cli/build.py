@@ -43,6 +43,12 @@ class Inputs:
         read = prompts.load_prompts(path, self.tokenizer, data.system_prompt, room)
         return prompts.refuse_bad_golds(read, path, rules.equals_itself, data.drop_bad_golds)
 
+    def held_out(self) -> list[Prompt]:
+        """The problems to evaluate on; none when the recipe names no file."""
+        if not self.config.data.held_out:
+            return []
+        return self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
+
 
 def prepare(config: Config) -> Inputs:
     """Check configuration, model folder and world size; each fault is a ConfigError with a sentence."""

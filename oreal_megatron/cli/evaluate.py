@@ -10,6 +10,7 @@ from pathlib import Path
 from oreal_megatron import prompts, ranks, settings
 from oreal_megatron.cli import build
 from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
     parallel.start_process_group()
     engine, verifier = build.start_engine(inputs)
     sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples) if args.rate else None
-    result, rates = evaluate(asked, engine, verifier, config, sampling)
+    answers = len(asked[engine.replica :: engine.replicas]) * (sampling.answers_per_prompt if sampling else 1)
+    with Bar("answers", answers, ranks.rank() == 0) as bar:
+        result, rates = evaluate(asked, engine, verifier, config, sampling, bar.advance)
     if ranks.rank() == 0:
         if args.rate:
             lines = prompts.read_problems(config.data.path)

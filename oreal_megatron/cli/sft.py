@@ -25,9 +25,7 @@ def run(args: argparse.Namespace) -> int:
     demonstrations = prompts.load_demonstrations(
         wanted.path, inputs.tokenizer, config.data.system_prompt, inputs.arch.max_positions
     )
-    held_out = (
-        inputs.prompts(config.data.held_out)[: config.evaluation.problems or None] if wanted.evaluate_every else []
-    )
+    held_out = inputs.held_out() if wanted.evaluate_every else []
 
     from oreal_megatron.mcore import parallel, roles
 

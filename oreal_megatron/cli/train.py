@@ -26,11 +26,12 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     inputs = build.prepare(config)
     prompts = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
-    held_out = (
-        inputs.prompts(config.data.held_out)[: config.evaluation.problems or None] if config.data.held_out else []
-    )
+    held_out = inputs.held_out()
 
-    from oreal_megatron.mcore import checkpoint, parallel, roles
+    from oreal_megatron.mcore import checkpoint, parallel, roles  # imports Megatron, which takes seconds
+
+    folder, trained = Path(config.run) / "checkpoints", ["policy"] + ["reward_model"] * config.reward_model.enabled
+    resumed = checkpoint.newest(folder, trained) if args.resume else None
 
     parallel.start_process_group()
     engine, verifier = build.start_engine(inputs)
@@ -38,27 +39,23 @@ def run(args: argparse.Namespace) -> int:
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
-    trainers = {"policy": policy} | ({"reward_model": reward_model} if config.reward_model.enabled else {})
+    trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = partial(build.hand_over, policy, engine)
-
-    first = 0
-    if args.resume:
-        first = checkpoint.load(_newest(checkpoint.complete(_checkpoints(config)), config), trainers)
-        hand_over()
+    first = checkpoint.load(resumed, trainers) if resumed else 0
     record = Run(config, first)
 
     def after_step(done: int) -> None:
         if held_out and _due(done, config.evaluation.every, config.steps):
             record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
-        if _due(done, config.checkpoint.every, config.steps):
-            checkpoint.save(_checkpoints(config), done, trainers, config.checkpoint.keep)
+        if done and _due(done, config.checkpoint.every, config.steps):
+            checkpoint.save(folder, done, trainers, config.checkpoint.keep)
 
-    if held_out and not args.resume:
-        record.log_evaluation(0, evaluate(held_out, engine, verifier, config)[0])
-    loop.train(
-        config, prompts, engine, verifier, policy, reference, reward_model, hand_over, record, after_step,
-        parallel.data_parallel(),
-    )  # fmt: skip
+    if resumed:
+        hand_over()
+    else:
+        after_step(0)
+    world = parallel.data_parallel()
+    loop.train(config, prompts, engine, verifier, policy, reference, reward_model, hand_over, record, after_step, world)
     save_policy(inputs, policy, Path(config.run) / "policy")
     verifier.grader.close()
     parallel.stop(engine)
@@ -88,15 +85,6 @@ def _config(args: argparse.Namespace) -> Config:
     return settings.override(settings.from_dict(json.loads(file.read_text())), [f"run={args.resume}", *args.set])
 
 
-def _checkpoints(config: Config) -> Path:
-    return Path(config.run) / "checkpoints"
-
-
-def _newest(found: list[Path], config: Config) -> Path:
-    if not found:
-        raise ConfigError(f"{_checkpoints(config)} holds no finished checkpoint to resume from")
-    return found[-1]
-
-
 def _due(done: int, every: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
+    """Before the first step, every so many steps, and after the last."""
+    return done in (0, steps) or (every > 0 and done % every == 0)

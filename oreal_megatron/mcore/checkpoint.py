@@ -57,7 +57,6 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
     """Restore all trainers in place and return the step to go on with. Collective."""
     with device_layer(), adam.loadable():
         for name, trainer in trainers.items():
-            check(path / name)
             state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path / name))
             trainer.model.module.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -66,6 +65,16 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
         if len(state["random"]) == ranks.world_size():
             _restore_random_state(state["random"][ranks.rank()])
     return state["step"]
+
+
+def newest(folder: Path, models: list[str]) -> Path:
+    """The newest finished checkpoint of a run; refuses a folder that lacks one, or a model in it."""
+    found = complete(folder)
+    if not found:
+        raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
+    for name in models:
+        check(found[-1] / name)
+    return found[-1]
 
 
 def complete(folder: Path) -> list[Path]:

@@ -134,7 +134,7 @@ class Engine:
 
 
 def _platform_arguments(config: Config) -> dict[str, Any]:
-    """On CPU, vLLM 0.31 fails on a seeded request whose prompt is cut into chunks ("CPU Generator does not use offset")."""
+    """On CPU, vLLM 0.31 fails on a seeded request whose prompt is chunked ("CPU Generator does not use offset")."""
     if torch.cuda.is_available():
         return {}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, config.engine.max_model_len)}
