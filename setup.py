@@ -24,7 +24,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.4",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core==0.16.1",
         "transformers>=5.5.3",
         "safetensors",
         "sentencepiece",
@@ -32,6 +32,7 @@ setup(
         "mpmath",
         "httpx",
         "numpy",
+        "packaging",
         "rich",
         "tensorboard",
         "matplotlib",

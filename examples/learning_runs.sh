@@ -9,11 +9,11 @@ runs=()
 for seed in 0 1 2; do
     folder=runs/learning/seed_$seed
     bash examples/quickstart.sh --seed "$seed"
-    .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 -m oreal_megatron train \
+    .venv/bin/oreal --processes 2 train \
         examples/recipes/quickstart.py:oreal_without_reward_model --set seed="$seed"
     mkdir -p runs/learning
     rm -rf "$folder"
     mv runs/quickstart "$folder"
     runs+=("$folder/oreal" "$folder/without_reward_model")
 done
-.venv/bin/python -m oreal_megatron report "${runs[@]}" --picture runs/learning/learning_curves.png
+.venv/bin/oreal report "${runs[@]}" --picture runs/learning/learning_curves.png

@@ -19,7 +19,7 @@ done
 bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1
 folder=runs/quickstart recipes=examples/recipes/quickstart.py
-python=.venv/bin/python oreal="$python -m torch.distributed.run --standalone --nproc-per-node 2 -m oreal_megatron"
+python=.venv/bin/python oreal=".venv/bin/oreal --processes 2"
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
 rm -rf "$folder"
@@ -32,5 +32,5 @@ $oreal evaluate "$recipes:oreal" --set seed="$seed" --set data.path="$folder/pro
 say "OREAL"
 $oreal train "$recipes:$recipe" --set seed="$seed" --set run="$folder/oreal"
 say "what it learned"
-$python -m oreal_megatron report "$folder/oreal" --picture "$folder/learning_curve.png" \
+.venv/bin/oreal report "$folder/oreal" --picture "$folder/learning_curve.png" \
     --summary "$folder/summary.json" --started "$started"

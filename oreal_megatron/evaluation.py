@@ -18,10 +18,11 @@ def evaluate(
     config: Config,
     sampling: Sampling | None = None,
     answered: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float], list[float]]:
+) -> tuple[dict[str, float], list[float | None]]:
     """Mean accuracy over all answers (greedy, one each, unless told otherwise), and each problem's pass rate.
 
-    An UNKNOWN verdict counts as not right, and is counted. `answered` is called for every answer of this replica.
+    In the accuracy an UNKNOWN verdict is not right, and is counted; a pass rate leaves it out (None when nothing is
+    known). `answered` is called for every answer of this replica.
     """
     greedy = dataclasses.replace(
         config.sampling,
@@ -38,13 +39,18 @@ def evaluate(
 
     rollouts = engine.generate(prompts, sampling, (config.seed, -1), finished)
     outcomes = [[verdict.outcome for verdict in row] for row in verifier.verdicts(rollouts)]
-    rates = [row.count(Outcome.CORRECT) / len(row) for row in outcomes]
+    rates = [_pass_rate(row) for row in outcomes]
     answers = len(prompts) * sampling.answers_per_prompt
     correct = sum(row.count(Outcome.CORRECT) for row in outcomes)
     low, high = wilson_interval(correct, answers)
     unknown = sum(row.count(Outcome.UNKNOWN) for row in outcomes)
     result = {"accuracy": correct / answers, "low": low, "high": high, "answers": answers, "unknown": unknown}
     return result, rates
+
+
+def _pass_rate(outcomes: Sequence[Outcome]) -> float | None:
+    known = len(outcomes) - outcomes.count(Outcome.UNKNOWN)
+    return outcomes.count(Outcome.CORRECT) / known if known else None
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -37,18 +37,18 @@ def train(
             with run.phase("verify"):  # what generation did not overlap
                 verdicts = verifier.verdicts(rollouts)  # [P, K]
             with run.phase("prove"):  # before anything is trained on them
-                metrics = same_policy(config, policy, rollouts, cut, step)
+                metrics = same_policy(config, engine, policy, rollouts, cut, step)
 
             samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one right, one wrong a prompt
             metrics |= selection.summary(rollouts, verdicts, samples)
             if samples:
                 batch = pack.batch(samples, *cut)  # with the counts of the whole step
-                with run.phase("reference"):
-                    reference_logp = reference.score(batch)
                 with run.phase("reward_model"):
                     weight, learned = reward_model.update(batch)  # what it believed before this update
                 metrics |= learned
                 if step >= config.frozen_steps:
+                    with run.phase("reference"):
+                        reference_logp = reference.score(batch)
                     with run.phase("policy"):
                         metrics |= policy.update(batch, reference_logp, weight)
                     with run.phase("reshard"):
@@ -60,8 +60,10 @@ def train(
             after_step(step + 1)
 
 
-def same_policy(config: Config, policy: Any, rollouts: Any, cut: tuple[int, int, int], step: int) -> dict[str, float]:
+def same_policy(
+    config: Config, engine: Any, policy: Any, rollouts: Any, cut: tuple[int, int, int], step: int
+) -> dict[str, float]:
     """Compare the engine's log-probs of a few sampled tokens with the trainer's; stops the run when they differ."""
     batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
-    totals = ranks.total(proof.difference(policy.score(batch), batch))
-    return proof.check(totals, config.proof_tolerance, policy.updates, step)
+    gap, tokens = zip(*ranks.gather(proof.difference(policy.score(batch), batch)), strict=True)
+    return proof.check(max(gap), sum(tokens), config.proof_tolerance, (engine.version, policy.updates), step)

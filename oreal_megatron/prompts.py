@@ -84,25 +84,28 @@ def refuse_bad_golds(
     prompts: list[Prompt], path: str, equals_itself: Callable[[str], bool], drop: bool
 ) -> list[Prompt]:
     """Prompts whose gold answer the verifier accepts as an answer to itself; others are listed, or dropped if told."""
-    bad = [prompt for prompt in prompts if not equals_itself(prompt.gold)]
+    sound = [equals_itself(prompt.gold) for prompt in prompts]
+    bad = [prompt for prompt, fine in zip(prompts, sound, strict=True) if not fine]
     if bad and not drop:
         listed = "; ".join(f"problem {prompt.id + 1}: {prompt.gold!r}" for prompt in bad[:10])
         raise ConfigError(
             f"{path}: the verifier cannot equate {len(bad)} gold answers with themselves ({listed}). "
             "Mend them, or leave them out with --set data.drop_bad_golds=true"
         )
-    return [prompt for prompt in prompts if prompt not in bad]
+    return [prompt for prompt, fine in zip(prompts, sound, strict=True) if fine]
 
 
 def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if not Path(path).is_file():
         raise ConfigError(f"data file {path or '(none named)'} does not exist")
     found = False
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{path} line {number} is not JSON: {error}") from None
             if not isinstance(line, dict):
                 raise ConfigError(f"{path} line {number} is {type(line).__name__}; wanted a JSON object")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 
@@ -24,13 +23,3 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def total(values: dict[str, float], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> dict[str, float]:
-    """Key by key over all ranks, in float64; every rank passes the same keys."""
-    if world_size() == 1:
-        return dict(values)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, operation)
-    return dict(zip(values, numbers.tolist(), strict=True))

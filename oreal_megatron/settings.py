@@ -6,11 +6,13 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+from oreal_megatron import config as configuration
 from oreal_megatron.config import Config, ConfigError
 
 
@@ -24,11 +26,24 @@ def from_recipe(name: str) -> Config:
     spec.loader.exec_module(module)
     recipes = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"]
     if function not in recipes:
-        raise ConfigError(f"{path} has no recipe {function!r}{_nearest(function, recipes)}")
-    config = getattr(module, function)()
+        raise ConfigError(f"{path} has no recipe {function!r}{nearest(function, recipes)}")
+    config = _call(getattr(module, function), name)
     if not isinstance(config, Config):
         raise ConfigError(f"{name} returned {type(config).__name__}; a recipe returns oreal_megatron.config.Config")
-    return config
+    return from_dict(dataclasses.asdict(config))  # checks the type of every value
+
+
+def _call(recipe: types.FunctionType, name: str) -> Any:
+    """Call a recipe; an argument that no section has is told as any other unknown key."""
+    try:
+        return recipe()
+    except TypeError as error:
+        found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        section = found and getattr(configuration, found[1], None)
+        if not section:
+            raise
+        fields = [field.name for field in dataclasses.fields(section)]
+        raise ConfigError(f"{name}: {found[1]} has no key {found[2]!r}{nearest(found[2], fields)}") from None
 
 
 def override(config: Config, assignments: list[str]) -> Config:
@@ -46,7 +61,7 @@ def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any
     hints = typing.get_type_hints(kind)
     for key in data:
         if key not in hints:
-            raise ConfigError(f"unknown configuration key {where}{key}{_nearest(key, list(hints))}")
+            raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, list(hints))}")
     return kind(**{key: _typed(value, hints[key], f"{where}{key}") for key, value in data.items()})
 
 
@@ -56,13 +71,15 @@ def _replace(node: Any, path: list[str], text: str, assignment: str) -> Any:
         return {**node, ".".join(path): _parse(text)}
     hints = typing.get_type_hints(type(node))
     if key not in hints:
-        raise ConfigError(f"--set {assignment}: unknown key {key!r}{_nearest(key, list(hints))}")
+        raise ConfigError(f"--set {assignment}: unknown key {key!r}{nearest(key, list(hints))}")
     value = getattr(node, key)
     if rest and not (dataclasses.is_dataclass(value) or isinstance(value, dict)):
         raise ConfigError(f"--set {assignment}: {key} is a value, it has no key {rest[0]!r}")
     if not rest and dataclasses.is_dataclass(value):
         raise ConfigError(f"--set {assignment}: {key} is a section; name one of {', '.join(vars(value))}")
-    new = _replace(value, rest, text, assignment) if rest else _typed(_parse(text), hints[key], key)
+    # A name like 2024_01 or 1e5 is a text where a text is wanted.
+    plain = text if hints[key] is str else _parse(text)
+    new = _replace(value, rest, text, assignment) if rest else _typed(plain, hints[key], key)
     return dataclasses.replace(node, **{key: new})
 
 
@@ -91,6 +108,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown key: the nearest known one, or all of them."""
     close = difflib.get_close_matches(key, known, 1, 0.4)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

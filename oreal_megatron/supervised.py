@@ -15,6 +15,7 @@ def imitate(
     demonstrations: Any,  # .take(step) -> samples
     policy: Any,  # .imitate(batch) -> metrics
     accuracy: Callable[[], float],  # greedy, held out, of the present weights
+    log: Callable[[int, dict[str, float]], None],
     shown: bool,
     data_parallel: tuple[int, int],
 ) -> int:
@@ -24,6 +25,7 @@ def imitate(
         for step in range(wanted.steps):
             batch = pack.batch(demonstrations.take(step), config.tokens_per_micro_batch, *data_parallel)
             metrics = policy.imitate(batch)
+            log(step, metrics)
             note = f"loss {metrics['loss/total']:.3f}"
             if wanted.evaluate_every and (step + 1) % wanted.evaluate_every == 0:
                 reached = accuracy()

@@ -1,6 +1,6 @@
 """Log-probabilities of labels from vocabulary-parallel logits: the local part, without communication.
 
-Each rank computes four numbers per token from its slice of the vocabulary; the ranks exchange them in one
+Each rank computes three numbers per token from its slice of the vocabulary; the ranks exchange them in one
 all-gather and combine them in rank order, so that all ranks hold bitwise equal results.
 """
 
@@ -11,35 +11,27 @@ from torch import Tensor
 
 
 def statistics(logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
-    """[4, T] fp32 of one rank's logits [T, V/tp]: maximum, sum of exp(logit - maximum), the label's logit (0 where
-    another rank holds it), and sum of exp(logit - maximum) x (logit - maximum). Columns from `vocab_size` on are
-    padding."""
+    """[3, T] fp32 of one rank's logits [T, V/tp]: maximum, sum of exp(logit - maximum), and the label's logit (0 where
+    another rank holds it). Columns from `vocab_size` on are padding."""
     logits = logits.float()[:, : max(vocab_size - vocab_start, 0)]
     if logits.shape[1] == 0:  # this rank holds only padding
-        empty = logits.new_zeros(4, len(labels))
+        empty = logits.new_zeros(3, len(labels))
         empty[0] = -torch.inf
         return empty
     maximum = logits.amax(1)
-    below = logits - maximum[:, None]
-    weight = torch.exp(below)
     column = labels - vocab_start
     mine = (column >= 0) & (column < logits.shape[1])
     target = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return torch.stack([maximum, weight.sum(1), torch.where(mine, target, 0.0), (weight * below).sum(1)])
+    return torch.stack([maximum, torch.exp(logits - maximum[:, None]).sum(1), torch.where(mine, target, 0.0)])
 
 
-def combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log-prob [T], entropy in nats [T] and log-sum-exp [T] from all ranks' statistics [tp, 4, T]."""
-    maxima, sums, targets, products = parts.unbind(1)
+def combine(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """log-prob [T] and log-sum-exp [T] from all ranks' statistics [tp, 3, T]."""
+    maxima, sums, targets = parts.unbind(1)
     maximum = maxima.amax(0)
-    gaps = maxima - maximum  # [tp, T], at most 0; -inf on a rank that holds only padding
-    scale = torch.exp(gaps)
-    normaliser = (sums * scale).sum(0)
-    log_normaliser = torch.log(normaliser)
-    moved = products + torch.where(sums > 0, gaps, 0.0) * sums  # relative to the common maximum
-    entropy = log_normaliser - (moved * scale).sum(0) / normaliser
+    log_normaliser = torch.log((sums * torch.exp(maxima - maximum)).sum(0))
     # The maximum goes first: added to a logarithm it would cost digits.
-    return targets.sum(0) - maximum - log_normaliser, entropy, maximum + log_normaliser
+    return targets.sum(0) - maximum - log_normaliser, maximum + log_normaliser
 
 
 def gradient(

@@ -17,7 +17,7 @@ def batch(samples: Sequence[Sample], tokens_per_micro_batch: int, rank: int, ran
     different numbers deadlock Megatron's schedules. Ranks that have fewer get empty micro-batches.
     """
     cut = [_groups(share, tokens_per_micro_batch) for share in _deal(samples, ranks)]
-    longest = max(len(groups) for groups in cut)
+    longest = max(1, *(len(groups) for groups in cut))
     mine = cut[rank] + [[]] * (longest - len(cut[rank]))
     return Batch(tuple(micro_batch(group) for group in mine), counts(samples))
 

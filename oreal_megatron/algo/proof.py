@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from oreal_megatron.algo import segments
 from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Batch, Rollout, Sample
 
@@ -25,24 +26,27 @@ def samples(rollouts: Sequence[Sequence[Rollout]], tokens: int) -> list[Sample]:
     ]
 
 
-def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch) -> dict[str, float]:
-    """Sum of |trainer - engine| in nats and number of tokens on this rank (none before the last pipeline stage)."""
-    gaps = [
-        (logp_T.cpu() - micro_batch.engine_logprobs).abs()
-        for logp_T, micro_batch in zip(trainer_logp or (), batch.micro_batches, strict=trainer_logp is not None)
-    ]
-    joined = torch.cat(gaps) if gaps else torch.zeros(0)
-    return {"sum": float(joined.sum()), "tokens": float(len(joined))}
+def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch) -> tuple[float, int]:
+    """The worst answer's mean |trainer - engine| in nats, and the tokens compared, on this rank (0 and 0 before the
+    last pipeline stage). The worst, because one bad replica among many good ones would drown in a mean."""
+    gaps, tokens = [torch.zeros(1)], 0
+    for logp_T, micro_batch in zip(trainer_logp or (), batch.micro_batches, strict=trainer_logp is not None):
+        gap_T = (logp_T.cpu() - micro_batch.engine_logprobs).abs()
+        gaps.append(segments.mean(gap_T, micro_batch.cu_seqlens))
+        tokens += len(gap_T)
+    return torch.cat(gaps).nan_to_num(torch.inf).max().item(), tokens
 
 
-def check(totals: dict[str, float], tolerance: float, version: int, step: int) -> dict[str, float]:
-    """Metrics of the comparison over all ranks; stops the run when the mean gap exceeds the tolerance."""
-    gap = totals["sum"] / max(totals["tokens"], 1.0)
-    if not gap <= tolerance:  # nan is a disagreement
+def check(gap: float, tokens: int, tolerance: float, versions: tuple[int, int], step: int) -> dict[str, float]:
+    """Metrics of the comparison over all ranks; stops the run when versions differ or the gap exceeds the tolerance."""
+    engine, trainer = versions
+    if engine != trainer:
+        raise PoliciesDiffer(f"step {step}: the engine holds policy version {engine}, the trainer is at {trainer}")
+    if gap > tolerance:
         raise PoliciesDiffer(
-            f"step {step}: engine and trainer log-probs of {totals['tokens']:.0f} sampled tokens differ by "
-            f"{gap:.3g} nats on average, more than the tolerance of {tolerance:g}. The engine does not hold the "
-            f"policy of version {version}: suspect the weight mapping, the reload, or a stale prefix cache. "
+            f"step {step}: engine and trainer log-probs differ by {gap:.3g} nats on average in one of the sampled "
+            f"answers ({tokens} tokens compared), more than the tolerance of {tolerance:g}. The engine does not hold "
+            f"the policy of version {trainer}: suspect the weight mapping, the reload, or a stale prefix cache. "
             "Nothing was trained on these answers; resume from the last checkpoint once it is mended"
         )
-    return {"proof/logprob_gap": gap, "proof/tokens": totals["tokens"]}
+    return {"proof/logprob_gap": gap, "proof/tokens": tokens}

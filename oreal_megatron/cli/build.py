@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from oreal_megatron import prompts, ranks, versions
 from oreal_megatron.algo import advantages
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mapping import architecture
+from oreal_megatron.mapping import architecture, tensors
 from oreal_megatron.records import Prompt
 from oreal_megatron.verify import rules
 
@@ -25,6 +27,18 @@ CHOICES = {
     "loss.kl_kind": ("k1", "k1_reversed", "k2", "k3"),
     "reward_model.score_at": ("token", "before"),
 }
+
+
+RANGES = (
+    ("sampling.temperature", 0.0, 2.0),
+    ("sampling.top_p", 1e-3, 1.0),
+    ("sampling.max_new_tokens", 1, 10**7),
+    ("data.prompts_per_step", 1, 10**6),
+    ("engine.proof_answers", 1, 10**6),
+    ("weights.threshold", 0.0, 0.99),
+    ("weights.top_share", 0.0, 1.0),
+    ("verify.unknown_limit", 0.0, 1.0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +57,12 @@ class Inputs:
         read = prompts.load_prompts(path, self.tokenizer, data.system_prompt, room)
         return prompts.refuse_bad_golds(read, path, rules.equals_itself, data.drop_bad_golds)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of what a resumed run must find unchanged."""
+        files = {f"data {path}": Path(path) for path in (self.config.data.path, self.config.supervised.path) if path}
+        digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
+        return {f"model {self.folder.path}": self.folder.fingerprint(), **digests}
+
     def held_out(self) -> list[Prompt]:
         """The problems to evaluate on; none when the recipe names no file."""
         if not self.config.data.held_out:
@@ -57,6 +77,7 @@ def prepare(config: Config) -> Inputs:
     _check_choices(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
+    folder.require(name for entry in tensors.entries(arch, 1, 1, 0, "lm") for name in entry.hf)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
@@ -64,7 +85,10 @@ def prepare(config: Config) -> Inputs:
             f"engine.max_model_len is {config.engine.max_model_len}, but the model was made for "
             f"{arch.max_positions} positions"
         )
+    _check_cache(config, arch)
     tokenizer = prompts.load_tokenizer(config.model.path)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
     if len(tokenizer) > arch.vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
     return Inputs(config, folder, arch, tokenizer, prompts.stop_tokens(tokenizer, config.model.path))
@@ -76,6 +100,11 @@ def _check_choices(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if value not in allowed:
             raise ConfigError(f"{key} is {value!r}; wanted one of {', '.join(allowed)}")
+    for key, low, high in RANGES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:
+            raise ConfigError(f"{key} is {value}; wanted {low} to {high}")
     if config.sampling.answers_per_prompt < 2:
         raise ConfigError(
             f"sampling.answers_per_prompt is {config.sampling.answers_per_prompt}; leave-one-out advantages compare an "
@@ -99,6 +128,18 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
     if arch.heads % config.engine.tensor:
         raise ConfigError(
             f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
+        )
+
+
+def _check_cache(config: Config, arch: architecture.Architecture) -> None:
+    """One sequence of full length must fit the key-value cache, or vLLM refuses after everything is loaded."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    groups = max(arch.kv_groups // config.engine.tensor, 1)
+    needed = 2 * arch.layers * groups * arch.head_dim * itemsize * config.engine.max_model_len / 2**30
+    if needed > config.engine.kv_cache_gb:
+        raise ConfigError(
+            f"engine.kv_cache_gb is {config.engine.kv_cache_gb:g}, but one sequence of {config.engine.max_model_len} "
+            f"tokens needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from oreal_megatron import prompts, ranks, settings
 from oreal_megatron.cli import build
+from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import evaluate
 from oreal_megatron.observe.progress import Bar
 
@@ -23,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = settings.override(settings.from_recipe(args.recipe), args.set)
     inputs = build.prepare(config)
+    if args.rate and not Path(args.rate).resolve().parent.is_dir():
+        raise ConfigError(f"--rate {args.rate}: its folder does not exist")
+    if args.samples < 1:
+        raise ConfigError(f"--samples is {args.samples}; at least one answer per prompt is needed")
     asked = inputs.prompts(config.data.path if args.rate else config.data.held_out)
 
     from oreal_megatron.mcore import parallel

@@ -10,7 +10,9 @@ from oreal_megatron import prompts, ranks, settings, supervised
 from oreal_megatron.algo.sampler import Sampler
 from oreal_megatron.cli import build
 from oreal_megatron.cli.train import save_policy
+from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe.run import append_row, refuse_existing, write_header
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +28,13 @@ def run(args: argparse.Namespace) -> int:
         wanted.path, inputs.tokenizer, config.data.system_prompt, inputs.arch.max_positions
     )
     held_out = inputs.held_out() if wanted.evaluate_every else []
+    if wanted.evaluate_every and not held_out:
+        raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
+    refuse_existing(config)
 
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import model, parallel, roles
 
+    model.transformer_config(inputs.arch, config)
     parallel.start_process_group()
     engine, verifier = build.start_engine(inputs) if wanted.evaluate_every else (None, None)
     parallel.start_megatron(config.parallel, config.seed)
@@ -39,8 +45,15 @@ def run(args: argparse.Namespace) -> int:
         return evaluate(held_out, engine, verifier, config)[0]["accuracy"]
 
     shown = ranks.rank() == 0
+    if shown:
+        write_header(config, inputs.fingerprints())
     sampler = Sampler(demonstrations, wanted.samples_per_step, config.seed)
-    steps = supervised.imitate(config, sampler, policy, accuracy, shown, parallel.data_parallel())
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if shown:
+            append_row(Path(config.run) / "metrics.jsonl", {"step": step, **metrics})
+
+    steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, parallel.data_parallel())
     save_policy(inputs, policy, Path(config.run) / "policy")
     if shown:
         print(f"{steps} supervised steps done; the policy is in {config.run}/policy")

@@ -13,7 +13,7 @@ from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.evaluation import evaluate
-from oreal_megatron.observe.run import Run, refuse_existing
+from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,14 @@ def run(args: argparse.Namespace) -> int:
     prompts = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
     held_out = inputs.held_out()
 
-    from oreal_megatron.mcore import checkpoint, parallel, roles  # imports Megatron, which takes seconds
+    from oreal_megatron.mcore import checkpoint, model, parallel, roles  # imports Megatron, which takes seconds
 
     folder, trained = Path(config.run) / "checkpoints", ["policy"] + ["reward_model"] * config.reward_model.enabled
     resumed = checkpoint.newest(folder, trained) if args.resume else None
+    model.transformer_config(inputs.arch, config)  # refuses what Megatron would, before anything is loaded
+    inputs_read = inputs.fingerprints()
+    if resumed:
+        refuse_changed(Path(config.run), inputs_read)
 
     parallel.start_process_group()
     engine, verifier = build.start_engine(inputs)
@@ -42,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = partial(build.hand_over, policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first)
+    record = Run(config, first, inputs_read)
 
     def after_step(done: int) -> None:
-        if held_out and _due(done, config.evaluation.every, config.steps):
-            record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
         if done and _due(done, config.checkpoint.every, config.steps):
             checkpoint.save(folder, done, trainers, config.checkpoint.keep)
+        if held_out and _due(done, config.evaluation.every, config.steps):
+            record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
 
     if resumed:
         hand_over()

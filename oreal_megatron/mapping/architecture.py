@@ -59,4 +59,7 @@ def read(hf_config: dict[str, Any]) -> Architecture:
     names = hf_config.get("architectures") or ["(none named)"]
     if names[0] not in FAMILIES:
         raise ConfigError(f"architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
-    return Architecture(**FAMILIES[names[0]](hf_config))
+    try:
+        return Architecture(**FAMILIES[names[0]](hf_config))
+    except KeyError as missing:
+        raise ConfigError(f"config.json of the {names[0]} model lacks the field {missing}") from None

@@ -20,8 +20,10 @@ def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """A fresh AdamW has no state, and state_dict() asserts that it has, when saving before the first update and when
-    loading: fill in the zeros that its first step would."""
+    loading: fill in the zeros that its first step would. With Transformer Engine or apex, saving too wants a state."""
     if HAVE_APEX_OR_TE:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.init_state_fn(part.optimizer, part.config)
         return
     for inner in _inner(optimizer):
         for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):

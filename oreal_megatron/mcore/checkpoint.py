@@ -24,7 +24,11 @@ from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.worker import Trainer
 
 # The default sharding of megatron-core 0.16 refuses to load ("flattened_range is not supported").
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Memory-efficient: optimizer states are gathered over gloo on one rank, not on all of them and not on the GPU.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Path:

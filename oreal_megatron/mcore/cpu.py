@@ -41,7 +41,6 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "manual_seed": (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
     "_get_cuda_rng_state": (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "_set_cuda_rng_state": (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
-    "Tensor.cuda": (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
 }
 
 _entered = False

@@ -35,7 +35,7 @@ class ScalarHead(nn.Module):
 
 
 class _VocabParallelLogProb(torch.autograd.Function):
-    """Log-probs [T] and entropies [T] from this rank's logits [T, V/tp]; one all-gather of [4, T] forward."""
+    """Log-probs [T] from this rank's logits [T, V/tp]; one all-gather of [3, T] forward."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int):
@@ -44,22 +44,20 @@ class _VocabParallelLogProb(torch.autograd.Function):
         mine = oreal_kernels.statistics(logits, labels, start, vocab_size)
         parts = mine.new_empty(group.size(), *mine.shape)
         dist.all_gather(list(parts.unbind(0)), mine, group=group)
-        logp, entropy, log_sum_exp = oreal_kernels.combine(parts)
+        logp, log_sum_exp = oreal_kernels.combine(parts)
         ctx.save_for_backward(logits, labels, log_sum_exp)
         ctx.slice = (start, vocab_size)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        return logp
 
     @staticmethod
-    def backward(ctx, grad_logp: Tensor, _grad_entropy: Tensor):
+    def backward(ctx, grad_logp: Tensor):
         return oreal_kernels.gradient(*ctx.saved_tensors, grad_logp, *ctx.slice), None, None
 
 
 def log_probs(logits: Tensor, micro_batch: MicroBatch, vocab_size: int) -> Tensor:
     """[T] log-prob of each action token, from logits [B, S, V/tp]."""
     rows = logits.flatten(0, 1).index_select(0, micro_batch.action_index)
-    logp_T, _entropy_T = _VocabParallelLogProb.apply(rows, micro_batch.labels, vocab_size)
-    return logp_T
+    return _VocabParallelLogProb.apply(rows, micro_batch.labels, vocab_size)
 
 
 def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tensor:

@@ -12,6 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
@@ -19,7 +21,12 @@ from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.heads import ScalarHead
+from oreal_megatron.settings import nearest
 
+# Fused operations that not every installation has; a recipe may switch them on through config.megatron.
+NEED_APEX_OR_TE = dict.fromkeys(
+    ("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,9 +35,13 @@ def device() -> torch.device:
 
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
-    """Megatron's description of the model and its layout; `config.megatron` passes further fields through."""
+    """Megatron's description of the model and its layout; `config.megatron` passes further fields through.
+
+    Raises ConfigError for an unknown field, one that is derived from the model or the layout, or a combination that
+    Megatron refuses.
+    """
     dtype = DTYPES[config.model.dtype]
-    fields = dict(
+    fixed = dict(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
@@ -55,25 +66,34 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
-        gradient_accumulation_fusion=False,  # the next four need apex or Transformer Engine
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
     )
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(set(config.megatron) - known):
-        raise ConfigError(f"config.megatron has {unknown[0]!r}, which megatron-core's TransformerConfig does not know")
-    return TransformerConfig(**{**fields, **config.megatron})
+    known = [field.name for field in dataclasses.fields(TransformerConfig)]
+    for key in config.megatron:
+        if key not in known:
+            raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{nearest(key, known)}")
+        if key in fixed:
+            raise ConfigError(
+                f"config.megatron: {key} follows from the model and the other sections; set those instead"
+            )
+    try:
+        with device_layer():
+            return TransformerConfig(**fixed, **{**NEED_APEX_OR_TE, **config.megatron})
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
 def build(arch: Architecture, config: Config, head: str) -> GPTModel:
     """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head."""
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    layers = arch.stage_layers(config.parallel.pipeline, parallel_state.get_pipeline_model_parallel_rank())
     with device_layer():
         megatron = transformer_config(arch, config)
         model = GPTModel(
             megatron,
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            TransformerBlockSubmodules(
+                [get_gpt_layer_local_spec(normalization="RMSNorm")] * len(layers),
+                layer_norm=WrappedTorchNorm,  # else apex's, which knows no RMSNorm, where apex is installed
+            ),
             vocab_size=arch.padded_vocab(config.parallel.tensor),
             max_sequence_length=arch.max_positions,
             pre_process=first,

@@ -39,12 +39,12 @@ def start_megatron(config: Parallel, seed: int) -> None:
 
 
 def stop(engine: Any = None) -> None:
-    """Leave together. The engine goes last, because it ends the process group itself."""
+    """Leave together. The engine goes before the process group, which vLLM 0.31 ends itself."""
     dist.barrier()
     parallel_state.destroy_model_parallel()
     if engine:
         engine.close()
-    else:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -99,7 +99,7 @@ def _optimizer_config(config: Config, optimizer: Optimizer) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
-        weight_decay=optimizer.weight_decay,
+        weight_decay=optimizer.weight_decay,  # of all parameters: Megatron's exceptions act in its own scheduler only
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
         clip_grad=optimizer.clip_grad,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.observe.run import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ def read(path: Path) -> Record:
         str(path),
         json.loads((path / "config.json").read_text()),
         json.loads((path / "environment.json").read_text()),
-        _lines(path / "metrics.jsonl"),
-        _lines(path / "evaluations.jsonl"),
+        read_rows(path / "metrics.jsonl"),
+        read_rows(path / "evaluations.jsonl"),
     )
 
 
@@ -109,7 +110,3 @@ def _ends(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _with_interval(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -21,16 +21,14 @@ from oreal_megatron.records import Rollout, Verdict
 class Run:
     """Written by the first rank only; the other ranks just measure phases."""
 
-    def __init__(self, config: Config, first_step: int = 0):
+    def __init__(self, config: Config, first_step: int = 0, inputs: dict[str, str] | None = None):
         self.config, self.first_step, self.path = config, first_step, Path(config.run)
         self.writes = ranks.rank() == 0
         self.seconds: dict[str, float] = {}
         if not self.writes:
             return
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-        if first_step == 0:
-            _write_json(self.path / "config.json", dataclasses.asdict(config))
-            _write_json(self.path / "environment.json", versions.environment() | {"verifier": verify.VERSION})
+        write_header(config, inputs or {}, first_step)
         self._forget_from(first_step)
         self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
 
@@ -65,8 +63,7 @@ class Run:
             f"tokens_per_second/{name}": count / seconds[name] for name, count in tokens.items() if name in seconds
         }
         row = {"step": step, **metrics, **times, "seconds/step": sum(seconds.values()), **rates}
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.path / "metrics.jsonl", row)
         for name, value in row.items():
             self.events.add_scalar(name, value, step)
         lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
@@ -78,8 +75,7 @@ class Run:
         """Held-out accuracy of the policy after `step` steps."""
         if not self.writes:
             return
-        with open(self.path / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **result}) + "\n")
+        append_row(self.path / "evaluations.jsonl", {"step": step, **result})
         for name, value in result.items():
             self.events.add_scalar(f"evaluation/{name}", value, step)
 
@@ -87,18 +83,51 @@ class Run:
         """Drop what an interrupted run wrote at or after the step that is done again."""
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             file = self.path / name
-            lines = file.read_text().splitlines() if file.is_file() else []
             last = step if name == "evaluations.jsonl" else step - 1
-            file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= last))
+            rows = [row for row in read_rows(file) if row["step"] <= last]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def refuse_existing(config: Config) -> None:
     """A new run never writes over an old one."""
-    if (Path(config.run) / "config.json").exists():
-        raise ConfigError(
-            f"run folder {config.run} exists already; go on with --resume {config.run}, "
-            "or name another with --set run=FOLDER"
-        )
+    path = Path(config.run)
+    if (path / "config.json").exists():
+        resumable = any(path.glob("checkpoints/step_*[0-9]"))
+        first = f"go on with --resume {path}" if resumable else "it has no checkpoint to go on from: delete it"
+        raise ConfigError(f"run folder {path} exists already; {first}, or name another with --set run=FOLDER")
+
+
+def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) -> None:
+    """config.json and environment.json; what an earlier start of the run wrote is kept beside them."""
+    path = Path(config.run)
+    path.mkdir(parents=True, exist_ok=True)
+    environment = versions.environment() | {"verifier": verify.VERSION, "inputs": inputs}
+    for name, content in (("config", dataclasses.asdict(config)), ("environment", environment)):
+        file = path / f"{name}.json"
+        if file.exists():
+            file.rename(path / f"{name}_before_step_{first_step}.json")
+        _write_json(file, content)
+
+
+def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
+    """A resumed run must read what it read before: the starting policy is its reference, the prompts its order."""
+    before = json.loads((run / "environment.json").read_text()).get("inputs", {})
+    for name, digest in inputs.items():
+        if before.get(name, digest) != digest:
+            raise ConfigError(f"{name} has changed since the run {run} was started; put the old one back to resume it")
+
+
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    with open(file, "a") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Lines of a JSONL file of ours; a last line that a crash cut off is left out."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    with contextlib.suppress(json.JSONDecodeError):
+        return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:

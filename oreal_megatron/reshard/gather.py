@@ -30,7 +30,7 @@ class Layout:
 
 
 def full_tensors(
-    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: Layout, head: str = "lm"
+    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) in Hugging Face terms, the same on every rank. Collective: every rank must exhaust it.
 
@@ -40,7 +40,7 @@ def full_tensors(
     mine = {entry.megatron: tensor.detach() for entry, tensor in placed}
     stages, ranks = layout.pipeline_group.size(), layout.tensor_group.size()
     for stage in range(stages):
-        wanted = [entry for entry in tensors.entries(arch, ranks, stages, stage, head) if entry.exported]
+        wanted = [entry for entry in tensors.entries(arch, ranks, stages, stage, "lm") if entry.exported]
         here = stage == layout.pipeline_group.rank()
         for bucket in _buckets(wanted, ranks, layout.dtype):
             yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout)

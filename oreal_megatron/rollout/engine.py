@@ -85,7 +85,7 @@ class Engine:
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights (Hugging Face names, full tensors) and forget what was cached under the old ones."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
-        if not self.llm.reset_prefix_cache():
+        if not all(ranks.gather(self.llm.reset_prefix_cache())):  # gathered: replicas stop together
             raise EngineError(
                 f"vLLM refused to reset its prefix cache after weights of version {version} were loaded; it would "
                 "answer from keys and values of the old policy. Were requests still running?"
@@ -120,7 +120,7 @@ class Engine:
             index=index,
             tokens=tokens,
             text=self.tokenizer.decode(tokens, skip_special_tokens=True),
-            finished=bool(tokens) and tokens[-1] in self.stop_tokens,
+            finished=output.finish_reason == "stop",
             logprobs=logprobs,
         )
 

@@ -22,9 +22,13 @@ class StepVerifier:
 
     def submit(self, rollout: Rollout) -> None:
         """Start grading one answer of this rank."""
-        self.pending[rollout.key] = self.grader.submit(
-            rollout.prompt.gold, rollout.text, rollout.finished, rollout.prompt.question
-        )
+        prompt = rollout.prompt
+        try:
+            future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question)
+        except RuntimeError as error:  # no worker can be started: told in verdicts(), where all ranks hear it
+            future = Future()
+            future.set_exception(error)
+        self.pending[rollout.key] = future
 
     def verdicts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Verdict]]:
         """[P, K] verdicts, on every rank; each answer was submitted on one of them. Collective."""

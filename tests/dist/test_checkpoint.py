@@ -1,0 +1,140 @@
+"""Train four steps, or two and two more in fresh models from the checkpoint: the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pieces(folder: str, tensor: int, pipeline: int = 1):
+    from oreal_megatron import config as c
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+
+    optimizer = c.Optimizer(lr=1e-2, min_lr=1e-3, warmup_steps=1)
+    config = c.Config(
+        model=c.Model(folder),
+        parallel=c.Parallel(tensor, pipeline),
+        steps=4,
+        policy_freeze_steps=1,
+        optimizer=optimizer,
+        reward_model=c.RewardModel(optimizer=optimizer),
+    )
+    source = Folder(folder)
+    return architecture.read(source.config), config, source.tensor
+
+
+def trainers(folder: str, tensor: int, pipeline: int = 1):
+    from oreal_megatron.mcore import roles
+
+    made = pieces(folder, tensor, pipeline)
+    return {"policy": roles.Policy(*made), "reward_model": roles.TokenRewardModel(*made)}, roles.Reference(*made)
+
+
+def go_on(models: dict, reference, samples: list, steps: range) -> list:
+    from oreal_megatron.algo import pack
+    from oreal_megatron.mcore import parallel
+
+    rows = []
+    for step in steps:
+        batch = pack.batch(samples[4 * step : 4 * step + 4], 60, *parallel.data_parallel())
+        weight, learned = models["reward_model"].update(batch)
+        rows.append(learned | (models["policy"].update(batch, reference.score(batch), weight) if step >= 1 else {}))
+    return rows
+
+
+def all_weights(models: dict) -> dict:
+    return {
+        f"{name} {key}": value.detach().clone()
+        for name, model in models.items()
+        for key, value in model.model.module.named_parameters()
+    }
+
+
+def story(folder: str, tensor: int, samples: list, path: str, save_at: int):
+    from oreal_megatron.mcore import checkpoint, parallel
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
+    models, reference = trainers(folder, tensor)
+    go_on(models, reference, samples, range(save_at))
+    saved = checkpoint.save(Path(path), save_at, models, keep=2)
+    rows = go_on(models, reference, samples, range(save_at, 4))
+    weights, random_numbers = all_weights(models), torch.randn(3)
+
+    fresh, reference = trainers(folder, tensor)
+    torch.manual_seed(999)
+    step = checkpoint.load(saved, fresh)
+    again = go_on(fresh, reference, samples, range(step, 4))
+    result = rows, weights, random_numbers, step, again, all_weights(fresh), torch.randn(3)
+    parallel.stop()
+    return result
+
+
+@pytest.mark.parametrize("tensor", [1, 2], ids=["data parallel 2", "tensor parallel 2"])
+def test_resume_is_exact(tensor, model_folder, in_processes, make_samples, tmp_path):
+    for save_at in (0, 2):  # at 0 no optimizer has taken a step yet
+        folder = tmp_path / str(save_at)
+        ranks = in_processes(2, story, str(model_folder), tensor, make_samples(16, seed=8), str(folder), save_at)
+        for rows, weights, random_numbers, step, again, weights_again, random_again in ranks:
+            assert step == save_at and rows == again
+            assert weights.keys() == weights_again.keys()
+            assert all(torch.equal(value, weights_again[name]) for name, value in weights.items())
+            assert torch.equal(random_numbers, random_again)
+
+
+def save_only(folder: str, tensor: int, samples: list, path: str):
+    from oreal_megatron.cli import build
+    from oreal_megatron.mcore import checkpoint, parallel
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
+    models, reference = trainers(folder, tensor)
+    go_on(models, reference, samples, range(2))
+    checkpoint.save(Path(path), 2, models, keep=1)
+    rows = go_on(models, reference, samples, range(2, 4))
+    weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
+    parallel.stop()
+    return rows, weights
+
+
+def load_only(folder: str, tensor: int, pipeline: int, samples: list, path: str):
+    from oreal_megatron.cli import build
+    from oreal_megatron.mcore import checkpoint, parallel
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, tensor, pipeline)[1].parallel, seed=0)
+    models, reference = trainers(folder, tensor, pipeline)
+    step = checkpoint.load(checkpoint.newest(Path(path), list(models)), models)
+    rows = go_on(models, reference, samples, range(step, 4))
+    weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
+    parallel.stop()
+    return rows, weights
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (1, 2)], ids=["data parallel 2", "pipeline parallel 2"])
+def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in_processes, make_samples, tmp_path):
+    folder, samples = str(model_folder), make_samples(16, seed=8)
+    wanted_rows, wanted = in_processes(2, save_only, folder, 2, samples, str(tmp_path))[0]
+    for rows, weights in in_processes(2, load_only, folder, tensor, pipeline, samples, str(tmp_path)):
+        for got, expected in zip(rows, wanted_rows, strict=True):
+            assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        gaps = [(weights[name] - value).square().mean().sqrt().item() for name, value in wanted.items()]
+        assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
+
+
+def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(tmp_path):
+    from oreal_megatron.config import ConfigError
+    from oreal_megatron.mcore import checkpoint
+
+    for name in ("step_000010", "step_000002", "step_000020.partial", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000002", "step_000010"]
+    with pytest.raises(ConfigError, match="step_000010/policy is not a Megatron distributed checkpoint"):
+        checkpoint.newest(tmp_path, ["policy"])
+    with pytest.raises(ConfigError, match="no finished checkpoint"):
+        checkpoint.newest(tmp_path / "notes", ["policy"])
+    shutil.rmtree(tmp_path)
