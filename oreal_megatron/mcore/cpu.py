@@ -39,6 +39,7 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "synchronize": (torch.cuda, "synchronize", _nothing),
     "get_rng_state": (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "manual_seed": (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+    "Tensor.cuda": (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
     "_get_cuda_rng_state": (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "_set_cuda_rng_state": (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
 }

@@ -40,17 +40,15 @@ def oreal():
 """
 
 
-def oreal(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def oreal(*arguments: str) -> None:
     result = subprocess.run(
-        [*torchrun, "-m", "oreal_megatron", *arguments],
+        [sys.executable, "-m", "oreal_megatron", "--processes", "2", *arguments],
         capture_output=True,
         text=True,
         timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
