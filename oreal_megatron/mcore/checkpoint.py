@@ -8,6 +8,7 @@ and the choice of samples are functions of the step and the seed, so the step re
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -29,6 +30,11 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+
+# Megatron warns that ranks hold different states, which is how its memory-efficient sharding works.
+logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
+    lambda record: "('optimizer', 'param_state')" not in record.getMessage()
+)
 
 
 def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from oreal_megatron.mcore import adam
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.model import device
 from oreal_megatron.records import Batch, MicroBatch
+
+logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # announces that it does nothing
 
 # Last stage's output [B, S, ...] of a micro-batch -> one value per action token [T].
 Head = Callable[[Tensor, MicroBatch], Tensor]

@@ -18,7 +18,7 @@ class Bar:
         self.title, self.total, self.done, self.note = title, total, done, ""
         self.console = Console(quiet=not shown, soft_wrap=True)
         self.started = self.last_line = time.monotonic()
-        self.first = done
+        self.first, self.printed = done, -1
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         self.bar = Progress(*columns, console=self.console) if shown and self.console.is_terminal else None
@@ -32,7 +32,7 @@ class Bar:
     def __exit__(self, *exception: Any) -> None:
         if self.bar:
             self.bar.stop()
-        else:
+        elif self.done != self.printed:
             self._line()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -44,7 +44,7 @@ class Bar:
             self._line()
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
+        self.last_line, self.printed = time.monotonic(), self.done
         spent = self.last_line - self.started
         left = spent / max(self.done - self.first, 1) * (self.total - self.done)
         times = f"{spent:.0f} s gone, about {left:.0f} s left" if self.done < self.total else f"{spent:.0f} s"
