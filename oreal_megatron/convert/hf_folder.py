@@ -44,7 +44,7 @@ class Folder:
             opened = [safe_open(file, framework="pt") for file in sorted(self.path.glob("*.safetensors"))]
         except SafetensorError as error:
             raise ConfigError(f"{self.path} holds a damaged or incomplete *.safetensors file: {error}") from None
-        return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: file for file in opened for name in file.keys()}
 
     def require(self, names: Iterable[str]) -> None:
         """Refuse a folder that lacks one of these tensors."""

@@ -112,7 +112,10 @@ def test_mean_of_an_empty_sequence_is_zero():
 def test_weights_are_eq_10_of_the_running_mean_and_stop_no_gradient_through():
     batch = pack.micro_batch([Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5), -1.0, -1.0)])
     score = torch.tensor([1.0, 3.0, 1.0, -5.0], requires_grad=True)
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
     expected = [2 * sigmoid(1) - 1, 2 * sigmoid(2) - 1, 0.0, 1 - 2 * sigmoid(-2)]
     result = weights.importance(score, batch, Weights())
     assert result.tolist() == pytest.approx(expected, abs=1e-6) and not result.requires_grad

@@ -92,9 +92,9 @@ def test_any_cut_into_micro_batches_adds_up(case):
 
     def total_of(indices: list[int]) -> float:
         batch = pack.micro_batch([samples[i] for i in indices])
-        pick = lambda rows: joined([rows[i] for i in indices])  # noqa: E731
-        weight = weights.importance(pick(scores), batch, Weights())
-        return loss.policy(pick(logps), pick(references), weight, batch, counts, config)[0].item()
+        picked = [joined([rows[i] for i in indices]) for rows in (logps, references, scores)]
+        weight = weights.importance(picked[2], batch, Weights())
+        return loss.policy(picked[0], picked[1], weight, batch, counts, config)[0].item()
 
     whole = total_of(list(range(10)))
     for cut in ([[0], [1, 2], [3, 4, 5, 6, 7, 8, 9]], [[i] for i in range(10)], [[9, 0, 5], [], [1, 2, 3, 4, 6, 7, 8]]):
