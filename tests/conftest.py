@@ -14,8 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # a first call imports, a neighbour computes
+hypothesis.settings.load_profile("shared machine")
 
 ROOT = Path(__file__).parent.parent
 
