@@ -3,17 +3,16 @@ name."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from fractions import Fraction
 
 from oreal_megatron.verify.functions import FUNCTIONS, OF_ANGLES, call
+from oreal_megatron.verify.sampling import Point
 from oreal_megatron.verify.tree import Node, key, walk
 from oreal_megatron.verify.values import Arithmetic, TooLarge, Undefined, Value
 
 MAX_TERMS = 300  # of a sum or product that is added up; longer ones are compared as written
 MAX_WORK = 6_000  # nodes visited for one value; sums of sums of sums end here
-Point = Callable[[str], Fraction]
+FUNCTION_WORK = 8  # nodes that a function without an exact value is charged for, at 600 bits
 
 
 def is_opaque(node: Node) -> bool:
@@ -25,47 +24,34 @@ def has_variables(node: Node) -> bool:
     return any(part[0] == "atom" or is_opaque(part) for part in walk(node))
 
 
-def has_steps(node: Node) -> bool:
-    """Floors and ceilings: their variables are taken for whole numbers."""
-    return any(part[0] == "fn" and part[1] in ("floor", "ceil", "gcd", "lcm") for part in walk(node))
-
-
-def point(trial: int, whole: bool) -> Point:
-    """Values for any name, the same for the same name: fractions of both signs, whole numbers, large fractions."""
-
-    def value(name: str) -> Fraction:
-        hashed = zlib.crc32(f"{trial} {name}".encode("utf-8", "replace"))
-        if whole or 6 <= trial < 12:
-            return Fraction(2 + hashed % 17 + 19 * (trial % 6))
-        size = Fraction(373 + hashed % 3331, 1009)  # a prime below: hardly ever a zero or an edge of the answer
-        sign = -1 if trial % 3 == 2 or trial % 3 == 1 and hashed & 1024 else 1
-        return sign * (size if trial < 6 else size * Fraction(trial - 9, 2))
-
-    return value
-
-
 class Evaluator:
     """Values of trees at one point and one precision."""
 
     def __init__(self, arithmetic: Arithmetic, at: Point, limit: int = MAX_WORK) -> None:
         self.arithmetic, self.at, self.angle = arithmetic, at, False
-        self.work, self.limit = 0, min(limit, MAX_WORK)
+        self.work, self.limit, self.extent = 0, min(limit, MAX_WORK), 0
+        self.price = FUNCTION_WORK * max(1, arithmetic.bits // 600) ** 2
         self.bound: dict[str, Fraction] = {}  # running variables of sums and products
 
     def value(self, node: Node) -> Value:
-        """Raises Undefined or TooLarge."""
+        """Raises Undefined or TooLarge. The largest extent of all values on the way is kept."""
+        kind = node[0]
         self.work += 1
         if self.work > self.limit:
             raise TooLarge(f"more than {self.limit} steps")
-        kind = node[0]
-        if kind == "num":
-            return node[1]
         if kind == "atom":
             return self.bound[node[1]] if node[1] in self.bound else self.at(node[1])
         handler = getattr(self, f"_{kind}", None)
         if handler is None:
             raise Undefined(f"{kind} has no value")
-        return handler(*node[1:])
+        value = handler(*node[1:])
+        if kind in ("fn", "pow") and not isinstance(value, Fraction):
+            self.work += self.price
+        self.extent = max(self.extent, self.arithmetic.extent(value))
+        return value
+
+    def _num(self, value: Fraction, _: int | None) -> Value:
+        return value
 
     def _const(self, name: str) -> Value:
         if name not in ("pi", "e", "i"):

@@ -18,7 +18,7 @@ _JOIN = re.compile(r"(?:[\s$,;.&]|\\\\|\\q?quad|\\[,;:!()\[\]]|\\text\{[^{}]{0,4
 _JOIN_WORD = re.compile(r"[,;，；、和与]|\band\b|\bor\b")
 _PHRASE = re.compile(
     r"(?:final\s+answer|correct\s+answer|correct\s+option|correct\s+choice|answer|答案)"
-    r"(?:\s*\([^()]{0,40}\))?\s*(?:is(?:\s+for\s+sure)?|are|[:：=]|为|是)+\s*[:：]?\s*(?:option\s+|choice\s+)?",
+    r"(?:\s*\([^()]{0,40}\))?\s*(?:is(?:\s+for\s+sure)?|are|[:：=]|为|是|选)+\s*[:：]?\s*(?:option\s+|choice\s+)?",
     re.IGNORECASE,
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:[^$\\]|\\.)+?)(?<!\\)\$", re.DOTALL)
@@ -27,7 +27,7 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####\s*(\S[^\n]*)\s*$")
 _SENTENCE_END = re.compile(r"(?<=[^\d\s])\.(?:\s|$)|\.\s+(?=[A-Z*<])|\.?\s*$|\n|<\|")
 _CLOSING = re.compile(
-    r"(?:\bis|\bare|\bequals|\bbe|\bby|=|\bit'?s|\bthink it's)\s*(?:approximately\s+|about\s+)?"
+    r"(?:\bis|\bes|\best|\bare|\bequals|\bbe|\bby|=|\bit'?s|\bthink it's)\s*(?:approximately\s+|about\s+)?"
     r"([-+]?[$€£]?[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s*\\?%?|\(?[A-F]\)?(?=\W*$))[^\d]*$"
 )
 _LETTER = re.compile(r"\*{0,2}\(?([A-J])\)?\*{0,2}(?=\s*(?:[,.;:]|$))")

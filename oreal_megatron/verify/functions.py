@@ -9,6 +9,7 @@ from fractions import Fraction
 from oreal_megatron.verify.values import Arithmetic, TooLarge, Undefined, Value
 
 MAX_DOUBLE_FACTORIAL = 2000
+MAX_EXACT_LOGARITHM = 1000
 
 
 def _smooth(name: str, slope: Callable, inverse: bool = False, largest: int = 10**9) -> Callable[..., Value]:
@@ -43,7 +44,24 @@ def _logarithm(a: Arithmetic, value: Value, base: Value | None = None) -> Value:
     if value == 0 or base == 0:
         raise Undefined("the logarithm of zero")
     top = a.logarithm(value)
-    return top if base is None else a.divide(top, a.logarithm(base))
+    if base is None:
+        return top
+    quotient = a.divide(top, a.logarithm(base))
+    return _whole_power(a, value, base, quotient) or quotient
+
+
+def _whole_power(a: Arithmetic, value: Value, base: Value, quotient: Value) -> Fraction | None:
+    """The logarithm where it is a whole number, exactly: its floor and ceiling depend on it."""
+    if not isinstance(value, Fraction) or not isinstance(base, Fraction) or isinstance(quotient, Fraction):
+        return None
+    exponent = Fraction(int(a.context.nint(a.context.re(quotient.middle))))
+    return exponent if abs(exponent) <= MAX_EXACT_LOGARITHM and a.power(base, exponent) == value else None
+
+
+def _tanh(a: Arithmetic, value: Value) -> Value:
+    """By its exponentials, whose sizes show how near to 1 it may be."""
+    square = a.exponential(a.multiply(Fraction(2), value))
+    return a.divide(a.add(square, Fraction(-1)), a.add(square, Fraction(1)))
 
 
 def _root(a: Arithmetic, value: Value, degree: Value) -> Value:
@@ -86,8 +104,8 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "csc": _smooth("sin", _wave, inverse=True),
     "sinh": _smooth("sinh", _wave, largest=10**6),
     "cosh": _smooth("cosh", _wave, largest=10**6),
-    "tanh": _smooth("tanh", _square),
-    "coth": _smooth("tanh", _square, inverse=True),
+    "tanh": _tanh,
+    "coth": lambda a, value: a.inverse(_tanh(a, value)),
     "arcsin": _smooth("asin", _arc),
     "arccos": _smooth("acos", _arc),
     "arctan": _smooth("atan", lambda context, x, y: 1 / abs(1 + x * x)),

@@ -16,7 +16,7 @@ class ParseError(ValueError):
 
 
 class Token(NamedTuple):
-    """kind: num, rep, atom, const, fn, big, frac, sqrt, op, rel, open, close, sep, word, deg, begin, end, mod."""
+    """kind: num rep atom const fn big frac sqrt op rel open close sep word deg money begin end mod."""
 
     kind: str
     value: str
@@ -24,7 +24,7 @@ class Token(NamedTuple):
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln log lg exp sgn gcd lcm max min det "
-    "Re Im arg deg dim ker inf sup operatorname asin acos atan".split()
+    "Re Im arg deg dim ker inf sup operatorname asin acos atan abs".split()
 )
 _GREEK = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -51,7 +51,7 @@ _FENCES = {
 }  # fmt: skip
 _DROPPED = frozenset(
     "mathbf boldsymbol bm mathit mathsf mathcal mathfrak vec hat widehat overrightarrow mathop hbox underline "
-    "ensuremath mathord mathbin mathstrut strut currency".split()
+    "ensuremath bold mathord mathbin mathstrut strut".split()
 )
 _TEXT = frozenset(
     "text textbf textit mathrm mbox textrm textnormal textsf texttt operatorname textup emph mathtt".split()
@@ -72,10 +72,11 @@ _SYMBOL = {
     "[": ("open", "["), "{": ("open", "{"), ")": ("close", ")"), "]": ("close", "]"), "}": ("close", "}"),
     ",": ("sep", ","), ";": ("sep", ";"), "&": ("op", "&"), "'": ("op", "'"),
 }  # fmt: skip
-_INNER_MATH = re.compile(r"[-+\d.,/ ()%]+|\(?[A-Za-z]\)?")
+_MONEY = {"currency": "dollar", "€": "euro", "£": "pound", "¥": "yuan", "₹": "rupee", "¢": "cent"}
+_INNER_MATH = re.compile(r"[-+\d.,:/ ()%]+|\(?[A-Za-z]\)?")
 _SEPARATING = re.compile(r"(?:\s|,|;|and|or|或|和|与)+")
 SHORT_WORDS = frozenset("cm mm km ft in kg mg mi lb lbs oz yd hr hrs min sec mph pct deg rad ml yes no not is it am pm "
-                        "the for odd all set none east west even".split())  # fmt: skip
+                        "the for odd all set none east west even per old men usd".split())  # fmt: skip
 
 
 def tokens(text: str, thousands: bool = True) -> list[Token]:
@@ -111,10 +112,12 @@ def _next(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     if (name := _NAME.match(text, at)) is not None:
         return _letters(text, name)
     symbol = _SYMBOLS.match(text, at)
+    if symbol.group() == "!=" and text[:at].rstrip()[-1:].isdigit():
+        return [Token("op", "!")], at + 1  # 3! = 6
     if symbol.group() in _SYMBOL:
         return [Token(*_SYMBOL[symbol.group()])], symbol.end()
-    if character in "€£¥₹":
-        return [], at + 1
+    if character in _MONEY:
+        return [Token("money", _MONEY[character])], at + 1
     if character > "\x7f" and character.isalpha():
         word = re.compile(r"[^\x00-\x7f]+").match(text, at)
         return [Token("word", word.group())], word.end()
@@ -125,6 +128,8 @@ def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     if not text[at : at + 1].isascii():
         raise ParseError(f"no meaning known for the digit {text[at]!r}")
     if (repeating := _REPEATING.match(text, at)) is not None:
+        if text[repeating.end() : repeating.end() + 1].isdigit():
+            raise ParseError("digits behind a repeating decimal")
         return [Token("rep", f"{repeating.group(1)}|{repeating.group(2)}")], repeating.end()
     if thousands and (grouped := _THOUSANDS.match(text, at)) is not None:
         return [Token("num", grouped.group().replace(",", ""))], grouped.end()
@@ -147,6 +152,8 @@ def _letters(text: str, name: re.Match) -> tuple[list[Token], int]:
         return [Token("sqrt", "")], end
     if run == "pi":
         return [Token("const", "pi")], end
+    if lowered == "usd" and not after_number:
+        return [Token("money", "dollar")], end
     if lowered in ("and", "or"):
         return [Token("sep", lowered)], end
     if lowered in ("infinity", "infty"):
@@ -173,7 +180,7 @@ def _command(text: str, at: int) -> tuple[list[Token], int]:
         return [Token("fn", "overline")], end
     if name in ("pmod", "bmod", "mod"):
         return [Token("mod", name)], end
-    if name == "mathbb":
+    if name in ("mathbb", "Bbb"):
         inner = re.compile(r"\s*\{?\s*([A-Z])\s*\}?").match(text, end)
         if inner is None:
             raise ParseError("\\mathbb without a letter")
@@ -203,6 +210,8 @@ def _table(name: str) -> list[Token]:
         return [Token("atom", "\\" + name)]
     if name in _DOTS:
         return [Token("atom", "...")]
+    if name in _MONEY:
+        return [Token("money", _MONEY[name])]
     if name in _DROPPED:
         return []
     single = {"{": ("open", "set"), "}": ("close", "set"), "\\": ("op", "\\\\"), "|": ("op", "|"), "_": ("op", "_")}
@@ -215,6 +224,8 @@ def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
     r"""\text{...}: a separator, mathematics in upright letters, a function name, or words."""
     while at < len(text) and text[at].isspace():
         at += 1
+    if name == "mathrm" and text[at : at + 1].isalpha():
+        return [_atom(text[at])], at + 1
     end = closing_braces(text, at).get(at, -1)
     if end < 0:
         raise ParseError(f"\\{name} without its braces")
@@ -223,6 +234,8 @@ def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
         return [Token("word", inner)], end + 1  # 5\text{ m}: a unit, set apart by its space
     if not inner:
         return [], end + 1
+    if _DEGREE.fullmatch(inner):
+        return [Token("deg", "")], end + 1
     if _SEPARATING.fullmatch(inner):
         return [Token("sep", inner.strip(" ,;") or ",")], end + 1
     if inner in FUNCTIONS and inner not in ("min", "sec", "deg"):

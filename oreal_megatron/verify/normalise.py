@@ -50,6 +50,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
 _MODULO = re.compile(r"\(\s*(?:\\(?:text|mathrm)\{\s*mod\s*\}|\\?mod\b)\s*([\w{}]{1,20})\s*\)")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_THOUSANDS_SIGN = re.compile(r"(?<=\d)(?:\{,\}(?:\\!)?|\\!,(?:\\!)?|,\\!|\{,\\!\})(?=\d{3}(?!\d))")
+_PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))")
+_OLD_FRACTION = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
+_EMPTY = re.compile(r"(?<=\w)\{\}|\{([-+])\}")
+_DOLLARS = re.compile(r"^(\s*-?\s*)\$(?=\s*\d)")  # $5, and no second sign that would make it a formula
 MAX_WRAPPERS = 8  # a box in a box in a box: eight are taken off
 _BOX = re.compile(r"^\\(?:boxed|fbox|framebox|mathbox)\s*\{")
 
@@ -102,6 +107,8 @@ def _unwrap(text: str) -> str:
                 text = text[box.end() : end]
         if text[:2] == text[-2:] in ("**", "__") and len(text) > 4:
             text = text[2:-2]
+        if text[:1] == text[-1:] in ('"', "`") and len(text) > 2:
+            text = text[1:-1]
         if text == before:
             break
     return text
@@ -123,18 +130,31 @@ def _drop(pattern: re.Pattern, text: str, by: str) -> str:
     return pattern.sub(lambda match: match.group() if match.group() == "\\\\" else by, text)
 
 
+def _old_fractions(text: str) -> str:
+    r"""{14 \over 3} -> \frac{14}{3}, {n \choose k} -> \binom{n}{k}, \cr -> \\."""
+    if "\\over" not in text and "\\choose" not in text and "\\cr" not in text:
+        return text
+    names = {"over": "frac", "choose": "binom"}
+    text = re.sub(r"\\cr(?![A-Za-z])", r"\\\\", text)
+    text = text if "{" in text else f"{{{text}}}"
+    return _OLD_FRACTION.sub(lambda m: f"\\{names[m.group(2)]}{{{m.group(1)}}}{{{m.group(3)}}}", text)
+
+
 def normalise(text: str) -> str:
     """The spelling both sides are compared and parsed in."""
     text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text))
+    if text.count("$") == 1:
+        text = _DOLLARS.sub(r"\1\\$", text)
+    text = _THOUSANDS_SIGN.sub("", text).replace("...", r"\ldots ")
     if "\\" in text:
+        text = _old_fractions(_PRIME.sub("'", text))
         if "\\begin" not in text:
             text = _DOUBLED.sub(r"\\", text)  # "\\frac" escaped twice; in a matrix \\ ends a row
         text = _ROW_END.sub(r"\\\\", text)
         text = _drop(_SIZE, _STYLE.sub("", text), "")
         text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
         text = _drop(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
-    elif "{,}" in text:
-        text = _THOUSANDS_GAP.sub(",", text)
+    text = _EMPTY.sub(r"\1", text)
     if "mod" in text:
         text = _MODULO.sub(r"\\pmod{\1}", text)
     missing = text.count("{") - text.count("}")

@@ -42,7 +42,10 @@ class _Parser(Primaries):
     def item(self) -> Node:
         """A chain of relations, or words."""
         if self.peek().kind == "word":
-            return self.words()
+            words = self.words()
+            if self.take("rel", "=") is None:
+                return words
+            return ("rel", (words, self.ratio()), ("=",))  # Area = 540
         while self.peek() in (("rel", "=>"), ("rel", "="), ("rel", "~")):
             self.take()
         items, ops = [self.ratio()], []
@@ -96,6 +99,8 @@ class _Parser(Primaries):
 
     def term(self) -> Node:
         """Products and quotients from the left. Next to a letter, juxtaposition binds more than "/": x/yz is x/(yz)."""
+        if (money := self.take("money")) is not None:
+            return ("unit", self.signed(), money.value)
         node = self.product()
         while self.peek() in (("op", "*"), ("op", "/")):
             if self.take().value == "*":
@@ -126,8 +131,8 @@ class _Parser(Primaries):
                 factors[-1] = self.mixed(factors[-1])
                 continue
             following = self.factor()
-            if bare and token == ("frac", "/") and tree.is_mixed(factors[-1], following):
-                following = ("add", (factors.pop(), following))
+            if bare and token == ("frac", "/"):
+                following = tree.mixed(factors, following)
             factors.append(following)
             bare = token.kind == "num"
         return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
@@ -144,8 +149,10 @@ class _Parser(Primaries):
     def unit(self, node: Node) -> Node:
         """The words after a number, with their exponent: 15 cm^2, 12 square units, 60 miles per hour."""
         words = []
-        while self.peek().kind == "word":
+        while self.peek().kind in ("word", "money"):
             words.append(self.take().value)
+            if words[0] in ("base", "in base") and (base := self.take("num")) is not None:
+                return tree.subscript(node, tree.number(base.value))
             if self.peek() in (("op", "^"), ("op", "/")):
                 words.append(self.take().value + self.unit_part())
         return ("unit", node, " ".join(words)) if words else node

@@ -81,7 +81,12 @@ class Primaries:
         if self.peek() != ("open", "(") or node[0] != "atom" or not (node[1] in _APPLIED or self.lists_ahead()):
             return node
         inside = self.group()
-        return ("fn", node[1], inside[3] if inside[0] == "tuple" else (inside,))
+        if inside[0] == "tuple" and inside[1:3] != ("(", ")"):
+            raise ParseError("a function of an interval")
+        args = inside[3] if inside[0] == "tuple" else (inside,)
+        if node[1] == "C" and [arg[0] for arg in args] == ["num", "num"]:
+            return ("fn", "binom", args)
+        return ("fn", node[1], args)
 
     def lists_ahead(self) -> bool:
         """Whether the bracket ahead holds a comma of its own. Looks, does not parse: no work is done twice."""
@@ -114,6 +119,8 @@ class Primaries:
         power = scripts.get("^")
         if self.peek().kind == "open":
             inside = self.group()
+            if inside[0] == "tuple" and inside[1:3] not in (("(", ")"), ("[", "]")):
+                raise ParseError("a function of an interval")
             args = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] == "set" else (inside,)
             if inside[0] not in ("tuple", "set") and power is None and self.take("op", "^") is not None:
                 power = self.argument()
@@ -166,10 +173,23 @@ class Primaries:
         node = ("matrix", tuple(tuple(row) for row in rows if row))
         return ("fn", "det", (node,)) if name == "vmatrix" else node
 
+    def colon_of_builder(self) -> None:
+        """{x in R : x > 3}: the colon behind "in" is the bar of a set builder."""
+        member = False
+        for at in range(self.at, len(self.tokens)):
+            token = self.tokens[at]
+            member |= token == ("rel", "in")
+            if token == ("op", ":") and member:
+                self.tokens[at] = Token("op", "|")
+            if token in (("op", ":"), ("op", "|"), ("close", "set")):
+                return
+
     def group(self) -> Node:
         """Brackets of every kind."""
         opening, bars = self.take("open").value, self.bars
         self.bars = 0
+        if opening == "set":
+            self.colon_of_builder()
         builder = opening in ("set", "{") and self.peek().kind == "atom" and self.peek(1) in (("op", "|"), ("op", ":"))
         if builder:
             variable = self.take()

@@ -27,17 +27,25 @@ _WRAPPER = re.compile(
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 _WORD = re.compile(r"[A-Za-z]{3,}|^no$|[^\x00-\x7f]", re.IGNORECASE)  # AB and ab may be two things, No and no are one
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?[(\[]?\s*([A-J])\s*[)\]]?[.:]?", re.IGNORECASE)
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-J])\s*\)|\[\s*([A-J])\s*\]|([A-J])\s*\)?)[.:]?", re.IGNORECASE
+)
 _LABELLED = re.compile(
     r"\(\s*([A-J])\s*\)[.:]?\s*(\S.*)|([A-J])\s*[).:]\s*(\S.*)|([B-HJ]|A(?=\s+[A-Z]))\s+([A-Z][a-z]+.*)", re.DOTALL
 )
-_CHOICES = re.compile(r"[(\[{]?\s*[A-J](?:\s*(?:,|and|&|\s)\s*[A-J]|[A-J])+\s*[)\]}]?")
+_CHOICES = re.compile(r"[(\[{]?\s*[A-J](?:(?:[,;&\s]|and)*[A-J])+\s*[)\]}]?")
 _NOT_A_VALUE = re.compile(r"[A-Za-z]{3,}(?![A-Za-z]*[\\{])")
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
 _ZERO_GROUP = re.compile(r",0\d{2}(?!\d)")  # 10,000 is never the list 10, 0
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{2,}|[-+]?\d+,\d{2}(?=\D*$)")
 _MARKS = re.compile(r"\*\*|####|<answer>|答案|\banswer", re.IGNORECASE)
 _LONG_WORD = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}")
+_HALF_DAY = re.compile(r"\s*\b([ap])\.?\s*m\b\.?", re.IGNORECASE)
+_LABEL = re.compile(
+    r"(?<![A-Za-z])(?:[ap]m|st|nd|rd|th|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|[a-z]{4,})(?![a-z])",
+    re.IGNORECASE,
+)
+_LOOSE_MARK = re.compile(r"(?<!\d)[\s.]|[\s.](?!\d)")  # 5.4 is not 54
 _CJK = re.compile(r"[\u3400-\u9fff\uff00-\uffef]")
 _CJK_RUN = re.compile(r"[\u3400-\u9fff，,：:\s]*")
 _CJK_SO = re.compile(r"(?:因此|所以|故|则|即|综上){0,3}[，,]*")
@@ -109,7 +117,26 @@ def equal(gold: str, answer: str) -> tuple[bool, str]:
         return verdict, "exact"
     if (words := folded(gold_text)) is not None and words == folded(text):
         return True, "exact"
+    if is_string(gold_text) and (letters := _unwrapped(text).replace(" ", "")).isalpha():
+        return _unwrapped(gold_text) == letters, "exact"
+    if (labels := labelled(gold_text)) is not None and labels == labelled(text):
+        return True, "exact"
     return same_mathematics(gold_text, text)
+
+
+def is_string(gold: str) -> bool:
+    """HHT, ABCD, \\text{ab}, cat: letters that stand in their order; xy is a product."""
+    letters = _unwrapped(gold) if len(gold) < 100 else ""
+    written = letters.isupper() or letters != gold.strip() or len(letters) > 2
+    return len(letters) > 1 and letters.isascii() and letters.isalpha() and written
+
+
+def labelled(text: str) -> str | None:
+    """Dates, times and ordinals (June 20, 1:03 p.m., 3rd) in one spelling; None for what is not digits and words."""
+    plain = _HALF_DAY.sub(r" \1m", _unwrapped(text)) if len(text) < 100 else ""
+    if "\\" in plain or not re.search(r"\d", plain) or not _LABEL.search(plain):
+        return None
+    return _LOOSE_MARK.sub("", plain).casefold()
 
 
 def prepared(text: str) -> str:
@@ -150,7 +177,8 @@ def folded(text: str) -> str | None:
         return None
     text = text.casefold()
     text = text.removeprefix("the ").removeprefix("an ").removeprefix("a ")
-    return re.sub(r"[\s-]", "", text)
+    text = re.sub(r"[\s-]", "", text)
+    return text.removesuffix("s") if len(text) > 7 else text  # no solutions
 
 
 def _choice(text: str) -> tuple[str, str] | None:
@@ -158,11 +186,12 @@ def _choice(text: str) -> tuple[str, str] | None:
     if len(text) > 300:
         return None
     text = _SPACES.sub(" ", _unwrapped(text)).strip()
-    if (bare := _CHOICE.fullmatch(text)) is not None and bare.group(1).isupper():
-        return bare.group(1), ""
+    if (bare := _CHOICE.fullmatch(text)) is not None and bare.group(bare.lastindex).isupper():
+        return bare.group(bare.lastindex), ""
     if _CHOICES.fullmatch(text):
         letters = re.findall(r"[A-J]", text)
-        return ("".join(sorted(letters)), "") if len(set(letters)) == len(letters) else None
+        listed = letters if text.isalpha() else sorted(letters)  # DBA may be a word; D, B, A are choices
+        return ("".join(listed), "") if len(set(letters)) == len(letters) else None
     if (labelled := _LABELLED.fullmatch(text)) is not None:
         letter = next(group for group in labelled.groups()[::2] if group)
         rest = next(group for group in labelled.groups()[1::2] if group)
@@ -231,7 +260,8 @@ def _is_prose(text: str) -> bool:
     plain = unicode_to_latex(text[:4000])
     if "\n" in plain.strip() or _MARKS.search(plain):
         return True
-    if (formula := re.search(r"\$|\\[(\[]", plain)) is not None and _LONG_WORD.search(plain[: formula.start()]):
+    if (formula := re.search(r"\$|(?<!\\)\\[(\[]", plain)) is not None and _LONG_WORD.search(plain[: formula.start()]):
         return True
     outside = re.sub(r"\\[A-Za-z]+\s*\{[^{}]*\}|\\[A-Za-z]+", " ", plain)
-    return len(re.findall(r"(?<![A-Za-z])[A-Za-z]{2,}", outside)) >= 4
+    words = re.findall(r"(?<![A-Za-z])[A-Za-z]{2,}", outside)
+    return len(words) >= 4 or len(words) == 3 and words[-1] in ("is", "are", "equals", "es", "est")

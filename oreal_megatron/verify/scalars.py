@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 from oreal_megatron.verify import units
-from oreal_megatron.verify.evaluate import Evaluator, Point, has_steps, has_variables, point
+from oreal_megatron.verify.evaluate import Evaluator, has_variables
+from oreal_megatron.verify.sampling import Point, points, roots
 from oreal_megatron.verify.shapes import Quantity, is_infinite
 from oreal_megatron.verify.tree import Node, walk
-from oreal_megatron.verify.values import Arithmetic, RealArithmetic, TooLarge, Undefined, Value
+from oreal_megatron.verify.values import Arithmetic, NotReal, RealArithmetic, TooLarge, Undefined, Value
 
-QUICK, SURE = Arithmetic(160), Arithmetic(600)
-REAL_QUICK, REAL_SURE = RealArithmetic(160), RealArithmetic(600)
-TRIALS = 24
-ENOUGH, PLENTY = 3, 6  # points where both sides have values and agree: needed, and after which no more are tried
+QUICK, REAL_QUICK = Arithmetic(160), RealArithmetic(160)
+SHORT = 128  # bits of the numbers in an answer up to which 600 bits tell its values apart
+MAX_PRECISION = 16_384  # bits; answers that need more are equal only when they are written alike
+ENOUGH = 3  # points where both sides have values and agree
 MAX_WORK = 30_000  # nodes visited in one comparison of two answers: about a second at the worst
+
+
+@lru_cache(maxsize=16)
+def _precise(bits: int, real: bool) -> Arithmetic:
+    return RealArithmetic(bits) if real else Arithmetic(bits)
+
+
+def fine(extent: int, real: bool = False) -> Arithmetic | None:
+    """Arithmetic that tells numbers of this extent apart: 10^-100 needs more digits than 1/3. None beyond bounds."""
+    if extent <= SHORT:
+        return _precise(600, real)
+    bits = 1 << (600 + 4 * extent).bit_length()
+    return _precise(bits, real) if bits <= MAX_PRECISION else None
 
 
 class Scalars:
@@ -38,17 +53,14 @@ class Scalars:
         if (radians := self.radians(gold, predicted)) is not None:
             return self.scalars(*radians)
         scale = units.factor(gold.unit, predicted.unit)
-        if scale is None:
+        if scale is None or gold.percent and predicted.unit or predicted.percent and gold.unit:
             return False
         node = predicted.node if scale == 1 else ("mul", (("num", scale, None), predicted.node))
+        if predicted.percent and not gold.percent and not _may_be_percent(gold.node):
+            return self.scalars(gold.node, _hundredth(node))
         if self.scalars(gold.node, node):
             return True
-        hundredth = ("div", node, ("num", Fraction(100), None))
-        if gold.percent and not predicted.percent:
-            return self.scalars(("div", gold.node, ("num", Fraction(100), None)), node)
-        if predicted.percent and not gold.percent and not _is_whole(gold.node):
-            return self.scalars(gold.node, hundredth)
-        return False
+        return gold.percent and not predicted.percent and self.scalars(_hundredth(gold.node), node)
 
     @staticmethod
     def radians(gold: Quantity, predicted: Quantity) -> tuple[Node, Node] | None:
@@ -76,24 +88,30 @@ class Scalars:
         if not has_variables(gold) and not has_variables(predicted):
             return self.numbers(gold, predicted)
         self.note("symbolic")
-        return self.everywhere(gold, predicted, lambda arithmetic, g, p: arithmetic.equal(g, p))
+        return self.everywhere(gold, predicted, lambda arithmetic, g, p: arithmetic.same(g, p))
 
     def numbers(self, gold: Node, predicted: Node) -> bool:
-        values = self.at_point(gold, predicted, QUICK, point(0, False))
+        values, extent = self.at_point(gold, predicted, QUICK)
         if values is None:
             return False
         g, p = values
         if isinstance(g, Fraction) and isinstance(p, Fraction):
             return g == p or self.written(gold, g, predicted, p)
         self.note("numeric")
-        if not QUICK.equal(g, p):
+        if (same := QUICK.same(g, p)) is False:
             return self.written(gold, g, predicted, p)
-        sure = self.at_point(gold, predicted, SURE, point(0, False))
-        return sure is not None and SURE.equal(*sure)
+        if same and QUICK.ball(g).residue is not None and QUICK.ball(p).residue is not None:
+            return True
+        arithmetic = fine(extent)
+        sure = None if arithmetic is None else self.at_point(gold, predicted, arithmetic)[0]
+        return sure is not None and arithmetic.equal(*sure)
 
     def written(self, gold: Node, g: Value, predicted: Node, p: Value) -> bool:
         """A gold written as a decimal of three or more digits stands for what rounds to it; so does a predicted decimal
-        of at least 12 digits (a machine number) for a gold that is no whole number."""
+        of at least 12 digits (a machine number) for a gold that is no whole number. 12.54 is no better known 12.5."""
+        places, more = _places(gold), _places(predicted)
+        if places and more and abs(more - places) < 2:
+            return False
         for decimal, exact, least in ((gold, p, 3), (predicted, g, 12)):
             inner = decimal[1] if decimal[0] == "neg" else decimal
             if inner[0] != "num" or not inner[2] or len(str(int(inner[1] * 10 ** inner[2]))) < least:
@@ -108,47 +126,75 @@ class Scalars:
                 return True
         return False
 
-    def at_point(self, gold: Node, predicted: Node, arithmetic: Arithmetic, at: Point) -> tuple[Value, Value] | None:
-        """Both values, or None where one has none, or the work of this comparison is used up."""
+    def value(self, node: Node, arithmetic: Arithmetic, at: Point) -> tuple[Value | type[NotReal] | None, int]:
+        """(value, extent); NotReal where the reals have none; None at a pole, or when this comparison has no work
+        left."""
         evaluator = Evaluator(arithmetic, at, self.work_left)
         try:
-            return evaluator.value(gold), evaluator.value(predicted)
+            value = evaluator.value(node)
+            real = not isinstance(arithmetic, RealArithmetic) or arithmetic.is_real(value)
+            return value if real else NotReal, evaluator.extent
+        except NotReal:
+            return NotReal, 0
         except (Undefined, TooLarge):
-            return None
+            return None, 0
         finally:
             self.work_left -= evaluator.work
 
+    def at_point(
+        self, gold: Node, predicted: Node, arithmetic: Arithmetic, at: Point = lambda name: Fraction(1)
+    ) -> tuple[tuple[Value, Value] | None, int]:
+        """(both values, extent), the values None where one side has none."""
+        (g, extent), (p, other) = self.value(gold, arithmetic, at), self.value(predicted, arithmetic, at)
+        missing = any(value is None or value is NotReal for value in (g, p))
+        return None if missing else (g, p), max(extent, other)
+
     def everywhere(self, gold: Node, predicted: Node, agree: Callable[[Arithmetic, Value, Value], bool | None]) -> bool:
         """Whether the sides agree at every point where both have values, and there are enough such points. `agree` says
-        None of a point that tells nothing.
-
-        Points where a side leaves the real numbers are skipped, unless the imaginary unit was written."""
-        whole = has_steps(gold) or has_steps(predicted)
-        written_i = "i" in _constants(gold) | _constants(predicted)
-        quick, sure = (QUICK, SURE) if written_i else (REAL_QUICK, REAL_SURE)
-        agreed = 0
-        for trial in range(TRIALS):
-            values = self.at_point(gold, predicted, quick, point(trial, whole))
-            if values is None or not written_i and not all(quick.is_real(value) for value in values):
-                continue
-            verdict = agree(quick, *values)
-            if verdict is None:
-                continue
-            if not verdict:
+        None of a point that tells nothing. Real numbers only, unless the imaginary unit was written."""
+        real = "i" not in _constants(gold) | _constants(predicted)
+        quick, sure, agreed = REAL_QUICK if real else QUICK, None, 0
+        for at in points(gold, predicted):
+            (g, extent), (p, other) = self.value(gold, quick, at), self.value(predicted, quick, at)
+            if self.work_left <= 0 or self.differ_in_domain((gold, g), (predicted, p)):
                 return False
-            if agreed < ENOUGH and not all(isinstance(value, Fraction) for value in values):
-                values = self.at_point(gold, predicted, sure, point(trial, whole))
-                if values is None or not agree(sure, *values):
-                    return False
-            agreed += 1
-            if agreed == PLENTY:
-                return True
+            if any(value is None or value is NotReal for value in (g, p)):
+                continue
+            if (verdict := agree(quick, g, p)) is False:
+                return False
+            if agreed < ENOUGH and not (isinstance(g, Fraction) and isinstance(p, Fraction)):
+                sure = sure or fine(max(extent, other), real)
+                values = None if sure is None else self.at_point(gold, predicted, sure, at)[0]
+                verdict = None if values is None else agree(sure, *values)
+            if verdict is False:
+                return False
+            agreed += bool(verdict)
         return agreed >= ENOUGH
 
+    @staticmethod
+    def differ_in_domain(*sides: tuple[Node, Value | type[NotReal] | None]) -> bool:
+        """One side is real here and the other is not: sqrt(x) is not sqrt|x|. A product of roots may leave the reals
+        where the root of the product does not."""
+        lost = [node for node, value in sides if value is NotReal]
+        kept = [node for node, value in sides if value is not None and value is not NotReal]
+        return len(lost) == len(kept) == 1 and roots(lost[0]) <= roots(kept[0])
 
-def _is_whole(node: Node) -> bool:
+
+def _may_be_percent(node: Node) -> bool:
+    """A gold whose percent sign may have been dropped: a whole number, or a decimal above one. Never both readings: 0.5
+    is 50%, so it is not 0.5%."""
     inner = node[1] if node[0] == "neg" else node
-    return inner[0] == "num" and inner[1].denominator == 1
+    return inner[0] == "num" and (inner[1].denominator == 1 or inner[2] is not None and inner[1] > 1)
+
+
+def _places(node: Node) -> int:
+    """Digits written behind the point."""
+    inner = node[1] if node[0] == "neg" else node
+    return inner[2] or 0 if inner[0] == "num" else 0
+
+
+def _hundredth(node: Node) -> Node:
+    return ("div", node, ("num", Fraction(100), None))
 
 
 def _constants(node: Node) -> set[str]:

@@ -1,12 +1,13 @@
-"""What kind of answer a tree is: names in front of it, units behind it, the items in it, its two signs."""
+"""What kind of answer a tree is: units behind it, the items in it, its two signs, a matrix, a time."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
 from oreal_megatron.verify import units
-from oreal_megatron.verify.tree import Node, key, walk
+from oreal_megatron.verify.tree import Node, walk
 
 MAX_MATRIX = 36  # entries of a product of matrices that is worked out
 
@@ -27,11 +28,7 @@ def quantity(node: Node) -> Quantity:
     if node[0] == "pct":
         return Quantity(node[1], None, True)
     if node[0] == "unit":
-        unit = units.canonical(node[2])
-        inner = quantity(node[1])
-        if unit is None:
-            return Quantity(node, None, False)  # words that are no unit: no value, so equal to nothing
-        return Quantity(inner.node, None, True) if unit == "percent" else Quantity(inner.node, unit, inner.percent)
+        return _measured(node)
     if node[0] == "neg":
         inner = quantity(node[1])
         return Quantity(("neg", inner.node), inner.unit, inner.percent)
@@ -44,17 +41,39 @@ def quantity(node: Node) -> Quantity:
     return Quantity(node, None, False)
 
 
+def _measured(node: Node) -> Quantity:
+    """A number and the words behind it. Words that are no unit: no value, so equal to nothing."""
+    factor, words = units.scaled(node[2])
+    inner, unit = quantity(node[1]), units.canonical(words) if words else None
+    number = inner.node if factor == 1 else ("mul", (inner.node, ("num", Fraction(factor), None)))
+    if unit is not None and unit.startswith("per "):
+        unit = f"{inner.unit} {unit}"
+    elif unit is None and words or unit and inner.unit not in (None, unit) or inner.percent and unit != "percent":
+        return Quantity(node, None, False)
+    percent = unit == "percent" or inner.percent
+    return Quantity(number, None if percent else unit or inner.unit, percent)
+
+
 def lettered(quantity: Quantity, other: Quantity) -> Quantity:
-    """5m and 5m^2 read as 5 metres and 5 square metres where the other side has that unit."""
+    """5m, 5m^2 and 5L read as 5 metres, 5 square metres and 5 litres where the other side has such a unit."""
     node = quantity.node
     if quantity.unit is not None or other.unit is None or node[0] != "mul":
         return quantity
     *rest, last = node[1]
-    letter, _, power = other.unit.partition("^")
-    unit = ("pow", ("atom", letter), ("num", Fraction(power), None)) if power.isdigit() else ("atom", letter)
-    if last != unit:
+    last, power = (last[1], last[2]) if last[0] == "pow" else (last, ("num", Fraction(1), None))
+    unit = units.letter(last[1], int(power[1])) if last[0] == "atom" and power[0] == "num" else None
+    if unit is None or units.factor(other.unit, unit) is None or other.unit == "unit":
         return quantity
-    return Quantity(rest[0] if len(rest) == 1 else ("mul", tuple(rest)), other.unit, quantity.percent)
+    return Quantity(rest[0] if len(rest) == 1 else ("mul", tuple(rest)), unit, quantity.percent)
+
+
+def is_time(node: Node) -> bool:
+    """12:30, 10:45: minutes, and no ratio in lowest terms."""
+    if node[0] != "ratio" or len(node[1]) != 2 or not all(part[0] == "num" for part in node[1]):
+        return False
+    hour, minute = node[1][0][1], node[1][1][1]
+    whole = hour.denominator == minute.denominator == 1
+    return whole and hour <= 24 and 10 <= minute < 60 and math.gcd(int(hour), int(minute)) > 1
 
 
 def is_infinite(node: Node) -> int:
@@ -63,62 +82,6 @@ def is_infinite(node: Node) -> int:
     while node[0] == "neg" or node[0] == "add" and len(node[1]) == 1:
         sign, node = (-sign, node[1]) if node[0] == "neg" else (sign, node[1][0])
     return sign if node == ("const", "inf") else 0
-
-
-def _is_name(node: Node, depth: int = 0) -> bool:
-    """The left side of an assignment: x, a_n, f(x), AB, |AB|, angle ABC, A:B, NO/BO, (p, q)."""
-    if depth > 3:
-        return False
-    kind = node[0]
-    if kind == "atom":
-        return True
-    if kind == "const":
-        return node[1] in ("e", "i")
-    if kind == "fn":
-        return node[1] in ("_", "'") or node[1] not in ("sqrt", "!", "sum", "int", "floor", "ceil", "binom")
-    if kind in ("mul", "ratio"):
-        return all(_is_name(item, depth + 1) for item in node[1])
-    if kind == "tuple":
-        return node[1:3] == ("(", ")") and all(_is_name(item, depth + 1) for item in node[3])
-    if kind == "div":
-        return _is_name(node[1], depth + 1) and _is_name(node[2], depth + 1)
-    return kind == "word"
-
-
-def unnamed(node: Node) -> tuple[str, Node]:
-    """(name, value) of "x = 1 + 1 = 2", "x in S", "x = 1/3 ~ 0.33"; ("", node) where nothing is named."""
-    if node[0] != "rel":
-        return "", node
-    items, ops = node[1], node[2]
-    if ops == ("in",) and _is_name(items[0]):
-        return key(items[0]), items[1]
-    if not set(ops) <= {"=", "~"}:
-        return "", node
-    exact = len(items) if "~" not in ops else max(ops.index("~") + 1, 2)
-    last = exact - 1
-    if _is_name(items[0]):
-        return key(items[0]), items[last]
-    if len(items) == 2 and _is_name(items[1]) and items[1][0] == "atom" and not _names(items[0]):
-        return key(items[1]), items[0]
-    if len(items) > 2 and _is_name(items[-2]):
-        return key(items[-2]), items[last]
-    return "", node
-
-
-def _names(node: Node) -> bool:
-    return any(part[0] == "atom" for part in walk(node))
-
-
-def assignments(items: tuple[Node, ...]) -> dict[str, Node]:
-    """name -> value where every item names an unknown of its own: AB = 4, CD = 5. Else empty."""
-    named = [unnamed(item) for item in items]
-    names = [name for name, _ in named]
-    stems = {name[:4] for name in names}
-    if not all(names) or len(set(names)) != len(names) or len(names) < 2:
-        return {}
-    if len(stems) == 1 and all(name.startswith("fn(_") for name in names):
-        return {}  # x_1 = 2, x_2 = 3: roots of one equation, their numbering means nothing
-    return dict(named)
 
 
 def items_of(node: Node) -> tuple[Node, ...]:

@@ -2,7 +2,8 @@
 
 num value places | atom name | const name | add items | mul items | div a b | neg a | pow a b | fn name args | deg a |
 pct a | pm sign a | tuple open close items | set items | such variable condition | union items | minus a b | meet a b |
-rel items ops | list items | matrix rows | unit a words | base digits base | ratio items | word text
+rel items ops | list items [how] | matrix rows | unit a words | base digits base | ratio items | word text
+A list's [how]: "and" or "or" between inequalities, "signs" of a plus-minus.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from oreal_megatron.verify.lexer import ParseError
 Node = tuple
 MAX_EXPONENT = 200  # of a number written 1e200; beyond it the number is a power that is not built
 MAX_TREE_DEPTH = 120  # well inside Python's own recursion limit
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+         "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
 _NAMED = ("atom", "const", "word")
 
 
@@ -39,6 +42,9 @@ def repeating(text: str) -> Node:
 
 def grouped(items: list[Node], separators: list[str]) -> Node:
     """A list. With both signs present, semicolons part groups of commas: p=5,q=2; p=7,q=2."""
+    if set(separators) in ({"and"}, {"or"}) and all(item[0] == "rel" for item in items):
+        inequality = any(set(item[2]) - {"=", "in"} for item in items)
+        return ("list", tuple(items), separators[0]) if inequality else ("list", tuple(items))
     outer = next((s for s in (";", "and", "or") if s in separators and "," in separators), None)
     if outer is None or outer != ";" and not all(item[0] == "rel" for item in items):
         return ("list", tuple(items))
@@ -73,18 +79,25 @@ def bracket(opening: str, closing: str, inside: Node | None) -> Node:
     return ("tuple", opening, closing, items)
 
 
-def is_mixed(whole: Node, part: Node) -> bool:
-    r"""2\frac{1}{3}: a whole number in front of a fraction of whole numbers below one."""
+def mixed(factors: list[Node], part: Node) -> Node:
+    r"""2\frac{1}{3} takes the whole number from the factors before it, also in 2\frac{1}{3}\%."""
+    if part[0] in ("pct", "deg"):
+        inner = mixed(factors, part[1])
+        return part if inner is part[1] else (part[0], inner)
+    whole = factors[-1]
     if whole[0] != "num" or whole[2] is not None or whole[1].denominator != 1 or part[0] != "div":
-        return False
+        return part
     top, bottom = part[1], part[2]
-    return top[0] == bottom[0] == "num" and top[2] is None and bottom[2] is None and 0 < top[1] < bottom[1]
+    plain = top[0] == bottom[0] == "num" and top[2] is None and bottom[2] is None
+    return ("add", (factors.pop(), part)) if plain and 0 < top[1] < bottom[1] else part
 
 
 def subscript(node: Node, index: Node) -> Node:
     """x_1 is a variable of its own; 204_5 is a numeral in base 5."""
     if node[0] != "num":
         return ("fn", "_", (node, index))
+    if index[0] == "word" and index[1].lower() in BASES:
+        return ("base", str(node[1]), BASES[index[1].lower()])
     if index[0] != "num" or index[1].denominator != 1:
         raise ParseError("a number with a subscript that is not a base")
     return ("base", str(node[1]), int(index[1]))
@@ -112,6 +125,15 @@ def walk(node: object) -> Iterator[Node]:
         if item and isinstance(item[0], str):
             yield item
         stack.extend(part for part in item if isinstance(part, tuple))
+
+
+def renamed(node: object, names: dict[str, str]) -> object:
+    """The tree with other letters."""
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("atom",):
+        return ("atom", names.get(node[1], node[1]))
+    return tuple(renamed(part, names) for part in node)
 
 
 def key(node: Node) -> str:

@@ -36,12 +36,26 @@ _SYNONYMS = {
     "种": "unit", "次": "unit",
     "岁": "year", "cu": "cubic", "lbs": "pound", "lb": "pound", "oz": "ounce", "p.m": "pm", "a.m": "am",
 }  # fmt: skip
-_GENERIC = frozenset(("unit", "unit^2", "unit^3"))
-_REFUSED = re.compile(
-    r"\b(?:not|no|isn'?t|never|wrong|incorrect|unless|except|without|or|if|undefined|none|mod|modulo|more|less|than|"
-    r"correct|answer|ignore|infinity|times|plus|minus|squared|cubed|half|over|dozen|hundred|thousand|million|billion|trillion|"
-    r"million|base)\b|不|非|没|无|或|万|亿|千$|百$"
+_KNOWN = frozenset(_FACTORS) | frozenset(_SYNONYMS.values()) | frozenset(
+    "unit percent degree radian euro yen rupee yuan pound ounce ton tonne gallon quart pint cup acre hectare year "
+    "month calorie joule watt newton volt ampere kelvin celsius hertz person people men women children child sheep "
+    "fish mice geese feet way point minute am pm".split()
+)  # fmt: skip
+_MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+                "dozen": 12, "万": 10**4, "亿": 10**8}  # fmt: skip
+_BESIDE = frozenset("of the in total square cubic per a an us each old".split())  # words that say nothing alone
+_ARITHMETIC = re.compile(
+    r"not?|isn|never|wrong|incorrect|unless|except|without|or|and|if|undefined|none|correct|answer|ignore|infinit\w*|"
+    r"\w+th|(?!months$|paths$|lengths$|baths$|moths$|cloths$|births$|deaths$)\w+ths|hal[fv]\w*|thirds?|quarters?|"
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|zero)e?s?|\w+teen|\w+ty|"
+    r"\w*(?:illion|illiard)(?:s|es)?|\w*illones|mil(?:le|s)?|hundreds?|thousands?|dozens?|scores?|gross|lakhs?|crores?|"
+    r"myriads?|pairs?|couples?|double[ds]?|triple[ds]?|times|fold|squared|squares|cube[ds]?|powers?|exponents?|roots?|sqrt|logs?|"
+    r"factorials?|inverses?|reciprocals?|negatives?|positives?|opposites?|complements?|minus|plus|over|above|below|under|"
+    r"less|more|fewer|than|least|most|up|down|to|through|thru|until|between|by|from|exclusive|inclusive|minimums?|"
+    r"maximums?|mod\w*|base|basis|bps|pis?|pies|sets?|groups?|multiples?|rad|radians?|permille|imaginary|others?|ago|later?|approx\w*"
 )
+_COUNTED = frozenset("个只人种次岁名位条张件块支枝把台辆朵棵头匹间座层颗粒瓶杯箱袋页题道步项场年月日角吨升")
+_CJK_ARITHMETIC = re.compile("[不非没无或万亿千百十的以倍折打成多余几约半幂前后负]|方(?![法式案])")
 MAX_WORDS = 5
 
 
@@ -50,32 +64,77 @@ def _singular(word: str) -> str:
     if caret:
         return f"{_singular(name)}^{power}"
     word = _SYNONYMS.get(word, word)
-    if len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+    if _is_plural(word):
         word = word[:-1]
     return _SYNONYMS.get(word, word)
 
 
+def _is_plural(word: str) -> bool:
+    return len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
+
+
+def scaled(words: str) -> tuple[int, str]:
+    """(factor, the other words) of "million dollars"."""
+    first, _, rest = words.strip().partition(" ")
+    if first.lower() in _MULTIPLIERS:
+        return _MULTIPLIERS[first.lower()], rest
+    return (_MULTIPLIERS[first[0]], words.strip()[1:]) if first[:1] in _MULTIPLIERS else (1, words)
+
+
 def canonical(words: str) -> str | None:
-    """One spelling of a unit; None for words that change what the number says ("million", "or", "not")."""
-    text = words.lower().strip(" .").replace("{", "").replace("}", "").replace("-", " ")
-    if _REFUSED.search(text) or any(ch.isdigit() for ch in re.sub(r"\^\s*[23]\b", "", text)):
+    """One spelling of a unit or of what is counted; None for any words that may change what the number says: what is
+    neither a known unit nor a plural without a word of arithmetic in it ("halves", "to the third", "factorial")."""
+    text = words.lower().strip(" .").replace("{", "").replace("}", "")
+    if not text.isascii():
+        return _cjk(text)
+    text = re.sub(r"\s*\^\s*", "^", re.sub(r"(?<=\w)-(?=\w)", " ", text)).replace("/", " per ")
+    parts = [_singular(part) for part in text.split()]
+    if len(parts) > MAX_WORDS or not all(re.fullmatch(r"[a-z.']+(?:\^[23])?", part) for part in text.split()):
         return None
-    parts = [_singular(part) for part in re.sub(r"\s*\^\s*", "^", text).replace("/", " per ").split()]
-    if len(parts) > MAX_WORDS:
+    if any(_ARITHMETIC.fullmatch(part) for part in text.split()) or "percent" in parts[:-1] or text == "per cent":
+        return None
+    said = [part for part in parts if part not in _BESIDE]
+    plural = any(_is_plural(part) for part in text.split())
+    if said and not plural and not any(part.partition("^")[0] in _KNOWN for part in said):
         return None
     joined = " ".join(part for part in parts if part not in ("of", "the", "in", "total") or len(parts) == 1)
-    joined = re.sub(r"\bsquare (\S+)", r"\1^2", joined)
+    joined = re.sub(r"\bsquare (\S+)", r"\1^2", "unit" if joined in ("total", "each") else joined)
     return re.sub(r"\bcubic (\S+)", r"\1^3", joined)
+
+
+def denies(words: str) -> bool:
+    """Whether words in front of "=" may turn what is said into its opposite."""
+    return any(_ARITHMETIC.fullmatch(word) for word in words.lower().split()) or bool(_CJK_ARITHMETIC.search(words))
+
+
+def _cjk(text: str) -> str | None:
+    """5个, 5米, 5种方法; but not 5倍 and 5次方."""
+    if text in _SYNONYMS:
+        return _SYNONYMS[text]
+    return "unit" if text[0] in _COUNTED and len(text) <= 6 and not _CJK_ARITHMETIC.search(text) else None
+
+
+def letter(name: str, power: int) -> str | None:
+    """The unit that a single letter behind a number stands for."""
+    unit = {"m": "m", "g": "g", "s": "second", "h": "hour", "L": "liter", "l": "liter"}.get(name)
+    return unit if unit is None or power == 1 else f"{unit}^{power}"
 
 
 def factor(gold: str | None, predicted: str | None) -> Fraction | None:
     """What the predicted number is multiplied by to stand in gold's unit; None where the units are different things."""
-    if gold is None or predicted is None or gold == predicted or gold in _GENERIC or predicted in _GENERIC:
+    if gold is None or predicted is None or gold == predicted:
         return Fraction(1)
     (g, power), (p, other) = _powered(gold), _powered(predicted)
-    if power != other or g not in _FACTORS or p not in _FACTORS or _FACTORS[g][0] != _FACTORS[p][0]:
+    if power != other:
         return None
-    return (_FACTORS[p][1] / _FACTORS[g][1]) ** power
+    if "unit" in (g, p):
+        return Fraction(1) if {g, p}.isdisjoint(("percent", "degree", "dollar", "cent")) else None
+    if g in _FACTORS or p in _FACTORS:
+        alike = g in _FACTORS and p in _FACTORS and _FACTORS[g][0] == _FACTORS[p][0]
+        return (_FACTORS[p][1] / _FACTORS[g][1]) ** power if alike else None
+    known = any(word in _KNOWN for word in f"{gold} {predicted}".split())
+    less, more = sorted((set(gold.split()), set(predicted.split())), key=len)
+    return Fraction(1) if not known and less <= more else None  # right triangles are triangles
 
 
 def _powered(unit: str) -> tuple[str, int]:

@@ -1,28 +1,44 @@
-"""Arithmetic that never lies and never grows: exact fractions while they are small, then balls that know their error.
+"""Arithmetic that never grows: exact fractions while they are small, then balls that know their error.
 
 A number beyond MAX_BITS is a `Ball`: middle and radius (mpmath numbers have exponents of any size, so 2^(10^9) costs
-nothing), and for integers and fractions also the residue modulo a prime, which tells 2^(10^9) from 2^(10^9) + 1.
+nothing), and for integers and fractions also the residue modulo two primes, which tells 2^(10^9) from 2^(10^9) + 1.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 from mpmath.ctx_mp import MPContext
 
 MAX_BITS = 20_000  # of numerator or denominator kept exactly
 MAX_EXACT_FACTORIAL = 2000
-MAX_RESIDUE_FACTORIAL = 50_000
-PRIME = 2**127 - 1
+MAX_RESIDUE_FACTORIAL = 100_000
+MAX_GAMMA_BITS = 1500  # a gamma function of more digits takes seconds
+
+
+def _drawn_prime() -> int:
+    """A prime of this process alone: an answer cannot be made to have the residues of a gold."""
+    while True:
+        number = secrets.randbits(127) | 1 << 126 | 1
+        if all(pow(base, number - 1, number) == 1 for base in (2, 3, 5)):
+            return number
+
+
+MODULUS = (2**127 - 1) * _drawn_prime()
+_FACTORIALS = [1]  # residues of 0!, 1!, 2! ... as far as they were needed
 
 
 class Undefined(ArithmeticError):
     """No value here: division by zero, a pole, a logarithm of zero."""
+
+
+class NotReal(Undefined):
+    """The root or logarithm of a negative number, where only real numbers count."""
 
 
 class TooLarge(ArithmeticError):
@@ -31,10 +47,9 @@ class TooLarge(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class Ball:
-    """Some number within `radius` of `middle`; `residue` modulo PRIME where it is rational.
+    """Some number within `radius` of `middle`; `residue` modulo MODULUS where it is rational.
 
-    `blurred`: a term too small for the precision was added somewhere (100000! + 1); two such balls are not told
-    apart."""
+    `blurred`: a term too small for the precision was added somewhere (100000! + 1)."""
 
     middle: Any  # mpf or mpc
     radius: Any  # mpf
@@ -46,8 +61,12 @@ Value = Fraction | Ball
 
 
 def _residue(value: Fraction) -> int | None:
-    bottom = value.denominator % PRIME
-    return None if bottom == 0 else value.numerator * pow(bottom, -1, PRIME) % PRIME
+    inverse = _inverse(value.denominator)
+    return None if inverse is None else value.numerator * inverse % MODULUS
+
+
+def _inverse(number: int) -> int | None:
+    return pow(number, -1, MODULUS) if math.gcd(number, MODULUS) == 1 else None
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
@@ -70,16 +89,11 @@ def _integer_root(number: int, degree: int) -> int | None:
 
 
 def _factorial_residue(a: Value) -> int | None:
-    whole = isinstance(a, Fraction) and a.denominator == 1 and a <= MAX_RESIDUE_FACTORIAL
-    return _product_residue(a.numerator) if whole else None
-
-
-@lru_cache(maxsize=64)
-def _product_residue(n: int) -> int:
-    residue = 1
-    for k in range(2, n + 1):
-        residue = residue * k % PRIME
-    return residue
+    if not isinstance(a, Fraction) or a.denominator != 1 or a > MAX_RESIDUE_FACTORIAL:
+        return None
+    while len(_FACTORIALS) <= a:
+        _FACTORIALS.append(_FACTORIALS[-1] * len(_FACTORIALS) % MODULUS)
+    return _FACTORIALS[a.numerator]
 
 
 class Arithmetic:
@@ -88,6 +102,7 @@ class Arithmetic:
     def __init__(self, bits: int) -> None:
         self.context = MPContext()
         self.context.prec = bits
+        self.bits = bits
         self.error = self.context.mpf(2) ** (8 - bits)  # relative, of one operation
         self.pi = Ball(+self.context.pi, 4 * self.error)
         self.e = Ball(+self.context.e, 4 * self.error)
@@ -108,7 +123,7 @@ class Arithmetic:
             return self.fit(a + b)
         a, b = self.ball(a), self.ball(b)
         middle = a.middle + b.middle
-        residue = None if a.residue is None or b.residue is None else (a.residue + b.residue) % PRIME
+        residue = None if a.residue is None or b.residue is None else (a.residue + b.residue) % MODULUS
         small, large = sorted((a, b), key=lambda ball: abs(ball.middle))
         blurred = a.blurred or b.blurred or 0 < abs(small.middle) < abs(large.middle) * self.error
         return Ball(middle, a.radius + b.radius + abs(middle) * self.error, residue, blurred)
@@ -116,7 +131,7 @@ class Arithmetic:
     def negative(self, a: Value) -> Value:
         if isinstance(a, Fraction):
             return -a
-        return Ball(-a.middle, a.radius, None if a.residue is None else -a.residue % PRIME, a.blurred)
+        return Ball(-a.middle, a.radius, None if a.residue is None else -a.residue % MODULUS, a.blurred)
 
     def multiply(self, a: Value, b: Value) -> Value:
         if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -126,7 +141,7 @@ class Arithmetic:
         a, b = self.ball(a), self.ball(b)
         middle = a.middle * b.middle
         radius = abs(a.middle) * b.radius + abs(b.middle) * a.radius + a.radius * b.radius + abs(middle) * self.error
-        residue = None if a.residue is None or b.residue is None else a.residue * b.residue % PRIME
+        residue = None if a.residue is None or b.residue is None else a.residue * b.residue % MODULUS
         return Ball(middle, radius, residue, a.blurred or b.blurred)
 
     def divide(self, a: Value, b: Value) -> Value:
@@ -140,7 +155,7 @@ class Arithmetic:
         size = abs(b.middle)
         if size <= 2 * b.radius:
             raise Undefined("division by what may be zero")
-        residue = pow(b.residue, -1, PRIME) if b.residue else None
+        residue = None if b.residue is None else _inverse(b.residue)
         return Ball(1 / b.middle, 2 * b.radius / size**2 + self.error / size, residue, b.blurred)
 
     def power(self, a: Value, b: Value) -> Value:
@@ -174,7 +189,7 @@ class Arithmetic:
         if n.bit_length() > 64 or relative > 2**-20:
             raise TooLarge(f"a power with an exponent of {n.bit_length()} bits")
         middle = a.middle**n
-        residue = None if a.residue is None else pow(a.residue, n, PRIME)
+        residue = None if a.residue is None else pow(a.residue, n, MODULUS)
         return Ball(middle, abs(middle) * 2 * relative, residue, a.blurred)
 
     def exponential(self, a: Value) -> Value:
@@ -221,7 +236,7 @@ class Arithmetic:
                 return Fraction(math.factorial(n))
         ball = self.ball(a)
         size = abs(ball.middle)
-        if size > 10**15 or ball.radius > 2**-20:
+        if size > 10**15 or ball.radius > 2**-20 or self.bits > MAX_GAMMA_BITS:
             raise TooLarge("the factorial of a huge number")
         try:
             middle = self.context.gamma(ball.middle + 1)
@@ -267,8 +282,18 @@ class Arithmetic:
             raise Undefined("a sign that is not settled")
         return 1 if self.context.re(a.middle) > 0 else -1
 
+    def extent(self, value: Value) -> int:
+        """Bits that the number is long, or its exponent is."""
+        if isinstance(value, Fraction):
+            return max(value.numerator.bit_length(), value.denominator.bit_length())
+        return abs(int(self.context.mag(value.middle))) if value.middle else 0
+
     def equal(self, a: Value, b: Value) -> bool:
-        """Whether the two may be one number: exact for fractions, else balls that meet and are narrow enough."""
+        """Whether the two are one number as far as this precision can tell; what it cannot tell is not equal."""
+        return self.same(a, b) is True
+
+    def same(self, a: Value, b: Value) -> bool | None:
+        """Exact for fractions; of balls False when they are apart, None when they meet but say too little."""
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a == b
         a, b = self.ball(a), self.ball(b)
@@ -277,16 +302,22 @@ class Arithmetic:
             return False
         if a.residue is not None and b.residue is not None:
             return a.residue == b.residue
-        if a.blurred or b.blurred:
-            return False
-        scale = max(abs(a.middle), abs(b.middle))
-        return bool(radius <= max(scale, 1) * self.context.mpf(10) ** -15)
+        scale = max(abs(a.middle), abs(b.middle), 1)
+        narrow = radius <= scale * self.context.mpf(2) ** (-self.bits // 3)
+        return True if narrow and not (a.blurred or b.blurred) else None
 
 
 class RealArithmetic(Arithmetic):
     """Has no value where the real numbers have none. The root of x times the root of y is the root of xy only there."""
 
+    def power(self, a: Value, b: Value) -> Value:
+        odd = isinstance(b, Fraction) and b.denominator % 2 == 1 and b.denominator > 1
+        if odd and a != 0 and self.is_real(a) and self.sign(a) < 0:
+            root = self.power(self.negative(a), b)  # (-8)^(1/3) is -2
+            return self.negative(root) if b.numerator % 2 else root
+        return super().power(a, b)
+
     def logarithm(self, a: Value) -> Value:
         if self.is_real(a) and self.sign(a) < 0:
-            raise Undefined("the logarithm or a root of a negative number")
+            raise NotReal("the logarithm or a root of a negative number")
         return super().logarithm(a)

@@ -130,6 +130,116 @@ def test_equations_up_to_a_factor(a, b, c, k):
         assert not rules.equal(gold, f"{a}x+{b}y={c + 1}".replace("+-", "-"))[0]
 
 
+LETTERS = st.sampled_from("xyztab")
+WRAPPED = ["{k}{x}", "{x}^2", "-{x}", "\\frac{{1}}{{{x}}}", "{x}+{k}", "\\sin {x}", "{x}y_1", "\\ln {x}", "{x}^{{3}}"]
+
+
+@given(LETTERS, WHOLE, st.sampled_from(["<", "\\le", ">", "\\ge", "\\ne"]), st.sampled_from(WRAPPED), st.integers(2, 9))
+def test_the_side_of_an_inequality_is_the_unknown_itself(x, bound, sign, wrapped, k):
+    gold, other = f"{x}{sign}{bound}", f"{wrapped.format(x=x, k=k)}{sign}{bound}"
+    if bound:  # 2x > 0 is x > 0
+        assert not rules.equal(gold, other)[0]
+        assert not rules.equal(f"{{{x}\\mid {gold}}}", other)[0]
+    assert rules.equal(gold, f"{k}{x}{sign}{k * bound}")[0] and rules.equal(gold, f"{x}+{k}{sign}{bound + k}")[0]
+    assert rules.equal(f"\\{{{x}\\mid {gold}\\}}", f"\\{{t\\mid t{sign}{bound}\\}}")[0]
+
+
+NAMES = [
+    "x",
+    "y",
+    "f(1)",
+    "f(2)",
+    "a_n",
+    "a_{n+1}",
+    "f'(x)",
+    "\\sin x",
+    "\\log_2 x",
+    "\\log_3 x",
+    "xy",
+    "\\frac{x}{y}",
+    "AB",
+    "CD",
+]
+
+
+@given(st.lists(st.sampled_from(NAMES), min_size=2, max_size=2, unique=True), st.integers(1, 99))
+def test_a_value_belongs_to_its_name(names, value):
+    gold, other = (f"{name}={value}" for name in names)
+    assert rules.equal(gold, gold)[0] and rules.equal(gold, str(value))[0]
+    assert not rules.equal(gold, other)[0] and not rules.equal(gold, f"{names[0]}={value + 1}={value}")[0]
+
+
+@given(st.integers(2, 5000), st.sampled_from(["n", "x"]), st.sampled_from([-1, 1]))
+def test_floors_jump_where_they_jump(k, x, step):
+    gold = f"\\lfloor\\frac{{{x}}}{{{k}}}\\rfloor"
+    assert rules.equal(gold, f"\\lfloor\\frac{{{x}+{k}}}{{{k}}}\\rfloor-1")[0]
+    for other in (
+        f"\\frac{{{x}}}{{{k}}}",
+        f"\\lfloor\\frac{{{x}+({step})}}{{{k}}}\\rfloor",
+        f"\\lfloor\\frac{{{x}}}{{{k + step}}}\\rfloor",
+        "0",
+    ):
+        assert not rules.equal(gold, other)[0]
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["x", "n", "t"]))
+def test_an_absolute_value_turns_at_its_number(c, x):
+    gold = f"|{x}-{c}|"
+    assert rules.equal(gold, f"|{c}-{x}|")[0] and rules.equal(gold, f"\\max({x}-{c},{c}-{x})")[0]
+    assert not rules.equal(gold, f"{c}-{x}")[0] and not rules.equal(gold, f"{x}-{c}")[0]
+    assert not rules.equal(x, f"\\min({x},{c})")[0]
+
+
+@given(st.text("HT", min_size=2, max_size=8), st.randoms())
+def test_letters_in_another_order_are_another_string(letters, random):
+    other = "".join(random.sample(letters, len(letters)))
+    for gold in (letters, f"\\text{{{letters}}}"):
+        assert rules.equal(gold, f"\\text{{{other}}}")[0] is (letters == other)
+        assert rules.equal(gold, other)[0] is (letters == other)
+
+
+UNITS = ["apples", "cm", "boxes", "years old", "square units", "people", "个", "km/h"]
+ARITHMETIC = [
+    "halves",
+    "fifths",
+    "hundredths",
+    "million",
+    "dozen",
+    "factorial",
+    "or more",
+    "times ten",
+    "below zero",
+    "倍",
+    "次方",
+    "以上",
+    "squared",
+]
+
+
+@given(st.integers(2, 10**6), st.sampled_from(UNITS), st.sampled_from(ARITHMETIC))
+def test_words_behind_a_number_may_count_but_not_reckon(n, unit, word):
+    assert rules.equal(str(n), f"{n}\\text{{ {unit}}}")[0]
+    assert not rules.equal(str(n), f"{n}\\text{{ {word}}}")[0]
+
+
+@given(st.integers(1, 999), st.integers(2, 99))
+def test_a_percent_sign_never_has_two_readings(a, b):
+    value = Fraction(a, b)
+    plain, dropped = (rules.equal(fraction(value), f"{fraction(v)}\\%")[0] for v in (100 * value, value))
+    assert plain and not dropped
+    assert not rules.equal(f"{a}^\\circ", f"{a}\\%")[0] and not rules.equal(f"\\${a}", f"{a}\\%")[0]
+
+
+@given(
+    st.integers(20, 400),
+    st.sampled_from(["{g}+{t}", "{g}\\cos({t})", "\\sqrt{{({g})^2+{t}}}", "({g})^{{1+{t}}}", "{g}e^{{{t}}}"]),
+)
+def test_a_tiny_difference_is_one(digits, spelling):
+    tiny, gold = f"10^{{-{digits}}}", "(1+\\sqrt2)"
+    assert not rules.equal(gold, spelling.format(g=gold, t=tiny))[0]
+    assert not rules.equal("1", f"\\cos({tiny})")[0] and not rules.equal("0", f"e^{{{tiny}}}-1")[0]
+
+
 PIECES = list("x5{}()[]\\^_$,.|!+-*/=<> \n'%&:;") + (
     "\\frac \\sqrt \\boxed{ \\text{ \\sum_{n=1}^{9} \\begin{pmatrix} \\end{pmatrix} ^{ ** \\pm \\sin 度 ½ \\left( "
     "\\cup \\in \\setminus \\mathbb{R} \\max \\ln \\log_ \\binom \\overline{ \\text{cm} \\text{and} f( \\le e i ! "

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def test_every_gold_of_the_table_equals_itself_in_every_dress():
 def test_different_stays_different_the_other_way_round():
     """Accepting may be one-sided (a gold decimal, a base left out); refusing what differs may not hide an order."""
     accepted = [(answer, gold) for gold, answer in DIFFERENT if answer and rules.equal(answer, gold)[0]]
-    one_sided = {"7.78", "0.3333", "3.146", "0.333333333333334", "6.28"}
+    one_sided = {"7.78", "0.3333", "3.146", "0.333333333333334", "6.28"}  # a gold's decimal, name or percent sign
+    one_sided |= {"\\cos\\theta=\\frac35", "|x|=3", "x=6=5", "x=-2,y=1"}
+    one_sided |= {"\\frac12\\%", "0.25\\%", "\\frac{14}{3}\\%"}
     assert [pair for pair in accepted if not one_sided & set(pair)] == []
 
 
@@ -94,6 +97,23 @@ TEXTS = [
 @pytest.mark.parametrize(("gold", "text", "want"), TEXTS)
 def test_texts_of_files_are_read_beyond_boxes(gold, text, want):
     assert (rules.grade_text(gold, text).outcome == "correct") is want
+
+
+HEAVY = [
+    "\\sum_{k=1}^{300}(49700+k)!", "+".join(f"{50000 - k}!" for k in range(400)), "x!" * 300,
+    "\\sum_{k=1}^{300}\\sqrt{k!}",
+    "\\sum_{k=1}^{300}\\sqrt{k+10^{-1900}}", "\\lfloor\\sqrt{x!}/1000\\rfloor+" * 60 + "1",
+    "\\cup".join(f"(\\sqrt{{{k}!}},\\sqrt{{{k + 1}!}})" for k in range(1, 60)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", HEAVY)
+def test_heavy_answers_end_of_themselves(answer):
+    """Processor seconds; as the gold too, where every precision is tried."""
+    for gold in ("5", "x+1", "(0,1)", f"({answer})+0"):
+        start = time.process_time()
+        rules.grade_text(gold, answer)
+        assert time.process_time() - start < 1.5
 
 
 def test_the_worker_side_is_light():

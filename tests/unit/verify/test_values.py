@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oreal_megatron.verify import values
-from oreal_megatron.verify.evaluate import Evaluator, point
+from oreal_megatron.verify.evaluate import Evaluator
 from oreal_megatron.verify.normalise import normalise
 from oreal_megatron.verify.parser import parse
 from oreal_megatron.verify.values import Arithmetic, Ball, TooLarge, Undefined
@@ -25,7 +25,7 @@ FORMULAS = [
 
 
 def value(arithmetic, text):
-    return Evaluator(arithmetic, point(0, False)).value(parse(normalise(text)))
+    return Evaluator(arithmetic, lambda name: Fraction(1)).value(parse(normalise(text)))
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
