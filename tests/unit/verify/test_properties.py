@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 
 from oreal_megatron.verify import prompt, rules
 
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 WHOLE = st.integers(-999, 999)
 LEAVES = st.one_of(
     WHOLE.map(lambda n: (f"{{{n}}}", f"({n})", Fraction(n))),
