@@ -29,6 +29,7 @@ namespace {
 
 constexpr int64_t GROUP = 6, PANEL = 64;  // 24 sums, 4 of hidden and 1 of dlogits: 29 of 32 registers
 constexpr int64_t STRIP = 32 * GROUP;     // columns of main_grad in one task
+constexpr int64_t RUN = 64;               // pairs of rows in one chain of sums, for the digits of main_grad
 constexpr int64_t DEPTH = 1024;           // rows at a time: a packed strip (384 KB) stays in the second-level cache
 
 struct Product {
@@ -69,8 +70,8 @@ void pack_strip(const Product& of, int64_t begin, uint32_t* out) {
 __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
 
 // out [height, width] += strip [pairs, GROUP] transposed @ panel [pairs, PANEL]
-OREAL_TARGET void add_tile(const uint32_t* strip, const uint32_t* panel, int64_t pairs, float* out, int64_t stride,
-                           int64_t height, int64_t width) {
+OREAL_TARGET void add_run(const uint32_t* strip, const uint32_t* panel, int64_t pairs, float* out, int64_t stride,
+                          int64_t height, int64_t width) {
     __m512 sums[GROUP][4];
 #pragma GCC unroll 6
     for (int i = 0; i < GROUP; ++i)
@@ -101,13 +102,19 @@ OREAL_TARGET void add_tile(const uint32_t* strip, const uint32_t* panel, int64_t
     }
 }
 
+// main_grad [width, a group of columns from `column`] += the packed strip transposed @ the packed panel, run by run.
+void add_tile(const Product& of, int64_t column, int64_t at, int64_t height, const uint32_t* strip,
+              const uint32_t* panel) {
+    float* const out = of.main_grad + column * of.main_grad_stride + at;
+    for (int64_t pairs = (of.rows + 1) / 2; pairs > 0; pairs -= RUN, strip += RUN * GROUP, panel += RUN * PANEL)
+        add_run(strip, panel, std::min(RUN, pairs), out, of.main_grad_stride, height, std::min(PANEL, of.width - at));
+}
+
 void add_strip(const Product& of, int64_t begin, const uint32_t* strip, const uint32_t* panels) {
     const int64_t pairs = (of.rows + 1) / 2, end = std::min(of.columns, begin + STRIP);
     for (int64_t at = 0; at < of.width; at += PANEL, panels += pairs * PANEL)
         for (int64_t column = begin; column < end; column += GROUP)
-            add_tile(strip + (column - begin) * pairs, panels, pairs,
-                     of.main_grad + column * of.main_grad_stride + at, of.main_grad_stride,
-                     std::min(GROUP, end - column), std::min(PANEL, of.width - at));
+            add_tile(of, column, at, std::min(GROUP, end - column), strip + (column - begin) * pairs, panels);
 }
 
 }  // namespace

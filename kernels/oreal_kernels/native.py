@@ -78,9 +78,9 @@ def row_statistics(
 ) -> Tensor:
     """[4, rows] fp32 of logits [rows, total columns], of which the first `columns` are valid.
 
-    With z = softcap * tanh(logit / softcap) * inverse_temperature [rows] (no cap where softcap is 0): the maximum m, the
-    sum of exp(z - m), the sum of exp(z - m) * (z - m), and z at label_column [rows] int64, 0 where that is outside.
-    A row without columns, or of -inf only, gives -inf, 0, 0.
+    With z = softcap * tanh(logit / softcap) * inverse_temperature [rows] (no cap where softcap is 0): the maximum m,
+    the sum of exp(z - m), the sum of exp(z - m) * (z - m), and z at label_column [rows] int64, or 0 where that is
+    outside. A row without columns, or of -inf only, gives -inf, 0, 0.
     """
     rows = _matrix("logits", logits, DTYPE_CODES)
     _columns(columns, logits)
@@ -100,9 +100,9 @@ def row_gradient(
 ) -> Tensor:  # fmt: skip
     """out [rows, total columns] = (a * (1[label] - p) - b * p * (z - lse + entropy)) * dz/dlogit, p = exp(z - lse).
 
-    That is a * d(log-prob)/dlogit + b * d(entropy)/dlogit; z as in `row_statistics`; lse, entropy, a, b are fp32 [rows].
-    Columns from `columns` on, rows with a = b = 0 and rows with lse = -inf become 0. `out` may be `logits` itself, and
-    must not overlap it otherwise.
+    That is a * d(log-prob)/dlogit + b * d(entropy)/dlogit, with z as in `row_statistics`; lse, entropy, a and b are
+    fp32 [rows]. Columns from `columns` on, rows with a = b = 0 and rows with lse = -inf become 0. `out` may be `logits`
+    itself, and must not overlap it otherwise.
     """
     rows = _matrix("logits", logits, DTYPE_CODES)
     _matrix("out", out, DTYPE_CODES, logits.shape)

@@ -219,9 +219,7 @@ def test_rows_without_any_probability(dtype):
 def test_no_rows():
     empty = torch.empty(0)
     assert native.row_statistics(torch.empty(0, 5), empty.long(), empty, 0.0, 5).shape == (4, 0)
-    out = native.row_gradient(
-        torch.empty(0, 5), torch.empty(0, 5), empty.long(), empty, 0.0, 5, *[empty] * 4
-    )
+    out = native.row_gradient(torch.empty(0, 5), torch.empty(0, 5), empty.long(), empty, 0.0, 5, *[empty] * 4)
     assert out.shape == (0, 5)
 
 
@@ -301,9 +299,11 @@ def test_the_same_bits_for_any_number_of_threads_and_in_every_run(threads):
     for count in (1, 2, 3):
         threads(count)
         for mine, other in zip(alone, all_results(3), strict=True):
-            assert mine.numpy(force=True).tobytes() == other.numpy(force=True).tobytes() if (
-                mine.dtype != torch.bfloat16
-            ) else torch.equal(mine, other)
+            assert (
+                mine.numpy(force=True).tobytes() == other.numpy(force=True).tobytes()
+                if (mine.dtype != torch.bfloat16)
+                else torch.equal(mine, other)
+            )
 
 
 def packed(lengths, seed=0):
@@ -366,14 +366,14 @@ SLOPES = {
 def policy_by_definition(logp, reference, weight, cu_seqlens, reward, advantage, positives, right, wrong, kl, kind):
     grads, sums = [], torch.zeros(8, dtype=torch.float64)
     for index, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-        l, r, w = (x[begin:end].double() for x in (logp, reference, weight))
-        d = (r - l).clamp(-60, 60)
+        ours, other, w = (x[begin:end].double() for x in (logp, reference, weight))
+        d = (other - ours).clamp(-60, 60)
         is_right, factor = reward[index] > 0, advantage[index].double()
         if is_right and not positives:
             factor = torch.ones_like(factor)
         grads.append(-(right if is_right else wrong) * factor * w + kl * SLOPES[kind](d))
-        sums[0 if is_right else 1] += (factor * w * (l if is_right else 1)).sum()
-        sums[2:6] += torch.stack([-d.sum(), (d * d / 2).sum(), (torch.expm1(d) - d).sum(), l.sum()])
+        sums[0 if is_right else 1] += (factor * w * (ours if is_right else 1)).sum()
+        sums[2:6] += torch.stack([-d.sum(), (d * d / 2).sum(), (torch.expm1(d) - d).sum(), ours.sum()])
         sums[6 if is_right else 7] += w.sum()
     return torch.cat(grads), sums
 
