@@ -70,7 +70,7 @@ bool runs_avx512_bf16() {
 #endif
 }
 
-int oreal_abi_version() { return 1; }
+int oreal_abi_version() { return 2; }
 
 const char* oreal_features() {
     return runs_avx512_bf16() ? "avx512 avx512_bf16" : chosen.load()->name;
@@ -96,14 +96,14 @@ void oreal_row_statistics(const void* logits, int dtype, int64_t rows, int64_t c
 
 void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out, int out_dtype, int64_t out_stride,
                         int64_t rows, int64_t columns, int64_t total_columns, const int64_t* label_column,
-                        const float* inverse_temperature, float softcap, const float* lse, const float* entropy,
-                        const float* a, const float* b, int threads) {
+                        const float* inverse_temperature, float softcap, const float* maximum, const float* log_total,
+                        const float* entropy, const float* a, const float* b, int threads) {
     const Passes& passes = *chosen;
     parallel_for(rows, worth(rows * total_columns, threads), [=](int64_t row, int) {
         passes.gradient({at(logits, row * stride, dtype), dtype, columns, label_column[row], inverse_temperature[row],
                          softcap},
-                        {(void*)at(out, row * out_stride, out_dtype), out_dtype, total_columns, lse[row], entropy[row],
-                         a[row], b[row]});
+                        {(void*)at(out, row * out_stride, out_dtype), out_dtype, total_columns, maximum[row],
+                         log_total[row], entropy[row], a[row], b[row]});
     });
 }
 

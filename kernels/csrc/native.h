@@ -24,12 +24,13 @@ void oreal_row_statistics(const void* logits, int dtype, int64_t rows, int64_t c
                           const int64_t* label_column, const float* inverse_temperature, float softcap, float* out,
                           int threads);
 
-// With p = exp(z - lse): out = (a * (1[v = label] - p) - b * p * (z - lse + entropy)) * dz/draw, and 0 in the columns
-// from `columns` to `total_columns`. `out` may be `logits`. Rows with a = b = 0 or lse = -inf become 0.
+// With log p = z - maximum - log_total (in this order, for its digits):
+// out = (a * (1[v = label] - p) - b * p * (log p + entropy)) * dz/draw, and 0 in the columns from `columns` to
+// `total_columns`. `out` may be `logits`. Rows with a = b = 0 or maximum = -inf become 0.
 void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out, int out_dtype, int64_t out_stride,
                         int64_t rows, int64_t columns, int64_t total_columns, const int64_t* label_column,
-                        const float* inverse_temperature, float softcap, const float* lse, const float* entropy,
-                        const float* a, const float* b, int threads);
+                        const float* inverse_temperature, float softcap, const float* maximum, const float* log_total,
+                        const float* entropy, const float* a, const float* b, int threads);
 
 // Of each sequence: belief = sigmoid(running mean of the scores), 1 - belief where the sequence is wrong, and
 // weight = clamp((belief - threshold) / (1 - threshold), 0, 1); means [sequences] are 0 for empty ones.

@@ -8,8 +8,8 @@ namespace {
 // z of a vector of raw logits, and dz/draw.
 template <bool capped>
 OREAL_INLINE Float logit(Float raw, const Row& row) {
-    if (!capped) return raw * row.inverse_temperature;
-    return row.softcap * hyperbolic_tangent(raw / row.softcap).value * row.inverse_temperature;
+    if (!capped) return rounded(raw * row.inverse_temperature);
+    return rounded(row.softcap * hyperbolic_tangent(raw / row.softcap).value * row.inverse_temperature);
 }
 
 template <bool capped>
@@ -84,14 +84,15 @@ void statistics(const Row& row, float out[4]) {
 
 template <bool capped>
 OREAL_INLINE Float entry(Float raw, const Row& row, const RowGradient& to) {
-    const Float x = at_most(at_least(logit<capped>(raw, row) - to.lse, LOWEST), HIGHEST);
+    const Float log_p = logit<capped>(raw, row) - to.maximum - to.log_total;
+    const Float x = at_most(at_least(log_p, LOWEST), HIGHEST);
     return -exponential(x) * (to.a + to.b * (x + to.entropy)) * slope<capped>(raw, row);
 }
 
 // expm1 keeps the digits of a small 1 - p.
 template <bool capped>
 OREAL_INLINE Float label_entry(Float raw, const Row& row, const RowGradient& to) {
-    const double x = at_least(logit<capped>(raw, row) - to.lse, LOWEST)[0];
+    const double x = at_least(logit<capped>(raw, row) - to.maximum - to.log_total, LOWEST)[0];
     const double by_z = -to.a * expm1(x) - to.b * exp(x) * (x + to.entropy);
     return splat((float)by_z) * slope<capped>(raw, row);
 }
@@ -100,7 +101,7 @@ template <class T, class Out, bool capped>
 void gradient(const Row& row, const RowGradient& to) {
     const T* raw = (const T*)row.logits;
     Out* out = (Out*)to.out;
-    if ((to.a == 0 && to.b == 0) || to.lse == -INFINITY) {
+    if ((to.a == 0 && to.b == 0) || to.maximum == -INFINITY) {
         memset(out, 0, to.total_columns * sizeof(Out));
         return;
     }

@@ -13,7 +13,7 @@ struct RowGradient {
     void* out;
     int dtype;
     int64_t total_columns;
-    float lse, entropy, a, b;
+    float maximum, log_total, entropy, a, b;
 };
 
 // Tokens of one sequence: grad = -scale * weight + the KL term; see oreal_policy_terms.

@@ -60,6 +60,20 @@ OREAL_INLINE void store_some(T* to, Float x, int64_t count) {
     memcpy(to, padded, count * sizeof(T));
 }
 
+// A value rounded to fp32, which no multiply-add may look behind: what one pass computes another finds again.
+OREAL_INLINE Float rounded(Float x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 // Written so that NaN passes through.
 OREAL_INLINE Float at_least(Float x, float low) { return x < low ? splat(low) : x; }
 OREAL_INLINE Float at_most(Float x, float high) { return x > high ? splat(high) : x; }

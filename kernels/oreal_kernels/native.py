@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("liboreal_kernels.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 KL_CODES = {"k1": 1, "k1_reversed": -1, "k2": 2, "k3": 3}
 # One letter for each argument: p pointer, n int64, i int, f float; the result comes first, - is none.
@@ -24,7 +24,7 @@ SIGNATURES = {
     "oreal_features": "s",
     "oreal_select": "is",
     "oreal_row_statistics": "-pinnnppfpi",
-    "oreal_row_gradient": "-pinpinnnnppfppppi",
+    "oreal_row_gradient": "-pinpinnnnppfpppppi",
     "oreal_token_weights": "-pipnpfppi",
     "oreal_policy_terms": "-ppppnppifffippi",
     "oreal_add_weight_gradient": "ipnpnpnnnni",
@@ -96,13 +96,13 @@ def row_statistics(
 
 def row_gradient(
     logits: Tensor, out: Tensor, label_column: Tensor, inverse_temperature: Tensor, softcap: float, columns: int,
-    lse: Tensor, entropy: Tensor, a: Tensor, b: Tensor,
+    maximum: Tensor, log_total: Tensor, entropy: Tensor, a: Tensor, b: Tensor,
 ) -> Tensor:  # fmt: skip
-    """out [rows, total columns] = (a * (1[label] - p) - b * p * (z - lse + entropy)) * dz/dlogit, p = exp(z - lse).
+    """out [rows, total columns] = (a * (1[label] - p) - b * p * (log p + entropy)) * dz/dlogit.
 
-    That is a * d(log-prob)/dlogit + b * d(entropy)/dlogit, with z as in `row_statistics`; lse, entropy, a and b are
-    fp32 [rows]. Columns from `columns` on, rows with a = b = 0 and rows with lse = -inf become 0. `out` may be `logits`
-    itself, and must not overlap it otherwise.
+    That is a * d(log-prob)/dlogit + b * d(entropy)/dlogit, with log p = z - maximum - log_total and z as in
+    `row_statistics`; maximum, log_total, entropy, a and b are fp32 [rows]. Columns from `columns` on, rows with
+    a = b = 0 and rows with maximum = -inf become 0. `out` may be `logits` itself, and must not overlap it otherwise.
     """
     rows = _matrix("logits", logits, DTYPE_CODES)
     _matrix("out", out, DTYPE_CODES, logits.shape)
@@ -110,13 +110,14 @@ def row_gradient(
     if rows > 1 and out.stride(0) < out.shape[1]:
         raise ValueError(f"rows of out overlap: {out.shape[1]} columns with a stride of {out.stride(0)}")
     _vector("label_column", label_column, torch.int64, rows)
-    per_row = {"inverse_temperature": inverse_temperature, "lse": lse, "entropy": entropy, "a": a, "b": b}
-    for name, values in per_row.items():
+    per_row = {"inverse_temperature": inverse_temperature, "maximum": maximum, "log_total": log_total}
+    for name, values in (per_row | {"entropy": entropy, "a": a, "b": b}).items():
         _vector(name, values, torch.float32, rows)
     _library().oreal_row_gradient(
         logits.data_ptr(), DTYPE_CODES[logits.dtype], logits.stride(0), out.data_ptr(), DTYPE_CODES[out.dtype],
         out.stride(0), rows, columns, logits.shape[1], label_column.data_ptr(), inverse_temperature.data_ptr(), softcap,
-        lse.data_ptr(), entropy.data_ptr(), a.data_ptr(), b.data_ptr(), torch.get_num_threads(),
+        maximum.data_ptr(), log_total.data_ptr(), entropy.data_ptr(), a.data_ptr(), b.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 

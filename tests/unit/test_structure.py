@@ -97,7 +97,7 @@ def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"oreal_megatron", "oreal_kernels"}
-    assert "oreal_megatron/mcore/worker.py" in names and "oreal_kernels/logprob.py" in names
+    assert "oreal_megatron/mcore/worker.py" in names and "oreal_kernels/linear_logprob.py" in names
 
 
 def test_the_command_needs_no_gpu_library_to_say_what_it_can():

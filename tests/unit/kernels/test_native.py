@@ -53,9 +53,9 @@ def by_definition(logits, label, inverse_temperature, softcap, columns, dtype=to
     return torch.stack([maximum, shifted.exp().sum(1), (shifted.exp() * shifted).sum(1), target])
 
 
-def gradient_by_definition(logits, label, it, softcap, columns, lse, entropy, a, b, dtype=torch.float64):
+def gradient_by_definition(logits, label, it, softcap, columns, maximum, log_total, entropy, a, b, dtype=torch.float64):
     z, slope = exact_z(logits[:, :columns], it, softcap, dtype)
-    x = z - lse.to(dtype)[:, None]
+    x = z - maximum.to(dtype)[:, None] - log_total.to(dtype)[:, None]
     one_hot = torch.arange(columns) == label[:, None]
     a, b, entropy = (values.to(dtype)[:, None] for values in (a, b, entropy))
     result = torch.zeros(logits.shape, dtype=dtype)
@@ -81,9 +81,9 @@ def case(rows=7, width=1003, columns=None, dtype=torch.float32, scale=3.0, shift
 
 
 def normaliser(statistics):
-    """lse and entropy of [4, rows]."""
+    """Maximum, log-sum-exp less the maximum, and entropy of [4, rows]."""
     maximum, total, first, _ = statistics
-    return maximum + total.log(), total.log() - first / total
+    return maximum, total.log(), total.log() - first / total
 
 
 CASES = {
@@ -126,9 +126,9 @@ def test_row_statistics(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_row_gradient_of_log_prob_and_entropy(name, dtype):
     softcap, (logits, label, it, columns) = prepared(name, dtype)
-    lse, entropy = (x.float() for x in normaliser(by_definition(logits, label, it, softcap, columns)))
+    normal = [x.float() for x in normaliser(by_definition(logits, label, it, softcap, columns))]
     a, b = torch.randn(2, len(label), generator=torch.Generator().manual_seed(1)).unbind()
-    arguments = (label, it, softcap, columns, lse, entropy, a, b)
+    arguments = (label, it, softcap, columns, *normal, a, b)
     exact = gradient_by_definition(logits, *arguments)
     for out_dtype in DTYPES:
         torchs = gradient_by_definition(logits, *arguments, dtype=torch.float32).to(out_dtype)
@@ -148,12 +148,10 @@ def test_a_gradient_sums_to_zero_over_the_vocabulary(dtype):
     logits, label, it, columns = case(rows=5, width=3001, temperature=0.5)
     label[2:] = torch.tensor([17, 18, 3000])  # every label here, otherwise the log-prob's part does not
     logits = logits.to(dtype)
-    lse, entropy = normaliser(native.row_statistics(logits, label, it, 0.0, columns))
+    normal = normaliser(native.row_statistics(logits, label, it, 0.0, columns))
     for a, b in ((1.0, 0.0), (0.0, 1.0), (-0.3, 0.7)):
         out = torch.empty(5, 3001)
-        native.row_gradient(
-            logits, out, label, it, 0.0, columns, lse, entropy, torch.full((5,), a), torch.full((5,), b)
-        )
+        native.row_gradient(logits, out, label, it, 0.0, columns, *normal, torch.full((5,), a), torch.full((5,), b))
         assert out.double().sum(1).abs().max() < 2e-6 * out.double().abs().sum(1).max()
 
 
@@ -162,7 +160,7 @@ def exponential_of(x):
     zero = torch.zeros(1)
     label = torch.tensor([-1])
     return native.row_gradient(
-        x[None], torch.empty(1, len(x)), label, zero + 1, 0.0, len(x), zero, zero, zero - 1, zero
+        x[None], torch.empty(1, len(x)), label, zero + 1, 0.0, len(x), zero, zero, zero, zero - 1, zero
     )[0]
 
 
@@ -187,7 +185,7 @@ def test_the_slope_of_a_cap_keeps_its_digits_where_it_vanishes():
     zeros = torch.zeros(1)
     label = torch.tensor([-1])
     found = native.row_gradient(
-        raw[None], torch.empty(1, 4001), label, zeros + 1, 1.0, 4001, zeros, zeros, zeros - 1, zeros
+        raw[None], torch.empty(1, 4001), label, zeros + 1, 1.0, 4001, zeros, zeros, zeros, zeros - 1, zeros
     )[0]
     exact = raw.double().tanh().exp() / raw.double().cosh() ** 2
     assert ((found.double() - exact).abs() / exact).max() < 2e-6
@@ -197,7 +195,7 @@ def test_the_slope_of_a_cap_keeps_its_digits_where_it_vanishes():
 def test_a_label_that_is_nearly_certain_keeps_its_gradient(dtype, digits):
     logits, zeros, label = torch.tensor([[-1e-6, -20.0]]), torch.zeros(1), torch.tensor([0])
     out = torch.empty(1, 2, dtype=dtype)
-    native.row_gradient(logits, out, label, zeros + 1, 0.0, 2, zeros, zeros, zeros + 1, zeros)
+    native.row_gradient(logits, out, label, zeros + 1, 0.0, 2, zeros, zeros, zeros, zeros + 1, zeros)
     exact = -torch.expm1(logits.double()[0, 0])
     assert abs(out[0, 0].double() / exact - 1) < digits, "1 - exp(-1e-6) by subtraction is wrong by 5 %"
 
@@ -209,8 +207,9 @@ def test_rows_without_any_probability(dtype):
     label, ones, zeros = torch.tensor([0, 5, 0]), torch.ones(3), torch.zeros(3)
     found = native.row_statistics(logits, label, ones, 0.0, 37)
     assert found[:3].T.tolist() == [[-torch.inf, 0, 0], [2, 1, 0], [-torch.inf, 0, 0]]
-    lse = found[0] + found[1].log()
-    out = native.row_gradient(logits, torch.ones_like(logits), label, ones, 0.0, 37, lse, zeros, ones, ones)
+    out = native.row_gradient(
+        logits, torch.ones_like(logits), label, ones, 0.0, 37, found[0], found[1].log(), zeros, ones, ones
+    )
     assert not out.any()
     none = native.row_statistics(logits, label, ones, 0.0, 0)
     assert none.T.tolist() == [[-torch.inf, 0, 0, 0]] * 3
@@ -219,7 +218,7 @@ def test_rows_without_any_probability(dtype):
 def test_no_rows():
     empty = torch.empty(0)
     assert native.row_statistics(torch.empty(0, 5), empty.long(), empty, 0.0, 5).shape == (4, 0)
-    out = native.row_gradient(torch.empty(0, 5), torch.empty(0, 5), empty.long(), empty, 0.0, 5, *[empty] * 4)
+    out = native.row_gradient(torch.empty(0, 5), torch.empty(0, 5), empty.long(), empty, 0.0, 5, *[empty] * 5)
     assert out.shape == (0, 5)
 
 
@@ -233,9 +232,9 @@ def test_a_logit_that_is_not_a_number_is_not_hidden(bad, softcap):
     statistics = native.row_statistics(logits, label, it, softcap, columns)
     assert statistics[1].isnan().tolist() == [True, False]
     zeros = torch.zeros(2)
-    lse = torch.tensor([torch.nan, 3.0])
+    highest = torch.tensor([torch.nan, 3.0])
     out = torch.empty_like(logits, dtype=torch.bfloat16)
-    native.row_gradient(logits, out, label, it, softcap, columns, lse, zeros, zeros + 1, zeros)
+    native.row_gradient(logits, out, label, it, softcap, columns, highest, zeros, zeros, zeros + 1, zeros)
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
@@ -243,14 +242,14 @@ def test_rows_without_coefficients_are_zero_whatever_they_hold():
     logits, label, it, columns = case(rows=3, width=50)
     logits[1] = torch.nan
     ones, a = torch.ones(3), torch.tensor([1.0, 0.0, 1.0])
-    out = native.row_gradient(logits, torch.ones_like(logits), label, it, 0.0, columns, ones, ones, a, ones * 0)
+    out = native.row_gradient(logits, torch.ones_like(logits), label, it, 0.0, columns, ones, ones, ones, a, ones * 0)
     assert not out[1].any() and out[0].all() and out[2].all()
 
 
 def test_bf16_is_rounded_to_nearest_even():
     x = torch.cat([torch.linspace(-60, 0, 30_001), torch.tensor([-torch.inf])])
     zero = torch.zeros(1)
-    arguments = (torch.tensor([-1]), zero + 1, 0.0, len(x), zero, zero, zero - 1, zero)
+    arguments = (torch.tensor([-1]), zero + 1, 0.0, len(x), zero, zero, zero, zero - 1, zero)
     rounded = native.row_gradient(x[None], torch.empty(1, len(x), dtype=torch.bfloat16), *arguments)
     assert torch.equal(rounded[0], exponential_of(x).bfloat16())
     halfway = torch.arange(1 << 12).float() * 2.0**-8 + 2.0**-9 + 1  # between two bf16 numbers; a = -v and p = 1
@@ -258,7 +257,7 @@ def test_bf16_is_rounded_to_nearest_even():
     columns = torch.zeros(rows, 1)
     label, zeros = torch.full((rows,), -1), torch.zeros(rows)
     out = torch.empty(rows, 1, dtype=torch.bfloat16)
-    native.row_gradient(columns, out, label, zeros + 1, 0.0, 1, zeros, zeros, -halfway, zeros)
+    native.row_gradient(columns, out, label, zeros + 1, 0.0, 1, zeros, zeros, zeros, -halfway, zeros)
     assert torch.equal(out[:, 0], halfway.bfloat16())
 
 
@@ -269,8 +268,8 @@ def test_strides_of_rows(dtype):
     dense = logits.contiguous()
     statistics = native.row_statistics(logits, label, it, 0.0, columns)
     assert torch.equal(statistics, native.row_statistics(dense, label, it, 0.0, columns))
-    lse, entropy = normaliser(statistics)
-    arguments = (label, it, 0.0, columns, lse, entropy, it, it)
+    normal = normaliser(statistics)
+    arguments = (label, it, 0.0, columns, *normal, it, it)
     expected = native.row_gradient(dense, torch.empty_like(dense), *arguments)
     untouched = wide.clone()
     native.row_gradient(logits, logits, *arguments)
@@ -283,8 +282,8 @@ def all_results(seed):
     """Bits of every pass on inputs large enough for several threads."""
     logits, label, it, columns = case(rows=40, width=3001, seed=seed, dtype=torch.bfloat16)
     statistics = native.row_statistics(logits, label, it, 0.0, columns)
-    lse, entropy = normaliser(statistics)
-    gradient = native.row_gradient(logits, torch.empty_like(logits), label, it, 0.0, columns, lse, entropy, it, it)
+    normal = normaliser(statistics)
+    gradient = native.row_gradient(logits, torch.empty_like(logits), label, it, 0.0, columns, *normal, it, it)
     tokens, reference, weight, cu_seqlens, reward, advantage = packed([70_000, 0, 3, 80_000], seed)
     weights = native.token_weights(tokens, cu_seqlens, reward > 0, 0.5)
     terms = policy(tokens, reference, weight, cu_seqlens, reward, advantage)

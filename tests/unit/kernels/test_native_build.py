@@ -120,5 +120,5 @@ def test_a_library_of_another_version_is_not_used(loading, tmp_path):
     library = tmp_path / "liboreal_kernels.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "old.cpp", "-o", library], check=True)
     loading(library)
-    with pytest.warns(UserWarning, match="has version 0 of its interface and 1 is wanted"):
+    with pytest.warns(UserWarning, match="has version 0 of its interface and 2 is wanted"):
         assert not native.available()
