@@ -38,30 +38,28 @@ struct Product {
     int64_t dlogits_stride, hidden_stride, main_grad_stride, rows, columns, width;
 };
 
-// Words of (row, row + 1) for columns [0, count); zeros up to `padded`.
-OREAL_TARGET void interleave(const uint16_t* row, int64_t stride, bool single, int64_t count, int64_t padded,
-                             uint32_t* out) {
+// Words of (row, row + 1) for `count` columns. What packing leaves beyond them reaches sums that are never stored.
+OREAL_TARGET void interleave(const uint16_t* row, int64_t stride, bool single, int64_t count, uint32_t* out) {
     if (single)
         for (int64_t i = 0; i < count; ++i) out[i] = row[i];
     else
         for (int64_t i = 0; i < count; ++i) out[i] = row[i] | (uint32_t)row[stride + i] << 16;
-    for (int64_t i = count; i < padded; ++i) out[i] = 0;
 }
 
 // [pairs, PANEL] of columns from `begin`.
 void pack_panel(const Product& of, int64_t begin, uint32_t* out) {
     const int64_t count = std::min(PANEL, of.width - begin);
     for (int64_t row = 0; row < of.rows; row += 2, out += PANEL)
-        interleave(of.hidden + row * of.hidden_stride + begin, of.hidden_stride, row + 1 == of.rows, count, PANEL, out);
+        interleave(of.hidden + row * of.hidden_stride + begin, of.hidden_stride, row + 1 == of.rows, count, out);
 }
 
 // [STRIP / GROUP, pairs, GROUP] of columns from `begin`.
 void pack_strip(const Product& of, int64_t begin, uint32_t* out) {
     const int64_t count = std::min(STRIP, of.columns - begin), pairs = (of.rows + 1) / 2;
-    uint32_t words[STRIP];
+    uint32_t words[STRIP] = {};
     for (int64_t pair = 0; pair < pairs; ++pair) {
         interleave(of.dlogits + 2 * pair * of.dlogits_stride + begin, of.dlogits_stride, 2 * pair + 1 == of.rows, count,
-                   STRIP, words);
+                   words);
         for (int64_t group = 0; group < STRIP / GROUP; ++group)
             memcpy(out + (group * pairs + pair) * GROUP, words + group * GROUP, GROUP * sizeof(uint32_t));
     }

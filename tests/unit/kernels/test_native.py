@@ -238,6 +238,13 @@ def test_a_logit_that_is_not_a_number_is_not_hidden(bad, softcap):
     assert out[0].isnan().all() and not out[1].isnan().any()
 
 
+def test_a_nan_whose_bits_would_round_to_zero():
+    nan = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
+    zero, label = torch.zeros(1), torch.tensor([-1])
+    out = torch.empty(1, 1, dtype=torch.bfloat16)
+    assert native.row_gradient(nan, out, label, zero + 1, 0.0, 1, zero, zero, zero + 1, zero).isnan()
+
+
 def test_rows_without_coefficients_are_zero_whatever_they_hold():
     logits, label, it, columns = case(rows=3, width=50)
     logits[1] = torch.nan
@@ -444,25 +451,27 @@ def test_sequences_longer_than_a_block_of_sums():
 
 
 def product_case(rows, columns, width, seed=0):
+    """Views into larger storages, and the storage of main_grad, to see what is written beside the view."""
     generator = torch.Generator().manual_seed(seed)
     dlogits = torch.randn(rows, columns + 3, generator=generator).bfloat16()[:, 2 : columns + 2]
     hidden = torch.randn(rows, width + 5, generator=generator).bfloat16()[:, 1 : width + 1]
-    return dlogits, hidden, torch.randn(columns, width + 7, generator=generator)
+    storage = torch.randn(columns + 6, width + 70, generator=generator)
+    return dlogits, hidden, storage, storage[:columns, 4 : width + 4]
 
 
 def check_weight_gradient(rows, columns, width):
-    dlogits, hidden, storage = product_case(rows, columns, width)
-    before, main_grad = storage.clone(), storage[:, 4 : width + 4]
+    dlogits, hidden, storage, main_grad = product_case(rows, columns, width)
+    before = storage.clone()
     done = native.add_weight_gradient(dlogits, hidden, main_grad)
     assert done == ("avx512_bf16" in native.features())
-    if not done:
-        assert torch.equal(storage, before)
-        return
-    exact = before[:, 4 : width + 4].double() + dlogits.double().T @ hidden.double()
-    torchs = before[:, 4 : width + 4] + dlogits.float().T @ hidden.float()
-    assert_as_good_as(main_grad, torchs, exact)
-    before[:, 4 : width + 4] = main_grad
-    assert torch.equal(storage, before), "nothing beside the view is written"
+    old = before[:columns, 4 : width + 4].clone()
+    before[:columns, 4 : width + 4] = main_grad
+    assert torch.equal(storage, before), "something beside the view is written"
+    if done:
+        exact = old.double() + dlogits.double().T @ hidden.double()
+        assert_as_good_as(main_grad, old + dlogits.float().T @ hidden.float(), exact)
+    else:
+        assert torch.equal(main_grad, old)
 
 
 @settings(max_examples=40)
