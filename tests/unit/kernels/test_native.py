@@ -242,7 +242,7 @@ def test_a_nan_whose_bits_would_round_to_zero():
     nan = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
     zero, label = torch.zeros(1), torch.tensor([-1])
     out = torch.empty(1, 1, dtype=torch.bfloat16)
-    assert native.row_gradient(nan, out, label, zero + 1, 0.0, 1, zero, zero, zero + 1, zero).isnan()
+    assert native.row_gradient(nan, out, label, zero + 1, 0.0, 1, zero, zero, zero, zero + 1, zero).isnan()
 
 
 def test_rows_without_coefficients_are_zero_whatever_they_hold():
