@@ -13,20 +13,21 @@ import torch
 COLUMNS_PER_PART = 32768  # of a row that one program reads: enough programs when rows are few, few partial results
 FUSED_FORWARD_MAX_HIDDEN = 1536  # below it, writing logits costs more than Triton's GEMM loses to cuBLAS (derived)
 
+# z = logit / temperature must be rounded before the maximum is taken off, or the largest p is not what was summed.
+_EXACT = dict(enable_fp_fusion=False)
+_WIDE = dict(BLOCK_ROWS=128, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT)
 _COMMON: dict[str, dict[str, int]] = {
-    "statistics": dict(BLOCK=4096, num_warps=8),
-    "gradient": dict(BLOCK=4096, num_warps=8),
+    "statistics": dict(BLOCK=4096, num_warps=8, **_EXACT),
+    "gradient": dict(BLOCK=4096, num_warps=8, **_EXACT),
     "combine": dict(BLOCK=256, num_warps=4),
     "token_weights": dict(BLOCK=1024, num_warps=4),
     "policy_terms": dict(BLOCK=1024, num_warps=4),
-    "linear_statistics": dict(BLOCK_ROWS=128, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3),
+    "linear_statistics": dict(BLOCK_ROWS=64, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT),
 }
 TABLES: dict[int, dict[str, dict[str, int]]] = {  # compute capability -> kernel -> options
     80: _COMMON,
-    90: _COMMON
-    | {"linear_statistics": dict(BLOCK_ROWS=128, BLOCK_COLUMNS=256, BLOCK_HIDDEN=64, num_warps=8, num_stages=3)},
-    100: _COMMON
-    | {"linear_statistics": dict(BLOCK_ROWS=128, BLOCK_COLUMNS=256, BLOCK_HIDDEN=64, num_warps=8, num_stages=3)},
+    90: _COMMON | {"linear_statistics": _WIDE},
+    100: _COMMON | {"linear_statistics": _WIDE | dict(BLOCK_COLUMNS=64)},
 }
 # In the interpreter every block is a numpy call; small ones make tests cross borders.
 _INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON} | {

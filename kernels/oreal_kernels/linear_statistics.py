@@ -31,8 +31,8 @@ def reference(
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def linear_statistics_kernel(
-    hidden, weight, label_column, inverse_temperature, out, rows, columns, width, hidden_stride, weight_stride,
-    WIDTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    hidden, weight, label_column, inverse_temperature, out, rows, columns, width, hidden_stride, weight_stride, units,
+    EVEN: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     # Programs of one part of the vocabulary are neighbours, so that its weights stay in the L2 cache.
@@ -40,6 +40,8 @@ def linear_statistics_kernel(
     part = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
+    # Beyond the borders the last row is read again instead of a mask, which would cost the loop a test per load.
+    x_row = hidden + tl.minimum(row, rows - 1)[:, None] * hidden_stride + tl.arange(0, BLOCK_HIDDEN)[None, :]
     label = tl.load(label_column + row, mask=inside, other=-1)
     scale = tl.load(inverse_temperature + row, mask=inside, other=1.0)[:, None]
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
@@ -50,16 +52,16 @@ def linear_statistics_kernel(
     for start in range(part * width, stop, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for first in range(0, WIDTH, BLOCK_HIDDEN):
-            unit = first + tl.arange(0, BLOCK_HIDDEN)
-            x = tl.load(
-                hidden + row[:, None] * hidden_stride + unit[None, :],
-                mask=inside[:, None] & (unit[None, :] < WIDTH), other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                weight + column[None, :].to(tl.int64) * weight_stride + unit[:, None],
-                mask=(column[None, :] < stop) & (unit[:, None] < WIDTH), other=0.0,
-            )  # fmt: skip
+        w_row = weight + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * weight_stride
+        w_row += tl.arange(0, BLOCK_HIDDEN)[:, None]
+        for first in range(0, units, BLOCK_HIDDEN):
+            if EVEN:
+                x = tl.load(x_row + first)
+                w = tl.load(w_row + first)
+            else:
+                unit = first + tl.arange(0, BLOCK_HIDDEN)
+                x = tl.load(x_row + first, mask=unit[None, :] < units, other=0.0)
+                w = tl.load(w_row + first, mask=unit[:, None] < units, other=0.0)
             product = tl.dot(x, w, product, input_precision="ieee")
         z, _ = scaled_kernel(product, scale, SOFTCAP)
         z = tl.where(column[None, :] < stop, z, float("-inf"))
@@ -90,6 +92,7 @@ def linear_statistics(
     out = torch.empty(parts, 4, rows, device=hidden.device)
     linear_statistics_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]) * parts,)](
         hidden, weight, label_column, inverse_temperature, out, rows, columns, width,
-        hidden.stride(0), weight.stride(0), WIDTH=hidden.shape[1], SOFTCAP=softcap, **options,
+        hidden.stride(0), weight.stride(0), hidden.shape[1], EVEN=hidden.shape[1] % options["BLOCK_HIDDEN"] == 0,
+        SOFTCAP=softcap, **options,
     )  # fmt: skip
     return out[0] if parts == 1 else combine(out).statistics

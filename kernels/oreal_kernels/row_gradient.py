@@ -42,6 +42,19 @@ def reference(
     out[:, columns:] = 0
 
 
+@triton.jit
+def entries(raw, at_label, scale, highest, normaliser, h, a, b, SOFTCAP: tl.constexpr):
+    """A block of one row's gradient."""
+    z, slope = scaled_kernel(raw, scale, SOFTCAP)
+    log_p = z - highest - normaliser
+    p = tl.exp(log_p)
+    # -expm1 by its series near 0, as libdevice is not there in the interpreter.
+    series = -log_p * (1.0 + log_p / 2.0 * (1.0 + log_p / 3.0 * (1.0 + log_p / 4.0)))
+    missing = tl.where(log_p > -0.03, series, 1.0 - p)
+    surprise = tl.where(p > 0.0, p * (log_p + h), 0.0)
+    return (a * tl.where(at_label, missing, -p) - b * surprise) * slope
+
+
 @triton.jit(do_not_specialize=["columns", "all_columns"])
 def gradient_kernel(
     logits, out, label_column, inverse_temperature, maximum, log_total, entropy, a, b,
@@ -59,21 +72,23 @@ def gradient_kernel(
     own_a = tl.load(a + row)
     own_b = tl.load(b + row)
     h = tl.load(entropy + row)
-    silent = (own_a == 0.0) & (own_b == 0.0)
-    for start in range(part * width, stop, BLOCK):
+    # A row without coefficients becomes zeros, whatever its logits hold.
+    columns = tl.where((own_a == 0.0) & (own_b == 0.0), 0, columns)
+    # Blocks of real columns without a mask, which would split their 16-byte loads; then the rest.
+    whole = part * width + tl.maximum(tl.minimum(columns, stop) - part * width, 0) // BLOCK * BLOCK
+    for start in range(part * width, whole, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        real = column < columns
-        raw = tl.load(logits + row * row_stride + column, mask=real & (column < stop), other=0.0).to(tl.float32)
-        z, slope = scaled_kernel(raw, scale, SOFTCAP)
-        log_p = z - highest - normaliser
-        p = tl.exp(log_p)
-        # -expm1 by its series near 0, as libdevice is not there in the interpreter.
-        series = -log_p * (1.0 + log_p / 2.0 * (1.0 + log_p / 3.0 * (1.0 + log_p / 4.0)))
-        missing = tl.where(log_p > -0.03, series, 1.0 - p)
-        surprise = tl.where(p > 0.0, p * (log_p + h), 0.0)
-        gradient = own_a * tl.where(column == label, missing, -p) - own_b * surprise
-        gradient = tl.where(real & (silent == 0), gradient * slope, 0.0)
-        tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=column < stop)
+        raw = tl.load(logits + row * row_stride + column).to(tl.float32)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty))
+    for start in range(whole, stop, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        real = column < tl.minimum(columns, stop)
+        raw = tl.load(logits + row * row_stride + column, mask=real, other=0.0).to(tl.float32)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        tl.store(
+            out + row * out_stride + column, tl.where(real, gradient, 0.0).to(out.dtype.element_ty), mask=column < stop
+        )
 
 
 def row_gradient(

@@ -62,11 +62,16 @@ def statistics_kernel(
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     spread = tl.full((), 0.0, tl.float32)
-    for start in range(part * width, stop, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        raw = tl.load(logits + row * row_stride + column, mask=column < stop, other=float("-inf")).to(tl.float32)
+    # Whole blocks without a mask, which would split their 16-byte loads; then the rest.
+    whole = part * width + (stop - part * width) // BLOCK * BLOCK
+    for start in range(part * width, whole, BLOCK):
+        raw = tl.load(logits + row * row_stride + start + tl.arange(0, BLOCK)).to(tl.float32)
         z, _ = scaled_kernel(raw, scale, SOFTCAP)
-        # Padding is masked before the maximum; a capped -inf would be finite.
+        maximum, total, spread = online(z, maximum, total, spread)
+    if whole < stop:
+        column = whole + tl.arange(0, BLOCK)
+        raw = tl.load(logits + row * row_stride + column, mask=column < stop, other=0.0).to(tl.float32)
+        z, _ = scaled_kernel(raw, scale, SOFTCAP)
         maximum, total, spread = online(tl.where(column < stop, z, float("-inf")), maximum, total, spread)
     label = tl.load(label_column + row)
     here = (label >= part * width) & (label < stop)

@@ -27,7 +27,11 @@ def scaled(logits: Tensor, inverse_temperature: Tensor, softcap: float) -> tuple
 def scaled_kernel(raw, scale, SOFTCAP: tl.constexpr):
     """As `scaled`, for a block of one row."""
     if SOFTCAP == 0.0:
-        return raw * scale, scale
-    # tanh by exp, as libdevice is not there in the interpreter; exp(-inf) at the far end is 0.
-    bent = 2.0 / (1.0 + tl.exp(-2.0 * raw / SOFTCAP)) - 1.0
-    return SOFTCAP * bent * scale, (1.0 - bent * bent) * scale
+        z = raw * scale
+        slope = tl.zeros_like(raw) + scale
+    else:
+        # tanh by exp, as libdevice is not there in the interpreter; at the far end exp is inf and tanh -1.
+        bent = 2.0 / (1.0 + tl.exp(-2.0 * raw / SOFTCAP)) - 1.0
+        z = SOFTCAP * bent * scale
+        slope = (1.0 - bent * bent) * scale
+    return z, slope
