@@ -9,10 +9,10 @@
 // Calls function(task, thread) for every task, with thread in [0, threads). Which thread takes which task is left open,
 // so a task's result must not depend on its thread.
 //
-// Plain threads and not OpenMP: torch wheels bring an OpenMP runtime under a name of their own, so ours would be a second
-// one, and after each call the idle workers of one spin for milliseconds on the cores that the other one wants. Threads
-// that end with the call leave the cores to torch; only torch's own spinning meets ours, and tasks taken one by one leave
-// most of the work to the thread that is not disturbed.
+// Plain threads and not OpenMP: torch wheels bring an OpenMP runtime under a name of their own, so ours could be a second
+// one, with workers that spin between calls on the cores that torch wants. Threads that end with the call leave nothing
+// behind, and need nothing at build time. The price is that torch's own workers still spin for a few milliseconds after
+// its last operation; tasks are taken one by one, so most of them go to the thread that is not disturbed.
 template <class Function>
 void parallel_for(int64_t tasks, int threads, const Function& function) {
     std::atomic<int64_t> next{0};
