@@ -1,4 +1,4 @@
-"""Token weights and the OREAL loss on packed log-probs: ours, plain torch, and a loop over sequences, the authors' way."""
+"""Token weights and the OREAL loss on packed log-probs: ours, plain torch, and a loop over sequences."""
 
 from __future__ import annotations
 
