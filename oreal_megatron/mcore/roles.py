@@ -30,7 +30,7 @@ class Reference(Scorer):
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         stage = model.build(arch, config, "lm")
         model.load(stage, arch, config, "lm", read)
-        super().__init__(stage.requires_grad_(False), _policy_head(arch))
+        super().__init__([chunk.requires_grad_(False) for chunk in stage], _policy_head(arch))
 
 
 class Policy(Trainer):
@@ -64,7 +64,7 @@ class Policy(Trainer):
 
     def placed(self) -> Iterator[tuple[Entry, Tensor]]:
         """This rank's tensors with their mapping entries, for whoever hands them on."""
-        return model.placed(model.unwrapped(self.model), self.arch, self.config, "lm")
+        return model.placed([model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm")
 
     def _counted(self, metrics: dict[str, float]) -> dict[str, float]:
         self.updates += 1
