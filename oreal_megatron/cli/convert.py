@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 done or equal, 1 different; bad input raises ConfigError (2)."""
+    # torch's large buffers in huge pages: the kernel hands out small ones slower than the disk reads.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return {"to-megatron": _to_megatron, "to-hf": _to_hf, "check": _check}[args.action](args)
 
 

@@ -43,9 +43,10 @@ def _difference(a: Tensor, b: Tensor) -> str | None:
     if a.dtype != b.dtype:
         return f"it is {str(a.dtype).removeprefix('torch.')} and {str(b.dtype).removeprefix('torch.')}"
     bits = {2: torch.int16, 4: torch.int32}[a.itemsize]  # equal bits, so that NaN equals itself and -0 is not 0
-    unequal = a.contiguous().view(bits) != b.contiguous().view(bits)
-    if not unequal.any():
+    a_bits, b_bits = a.contiguous().view(bits), b.contiguous().view(bits)
+    if torch.equal(a_bits, b_bits):
         return None
+    unequal = a_bits != b_bits
     first = torch.unravel_index(unequal.flatten().int().argmax(), a.shape)
     where = ", ".join(str(int(index)) for index in first)
     return f"{int(unequal.sum()):,} of {a.numel():,} values, the first at [{where}]: {a[first]:g} and {b[first]:g}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.convert.safetensors_file import DTYPES, SafetensorsFile, SafetensorsWriter
+from oreal_megatron.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
 from oreal_megatron.mapping.tensors import Entry
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
@@ -80,7 +80,7 @@ class Folder:
         return self.files[name].tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.files[name].tensors[name].dtype]
+        return self.files[name].dtype(name)
 
     def hf(self, entry: Entry) -> dict[str, Tensor]:
         """The Hugging Face tensors of a mapping entry."""

@@ -53,15 +53,19 @@ class SafetensorsFile:
         if end != size:
             raise ConfigError(f"{path} is damaged or incomplete: its header speaks of {end} bytes, it has {size}")
 
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self.tensors[name].dtype
+        if stored not in DTYPES:
+            raise ConfigError(f"{name} in {self.path} is {stored}; supported are {', '.join(DTYPES)}")
+        return DTYPES[stored]
+
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """Consecutive rows of a tensor, all by default."""
-        stored = self.tensors[name]
-        if stored.dtype not in DTYPES:
-            raise ConfigError(f"{name} in {self.path} is {stored.dtype}; supported are {', '.join(DTYPES)}")
+        stored, dtype = self.tensors[name], self.dtype(name)
         whole = stored.shape[0] if stored.shape else 1
         row = (stored.end - stored.start) // max(whole, 1)
         count = whole - first if count is None else count
-        out = torch.empty(count, *stored.shape[1:], dtype=DTYPES[stored.dtype])
+        out = torch.empty(count, *stored.shape[1:], dtype=dtype)
         _read(self.file.fileno(), as_bytes(out), stored.start + first * row, self.path)
         return out
 

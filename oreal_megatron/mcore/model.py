@@ -66,6 +66,9 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=_interleaved(config),
         variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
+        # Interleaved, two stages are each other's next and previous; batched, their messages would be mixed up.
+        overlap_p2p_comm=config.parallel.virtual > 1,
+        batch_p2p_comm=config.parallel.virtual == 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even for dense models
         calculate_per_token_loss=True,  # our losses are divided by counts of the step; Megatron must not average again
         params_dtype=dtype,
