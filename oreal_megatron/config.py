@@ -59,6 +59,7 @@ class Parallel:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1  # interleaved chunks of layers on each pipeline stage; above 1 it needs pipeline above 1
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ from oreal_megatron.algo.selection import counts
 from oreal_megatron.records import Batch, MicroBatch, Sample
 
 
-def batch(samples: Sequence[Sample], tokens_per_micro_batch: int, rank: int, ranks: int) -> Batch:
+def batch(samples: Sequence[Sample], tokens_per_micro_batch: int, rank: int, ranks: int, multiple: int = 1) -> Batch:
     """The micro-batches of data-parallel rank `rank` of `ranks`, and the counts of the whole step.
 
     Every rank computes the cut of all ranks, so all agree on the number of micro-batches without communication:
-    different numbers deadlock Megatron's schedules. Ranks that have fewer get empty micro-batches.
+    different numbers deadlock Megatron's schedules. Ranks that have fewer get empty micro-batches, and all get as
+    many as make the number a multiple of `multiple`, which interleaved pipelines need.
     """
     cut = [_groups(share, tokens_per_micro_batch) for share in _deal(samples, ranks)]
     longest = max(1, *(len(groups) for groups in cut))
-    mine = cut[rank] + [[]] * (longest - len(cut[rank]))
+    number = -(-longest // multiple) * multiple
+    mine = cut[rank] + [[]] * (number - len(cut[rank]))
     return Batch(tuple(micro_batch(group) for group in mine), counts(samples))
 
 

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron import prompts, ranks, versions
 from oreal_megatron.algo import advantages, loss
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.convert import megatron_folder, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mapping import architecture, tensors
+from oreal_megatron.mapping import architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.verify import rules
 
@@ -78,8 +80,10 @@ def prepare(config: Config) -> Inputs:
     _check_choices(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
-    folder.require(name for entry in tensors.entries(arch, 1, 1, 0, "lm") for name in entry.hf)
-    arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    if architecture.head(folder.config) != "lm":
+        raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
+    to_megatron.check_weights(folder, arch, "lm")
+    arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
         raise ConfigError(
@@ -160,8 +164,15 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
     from oreal_megatron.mcore import model, parallel
     from oreal_megatron.reshard.gather import Layout, full_tensors
 
-    layout = Layout(*parallel.groups(), model.DTYPES[policy.config.model.dtype], model.device())
+    config = policy.config
+    layout = Layout(*parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual)
     return full_tensors(policy.placed(), policy.arch, layout)
+
+
+def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
+    """Write into a checkpoint of "policy" or "reward_model" which model it is, so that it can be converted alone."""
+    head = "scalar" if name == "reward_model" else "lm"
+    megatron_folder.describe(inputs.folder, checkpoint, head, getattr(torch, inputs.config.model.dtype))
 
 
 def hand_over(policy: Any, engine: Any) -> None:

@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from oreal_megatron import loop, ranks, settings
 from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.convert import to_hf
 from oreal_megatron.evaluation import evaluate
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     def after_step(done: int) -> None:
         if done and _due(done, config.checkpoint.every, config.steps):
-            checkpoint.save(folder, done, trainers, config.checkpoint.keep)
+            checkpoint.save(folder, done, trainers, config.checkpoint.keep, partial(build.describe, inputs))
         if held_out and _due(done, config.evaluation.every, config.steps):
             record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
 
@@ -70,7 +73,8 @@ def save_policy(inputs: build.Inputs, policy: Any, path: Path) -> None:
     """The policy as a Hugging Face folder, written by the first rank. Collective."""
     tensors = build.full_tensors(policy)
     if ranks.rank() == 0:
-        inputs.folder.save_as(path, tensors)
+        dtype = getattr(torch, inputs.config.model.dtype)
+        to_hf.save(path, inputs.folder.path, inputs.folder.config, dtype, tensors)
     else:
         for _ in tensors:  # take part in the collectives
             pass

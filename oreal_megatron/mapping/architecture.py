@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mapping import qwen2
+from oreal_megatron.mapping import internlm2, internlm3, llama, mistral, qwen2, qwen3
+from oreal_megatron.mapping.names import Names
+from oreal_megatron.mapping.rope import Rope
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    family: str
+    family: str  # transformers' prefix of its classes: "Qwen2"
     layers: int
     hidden: int
     ffn: int
@@ -21,10 +23,12 @@ class Architecture:
     head_dim: int
     vocab: int
     max_positions: int
-    rope_theta: float
+    rope: Rope
     norm_epsilon: float
     tied: bool  # input embedding and output layer share one matrix
-    qkv_bias: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    names: Names = Names()
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Vocabulary rounded up so that every tensor-parallel rank holds the same multiple of 64 rows."""
@@ -32,15 +36,14 @@ class Architecture:
         return -(-self.vocab // unit) * unit
 
     def stage_layers(self, stages: int, stage: int) -> range:
-        """Global indices of the layers on one pipeline stage."""
+        """Global indices of the layers on one pipeline stage; interleaved chunks count as stages."""
         share = self.layers // stages
         return range(stage * share, (stage + 1) * share)
 
-    def check_layout(self, tensor: int, pipeline: int) -> None:
+    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1) -> None:
         """Refuse layouts that Megatron or the weight mapping cannot cut evenly."""
         for what, amount, parts, key in (
             ("attention heads", self.heads, tensor, "tensor"),
-            ("key-value groups", self.kv_groups, tensor, "tensor"),
             ("feed-forward units", self.ffn, tensor, "tensor"),
             ("layers", self.layers, pipeline, "pipeline"),
         ):
@@ -49,17 +52,58 @@ class Architecture:
                     f"the model's {amount} {what} cannot be shared evenly by {parts} {key}-parallel ranks; "
                     f"set parallel.{key} to a divisor of {amount}"
                 )
+        if self.kv_groups % tensor and tensor % self.kv_groups:
+            raise ConfigError(
+                f"the model's {self.kv_groups} key-value groups can neither be shared evenly by {tensor} "
+                "tensor-parallel ranks nor the ranks by the groups; set parallel.tensor to a divisor or a multiple"
+            )
+        if virtual > 1 and pipeline == 1:
+            raise ConfigError(f"parallel.virtual is {virtual}, which needs parallel.pipeline of at least 2")
+        if self.layers % (pipeline * virtual):
+            raise ConfigError(
+                f"the model's {self.layers} layers cannot be shared evenly by {pipeline} pipeline stages of {virtual} "
+                "chunks each; set parallel.virtual so that the product divides the layers"
+            )
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"Qwen2ForCausalLM": qwen2.read}
+# By transformers' prefix of the family's classes.
+FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "Qwen2": qwen2.read,
+    "Qwen3": qwen3.read,
+    "Llama": llama.read,
+    "Mistral": mistral.read,
+    "InternLM2": internlm2.read,
+    "InternLM3": internlm3.read,
+}
+HEADS = {"ForCausalLM": "lm", "ForTokenClassification": "scalar"}
 
 
-def read(hf_config: dict[str, Any]) -> Architecture:
+def read(hf: dict[str, Any]) -> Architecture:
     """The architecture of a Hugging Face config.json; refuses what is not supported, by name."""
-    names = hf_config.get("architectures") or ["(none named)"]
-    if names[0] not in FAMILIES:
-        raise ConfigError(f"architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}")
+    family, _ = _named(hf)
     try:
-        return Architecture(**FAMILIES[names[0]](hf_config))
+        return Architecture(family=family, **FAMILIES[family](hf))
     except KeyError as missing:
-        raise ConfigError(f"config.json of the {names[0]} model lacks the field {missing}") from None
+        raise ConfigError(f"config.json of the {family} model lacks the field {missing}") from None
+
+
+def head(hf: dict[str, Any]) -> str:
+    """ "lm" for a language model, "scalar" for a token-level reward model."""
+    return HEADS[_named(hf)[1]]
+
+
+def with_head(hf: dict[str, Any], head: str) -> dict[str, Any]:
+    """The config.json of the same model with a language-model or a scalar head."""
+    suffix = next(suffix for suffix, kind in HEADS.items() if kind == head)
+    named = hf | {"architectures": [_named(hf)[0] + suffix]}
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1, "classifier_dropout": 0.0}
+    return named | labels if head == "scalar" else {key: value for key, value in named.items() if key not in labels}
+
+
+def _named(hf: dict[str, Any]) -> tuple[str, str]:
+    name = (hf.get("architectures") or ["(none named)"])[0]
+    for suffix in HEADS:
+        if name.removesuffix(suffix) in FAMILIES and name.endswith(suffix):
+            return name.removesuffix(suffix), suffix
+    supported = ", ".join(family + suffix for suffix in HEADS for family in FAMILIES)
+    raise ConfigError(f"architecture {name} is not supported; supported are {supported}")

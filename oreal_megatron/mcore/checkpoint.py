@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,17 @@ logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
 )
 
 
-def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Path:
-    """Write `folder/step_<step>`, then delete all but the newest `keep`. Collective."""
+def save(
+    folder: Path,
+    step: int,
+    trainers: dict[str, Trainer],
+    keep: int,
+    describe: Callable[[str, Path], None] = lambda name, path: None,
+) -> Path:
+    """Write `folder/step_<step>`, then delete all but the newest `keep`. Collective.
+
+    `describe`, called on the first rank with each model's name and folder, adds what its readers want to know.
+    """
     final = folder / f"step_{step:06d}"
     partial = final.with_name(final.name + ".partial")
     if ranks.rank() == 0:
@@ -55,6 +65,8 @@ def save(folder: Path, step: int, trainers: dict[str, Trainer], keep: int) -> Pa
             dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
     dist.barrier()
     if ranks.rank() == 0:
+        for name in trainers:
+            describe(name, partial / name)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in complete(folder)[:-keep]:
@@ -68,7 +80,8 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
     with device_layer(), adam.loadable():
         for name, trainer in trainers.items():
             state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path / name))
-            trainer.model.module.load_state_dict(state["model"])
+            for key, chunk in _named(trainer).items():
+                chunk.load_state_dict(state[key])
             trainer.optimizer.load_state_dict(state["optimizer"])
             adam.separate_steps(trainer.optimizer)
             trainer.updates = state["updates"]
@@ -102,9 +115,16 @@ def check(path: Path) -> None:
 
 
 def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    model = trainer.model.module.sharded_state_dict(metadata=SHARDING)
-    optimizer = trainer.optimizer.sharded_state_dict({"model": model}, is_loading=loading, metadata=SHARDING)
-    return {"model": model, "optimizer": optimizer}
+    models = {name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in _named(trainer).items()}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=SHARDING)
+    return models | {"optimizer": optimizer}
+
+
+def _named(trainer: Trainer) -> dict[str, Any]:
+    """The chunks of this rank's stage under the names that Megatron gives them."""
+    if len(trainer.chunks) == 1:
+        return {"model": trainer.chunks[0].module}
+    return {f"model{number}": chunk.module for number, chunk in enumerate(trainer.chunks)}
 
 
 def _random_state() -> dict[str, Any]:

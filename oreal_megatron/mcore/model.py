@@ -34,6 +34,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _interleaved(config: Config) -> int | None:
+    """Megatron's word for chunks per stage; it takes 1 for an interleaved schedule of one chunk."""
+    return config.parallel.virtual if config.parallel.virtual > 1 else None
+
+
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     """Megatron's description of the model and its layout; `config.megatron` passes further fields through.
 
@@ -54,11 +59,16 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_interleaved(config),
         variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
+        # Interleaved, two stages are each other's next and previous; batched, their messages would be mixed up.
+        overlap_p2p_comm=config.parallel.virtual > 1,
+        batch_p2p_comm=config.parallel.virtual == 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even for dense models
         calculate_per_token_loss=True,  # our losses are divided by counts of the step; Megatron must not average again
         params_dtype=dtype,
@@ -82,49 +92,67 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
-def build(arch: Architecture, config: Config, head: str) -> GPTModel:
-    """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head."""
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    layers = arch.stage_layers(config.parallel.pipeline, parallel_state.get_pipeline_model_parallel_rank())
+def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
+    """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head.
+
+    A list of its interleaved chunks of layers: `config.parallel.virtual` of them, usually one.
+    """
     with device_layer():
         megatron = transformer_config(arch, config)
-        model = GPTModel(
-            megatron,
-            TransformerBlockSubmodules(
-                [get_gpt_layer_local_spec(normalization="RMSNorm")] * len(layers),
-                layer_norm=WrappedTorchNorm,  # else apex's, which knows no RMSNorm, where apex is installed
-            ),
-            vocab_size=arch.padded_vocab(config.parallel.tensor),
-            max_sequence_length=arch.max_positions,
-            pre_process=first,
-            post_process=last,
-            position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
-            share_embeddings_and_output_weights=arch.tied and head == "lm",
-        )
-        if head == "scalar" and last:
-            model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype)
-        elif last:
-            model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
-        return model.to(device(), megatron.params_dtype)
+        chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
+        return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 
 
-def placed(model: GPTModel, arch: Architecture, config: Config, head: str) -> Iterator[tuple[tensors.Entry, Tensor]]:
+def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
+    stages, stage = _place(config, chunk)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    model = GPTModel(
+        megatron,
+        TransformerBlockSubmodules(
+            [layer] * len(arch.stage_layers(stages, stage)),
+            layer_norm=WrappedTorchNorm,  # else apex's, which knows no RMSNorm, where apex is installed
+        ),
+        vocab_size=arch.padded_vocab(config.parallel.tensor),
+        max_sequence_length=arch.max_positions,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=arch.tied and head == "lm",
+        vp_stage=chunk if config.parallel.virtual > 1 else None,
+    )
+    model.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim).to(device())
+    if head == "scalar" and stage == stages - 1:
+        model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype)
+    elif stage == stages - 1:
+        model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
+    return model
+
+
+def _place(config: Config, chunk: int) -> tuple[int, int]:
+    """How many stages there are, each interleaved chunk counted, and which of them a chunk of this rank is."""
+    pipeline = config.parallel.pipeline
+    stage = chunk * pipeline + parallel_state.get_pipeline_model_parallel_rank()
+    return pipeline * config.parallel.virtual, stage
+
+
+def placed(
+    chunks: list[GPTModel], arch: Architecture, config: Config, head: str
+) -> Iterator[tuple[tensors.Entry, Tensor]]:
     """The mapping entries of this rank's stage, each with the live parameter it describes."""
-    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), config.parallel.pipeline
-    live = dict(model.named_parameters())
-    offset = arch.stage_layers(stages, stage).start
-    for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
-        yield entry, live.pop(_local_name(entry.megatron, offset))
-    if live:
-        raise RuntimeError(f"Megatron's model has tensors that no mapping entry describes: {', '.join(live)}")
+    for number, chunk in enumerate(chunks):
+        stages, stage = _place(config, number)
+        live, offset = dict(chunk.named_parameters()), arch.stage_layers(stages, stage).start
+        for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
+            yield entry, live.pop(_local_name(entry.megatron, offset))
+        if live:
+            raise RuntimeError(f"Megatron's model has tensors that no mapping entry describes: {', '.join(live)}")
 
 
-def load(model: GPTModel, arch: Architecture, config: Config, head: str, read: Callable[[str], Tensor]) -> None:
+def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, read: Callable[[str], Tensor]) -> None:
     """Fill the model from Hugging Face tensors, given by name."""
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), config.parallel.tensor
     with torch.no_grad():
-        for entry, parameter in placed(model, arch, config, head):
+        for entry, parameter in placed(chunks, arch, config, head):
             part = tensors.shard(entry, tensors.to_megatron(entry, arch, read), rank, ranks)
             if part.shape != parameter.shape:
                 raise ConfigError(

@@ -34,7 +34,8 @@ def start_process_group() -> None:
 def start_megatron(config: Parallel, seed: int) -> None:
     """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
     with device_layer():
-        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        virtual = config.virtual if config.virtual > 1 else None
+        parallel_state.initialize_model_parallel(config.tensor, config.pipeline, virtual)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -48,9 +49,14 @@ def stop(engine: Any = None) -> None:
         dist.destroy_process_group()
 
 
-def data_parallel() -> tuple[int, int]:
-    """This rank's place among the data-parallel replicas, and their number."""
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+def data_parallel() -> tuple[int, int, int]:
+    """This rank's place among the data-parallel replicas, their number, and what micro-batches must be a multiple of.
+
+    Megatron's interleaved schedule takes micro-batches in groups of as many as there are pipeline stages.
+    """
+    interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
+    multiple = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(), multiple
 
 
 def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -21,27 +21,27 @@ from oreal_megatron.records import Batch, MicroBatch
 Reader = Callable[[str], Tensor]
 
 
-def _language_model(arch: Architecture, config: Config, read: Reader) -> tuple[GPTModel, heads.LanguageModelHead]:
-    """This rank's stage, filled, and the fused head over its output layer."""
-    stage = model.build(arch, config, "lm")
-    model.load(stage, arch, config, "lm", read)
-    return stage, heads.LanguageModelHead(stage, arch.vocab, config.model.logits_megabytes * 2**20)
+def _language_model(arch: Architecture, config: Config, read: Reader) -> tuple[list[GPTModel], heads.LanguageModelHead]:
+    """This rank's chunks of layers, filled, and the fused head over the output layer of the last one."""
+    chunks = model.build(arch, config, "lm")
+    model.load(chunks, arch, config, "lm", read)
+    return chunks, heads.LanguageModelHead(chunks[-1], arch.vocab, config.model.logits_megabytes * 2**20)
 
 
 class Reference(Scorer):
     """The fixed SFT policy."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
-        stage, head = _language_model(arch, config, read)
-        super().__init__(stage.requires_grad_(False), head.log_probs)
+        chunks, head = _language_model(arch, config, read)
+        super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
 
 
 class Policy(Trainer):
     """The policy being trained. `updates` counts its optimizer steps and is the version the engine must hold."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
-        stage, self.language_model = _language_model(arch, config, read)
-        super().__init__(stage, self.language_model.log_probs, config, config.optimizer)
+        chunks, self.language_model = _language_model(arch, config, read)
+        super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
         self.arch, self.config, self.updates = arch, config, 0
 
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
@@ -69,7 +69,7 @@ class Policy(Trainer):
 
     def placed(self) -> Iterator[tuple[Entry, Tensor]]:
         """This rank's tensors with their mapping entries, for whoever hands them on."""
-        return model.placed(model.unwrapped(self.model), self.arch, self.config, "lm")
+        return model.placed([model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm")
 
     def _counted(self, metrics: dict[str, float]) -> dict[str, float]:
         self.updates += 1

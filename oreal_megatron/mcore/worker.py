@@ -32,9 +32,9 @@ Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]
 class Scorer:
     """A model that is only read. Results live where Megatron leaves them: on the last pipeline stage."""
 
-    def __init__(self, model: GPTModel, head: Head):
-        self.model, self.head = model, head
-        self.model.config.finalize_model_grads_func = None
+    def __init__(self, chunks: list[GPTModel], head: Head):
+        self.chunks, self.head = chunks, head
+        self.chunks[0].config.finalize_model_grads_func = None
 
     @torch.no_grad()
     def score(self, batch: Batch) -> list[Tensor] | None:
@@ -54,11 +54,12 @@ class Scorer:
             output = model(micro_batch.tokens, micro_batch.positions, None)
             return output, lambda result: loss_function(number, micro_batch, result)
 
+        iterators = [enumerate(batch.micro_batches) for _ in self.chunks]
         with device_layer():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=enumerate(batch.micro_batches),
-                model=self.model,
+                data_iterator=iterators,
+                model=self.chunks,
                 num_microbatches=len(batch.micro_batches),
                 seq_length=batch.micro_batches[0].tokens.shape[1],  # of no effect: variable_seq_lengths
                 micro_batch_size=1,
@@ -69,16 +70,16 @@ class Scorer:
 class Trainer(Scorer):
     """A model with gradient buffers and a distributed AdamW."""
 
-    def __init__(self, model: GPTModel, head: Head, config: Config, optimizer: Optimizer):
+    def __init__(self, chunks: list[GPTModel], head: Head, config: Config, optimizer: Optimizer):
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
         )
         with device_layer():
-            wrapped = DistributedDataParallel(model.config, ddp, model)
-            self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), [wrapped])
+            wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+            self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
         super().__init__(wrapped, head)
-        self.model.config.finalize_model_grads_func = _sum_gradients
+        self.chunks[0].config.finalize_model_grads_func = _sum_gradients
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""
@@ -89,7 +90,8 @@ class Trainer(Scorer):
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 
         with device_layer():
-            self.model.zero_grad_buffer()
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             outputs = self._run(batch, loss_function, forward_only=False)
             for group in self.optimizer.param_groups:

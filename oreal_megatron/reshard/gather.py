@@ -27,6 +27,7 @@ class Layout:
     pipeline_group: dist.ProcessGroup
     dtype: torch.dtype
     device: torch.device
+    chunks: int = 1  # interleaved chunks of layers on every pipeline stage
 
 
 def full_tensors(
@@ -39,8 +40,10 @@ def full_tensors(
     """
     mine = {entry.megatron: tensor.detach() for entry, tensor in placed}
     stages, ranks = layout.pipeline_group.size(), layout.tensor_group.size()
-    for stage in range(stages):
-        wanted = [entry for entry in tensors.entries(arch, ranks, stages, stage, "lm") if entry.exported]
+    for part in range(stages * layout.chunks):
+        stage = part % stages
+        cut = tensors.entries(arch, ranks, stages * layout.chunks, part, "lm")
+        wanted = [entry for entry in cut if entry.exported]
         here = stage == layout.pipeline_group.rank()
         for bucket in _buckets(wanted, ranks, layout.dtype):
             yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout)

@@ -48,9 +48,10 @@ def go_on(models: dict, reference, samples: list, steps: range) -> list:
 
 def all_weights(models: dict) -> dict:
     return {
-        f"{name} {key}": value.detach().clone()
+        f"{name} {chunk} {key}": value.detach().clone()
         for name, model in models.items()
-        for key, value in model.model.module.named_parameters()
+        for chunk, module in enumerate(model.chunks)
+        for key, value in module.module.named_parameters()
     }
 
 

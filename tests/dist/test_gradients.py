@@ -8,17 +8,19 @@ from functools import partial
 import pytest
 import torch
 
-LAYOUTS = {  # world size, tensor, pipeline, tokens per micro-batch
-    "one process, one micro-batch": (1, 1, 1, 10_000),
-    "one process, many micro-batches": (1, 1, 1, 40),
-    "data parallel": (2, 1, 1, 60),
-    "tensor parallel": (2, 2, 1, 60),
-    "pipeline parallel": (2, 1, 2, 60),
+LAYOUTS = {  # world size; tensor, pipeline, virtual; tokens per micro-batch
+    "one process, one micro-batch": (1, (1, 1, 1), 10_000),
+    "one process, many micro-batches": (1, (1, 1, 1), 40),
+    "data parallel": (2, (1, 1, 1), 60),
+    "tensor parallel": (2, (2, 1, 1), 60),
+    "pipeline parallel": (2, (1, 2, 1), 60),
+    "interleaved pipeline": (2, (1, 2, 2), 40),  # an odd number of micro-batches, which gets an empty one
+    "more tensor-parallel ranks than key-value groups": (4, (4, 1, 1), 60),
 }
 LEARNING_RATE = 1e-2
 
 
-def two_steps(folders: list[str], tensor: int, pipeline: int, budget: int, samples: list, dtype: str = "float32"):
+def two_steps(folders: list[str], layout: tuple, budget: int, samples: list, dtype: str = "float32"):
     """For each model, with and without reward model: metrics and full weights of the policy after two steps."""
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
@@ -28,7 +30,7 @@ def two_steps(folders: list[str], tensor: int, pipeline: int, budget: int, sampl
     optimizer = c.Optimizer(lr=LEARNING_RATE, warmup_steps=0, clip_grad=0.05)
     config = c.Config(
         model=c.Model(dtype=dtype),
-        parallel=c.Parallel(tensor, pipeline),
+        parallel=c.Parallel(*layout),
         optimizer=optimizer,
         reward_model=c.RewardModel(optimizer=optimizer),
         weights=c.Weights(threshold=0.3),
@@ -64,8 +66,8 @@ def _train_twice(pieces: tuple, reward_model: bool, samples: list):
 def test_every_layout_trains_the_same(model_folder, tied_model_folder, in_processes, make_samples):
     folders, samples = [str(model_folder), str(tied_model_folder)], make_samples(6, seed=11)
     results = {
-        name: in_processes(world, two_steps, folders, tensor, pipeline, budget, samples)
-        for name, (world, tensor, pipeline, budget) in LAYOUTS.items()
+        name: in_processes(world, two_steps, folders, layout, budget, samples)
+        for name, (world, layout, budget) in LAYOUTS.items()
     }
     for case, (wanted_metrics, wanted_weights) in results["one process, one micro-batch"][0].items():
         assert wanted_metrics["loss/kl"] > 0 and wanted_metrics["policy/gradient_norm"] > 0
@@ -80,7 +82,7 @@ def test_every_layout_trains_the_same(model_folder, tied_model_folder, in_proces
 
 
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(model_folder, in_processes, make_samples):
-    arguments = ([str(model_folder)], 2, 1, 60, make_samples(6, seed=11))
+    arguments = ([str(model_folder)], (2, 1, 1), 60, make_samples(6, seed=11))
     exact, rounded = (in_processes(2, two_steps, *arguments, dtype)[0] for dtype in ("float32", "bfloat16"))
     wanted, got = (result[str(model_folder), False] for result in (exact, rounded))
     for name in ("loss/positive", "loss/negative", "loss/kl", "policy/gradient_norm"):

@@ -138,7 +138,8 @@ def config_for(folder: Path, **changes) -> c.Config:
     [
         (dict(parallel=c.Parallel(2, 2)), 6, "6 processes were started, but parallel.tensor x parallel.pipeline is 4"),
         (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
-        (dict(parallel=c.Parallel(4)), 4, "2 key-value groups cannot be shared evenly by 4"),
+        (dict(parallel=c.Parallel(8)), 8, "4 attention heads cannot be shared evenly by 8"),
+        (dict(parallel=c.Parallel(1, 2, 4)), 2, "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks"),
         (dict(parallel=c.Parallel(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
         (dict(sampling=c.Sampling(answers_per_prompt=1)), 1, "at least 2 are needed"),
         (dict(engine=c.Engine(max_model_len=4096)), 1, "made for 512 positions"),
@@ -166,9 +167,9 @@ def test_what_fits_is_accepted(model_folder, monkeypatch):
     ("change", "says"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
-        ({"use_sliding_window": True}, "sliding-window"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(model_folder, change, says):

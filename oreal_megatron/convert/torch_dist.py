@@ -1,0 +1,197 @@
+"""Megatron's distributed checkpoints (torch_dist) without Megatron: read tensor by tensor, written front to back.
+
+The format is that of torch.distributed.checkpoint: a pickled `.metadata` that says which rectangle of which tensor
+lies where, files `__<rank>_<number>.distcp` in which each rectangle is a small torch.save archive, and beside them
+Megatron's `metadata.json` and `common.pt`. `.metadata` is read with an unpickler that knows its classes only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp
+
+from oreal_megatron.config import ConfigError
+
+MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+          "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8",
+              "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "strided", "contiguous_format", "preserve_format"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's metadata does not need")
+        return super().find_class(module, name)
+
+
+class _Slice(io.RawIOBase):
+    """Part of a file as a file of its own."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self.length - self.at, 0)]
+        count = os.preadv(self.file.fileno(), [view], self.start + self.at)
+        self.at += count
+        return count
+
+
+class Reader:
+    """One checkpoint; refuses one that is damaged or lacks a file."""
+
+    def __init__(self, path: Path):
+        self.path, self.opened = path, {}
+        marker = path / "metadata.json"
+        if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
+            raise ConfigError(f"{path} is not a Megatron distributed checkpoint (torch_dist)")
+        try:
+            with open(path / ".metadata", "rb") as file:
+                read = _Unpickler(file).load()
+            self.tensors = {key: value for key, value in read.state_dict_metadata.items() if hasattr(value, "chunks")}
+            self.storage = read.storage_data
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{path}/.metadata is missing, damaged or not a checkpoint's: {error}") from None
+        self._check_files()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self.storage.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ConfigError(f"{self.path}/.metadata names the file {info.relative_path}, outside the checkpoint")
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else -1
+            if size < end:
+                found = "is missing" if size < 0 else f"has {size} bytes"
+                raise ConfigError(f"{file} {found}, the checkpoint needs {end} bytes of it")
+            self.opened[name] = open(file, "rb", buffering=0)
+
+    def shape(self, key: str, stacked: bool) -> tuple[int, ...]:
+        """Shape of a stored tensor; of one layer's where it is stacked."""
+        return tuple(self.tensors[key].size)[1 if stacked else 0 :]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def tensor(self, key: str, layer: int | None = None) -> Tensor:
+        """A whole stored tensor, or one layer of a stacked one; its rectangles are put together."""
+        shape, parts = self.shape(key, layer is not None), []
+        for chunk in self.tensors[key].chunks:
+            if layer is None:
+                parts.append((chunk, tuple(chunk.offsets), tuple(chunk.sizes), None))
+            elif chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                parts.append((chunk, tuple(chunk.offsets)[1:], tuple(chunk.sizes)[1:], layer - chunk.offsets[0]))
+        if sum(math.prod(sizes) for _, _, sizes, _ in parts) != math.prod(shape):
+            raise ConfigError(f"{self.path}: the pieces of {key} do not add up to its shape {shape}")
+        if len(parts) == 1:
+            return self._chunk(key, parts[0][0], parts[0][3])
+        full = torch.empty(shape, dtype=self.dtype(key))
+        for chunk, offsets, sizes, row in parts:
+            where = tuple(slice(first, first + count) for first, count in zip(offsets, sizes, strict=True))
+            full[where] = self._chunk(key, chunk, row)
+        return full
+
+    def _chunk(self, key: str, chunk: Any, row: int | None) -> Tensor:
+        info = self.storage[dcp.MetadataIndex(key, chunk.offsets)]
+        part = _Slice(self.opened[info.relative_path], info.offset, info.length)
+        try:
+            tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ConfigError(f"{self.path}/{info.relative_path} is damaged where {key} lies: {error}") from None
+        if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
+            raise ConfigError(
+                f"{self.path}: a piece of {key} is {tensor.dtype} {tuple(tensor.shape)}, .metadata says "
+                f"{self.dtype(key)} {tuple(chunk.sizes)}"
+            )
+        return tensor if row is None else tensor[row]
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch's checksum is four times slower than the disk, and torch.load does not look at it."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class Writer:
+    """One checkpoint into an empty folder. `rank` names the file that the rank of a layout would write."""
+
+    def __init__(self, path: Path):
+        self.path, self.files = path, {}
+        self.metadata, self.storage = {}, {}
+
+    def tensor(self, rank: int, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], piece: Tensor) -> None:
+        """The rectangle of a tensor of `shape` that begins at `offsets`."""
+        if key not in self.metadata:
+            properties = dcp.TensorProperties(dtype=piece.dtype)
+            self.metadata[key] = dcp.TensorStorageMetadata(properties, torch.Size(shape), [])
+        chunk = dcp.ChunkStorageMetadata(torch.Size(offsets), piece.shape)
+        self.metadata[key].chunks.append(chunk)
+        own = piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes
+        self._save(rank, dcp.MetadataIndex(key, chunk.offsets), piece if own else piece.clone())  # saves the storage
+
+    def object(self, rank: int, key: str, value: Any) -> None:
+        """Something that is not a tensor."""
+        self.metadata[key] = dcp.BytesStorageMetadata()
+        self._save(rank, dcp.MetadataIndex(key), value)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        with open(self.path / ".metadata", "wb") as file:
+            pickle.dump(dcp.Metadata(self.metadata, storage_data=self.storage, version="1.0.0"), file)
+        torch.save({}, self.path / "common.pt")
+        (self.path / "metadata.json").write_text(json.dumps(MARKER))
+
+    def _save(self, rank: int, index: dcp.MetadataIndex, value: Any) -> None:
+        if rank not in self.files:
+            self.files[rank] = open(self.path / f"__{rank}_0.distcp", "wb")
+        file = self.files[rank]
+        start = file.tell()
+        with _without_checksums():
+            torch.save(value, file)
+        self.storage[index] = filesystem._StorageInfo(f"__{rank}_0.distcp", start, file.tell() - start)

@@ -1,0 +1,23 @@
+"""Mistral, from 7B v0.2 on: Llama's layers; a sliding window, unless it is as long as the context, is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oreal_megatron.config import ConfigError
+from oreal_megatron.mapping import fields
+
+UNSAID_WINDOW = 4096  # what transformers takes when config.json has no sliding_window
+
+
+def read(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Architecture from a Mistral config.json."""
+    fields.check(hf, read=["sliding_window"])
+    arch = fields.decoder(hf)
+    window = hf.get("sliding_window", UNSAID_WINDOW)
+    if window is not None and window < arch["max_positions"]:
+        raise ConfigError(
+            f"sliding_window is {window} and max_position_embeddings {arch['max_positions']}: sliding-window attention "
+            "is not supported; lower max_position_embeddings to the window, or set sliding_window to null if it is off"
+        )
+    return arch

@@ -1,0 +1,252 @@
+"""Real Megatron models filled from Hugging Face folders: the logits of transformers at every layout, and checkpoints
+that go from one layout to another and to Hugging Face without a changed bit.
+
+InternLM is not part of transformers: its oracle here is a small torch model written from the published description.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+ROWS = json.loads((Path(__file__).parent.parent / "families.json").read_text())
+LENGTH = 300  # beyond the 64 positions at which the Llama of families.json begins to stretch its waves
+LAYOUTS = {"one process": (1, (1, 1, 1)), "interleaved": (2, (1, 2, 2)), "more ranks than groups": (4, (4, 1, 1)),
+           "tensor and pipeline": (4, (2, 2, 1))}  # fmt: skip
+VOCABULARY = 130  # padded to 192 for one rank, to 256 for four
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A folder with random weights for every family, untied and tied, and a reward model of Qwen2."""
+    from oreal_megatron.mapping import architecture
+
+    root, made = tmp_path_factory.mktemp("families"), {}
+    for family, row in ROWS.items():
+        made[family] = write(root / family, row | {"tie_word_embeddings": False})
+        made[family + " tied"] = write(root / f"{family}_tied", row | {"tie_word_embeddings": True})
+    made["reward model"] = write(root / "reward", architecture.with_head(ROWS["Qwen2"], "scalar"))
+    return made
+
+
+def write(folder: Path, hf: dict) -> str:
+    from oreal_megatron.mapping import architecture, tensors
+
+    hf = hf | {"vocab_size": VOCABULARY}
+    arch, weights, generator = architecture.read(hf), {}, torch.Generator().manual_seed(len(folder.name))
+    for entry in tensors.entries(arch, 1, 1, 0, architecture.head(hf)):
+        for name, shape in tensors.hf_shapes(entry, arch).items():
+            drawn = torch.randn(shape, generator=generator)
+            weights[name] = 1 + drawn / 10 if "norm" in name else drawn / 10
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf | {"torch_dtype": "float32"}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def start(layout: tuple, dtype: str = "float32"):
+    from oreal_megatron import config as c
+    from oreal_megatron.mcore import parallel
+
+    config = c.Config(model=c.Model(dtype=dtype), parallel=c.Parallel(*layout))
+    parallel.start_process_group()
+    parallel.start_megatron(config.parallel, seed=0)
+    return config
+
+
+def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | None]:
+    """Of each folder's model: [B, S, V/tp] logits of this rank, None before the last stage."""
+    from oreal_megatron.algo import pack
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import model, parallel, worker
+    from oreal_megatron.records import Sample
+
+    config, results = start(layout), {}
+    sequence = tokens()[0].tolist()
+    batch = pack.batch([Sample(tuple(sequence[:-1]), (sequence[-1],), 1.0, 1.0)], LENGTH, *parallel.data_parallel())
+    for name, path in folders.items():
+        source = Folder(path)
+        arch, head = architecture.read(source.config), architecture.head(source.config)
+        chunks = model.build(arch, config, head)
+        model.load(chunks, arch, config, head, source.tensor)
+        scored = worker.Scorer(chunks, lambda output, micro_batch: output.clone()).score(batch)
+        results[name] = scored and scored[0]
+    parallel.stop()
+    return results
+
+
+@torch.no_grad()
+def oracle(path: str) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    hf = json.loads((Path(path) / "config.json").read_text())
+    if "auto_map" in hf:
+        return internlm(hf, load_file(Path(path) / "model.safetensors"), tokens())
+    token_scores = hf["architectures"][0].endswith("ForTokenClassification")
+    kind = AutoModelForTokenClassification if token_scores else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=torch.float32).eval()(tokens()).logits
+
+
+def internlm(hf: dict, w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """InternLM2 (wqkv: for each group its queries, key and value; w1 gate, w3 up, w2 down) and InternLM3 (Llama's
+    layers with biases on query, key and value)."""
+    second = hf["model_type"] == "internlm2"
+    heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
+    d, each = hf.get("head_dim", hf["hidden_size"] // heads), heads // groups
+    norm = functools.partial(rms_norm, epsilon=hf["rms_norm_eps"])
+    x = w["model.tok_embeddings.weight" if second else "model.embed_tokens.weight"][ids]
+    length = ids.shape[1]
+    scaling = hf["rope_scaling"]
+    # Dynamic scaling leaves positions alone up to max_position_embeddings, which these sequences do not reach.
+    positions = torch.arange(length) / (scaling["factor"] if scaling.get("rope_type") == "linear" else 1.0)
+    angles = torch.outer(positions, hf["rope_theta"] ** (-torch.arange(0, d, 2) / d)).repeat(1, 2)
+    for layer in range(hf["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        y = norm(x, w[at + ("attention_norm" if second else "input_layernorm") + ".weight"])
+        if second:
+            qkv = F.linear(y, w[at + "attention.wqkv.weight"]).view(1, length, groups, each + 2, d)
+            q, k, v = qkv[..., :each, :].reshape(1, length, heads, d), qkv[..., -2, :], qkv[..., -1, :]
+        else:
+            q, k, v = (F.linear(y, w[f"{at}self_attn.{p}_proj.weight"], w[f"{at}self_attn.{p}_proj.bias"])
+                       .view(1, length, -1, d) for p in "qkv")  # fmt: skip
+        q, k, v = rotated(q, angles), rotated(k, angles), v
+        k, v = k.repeat_interleave(each, 2), v.repeat_interleave(each, 2)
+        attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        out = attended.transpose(1, 2).reshape(1, length, heads * d)
+        x = x + F.linear(out, w[at + ("attention.wo" if second else "self_attn.o_proj") + ".weight"])
+        y = norm(x, w[at + ("ffn_norm" if second else "post_attention_layernorm") + ".weight"])
+        gate, up, down = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2") if second else \
+                         ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+        y = F.silu(F.linear(y, w[at + gate + ".weight"])) * F.linear(y, w[at + up + ".weight"])
+        x = x + F.linear(y, w[at + down + ".weight"])
+    x = norm(x, w["model.norm.weight"])
+    if hf["tie_word_embeddings"]:
+        return F.linear(x, w["model.tok_embeddings.weight" if second else "model.embed_tokens.weight"])
+    return F.linear(x, w["output.weight" if second else "lm_head.weight"])
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+
+def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """[B, S, heads, d]: pairs are a dimension and the one half the width further."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    return x * angles.cos()[None, :, None] + turned * angles.sin()[None, :, None]
+
+
+def test_logits_are_those_of_transformers_at_every_layout(folders, in_processes):
+    wanted = {name: oracle(path) for name, path in folders.items()}
+    for case, (world, layout) in LAYOUTS.items():
+        ranks = in_processes(world, outputs, folders, layout)
+        last = [rank for rank in ranks if rank["Qwen2"] is not None]
+        assert len(last) == layout[0]
+        for name, logits in wanted.items():
+            whole = last[0][name] if name == "reward model" else torch.cat([rank[name] for rank in last], -1)
+            gap = (whole[..., : logits.shape[-1]] - logits).abs().max().item()
+            assert logits.abs().max() > 0.5 and gap < 1e-5, f"{case}, {name}: {gap:.1e}"
+
+
+def test_a_wrong_weight_would_show_in_the_logits(folders, tmp_path):
+    """What the tolerance above can tell: two swapped rows of one key projection are far outside it."""
+    source = Path(folders["InternLM3"])
+    hf, weights = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    right = internlm(hf, weights, tokens())
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights[name] = weights[name][[1, 0, *range(2, len(weights[name]))]]
+    assert (internlm(hf, weights, tokens()) - right).abs().max() > 1e-3
+
+
+def models(folder: str, config, source) -> dict:
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import roles
+
+    pieces = (architecture.read(source.config), config, source.tensor)
+    return {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
+
+
+def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[str, torch.Tensor]:
+    """One step and a checkpoint; the policy's weights."""
+    from oreal_megatron.algo import pack
+    from oreal_megatron.cli import build
+    from oreal_megatron.convert import megatron_folder
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mcore import checkpoint, parallel
+
+    config, source = start(layout), Folder(folder)
+    made = models(folder, config, source)
+    batch = pack.batch(samples, 200, *parallel.data_parallel())
+    made["reward_model"].update(batch)
+    made["policy"].imitate(batch)
+
+    def describe(name: str, where: Path) -> None:
+        head = {"policy": "lm", "reward_model": "scalar"}[name]
+        megatron_folder.describe(source, where, head, torch.float32)
+
+    checkpoint.save(Path(path), 1, made, 1, describe)
+    weights = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    parallel.stop()
+    return weights
+
+
+def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple[dict, dict]:
+    """The policy's weights from a training checkpoint, and those of a converted one, through Megatron's own loader."""
+    from megatron.core import dist_checkpointing
+
+    from oreal_megatron.cli import build
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore.cpu import device_layer
+
+    config, source = start(layout), Folder(folder)
+    made = models(folder, config, source)
+    checkpoint.load(Path(path) / "step_000001", made)
+    trained = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    chunks = {f"chunk{number}": chunk.module for number, chunk in enumerate(made["policy"].chunks)}
+    with device_layer():
+        state = dist_checkpointing.load({name: chunk.sharded_state_dict() for name, chunk in chunks.items()}, converted)
+        for name, chunk in chunks.items():
+            chunk.load_state_dict(state[name])
+    loaded = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    parallel.stop()
+    return trained, loaded
+
+
+@pytest.mark.parametrize("family", ["Qwen3 tied", "Qwen2"])
+def test_checkpoints_go_between_layouts_and_to_hugging_face(family, folders, in_processes, make_samples, tmp_path):
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.convert import stream, to_hf, to_megatron
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.megatron_folder import MegatronFolder
+
+    quiet, run, samples = (lambda *arguments: None), tmp_path / "run", make_samples(6, seed=3)
+    layouts = [(2, (1, 2, 2)), (4, (4, 1, 1))] if family == "Qwen2" else [(4, (4, 1, 1)), (2, (1, 2, 2))]
+    (world, saved), (other_world, loaded) = layouts
+    trained = in_processes(world, save_trained, folders[family], saved, str(run), samples)[0]
+    for name in ("policy", "reward_model"):
+        exported = tmp_path / name
+        to_hf.convert(MegatronFolder(run / "step_000001" / name), exported, stream.Cast(None), quiet, quiet)
+    policy, reward_model = (load_file(tmp_path / name / "model.safetensors") for name in ("policy", "reward_model"))
+    assert policy.keys() == trained.keys() and all(torch.equal(policy[name], value) for name, value in trained.items())
+    before = load_file(Path(folders[family]) / "model.safetensors")
+    assert not torch.equal(policy["model.norm.weight"], before["model.norm.weight"])  # it was trained
+    assert reward_model["score.weight"].shape == (1, 64) and "lm_head.weight" not in reward_model
+
+    source, converted = Folder(folders[family]), tmp_path / "converted"
+    to_megatron.convert(source, converted, Parallel(*saved), stream.Cast(None), quiet, quiet)
+    for again, filled in in_processes(other_world, load_trained, folders[family], loaded, str(run), str(converted)):
+        assert all(torch.equal(again[name], value) for name, value in trained.items())
+        assert filled.keys() == before.keys() and all(torch.equal(filled[name], before[name]) for name in before)
