@@ -91,7 +91,7 @@ def test_the_tiers_of_ctest_need_no_compiler(checkout, without_compiler, tmp_pat
     build = tmp_path / "build"
     subprocess.run(["cmake", "-B", build, "-S", checkout], env=without_compiler, check=True, capture_output=True)
     tiers = subprocess.run(["ctest", "-N", "--test-dir", build], env=without_compiler, check=True, capture_output=True)
-    assert b"Total Tests: 3" in tiers.stdout
+    assert b"Total Tests: 4" in tiers.stdout
 
 
 @pytest.fixture
