@@ -16,14 +16,14 @@ from torch import Tensor
 
 from oreal_megatron import ranks
 from oreal_megatron.config import Config, Optimizer
-from oreal_megatron.mcore import adam
+from oreal_megatron.mcore import adam, context, layers, varlen
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.model import device
 from oreal_megatron.records import Batch, MicroBatch
 
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # announces that it does nothing
 
-# Last stage's output [B, S, ...] of a micro-batch -> one value per action token [T].
+# Last stage's output [1, S, ...] of a micro-batch -> one value per action token [T], whole on every rank of the stage.
 Head = Callable[[Tensor, MicroBatch], Tensor]
 # Number of the micro-batch within the batch, the micro-batch, last stage's output -> loss and metrics that add up.
 Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -51,7 +51,7 @@ class Scorer:
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple:
             number, micro_batch = next(numbered)
             micro_batch = micro_batch.to(device())
-            output = model(micro_batch.tokens, micro_batch.positions, None)
+            output = _forward(model, micro_batch)
             return output, lambda result: loss_function(number, micro_batch, result)
 
         iterators = [enumerate(batch.micro_batches) for _ in self.chunks]
@@ -61,10 +61,19 @@ class Scorer:
                 data_iterator=iterators,
                 model=self.chunks,
                 num_microbatches=len(batch.micro_batches),
-                seq_length=batch.micro_batches[0].tokens.shape[1],  # of no effect: variable_seq_lengths
+                seq_length=len(batch.micro_batches[0].tokens),  # of no effect: variable_seq_lengths
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+
+def _forward(model: Any, micro_batch: MicroBatch) -> Tensor:
+    """One chunk's output for this rank's share of the packed rows."""
+    rows = len(micro_batch.tokens)
+    own = context.own_rows(rows, micro_batch.tokens.device)
+    plan = varlen.Plan(varlen.segments(micro_batch.borders, context.own_chunks(rows)), own.device)
+    tokens, positions = micro_batch.tokens[own], micro_batch.positions[own]
+    return model(tokens[None], positions[None], None, packed_seq_params=layers.Packed(positions, plan))
 
 
 class Trainer(Scorer):
@@ -121,7 +130,8 @@ def _sum_gradients(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) 
 
 def _added(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
     """Metrics of the last stage's micro-batches, summed over the world, each data-parallel rank counted once."""
-    counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    counted = parallel_state.is_pipeline_last_stage() and first
     mine: dict[str, float] = {}
     for metrics in outputs if counted else []:
         for name, value in metrics.items():
