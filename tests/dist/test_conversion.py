@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 ROWS = json.loads((Path(__file__).parent.parent / "families.json").read_text())
 LENGTH = 300  # beyond the 64 positions at which the Llama of families.json begins to stretch its waves
 LAYOUTS = {"one process": (1, (1, 1, 1)), "interleaved": (2, (1, 2, 2)), "more ranks than groups": (4, (4, 1, 1)),
-           "tensor and pipeline": (4, (2, 2, 1))}  # fmt: skip
+           "tensor parallel": (2, (2, 1, 1))}  # fmt: skip
 VOCABULARY = 130  # padded to 192 for one rank, to 256 for four
 
 
