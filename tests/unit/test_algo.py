@@ -119,8 +119,10 @@ def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_bat
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), max_size=30))
     ranks, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(10, 200))
     samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
-    batches = [pack.batch(samples, budget, rank, ranks) for rank in range(ranks)]
+    multiple = data.draw(st.integers(1, 4))
+    batches = [pack.batch(samples, budget, rank, ranks, multiple) for rank in range(ranks)]
     assert len({len(batch.micro_batches) for batch in batches}) == 1
+    assert len(batches[0].micro_batches) % multiple == 0
     found = Counter()
     for part in (part for batch in batches for part in batch.micro_batches):
         if part.tokens.shape[0] > 1:
