@@ -67,7 +67,7 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
         "linear statistics",
         "linear_statistics",
         linear_statistics_kernel,
-        dict(EVEN=True, SOFTCAP=0.0),
+        dict(EVEN=True, ROUND=True, SOFTCAP=0.0),
         dict(weight="bf16"),
     )
 

@@ -79,7 +79,7 @@ class Head:
 
     def fused_statistics(self, x: Tensor, rows: slice) -> Tensor:
         label, scale = self.label_column[rows], self.inverse_temperature[rows]
-        return linear_statistics(x[rows], self.weight, label, scale, self.softcap, self.columns)
+        return linear_statistics(x[rows], self.weight, label, scale, self.softcap, self.columns, self.logits_dtype)
 
     def gathered(self, mine: Tensor) -> Combined:
         """All ranks' statistics made one."""

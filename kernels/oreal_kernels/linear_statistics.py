@@ -23,16 +23,17 @@ def reference(
     inverse_temperature: Tensor,  # [N]
     softcap: float,
     columns: int,
+    logits_dtype: torch.dtype,  # that the product is rounded to
 ) -> Tensor:
-    """[4, N] as row_statistics of the product in fp32."""
-    product = hidden.float() @ weight.float().t()
+    """[4, N] as row_statistics of the product."""
+    product = (hidden.float() @ weight.float().t()).to(logits_dtype)
     return row_statistics_reference(product, label_column, inverse_temperature, softcap, columns)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def linear_statistics_kernel(
     hidden, weight, label_column, inverse_temperature, out, rows, columns, width, hidden_stride, weight_stride, units,
-    EVEN: tl.constexpr, SOFTCAP: tl.constexpr,
+    EVEN: tl.constexpr, ROUND: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     # Programs of one part of the vocabulary are neighbours, so that its weights stay in the L2 cache.
@@ -63,6 +64,8 @@ def linear_statistics_kernel(
                 x = tl.load(x_row + first, mask=unit[None, :] < units, other=0.0)
                 w = tl.load(w_row + first, mask=unit[:, None] < units, other=0.0)
             product = tl.dot(x, w, product, input_precision="ieee")
+        if ROUND:  # as logits that are written would be: the backward and other ranks see those
+            product = product.to(hidden.dtype.element_ty).to(tl.float32)
         z, _ = scaled_kernel(product, scale, SOFTCAP)
         z = tl.where(column[None, :] < stop, z, float("-inf"))
         higher = tl.maximum(maximum, tl.max(z, 1))
@@ -83,7 +86,13 @@ def linear_statistics_kernel(
 
 
 def linear_statistics(
-    hidden: Tensor, weight: Tensor, label_column: Tensor, inverse_temperature: Tensor, softcap: float, columns: int
+    hidden: Tensor,
+    weight: Tensor,
+    label_column: Tensor,
+    inverse_temperature: Tensor,
+    softcap: float,
+    columns: int,
+    logits_dtype: torch.dtype,
 ) -> Tensor:
     """[4, N] fp32, on a GPU (or in Triton's interpreter)."""
     rows, options = len(hidden), launch.options("linear_statistics", hidden.device)
@@ -93,6 +102,6 @@ def linear_statistics(
     linear_statistics_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]) * parts,)](
         hidden, weight, label_column, inverse_temperature, out, rows, columns, width,
         hidden.stride(0), weight.stride(0), hidden.shape[1], EVEN=hidden.shape[1] % options["BLOCK_HIDDEN"] == 0,
-        SOFTCAP=softcap, **options,
+        ROUND=logits_dtype is hidden.dtype and hidden.dtype is not torch.float32, SOFTCAP=softcap, **options,
     )  # fmt: skip
     return out[0] if parts == 1 else combine(out).statistics

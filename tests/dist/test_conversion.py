@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 ROWS = json.loads((Path(__file__).parent.parent / "families.json").read_text())
 LENGTH = 300  # beyond the 64 positions at which the Llama of families.json begins to stretch its waves
 LAYOUTS = {"one process": (1, (1, 1, 1)), "interleaved": (2, (1, 2, 2)), "more ranks than groups": (4, (4, 1, 1)),
-           "tensor and pipeline": (4, (2, 2, 1))}  # fmt: skip
+           "tensor parallel": (2, (2, 1, 1))}  # fmt: skip
 VOCABULARY = 130  # padded to 192 for one rank, to 256 for four
 
 
@@ -250,3 +250,29 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(family, folders, in_
     for again, filled in in_processes(other_world, load_trained, folders[family], loaded, str(run), str(converted)):
         assert all(torch.equal(again[name], value) for name, value in trained.items())
         assert filled.keys() == before.keys() and all(torch.equal(filled[name], before[name]) for name in before)
+
+
+def logits_differences(folder: str, converted: str, other: str) -> list[str | None]:
+    from oreal_megatron.cli import logits
+    from oreal_megatron.convert import compare
+
+    a, b, c = (compare.open_folder(path) for path in (folder, converted, other))
+    return [logits.difference(a, b, "1+2="), logits.difference(b, c, "1+2=")]
+
+
+def test_logits_are_compared_across_frameworks(model_folder, in_processes, tmp_path):
+    """A Megatron checkpoint against its Hugging Face folder, and against one whose last norm is doubled."""
+    import shutil
+
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.convert import stream, to_megatron
+    from oreal_megatron.convert.hf_folder import Folder
+
+    converted, other = tmp_path / "converted", tmp_path / "other"
+    to_megatron.convert(Folder(model_folder), converted, Parallel(2), stream.Cast(None), print, lambda n: None)
+    shutil.copytree(model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    ((same, different),) = in_processes(1, logits_differences, str(model_folder), str(converted), str(other))
+    assert same is None and "logits differ by" in different

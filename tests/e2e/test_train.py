@@ -40,9 +40,10 @@ def oreal():
 """
 
 
-def oreal(*arguments: str) -> None:
+def oreal(*arguments: str, processes: int = 2) -> None:
+    several = ["--processes", str(processes)] if processes > 1 else []
     result = subprocess.run(
-        [sys.executable, "-m", "oreal_megatron", "--processes", "2", *arguments],
+        [sys.executable, "-m", "oreal_megatron", *several, *arguments],
         capture_output=True,
         text=True,
         timeout=200,
@@ -111,3 +112,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (again / name).read_text() == (run / name).read_text()
     assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
+
+
+def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(trained, tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    run = trained / "oreal"
+    for name in ("policy", "reward_model"):
+        oreal("convert", "to-hf", str(run / "checkpoints/step_000004" / name), str(tmp_path / name), processes=1)
+    policy = (tmp_path / "policy/model.safetensors").read_bytes()
+    assert policy == (run / "policy/model.safetensors").read_bytes()
+    judge, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "reward_model", output_loading_info=True)
+    assert judge.config.num_labels == 1 and not any(report.values())

@@ -355,7 +355,7 @@ def test_offsets_beyond_two_to_the_31(served_by):
 @pytest.mark.parametrize("columns", [V, V - 60, 1])
 def test_statistics_without_logits(columns):
     hidden, weight = random(N, H), random(V, H, seed=1)
-    arguments = (hidden, weight, labels_of() - 7, torch.linspace(0.5, 2, N), 0.0, columns)
+    arguments = (hidden, weight, labels_of() - 7, torch.linspace(0.5, 2, N), 0.0, columns, torch.float32)
     with backend.use("triton"):
         torch.testing.assert_close(
             linear_statistics(*arguments), linear_statistics_reference(*arguments), rtol=1e-5, atol=1e-5

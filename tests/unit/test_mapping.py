@@ -200,6 +200,8 @@ REFUSED = [
     ("Mistral", {"sliding_window": 256}, "sliding_window is 256"),
     ("InternLM2", {"bias": True}, "bias = True"),
     ("InternLM3", {"bias": True}, "bias = True"),
+    ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
+    ("Mistral", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
     ("InternLM3", {"architectures": ["InternLM9ForCausalLM"]}, "InternLM9ForCausalLM is not supported"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "A", "1": "B"}}, "several labels"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "several labels"),  # transformers' default is two
