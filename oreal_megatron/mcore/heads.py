@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import oreal_kernels
@@ -113,3 +114,14 @@ def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tens
     own, mine = context.part(micro_batch, rows)
     score = scores.flatten().index_select(0, own.action_index).float()
     return context.whole(score, mine, len(rows))
+
+
+def every_row(model: GPTModel, head: str) -> Callable[[Tensor, MicroBatch], Tensor]:
+    """What a Scorer needs for [S / cp, V / tp] logits of all rows, or [S / cp, 1] scores if `head` is "scalar".
+
+    For comparisons with other frameworks: training never has all logits at once.
+    """
+    if head == "scalar":
+        return lambda scores, micro_batch: scores.flatten(0, 1)
+    language_model = LanguageModelHead(model, 0, 0)
+    return lambda hidden, micro_batch: hidden.flatten(0, 1) @ language_model.weight.t()

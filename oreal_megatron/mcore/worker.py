@@ -81,14 +81,21 @@ class Trainer(Scorer):
 
     def __init__(self, chunks: list[GPTModel], head: Head, config: Config, optimizer: Optimizer):
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=True,
+            overlap_grad_reduce=config.parallel.overlap,
         )
         with device_layer():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
         super().__init__(wrapped, head)
-        self.chunks[0].config.finalize_model_grads_func = _sum_gradients
+        megatron = self.chunks[0].config
+        megatron.finalize_model_grads_func = _sum_gradients
+        if config.parallel.overlap:  # until the last micro-batch, gradients only add up on their rank
+            waiting = [chunk.no_sync for chunk in self.chunks]
+            megatron.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""

@@ -66,11 +66,11 @@ def start(layout: tuple, dtype: str = "float32"):
 
 
 def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | None]:
-    """Of each folder's model: [B, S, V/tp] logits of this rank, None before the last stage."""
+    """Of each folder's model: [S, V/tp] logits of this rank, None before the last stage."""
     from oreal_megatron.algo import pack
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import model, parallel, worker
+    from oreal_megatron.mcore import heads, model, parallel, worker
     from oreal_megatron.records import Sample
 
     config, results = start(layout), {}
@@ -81,7 +81,7 @@ def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | 
         arch, head = architecture.read(source.config), architecture.head(source.config)
         chunks = model.build(arch, config, head)
         model.load(chunks, arch, config, head, source.tensor)
-        scored = worker.Scorer(chunks, lambda output, micro_batch: output.clone()).score(batch)
+        scored = worker.Scorer(chunks, heads.every_row(chunks[-1], head)).score(batch)
         results[name] = scored and scored[0]
     parallel.stop()
     return results

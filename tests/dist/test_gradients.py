@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
-CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40)}  # layout, tokens of a micro-batch
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+# Layout, tokens of a micro-batch, further fields of Megatron's.
+CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40)}
 PAIRS = {  # two processes
     "data parallel": ({}, 60),
     "tensor parallel": (dict(tensor=2), 60),
@@ -26,6 +28,9 @@ PAIRS = {  # two processes
     "pipeline parallel": (dict(pipeline=2), 60),
     "interleaved pipeline": (dict(pipeline=2, virtual=2), 40),  # an odd number of micro-batches gets an empty one
     "context parallel": (dict(context=2), 60),
+    "overlapping reduction": (dict(overlap=True), 40),
+    "full recomputation": (dict(), 60, FULL),
+    "selective recomputation": (dict(tensor=2), 60, dict(recompute_granularity="selective")),
     "planted: each rank divides by its own tokens": ({}, 60),
 }
 FOURS = {  # four processes
@@ -37,6 +42,8 @@ FOURS = {  # four processes
     "the same, sequence-parallel": (dict(tensor=4, sequence=True), 60),
     "sequence x data": (dict(tensor=2, sequence=True), 60),
     "sequence x pipeline": (dict(tensor=2, sequence=True, pipeline=2), 60),
+    "interleaved, overlapping": (dict(pipeline=2, virtual=2, overlap=True), 40),
+    "recomputed with everything": (dict(tensor=2, sequence=True, context=2), 60, FULL),
     "context x pipeline": (dict(context=2, pipeline=2), 60),
     "context of four": (dict(context=4), 60),
     "four pipeline stages": (dict(pipeline=4), 60),
@@ -46,7 +53,7 @@ FEW = ("tensor x pipeline", "sequence x context", "interleaved x data", "context
 LEARNING_RATE = 1e-2
 
 
-def matrix(folders: list[str], layouts: dict[str, tuple[dict, int]], samples: list, dtype: str = "float32") -> dict:
+def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: str = "float32") -> dict:
     """For each layout and folder: metrics, gradients and updated weights of policy and reward model."""
     from megatron.core import parallel_state
 
@@ -56,7 +63,7 @@ def matrix(folders: list[str], layouts: dict[str, tuple[dict, int]], samples: li
     optimizer = c.Optimizer(lr=LEARNING_RATE, warmup_steps=0, clip_grad=1e9)  # a clip that never bites
     results = {}
     parallel.start_process_group()
-    for name, (layout, budget) in layouts.items():
+    for name, (layout, budget, *more) in layouts.items():
         config = c.Config(
             model=c.Model(dtype=dtype),
             parallel=c.Parallel(**layout),
@@ -65,6 +72,7 @@ def matrix(folders: list[str], layouts: dict[str, tuple[dict, int]], samples: li
             weights=c.Weights(threshold=0.3),
             loss=c.Loss(kl_coef=0.5),
             tokens_per_micro_batch=budget,
+            megatron=dict(*more),
         )
         parallel.start_megatron(config.parallel, seed=0)
         for folder in folders:
