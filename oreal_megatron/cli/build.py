@@ -169,7 +169,8 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
 
     config = policy.config
     layout = Layout(*parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual)
-    return full_tensors(policy.placed(), policy.arch, layout)
+    with policy.parts.here("parameters"):
+        yield from full_tensors(policy.placed(), policy.arch, layout)
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:

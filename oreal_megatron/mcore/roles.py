@@ -34,6 +34,8 @@ class Reference(Scorer):
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, head = _language_model(arch, config, read)
         super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
+        if config.offload:
+            self.parts.leave()
 
 
 class Policy(Trainer):

@@ -19,6 +19,7 @@ from oreal_megatron.config import Config, Optimizer
 from oreal_megatron.mcore import adam, context, layers, varlen
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.model import device
+from oreal_megatron.mcore.offload import Part, Parts
 from oreal_megatron.records import Batch, MicroBatch
 
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # announces that it does nothing
@@ -35,6 +36,7 @@ class Scorer:
     def __init__(self, chunks: list[GPTModel], head: Head):
         self.chunks, self.head = chunks, head
         self.chunks[0].config.finalize_model_grads_func = None
+        self.parts = Parts(parameters=Part(lambda: _parameters(chunks)))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> list[Tensor] | None:
@@ -44,7 +46,8 @@ class Scorer:
             values = self.head(output, micro_batch)
             return values.sum(), {"values": values}
 
-        outputs = self._run(batch, loss_function, forward_only=True)
+        with self.parts.here("parameters"):
+            outputs = self._run(batch, loss_function, forward_only=True)
         return [output["values"] for output in outputs] if parallel_state.is_pipeline_last_stage() else None
 
     def _run(self, batch: Batch, loss_function: Callable[..., tuple], forward_only: bool) -> list[dict[str, Tensor]]:
@@ -65,6 +68,10 @@ class Scorer:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+
+def _parameters(chunks: list[Any]) -> list[Tensor]:
+    return [parameter.data for chunk in chunks for parameter in chunk.parameters()]
 
 
 def _forward(model: Any, micro_batch: MicroBatch) -> Tensor:
@@ -96,6 +103,11 @@ class Trainer(Scorer):
         if config.parallel.overlap:  # until the last micro-batch, gradients only add up on their rank
             waiting = [chunk.no_sync for chunk in self.chunks]
             megatron.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
+        gradients = [buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]
+        self.parts["gradients"] = Part(lambda: gradients, kept=False)  # every update begins with zeros
+        self.parts["optimizer"] = Part(self._optimizer_tensors)
+        if config.offload:
+            self.parts.leave()
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""
@@ -105,7 +117,7 @@ class Trainer(Scorer):
             # Megatron divides a two-value result by the number of micro-batches; the middle value prevents it.
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 
-        with device_layer():
+        with device_layer(), self.parts.here(*self.parts):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -114,6 +126,11 @@ class Trainer(Scorer):
                 group["lr"] = learning_rate
             _, gradient_norm, _ = self.optimizer.step()
         return {**_added(outputs), "gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Main weights and moments, less what lies in the parameters' own memory."""
+        parameters = {tensor.untyped_storage()._cdata for tensor in _parameters(self.chunks)}
+        return [held for held in adam.tensors(self.optimizer) if held.untyped_storage()._cdata not in parameters]
 
 
 def _optimizer_config(config: Config, optimizer: Optimizer) -> OptimizerConfig:
