@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,6 +101,9 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
     """
     with device_layer():
         megatron = transformer_config(arch, config)
+        if megatron.deterministic_mode:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
+            torch.use_deterministic_algorithms(True)
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 

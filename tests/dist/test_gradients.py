@@ -8,14 +8,11 @@ OREAL_MATRIX=whole, which tests/scale.sh sets, takes all of them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -172,26 +169,9 @@ def check(results: dict, wanted: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tied_model_folder, tmp_path_factory) -> list[str]:
+def folders(tied_model_folder, write_model, tmp_path_factory) -> list[str]:
     """Qwen2 with one matrix for embedding and head, and Qwen3 with two, which norms queries and keys."""
-    rows = json.loads((Path(__file__).parent.parent / "families.json").read_text())
-    return [str(tied_model_folder), write(tmp_path_factory.mktemp("qwen3") / "qwen3", rows["Qwen3"])]
-
-
-def write(folder: Path, hf: dict) -> str:
-    """A Hugging Face folder with random weights."""
-    from oreal_megatron.mapping import architecture, tensors
-
-    arch, generator, weights = architecture.read(hf), torch.Generator().manual_seed(8), {}
-    for entry in tensors.entries(arch, 1, 1, 0, "lm"):
-        for name, shape in tensors.hf_shapes(entry, arch).items():
-            drawn = torch.randn(shape, generator=generator) / 10
-            weights[name] = 1 + drawn if "norm" in name else drawn
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf | {"torch_dtype": "float32"}))
-    (folder / "tokenizer_config.json").write_text("{}")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
+    return [str(tied_model_folder), write_model(tmp_path_factory.mktemp("qwen3") / "qwen3", "Qwen3")]
 
 
 @pytest.fixture
