@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import layers as linear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from oreal_kernels import gemm
 from torch import Tensor, nn
 
 from oreal_megatron.mcore import context
@@ -65,6 +67,22 @@ class PackedAttention(nn.Module):
         key, value = context.gathered(torch.stack([key.squeeze(1), value.squeeze(1)], 1)).unbind(1)
         attended = packed_seq_params.plan.attend(query.squeeze(1), key, value)
         return attended.flatten(1)[:, None]
+
+
+class WeightGradient:
+    """Megatron adds gradients of linear layers to fp32 buffers through apex's extension; without apex, through this.
+
+    The product comes out in fp32, nothing is rounded to bf16 in between, and no gradient exists beside the buffer.
+    """
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(rows: Tensor, gradient: Tensor, main_grad: Tensor) -> None:
+        """main_grad [out, in] += gradient [n, out]^T rows [n, in]."""
+        gemm.add_weight_gradient(gradient, rows, main_grad)
+
+
+if not linear._grad_accum_fusion_available:
+    linear.fused_weight_gradient_mlp_cuda, linear._grad_accum_fusion_available = WeightGradient, True
 
 
 def layer(qk_norm: bool) -> ModuleSpec:

@@ -24,9 +24,7 @@ from oreal_megatron.mcore.heads import ScalarHead, WithoutProduct
 from oreal_megatron.settings import nearest
 
 # Fused operations that not every installation has; a recipe may switch them on through config.megatron.
-NEED_APEX_OR_TE = dict.fromkeys(
-    ("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False
-)
+NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,6 +74,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        gradient_accumulation_fusion=True,  # apex's, or ours: layers.WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
     )

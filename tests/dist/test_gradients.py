@@ -212,12 +212,16 @@ def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, ro
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):
     folder = folders[0]
     wanted = alone(rollouts)[0][folder]
-    layouts = {"sequence parallel": (dict(tensor=2, sequence=True), 60)}
+    layouts = {"sequence parallel": (dict(tensor=2, sequence=True), 10_000)}  # one micro-batch
     got = in_processes(2, matrix, [folder], layouts, rollouts, "bfloat16")[0]["sequence parallel", folder]
     for name in ("loss/positive", "loss/negative", "loss/kl", "policy/gradient_norm"):
         assert got[0][name] == pytest.approx(wanted[0][name], rel=0.1, abs=0.02), name
     assert distance(wanted[1], got[1]) < 0.15
     assert all(torch.equal(value, value.bfloat16().float()) for value in got[2].values())
+    products = {name: value for name, value in got[1].items() if "linear" in name[1] and name[1].endswith("weight")}
+    assert products
+    for name, value in products.items():
+        assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded before it was added"
 
 
 def loss_and_gradient_norm(folder: str, samples: list):
