@@ -17,7 +17,8 @@ import torch
 WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 # Layout, tokens of a micro-batch, further fields of Megatron's.
-CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40)}
+CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40),
+        "deterministic": ({}, 60, dict(deterministic_mode=True))}  # the last, because the switch stays on
 PAIRS = {  # two processes
     "data parallel": ({}, 60),
     "tensor parallel": (dict(tensor=2), 60),
@@ -90,6 +91,7 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     arch = architecture.read(source.config)
     pieces = (arch, config, source.tensor)
     policy, reference, judge = roles.Policy(*pieces), roles.Reference(*pieces), roles.TokenRewardModel(*pieces)
+    assert torch.are_deterministic_algorithms_enabled() == config.megatron.get("deterministic_mode", False)
     rank, ranks, *rest = parallel.data_parallel(arch)
     batch = pack.batch(samples, config.tokens_per_micro_batch, rank, ranks, *rest)
     if planted:
