@@ -50,6 +50,7 @@ class Model:
 
     path: str = ""
     dtype: str = "float32"  # "float32" or "bfloat16"
+    logits_megabytes: int = 1024  # memory that the output layer may fill with logits
 
 
 @dataclass(frozen=True)

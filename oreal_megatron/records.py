@@ -96,12 +96,6 @@ class MicroBatch:
     advantage: torch.Tensor  # [B] float32
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine was not asked
 
-    @property
-    def sequence_of_token(self) -> torch.Tensor:
-        """[T] int64, which of the B sequences each action token belongs to."""
-        lengths = self.cu_seqlens.diff()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-
     def to(self, device: torch.device | str) -> MicroBatch:
         return dataclasses.replace(
             self, **{field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}

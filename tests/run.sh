@@ -8,3 +8,4 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/python -m pytest tests/unit tests/dist tests/e2e "$@"
+TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/kernels "$@"  # a process of its own: chosen when kernels are defined

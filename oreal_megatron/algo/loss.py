@@ -1,88 +1,73 @@
 """The losses. Each is a plain sum over one micro-batch, divided by counts of the whole step: micro-batches and
 data-parallel ranks simply add.
 
+    right answers:  - positive_coef  sum_t w_t A log pi(a_t) / right tokens      behaviour cloning (Eq. 11, first term)
+    wrong answers:  - negative_coef  sum_t w_t A r_t / wrong tokens              policy gradient (Eq. 11, second term)
+    all answers:      kl_coef        sum_t KL(d_t) / action tokens               d = log reference - log pi
+
 Where the authors' released code differs from the paper we follow the code, which gave the published results: rewards
-are +1 and -1, the imitation term is multiplied by the advantage, the negative term's ratio is identically 1, and the
-KL is taken to the fixed SFT reference, on every kept token of right and wrong answers alike.
+are +1 and -1, the imitation term is multiplied by the advantage, the negative term's ratio r = exp(logp -
+logp.detach()) is identically 1, and the KL is taken to the fixed SFT reference, on every kept token of right and wrong
+answers alike. The arithmetic is in oreal_kernels; here the step's records become its terms and metrics.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import oreal_kernels
 from torch import Tensor
 
-from oreal_megatron.algo import segments
 from oreal_megatron.config import Loss
 from oreal_megatron.records import Counts, MicroBatch
 
-
-def imitate_right(logp_T: Tensor, weight_T: Tensor, is_right_T: Tensor, counts: Counts) -> Tensor:
-    """Behaviour cloning on right answers:  - sum_t w_t log pi(a_t) / right tokens  (paper, Eq. 11, first term)."""
-    return -torch.where(is_right_T, weight_T * logp_T, 0.0).sum() / max(counts.right_tokens, 1)
-
-
-def push_from_wrong(logp_T: Tensor, weight_T: Tensor, is_right_T: Tensor, counts: Counts) -> Tensor:
-    """Policy gradient on wrong answers:  - sum_t r_t w_t / wrong tokens  (paper, Eq. 11, second term).
-
-    The ratio r = exp(logp - logp.detach()) is 1; only its gradient, that of log pi, matters.
-    """
-    ratio_T = torch.exp(logp_T - logp_T.detach())
-    return -torch.where(is_right_T, 0.0, ratio_T * weight_T).sum() / max(counts.wrong_tokens, 1)
+KL_KINDS = {  # estimates of KL(pi || reference) in nats from a sampled token
+    "k1": "-d",
+    "k1_reversed": "d, the sign of the authors' 'kl': it raises the log-prob of every sampled token",
+    "k2": "d^2 / 2",
+    "k3": "exp(d) - d - 1, never negative",
+}
 
 
-def kl_estimate(logp_T: Tensor, reference_logp_T: Tensor, kind: str) -> Tensor:
-    """[T] estimates of KL(pi || reference) from sampled tokens, in nats; d = log reference - log pi.
+def terms(
+    reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: Loss
+) -> oreal_kernels.Terms:
+    """All of a micro-batch's loss that does not depend on the policy."""
+    return oreal_kernels.Terms(
+        reference_logp=reference_logp_T,
+        weight=weight_T,
+        cu_seqlens=micro_batch.cu_seqlens,
+        reward=micro_batch.reward,
+        advantage=micro_batch.advantage,
+        right_tokens=counts.right_tokens,
+        wrong_tokens=counts.wrong_tokens,
+        action_tokens=counts.action_tokens,
+        positive_coef=config.positive_coef,
+        negative_coef=config.negative_coef,
+        kl_coef=config.kl_coef,
+        kl_kind=config.kl_kind,
+        advantage_on_positives=config.advantage_on_positives,
+    )
 
-    k1: -d; k1_reversed: d, the sign of the authors' "kl"; k2: d^2 / 2; k3: exp(d) - d - 1, never negative.
-    """
-    difference_T = reference_logp_T - logp_T
-    if kind == "k1":
-        return -difference_T
-    if kind == "k1_reversed":
-        return difference_T
-    if kind == "k2":
-        return difference_T.square() / 2
-    if kind == "k3":
-        return torch.exp(difference_T) - difference_T - 1
-    raise ValueError(f"kl_kind is {kind!r}; wanted k1, k1_reversed, k2 or k3")
 
-
-def policy(
-    logp_T: Tensor, reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: Loss
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """OREAL's total loss of one micro-batch (paper, Eq. 11) and its parts, which add up over micro-batches."""
-    owner_T = micro_batch.sequence_of_token
-    is_right_T = (micro_batch.reward > 0)[owner_T]
-    advantage_T = micro_batch.advantage[owner_T]
-    imitation_weight_T = weight_T * advantage_T if config.advantage_on_positives else weight_T
-    right = imitate_right(logp_T, imitation_weight_T, is_right_T, counts)
-    wrong = push_from_wrong(logp_T, advantage_T * weight_T, is_right_T, counts)
-    kl = kl_estimate(logp_T, reference_logp_T, config.kl_kind).sum() / max(counts.action_tokens, 1)
-    total = config.positive_coef * right + config.negative_coef * wrong + config.kl_coef * kl
-    with torch.no_grad():
-        tokens = max(counts.action_tokens, 1)
-        parts = {
-            "loss/total": total,
-            "loss/positive": right,
-            "loss/negative": wrong,
-            "loss/kl": kl,
-            "policy/reference_kl": (logp_T - reference_logp_T).sum() / tokens,
-            "policy/entropy_estimate": -logp_T.sum() / tokens,
-            "weights/right_mean": weight_T[is_right_T].sum() / max(counts.right_tokens, 1),
-            "weights/wrong_mean": weight_T[~is_right_T].sum() / max(counts.wrong_tokens, 1),
-        }
-    return total, {name: value.detach() for name, value in parts.items()}
+def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[str, Tensor]:
+    """The parts of the loss, and what else one wants to see of a step; they add up over micro-batches."""
+    of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
+    right, wrong, tokens = (max(n, 1) for n in (counts.right_tokens, counts.wrong_tokens, counts.action_tokens))
+    return {
+        "loss/total": total.detach(),
+        "loss/positive": -of["right"] / right,
+        "loss/negative": -of["wrong"] / wrong,
+        "loss/kl": (-of["k1"] if kl_kind == "k1_reversed" else of[kl_kind]) / tokens,
+        "policy/reference_kl": of["k1"] / tokens,
+        "policy/entropy_estimate": -of["logp"] / tokens,
+        "weights/right_mean": of["right_weight"] / right,
+        "weights/wrong_mean": of["wrong_weight"] / wrong,
+    }
 
 
 def reward_model(score_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy of sigmoid(mean token score) against right or wrong (paper, Eq. 12), over all sequences."""
-    real = micro_batch.reward != 0  # [B]
-    mean = segments.mean(score_T.float(), micro_batch.cu_seqlens)[real]
-    target = (micro_batch.reward[real] > 0).float()
-    total = F.binary_cross_entropy_with_logits(mean, target, reduction="sum") / max(counts.sequences, 1)
-    accuracy = ((mean > 0) == (target > 0)).sum() / max(counts.sequences, 1)
-    return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": accuracy}
+    total, hits = oreal_kernels.reward_loss(score_T, micro_batch.cu_seqlens, micro_batch.reward, counts.sequences)
+    return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": hits}
 
 
 def supervised(logp_T: Tensor, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:

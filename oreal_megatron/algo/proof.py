@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oreal_megatron.algo import segments
 from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Batch, Rollout, Sample
 
@@ -32,9 +31,16 @@ def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch) -> tuple[flo
     gaps, tokens = [torch.zeros(1)], 0
     for logp_T, micro_batch in zip(trainer_logp or (), batch.micro_batches, strict=trainer_logp is not None):
         gap_T = (logp_T.cpu() - micro_batch.engine_logprobs).abs()
-        gaps.append(segments.mean(gap_T, micro_batch.cu_seqlens))
+        gaps.append(_mean(gap_T, micro_batch.cu_seqlens))
         tokens += len(gap_T)
     return torch.cat(gaps).nan_to_num(torch.inf).max().item(), tokens
+
+
+def _mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[B] mean over each sequence; 0 for an empty one."""
+    count = cu_seqlens.diff()
+    owner = torch.repeat_interleave(torch.arange(len(count)), count)
+    return torch.zeros(len(count), dtype=values_T.dtype).index_add(0, owner, values_T) / count.clamp(min=1)
 
 
 def check(gap: float, tokens: int, tolerance: float, versions: tuple[int, int], step: int) -> dict[str, float]:

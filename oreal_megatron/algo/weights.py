@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import oreal_kernels
 import torch
 from torch import Tensor
 
-from oreal_megatron.algo import segments
 from oreal_megatron.config import Weights
 from oreal_megatron.records import MicroBatch
 
@@ -17,12 +17,12 @@ def importance(score_T: Tensor, micro_batch: MicroBatch, config: Weights) -> Ten
     it, wrong ones by its complement. `threshold` maps [threshold, 1] to [0, 1] and the rest to 0: with 0.5 that is
     max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
     """
-    belief_T = torch.sigmoid(segments.running_mean(score_T.detach().float(), micro_batch.cu_seqlens))
-    is_right_T = (micro_batch.reward > 0)[micro_batch.sequence_of_token]
-    merit_T = torch.where(is_right_T, belief_T, 1 - belief_T)
-    if config.rescale == "threshold":
-        return ((merit_T - config.threshold) / (1 - config.threshold)).clamp(0, 1)
-    return _top_share(merit_T, micro_batch.cu_seqlens, config.top_share)
+    by_threshold = config.rescale == "threshold"
+    is_right = micro_batch.reward > 0
+    weight_T, _ = oreal_kernels.token_weights(
+        score_T, micro_batch.cu_seqlens, is_right, config.threshold if by_threshold else 0.0
+    )
+    return weight_T if by_threshold else _top_share(weight_T, micro_batch.cu_seqlens, config.top_share)
 
 
 def _top_share(merit_T: Tensor, cu_seqlens: Tensor, share: float) -> Tensor:

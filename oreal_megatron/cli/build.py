@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron import prompts, ranks, versions
-from oreal_megatron.algo import advantages
+from oreal_megatron.algo import advantages, loss
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import megatron_folder, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
@@ -26,7 +26,7 @@ CHOICES = {
     "selection.advantage": tuple(advantages.KINDS),
     "selection.keep": ("pair", "all"),
     "weights.rescale": ("threshold", "top_share"),
-    "loss.kl_kind": ("k1", "k1_reversed", "k2", "k3"),
+    "loss.kl_kind": tuple(loss.KL_KINDS),
     "reward_model.score_at": ("token", "before"),
 }
 
@@ -37,6 +37,7 @@ RANGES = (
     ("sampling.max_new_tokens", 1, 10**7),
     ("data.prompts_per_step", 1, 10**6),
     ("engine.proof_answers", 1, 10**6),
+    ("model.logits_megabytes", 1, 10**6),
     ("weights.threshold", 0.0, 0.99),
     ("weights.top_share", 0.0, 1.0),
     ("verify.unknown_limit", 0.0, 1.0),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oreal_kernels
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from oreal_megatron.records import MicroBatch
@@ -34,30 +36,48 @@ class ScalarHead(nn.Module):
         )
 
 
-class _VocabParallelLogProb(torch.autograd.Function):
-    """Log-probs [T] from this rank's logits [T, V/tp]; one all-gather of [3, T] forward."""
+class WithoutProduct(tensor_parallel.ColumnParallelLinear):
+    """Megatron's output layer with its parameters, but hidden states come out: the fused head multiplies."""
 
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int):
-        group = parallel_state.get_tensor_model_parallel_group()
-        start = group.rank() * logits.shape[1]
-        mine = oreal_kernels.statistics(logits, labels, start, vocab_size)
-        parts = mine.new_empty(group.size(), *mine.shape)
-        dist.all_gather(list(parts.unbind(0)), mine, group=group)
-        logp, log_sum_exp = oreal_kernels.combine(parts)
-        ctx.save_for_backward(logits, labels, log_sum_exp)
-        ctx.slice = (start, vocab_size)
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden, None
+
+
+class LanguageModelHead:
+    """The fused operations on hidden states [B, S, H] of the last pipeline stage, vocabulary-parallel."""
+
+    def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int):
+        self.model, self.vocab_size, self.budget_bytes = model, vocab_size, budget_bytes
+
+    def log_probs(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[T] log-prob of each action token."""
+        logp, _ = oreal_kernels.linear_logprob(*self._inputs(hidden, micro_batch), **self._options(micro_batch))
         return logp
 
-    @staticmethod
-    def backward(ctx, grad_logp: Tensor):
-        return oreal_kernels.gradient(*ctx.saved_tensors, grad_logp, *ctx.slice), None, None
+    def oreal_loss(self, hidden: Tensor, micro_batch: MicroBatch, terms: oreal_kernels.Terms) -> Any:
+        """OREAL's loss with its gradient taken at once, that of the weight straight into Megatron's buffer."""
+        options = self._options(micro_batch)
+        # Megatron's schedules hand every loss the gradient 1: nothing here sets a grad_scale_func.
+        return oreal_kernels.linear_oreal_loss(*self._inputs(hidden, micro_batch), terms, loss_scale=1.0, **options)
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """This rank's rows of the output layer, or of the embedding it shares."""
+        if self.model.share_embeddings_and_output_weights:
+            return self.model.shared_embedding_or_output_weight()
+        return self.model.output_layer.weight
 
-def log_probs(logits: Tensor, micro_batch: MicroBatch, vocab_size: int) -> Tensor:
-    """[T] log-prob of each action token, from logits [B, S, V/tp]."""
-    rows = logits.flatten(0, 1).index_select(0, micro_batch.action_index)
-    return _VocabParallelLogProb.apply(rows, micro_batch.labels, vocab_size)
+    def _inputs(self, hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden.flatten(0, 1), self.weight, micro_batch.labels
+
+    def _options(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        return dict(
+            rows=micro_batch.action_index,
+            vocab_size=self.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            budget_bytes=self.budget_bytes,
+            main_grad=getattr(self.weight, "main_grad", None),
+        )
 
 
 def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tensor:

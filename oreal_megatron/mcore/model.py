@@ -20,7 +20,7 @@ from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
-from oreal_megatron.mcore.heads import ScalarHead
+from oreal_megatron.mcore.heads import ScalarHead, WithoutProduct
 from oreal_megatron.settings import nearest
 
 # Fused operations that not every installation has; a recipe may switch them on through config.megatron.
@@ -123,6 +123,8 @@ def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head
     model.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim).to(device())
     if head == "scalar" and stage == stages - 1:
         model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype)
+    elif stage == stages - 1:
+        model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from oreal_megatron.algo import loss, weights
@@ -20,47 +21,51 @@ from oreal_megatron.records import Batch, MicroBatch
 Reader = Callable[[str], Tensor]
 
 
-def _policy_head(arch: Architecture) -> Callable[[Tensor, MicroBatch], Tensor]:
-    return partial(heads.log_probs, vocab_size=arch.vocab)
+def _language_model(arch: Architecture, config: Config, read: Reader) -> tuple[list[GPTModel], heads.LanguageModelHead]:
+    """This rank's chunks of layers, filled, and the fused head over the output layer of the last one."""
+    chunks = model.build(arch, config, "lm")
+    model.load(chunks, arch, config, "lm", read)
+    return chunks, heads.LanguageModelHead(chunks[-1], arch.vocab, config.model.logits_megabytes * 2**20)
 
 
 class Reference(Scorer):
     """The fixed SFT policy."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
-        stage = model.build(arch, config, "lm")
-        model.load(stage, arch, config, "lm", read)
-        super().__init__([chunk.requires_grad_(False) for chunk in stage], _policy_head(arch))
+        chunks, head = _language_model(arch, config, read)
+        super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
 
 
 class Policy(Trainer):
     """The policy being trained. `updates` counts its optimizer steps and is the version the engine must hold."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
-        stage = model.build(arch, config, "lm")
-        model.load(stage, arch, config, "lm", read)
-        super().__init__(stage, _policy_head(arch), config, config.optimizer)
+        chunks, self.language_model = _language_model(arch, config, read)
+        super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
         self.arch, self.config, self.updates = arch, config, 0
 
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
         """One OREAL step on the batch (paper, Eq. 11)."""
 
-        def objective(number: int, micro_batch: MicroBatch, logp_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss.policy(
-                logp_T, reference_logp[number], weight[number], micro_batch, batch.counts, self.config.loss
-            )
+        config, counts = self.config, batch.counts
 
-        config = self.config
+        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            terms = loss.terms(reference_logp[number], weight[number], micro_batch, counts, config.loss)
+            total, sums, _ = self.language_model.oreal_loss(hidden, micro_batch, terms)
+            return total, loss.metrics(total, sums, counts, config.loss.kl_kind)
+
         rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
         return self._counted(self.train(batch, objective, rate))
 
     def imitate(self, batch: Batch) -> dict[str, float]:
         """One supervised step on demonstrations."""
         config = self.config.supervised
+
+        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss.supervised(self.head(hidden, micro_batch), batch.counts)
+
         rate = learning_rate(self.updates, config.steps, config.optimizer)
-        return self._counted(
-            self.train(batch, lambda number, micro_batch, logp_T: loss.supervised(logp_T, batch.counts), rate)
-        )
+        return self._counted(self.train(batch, objective, rate))
 
     def placed(self) -> Iterator[tuple[Entry, Tensor]]:
         """This rank's tensors with their mapping entries, for whoever hands them on."""
@@ -85,7 +90,8 @@ class TokenRewardModel(Trainer):
         """One step; returns the token weights it believed in before the step, from the same forward pass."""
         believed: dict[int, Tensor] = {}
 
-        def objective(number: int, micro_batch: MicroBatch, score_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def objective(number: int, micro_batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            score_T = self.head(scores, micro_batch)
             believed[number] = weights.importance(score_T, micro_batch, self.config.weights)
             return loss.reward_model(score_T, micro_batch, batch.counts)
 

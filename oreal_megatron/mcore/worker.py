@@ -25,7 +25,7 @@ logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  
 
 # Last stage's output [B, S, ...] of a micro-batch -> one value per action token [T].
 Head = Callable[[Tensor, MicroBatch], Tensor]
-# Number of the micro-batch within the batch, the micro-batch, values [T] -> loss and metrics that add up.
+# Number of the micro-batch within the batch, the micro-batch, last stage's output -> loss and metrics that add up.
 Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -85,7 +85,7 @@ class Trainer(Scorer):
         """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""
 
         def loss_function(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple:
-            loss, metrics = objective(number, micro_batch, self.head(output, micro_batch))
+            loss, metrics = objective(number, micro_batch, output)
             # Megatron divides a two-value result by the number of micro-batches; the middle value prevents it.
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 

@@ -95,7 +95,7 @@ def test_bfloat16_with_fp32_gradients_stays_close_to_float32(model_folder, in_pr
 def loss_and_gradient_norm(folder: str, samples: list):
     """Through Megatron, with a clip that never bites and a learning rate that changes nothing."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import loss, pack
+    from oreal_megatron.algo import pack
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import parallel, roles
@@ -106,15 +106,19 @@ def loss_and_gradient_norm(folder: str, samples: list):
     parallel.start_megatron(config.parallel, seed=0)
     policy = roles.Policy(architecture.read(source.config), config, source.tensor)
     batch = pack.batch(samples, 60, 0, 1)
-    objective = partial(_plain_objective, loss=loss, counts=batch.counts, config=config.loss)
+    objective = partial(_plain_objective, policy=policy, counts=batch.counts, config=config.loss)
     metrics = policy.train(batch, objective, 0.0)
     parallel.stop()
     return metrics["loss/total"], metrics["gradient_norm"]
 
 
-def _plain_objective(number, micro_batch, logp, loss, counts, config):
-    reference = torch.full_like(logp, -3.0)
-    return loss.policy(logp, reference, torch.full_like(logp, 0.7), micro_batch, counts, config)
+def _plain_objective(number, micro_batch, hidden, policy, counts, config):
+    from oreal_megatron.algo import loss
+
+    tokens = len(micro_batch.labels)
+    terms = loss.terms(torch.full((tokens,), -3.0), torch.full((tokens,), 0.7), micro_batch, counts, config)
+    total, sums, _ = policy.language_model.oreal_loss(hidden, micro_batch, terms)
+    return total, loss.metrics(total, sums, counts, config.kl_kind)
 
 
 def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_formula(

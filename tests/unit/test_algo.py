@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oreal_megatron.algo import advantages, pack, sampler, schedule, segments, selection, weights
+from oreal_megatron.algo import advantages, pack, sampler, schedule, selection, weights
 from oreal_megatron.config import ConfigError, Data, Optimizer, Selection, Weights
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Sample, Verdict
 
@@ -92,23 +92,6 @@ def test_counts_of_the_step():
     assert selection.counts(samples) == Counts(2, 5, 2, 3)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 1000))
-def test_running_mean_equals_the_plain_loop_and_borders_do_not_leak(lengths, seed):
-    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed)) * 100
-    borders = torch.tensor([0, *lengths]).cumsum(0)
-    expected = [
-        values[start : t + 1].mean()
-        for start, stop in zip(borders[:-1], borders[1:], strict=True)
-        for t in range(start, stop)
-    ]
-    result = segments.running_mean(values, borders)
-    torch.testing.assert_close(result, torch.stack(expected) if expected else torch.zeros(0), atol=1e-4, rtol=1e-5)
-
-
-def test_mean_of_an_empty_sequence_is_zero():
-    assert segments.mean(torch.tensor([2.0, 4.0]), torch.tensor([0, 0, 2])).tolist() == [0.0, 3.0]
-
-
 def test_weights_are_eq_10_of_the_running_mean_and_stop_no_gradient_through():
     batch = pack.micro_batch([Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5), -1.0, -1.0)])
     score = torch.tensor([1.0, 3.0, 1.0, -5.0], requires_grad=True)
@@ -144,7 +127,7 @@ def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_bat
     for part in (part for batch in batches for part in batch.micro_batches):
         if part.tokens.shape[0] > 1:
             assert part.tokens.numel() <= budget
-        owner = part.sequence_of_token
+        owner = torch.repeat_interleave(torch.arange(len(part.advantage)), part.cu_seqlens.diff())
         assert (part.labels == part.advantage[owner].long()).all(), "labels, borders and advantages belong together"
         found.update(part.labels.tolist())
     assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import oreal_kernels
 import pytest
 import torch
 
@@ -67,6 +68,11 @@ def case(make_samples):
     return samples, draw(0.5, -1.5), draw(0.5, -1.5), draw(2.0, 0.1)
 
 
+def policy_loss(logp, reference, weight, batch, counts, config):
+    """The loss on log-probs, of which the fused head's is a test's claim in tests/kernels."""
+    return oreal_kernels.oreal_loss(logp, loss.terms(reference, weight, batch, counts, config))
+
+
 def joined(rows: list[list[float]]) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in row], dtype=torch.float64)
 
@@ -79,7 +85,10 @@ def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positive
     batch = pack.micro_batch(samples)
     logp = joined(logps).requires_grad_()
     weight = weights.importance(joined(scores), batch, Weights()).double()
-    total, _ = loss.policy(logp, joined(references), weight, batch, pack.counts(samples), config)
+    total, sums = policy_loss(logp, joined(references), weight, batch, pack.counts(samples), config)
+    parts = loss.metrics(total, sums, pack.counts(samples), config.kl_kind)
+    sum_of_parts = parts["loss/positive"] + config.negative_coef * parts["loss/negative"] + 0.3 * parts["loss/kl"]
+    assert sum_of_parts.item() == pytest.approx(total.item(), abs=1e-6)
     total.backward()
     assert total.item() == pytest.approx(oracle(samples, logps, references, scores, config), abs=1e-6)
     expected = torch.tensor(oracle_gradient(samples, logps, references, scores, config), dtype=torch.float64)
@@ -94,7 +103,7 @@ def test_any_cut_into_micro_batches_adds_up(case):
         batch = pack.micro_batch([samples[i] for i in indices])
         picked = [joined([rows[i] for i in indices]) for rows in (logps, references, scores)]
         weight = weights.importance(picked[2], batch, Weights())
-        return loss.policy(picked[0], picked[1], weight, batch, counts, config)[0].item()
+        return policy_loss(picked[0], picked[1], weight, batch, counts, config)[0].item()
 
     whole = total_of(list(range(10)))
     for cut in ([[0], [1, 2], [3, 4, 5, 6, 7, 8, 9]], [[i] for i in range(10)], [[9, 0, 5], [], [1, 2, 3, 4, 6, 7, 8]]):
@@ -106,7 +115,7 @@ def gradient_of(reward: float, advantage: float, logp: float, reference: float, 
     batch = pack.micro_batch([type(sample)(sample.prompt_tokens, (5,), reward, advantage)])
     value = torch.tensor([logp], requires_grad=True)
     counts = Counts(1, 1, int(reward > 0), int(reward < 0))
-    loss.policy(value, torch.tensor([reference]), torch.ones(1), batch, counts, config)[0].backward()
+    policy_loss(value, torch.tensor([reference]), torch.ones(1), batch, counts, config)[0].backward()
     return value.grad.item()
 
 
@@ -129,10 +138,14 @@ def test_kl_pulls_back_to_the_reference_on_right_and_wrong_answers(kl_kind, rewa
     assert gradient_of(reward, reward, logp=-1.0, reference=-1.0, config=only_kl, make_samples=make_samples) == 0
 
 
-def test_kl_estimates_by_hand():
+def test_kl_estimates_by_hand(make_samples):
     logp, reference = torch.tensor([-1.0]), torch.tensor([-1.5])
-    values = {kind: loss.kl_estimate(logp, reference, kind).item() for kind in ("k1", "k1_reversed", "k2", "k3")}
-    assert values == pytest.approx({"k1": 0.5, "k1_reversed": -0.5, "k2": 0.125, "k3": math.exp(-0.5) + 0.5 - 1})
+    batch, counts = pack.micro_batch([type(make_samples(1)[0])((1,), (5,), 1.0, 1.0)]), Counts(1, 1, 1, 0)
+    found = {}
+    for kind in loss.KL_KINDS:
+        only_kl = Loss(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kind)
+        found[kind] = policy_loss(logp, reference, torch.ones(1), batch, counts, only_kl)[0].item()
+    assert found == pytest.approx({"k1": 0.5, "k1_reversed": -0.5, "k2": 0.125, "k3": math.exp(-0.5) + 0.5 - 1})
 
 
 def test_reward_model_loss_is_cross_entropy_of_the_mean_score(make_samples):
@@ -161,7 +174,7 @@ def test_an_empty_micro_batch_adds_nothing(make_samples):
     empty = pack.micro_batch([])
     nothing = torch.zeros(0, requires_grad=True)
     for total, _ in (
-        loss.policy(nothing, torch.zeros(0), torch.zeros(0), empty, counts, Loss()),
+        policy_loss(nothing, torch.zeros(0), torch.zeros(0), empty, counts, Loss()),
         loss.reward_model(nothing, empty, counts),
         loss.supervised(nothing, counts),
     ):
@@ -173,4 +186,4 @@ def test_only_right_answers_or_only_wrong_ones_do_not_divide_by_zero(make_sample
     for sample in make_samples(1):
         batch, counts = pack.micro_batch([sample]), pack.counts([sample])
         logp = torch.full((len(batch.labels),), -1.0)
-        assert math.isfinite(loss.policy(logp, logp, torch.ones_like(logp), batch, counts, Loss())[0].item())
+        assert math.isfinite(policy_loss(logp, logp, torch.ones_like(logp), batch, counts, Loss())[0].item())

@@ -90,14 +90,14 @@ def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     source = tmp_path / "source"  # a copy, because setuptools leaves a build folder and takes old files from one
     for name in ("oreal_megatron", "kernels", "tests", "tools", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "CMakeLists.txt"):
         shutil.copy(ROOT / name, source)
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*wheel, "-w", tmp_path, source], check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"oreal_megatron", "oreal_kernels"}
-    assert "oreal_megatron/mcore/worker.py" in names and "oreal_kernels/logprob.py" in names
+    assert "oreal_megatron/mcore/worker.py" in names and "oreal_kernels/linear_logprob.py" in names
 
 
 def test_the_command_needs_no_gpu_library_to_say_what_it_can():

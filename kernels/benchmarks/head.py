@@ -1,0 +1,142 @@
+"""Language-model heads to be compared: each takes hidden states and a weight and gives log-probs' sum or a loss.
+
+Everybody gets the same random hidden states and labels, peaked like a trained model's: half of the labels are the
+likeliest word.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from oreal_kernels import Terms, linear_logprob, linear_oreal_loss
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Step = Callable[[], tuple[Callable[[], Tensor], Callable[[Tensor], None]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype
+    device: str
+    budget: int  # bytes of logits for our bounded modes
+
+    @property
+    def shape(self) -> str:
+        return f"{self.rows} x {self.width} x {self.vocabulary}"
+
+
+class Head:
+    """Inputs of a case and the providers that run here."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(case.vocabulary, case.width, generator=generator) * 3 / case.width**0.5
+        self.labels = torch.randint(0, case.vocabulary, (case.rows,), generator=generator)
+        hidden = torch.randn(case.rows, case.width, generator=generator)
+        hidden[::2] += 1.5 * weight[self.labels[::2]]
+        to = dict(device=case.device, dtype=case.dtype)
+        self.weight, self.hidden, self.labels = weight.to(**to), hidden.to(**to), self.labels.to(case.device)
+        self.main_grad = torch.zeros(case.vocabulary, case.width, device=case.device)
+        self.terms = self._terms(case.rows, generator)
+
+    def _terms(self, rows: int, generator: torch.Generator) -> Terms:
+        half, device = rows // 2, self.case.device
+        return Terms(
+            reference_logp=(torch.randn(rows, generator=generator) - 6).to(device),
+            weight=torch.rand(rows, generator=generator).to(device),
+            cu_seqlens=torch.tensor([0, half, rows], device=device),
+            reward=torch.tensor([1.0, -1.0], device=device),
+            advantage=torch.tensor([0.8, -0.8], device=device),
+            right_tokens=half, wrong_tokens=rows - half, action_tokens=rows, positive_coef=1.0, negative_coef=0.5,
+            kl_coef=0.01, kl_kind="k3", advantage_on_positives=True,
+        )  # fmt: skip
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+
+    def providers(self, only: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Name and forward of each provider; what it returns is differentiated."""
+        for name, forward in self._all():
+            if not only or any(word in name for word in only.split(",")):
+                yield name, forward
+
+    def _all(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        case, labels, budget = self.case, self.labels, self.case.budget
+        ours = dict(main_grad=self.main_grad, budget_bytes=budget)
+        yield "naive torch", lambda: naive(*self.leaves(), labels)
+        yield "torch in chunks", lambda: chunked(*self.leaves(), labels)
+        if case.device == "cuda" or shutil.which("g++"):
+            compiled = torch.compile(naive)
+            yield "torch.compile", lambda: compiled(*self.leaves(), labels)
+        if hasattr(F, "linear_cross_entropy"):
+            yield "F.linear_cross_entropy", lambda: F.linear_cross_entropy(*self.leaves(), labels, reduction="sum")
+        yield from installed(self)
+        yield "linear_logprob save", lambda: linear_logprob(*self.leaves(), labels, mode="save", **ours)[0].sum()
+        yield (
+            "linear_logprob recompute",
+            lambda: linear_logprob(*self.leaves(), labels, mode="recompute", **ours)[0].sum(),
+        )
+        yield "linear_logprob auto", lambda: linear_logprob(*self.leaves(), labels, **ours)[0].sum()
+        yield (
+            "linear_oreal_loss",
+            lambda: linear_oreal_loss(*self.leaves(), labels, self.terms, loss_scale=1.0, **ours).loss,
+        )
+
+    def bare_products(self) -> Callable[[], None]:
+        """The three products that nobody can do without; the unit of all ratios."""
+        hidden, weight = self.hidden, self.weight
+
+        def products() -> None:
+            logits = hidden @ weight.t()
+            logits @ weight
+            logits.t() @ hidden
+
+        return products
+
+
+def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """What one writes first: all logits, an fp32 copy, log_softmax."""
+    logits = (hidden @ weight.t()).float()
+    return torch.log_softmax(logits, -1).gather(1, labels[:, None]).sum()
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
+    """The usual remedy: some rows at a time, computed again in the backward."""
+    parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return sum(checkpoint(naive, x, weight, y, use_reentrant=False) for x, y in parts)
+
+
+def installed(head: Head) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Rivals from other packages; all of them need a GPU."""
+    if head.case.device != "cuda":
+        return
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        def of_liger() -> Tensor:
+            hidden, weight = head.leaves()
+            return liger(hidden, weight, head.labels, reduction="sum")
+
+        yield "Liger", of_liger
+    if importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        for impl in ("cce", "cce_exact"):
+            yield (
+                f"CCE {impl}",
+                lambda impl=impl: linear_cross_entropy(*head.leaves(), head.labels, reduction="sum", impl=impl),
+            )
+    if importlib.util.find_spec("quack"):
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        yield "QuACK", lambda: chunked_linear_cross_entropy(*head.leaves(), head.labels, reduction="sum")

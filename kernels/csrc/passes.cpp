@@ -1,0 +1,176 @@
+// Compiled once per instruction set, with OREAL_LANES floats to a vector and OREAL_PASSES as the table's name.
+#include "passes.h"
+
+#include "vector.h"
+
+namespace {
+
+// z of a vector of raw logits, and dz/draw.
+template <bool capped>
+OREAL_INLINE Float logit(Float raw, const Row& row) {
+    if (!capped) return rounded(raw * row.inverse_temperature);
+    return rounded(row.softcap * hyperbolic_tangent(raw / row.softcap).value * row.inverse_temperature);
+}
+
+template <bool capped>
+OREAL_INLINE Float slope(Float raw, const Row& row) {
+    if (!capped) return splat(row.inverse_temperature);
+    return hyperbolic_tangent(raw / row.softcap).slope * row.inverse_temperature;
+}
+
+constexpr int64_t BLOCK = 2048;  // 8 KB of logits as fp32: between the maximum and the exponentials they stay in L1
+
+// Fills z with the logits of one block, then -inf up to a whole vector, and returns their maximum.
+template <class T, bool capped>
+OREAL_INLINE float fill_block(const T* raw, int64_t count, const Row& row, float* z) {
+    Float best = splat(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Float x = logit<capped>(load(raw + i), row);
+        best = x > best ? x : best;
+        store(z + i, x);
+    }
+    if (i == count) return maximum_of(best);
+    store(z + i, logit<capped>(load_some(raw + i, count - i), row));
+    for (int64_t j = count; j < i + LANES; ++j) z[j] = -INFINITY;
+    const Float x = load(z + i);
+    return maximum_of(x > best ? x : best);
+}
+
+// Sums over one row, relative to the maximum so far.
+struct RowSums {
+    float maximum = -INFINITY;
+    Double sum{}, first{};  // of exp(z - maximum), and of that times (z - maximum)
+
+    OREAL_INLINE void raise(float larger) {
+        const double step = (double)maximum - larger;
+        if (maximum != -INFINITY) {
+            first = (first + step * sum) * exp(step);
+            sum *= exp(step);
+        }
+        maximum = larger;
+    }
+
+    OREAL_INLINE void add(const float* z, int64_t count) {
+        const float shift = maximum == -INFINITY ? 0 : maximum;
+        Float block_sum{}, block_first{};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Float x = at_least(load(z + i) - shift, LOWEST), e = exponential(x);
+            block_sum += e;
+            block_first += e * x;
+        }
+        sum += __builtin_convertvector(block_sum, Double);
+        first += __builtin_convertvector(block_first, Double);
+    }
+};
+
+template <class T, bool capped>
+void statistics(const Row& row, float out[4]) {
+    const T* raw = (const T*)row.logits;
+    alignas(64) float z[BLOCK];
+    RowSums sums;
+    for (int64_t begin = 0; begin < row.columns; begin += BLOCK) {
+        const int64_t count = row.columns - begin < BLOCK ? row.columns - begin : BLOCK;
+        const float largest = fill_block<T, capped>(raw + begin, count, row, z);
+        if (largest > sums.maximum) sums.raise(largest);
+        sums.add(z, count);
+    }
+    const bool here = row.label >= 0 && row.label < row.columns;
+    out[0] = sums.maximum;
+    out[1] = (float)sum_of(sums.sum);
+    out[2] = (float)sum_of(sums.first);
+    out[3] = here ? logit<capped>(load_some(raw + row.label, 1), row)[0] : 0;
+}
+
+template <bool capped>
+OREAL_INLINE Float entry(Float raw, const Row& row, const RowGradient& to) {
+    const Float log_p = logit<capped>(raw, row) - to.maximum - to.log_total;
+    const Float x = at_most(at_least(log_p, LOWEST), HIGHEST);
+    return -exponential(x) * (to.a + to.b * (x + to.entropy)) * slope<capped>(raw, row);
+}
+
+// expm1 keeps the digits of a small 1 - p.
+template <bool capped>
+OREAL_INLINE Float label_entry(Float raw, const Row& row, const RowGradient& to) {
+    const double x = at_least(logit<capped>(raw, row) - to.maximum - to.log_total, LOWEST)[0];
+    const double by_z = -to.a * expm1(x) - to.b * exp(x) * (x + to.entropy);
+    return splat((float)by_z) * slope<capped>(raw, row);
+}
+
+template <class T, class Out, bool capped>
+void gradient(const Row& row, const RowGradient& to) {
+    const T* raw = (const T*)row.logits;
+    Out* out = (Out*)to.out;
+    if ((to.a == 0 && to.b == 0) || to.maximum == -INFINITY) {
+        memset(out, 0, to.total_columns * sizeof(Out));
+        return;
+    }
+    const bool here = row.label >= 0 && row.label < row.columns;
+    const Float at_label = here ? label_entry<capped>(load_some(raw + row.label, 1), row, to) : Float{};
+    int64_t i = 0;
+    for (; i + LANES <= row.columns; i += LANES) store(out + i, entry<capped>(load(raw + i), row, to));
+    if (i < row.columns) {
+        const int64_t rest = row.columns - i;
+        store_some(out + i, entry<capped>(load_some(raw + i, rest), row, to), rest);
+    }
+    if (here) store_some(out + row.label, at_label, 1);
+    memset(out + row.columns, 0, (to.total_columns - row.columns) * sizeof(Out));
+}
+
+void statistics_of(const Row& row, float out[4]) {
+    if (row.dtype == 0) return row.softcap ? statistics<float, true>(row, out) : statistics<float, false>(row, out);
+    return row.softcap ? statistics<bf16, true>(row, out) : statistics<bf16, false>(row, out);
+}
+
+template <class T, class Out>
+void gradient_to(const Row& row, const RowGradient& to) {
+    return row.softcap ? gradient<T, Out, true>(row, to) : gradient<T, Out, false>(row, to);
+}
+
+void gradient_of(const Row& row, const RowGradient& to) {
+    if (row.dtype == 0) return to.dtype == 0 ? gradient_to<float, float>(row, to) : gradient_to<float, bf16>(row, to);
+    return to.dtype == 0 ? gradient_to<bf16, float>(row, to) : gradient_to<bf16, bf16>(row, to);
+}
+
+void weights_of(float* values, int64_t count, float sign, float threshold) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t rest = count - i;
+        const Float mean = rest < LANES ? load_some(values + i, rest) : load(values + i);
+        const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-sign * mean, LOWEST), HIGHEST)));
+        const Float weight = at_most(at_least((belief - threshold) / (1.0f - threshold), 0), 1);
+        rest < LANES ? store_some(values + i, weight, rest) : store(values + i, weight);
+    }
+}
+
+OREAL_INLINE Float kl_slope(Float d, Float k3, int kind) {
+    if (kind == 1 || kind == -1) return splat((float)kind);
+    return kind == 2 ? -d : -(d + k3);
+}
+
+TokenSums policy_of(const Tokens& tokens) {
+    Double weighted_logp{}, weights{}, differences{}, squares{}, k3s{}, logps{};
+    for (int64_t i = 0; i < tokens.count; i += LANES) {
+        const int64_t rest = tokens.count - i;
+        const bool some = rest < LANES;
+        const Float logp = some ? load_some(tokens.logp + i, rest) : load(tokens.logp + i);
+        const Float reference = some ? load_some(tokens.reference + i, rest) : load(tokens.reference + i);
+        const Float weight = some ? load_some(tokens.weight + i, rest) : load(tokens.weight + i);
+        const Float d = at_most(at_least(reference - logp, -60), 60), k3 = exponential_after_line(d);
+        const Float grad = tokens.kl_scale * kl_slope(d, k3, tokens.kl_kind) - tokens.scale * weight;
+        some ? store_some(tokens.grad + i, grad, rest) : store(tokens.grad + i, grad);
+        const Double l = __builtin_convertvector(logp, Double), w = __builtin_convertvector(weight, Double);
+        const Double difference = __builtin_convertvector(d, Double);
+        weighted_logp += w * l;
+        weights += w;
+        differences += difference;
+        squares += difference * difference;
+        k3s += __builtin_convertvector(k3, Double);
+        logps += l;
+    }
+    return {sum_of(weighted_logp), sum_of(weights), sum_of(differences), sum_of(squares), sum_of(k3s), sum_of(logps)};
+}
+
+}  // namespace
+
+extern const Passes OREAL_PASSES;
+const Passes OREAL_PASSES = {OREAL_NAME, statistics_of, gradient_of, weights_of, policy_of};

@@ -1,0 +1,44 @@
+// The passes over rows and sequences that exist once per instruction set; all of them run in the calling thread.
+#pragma once
+#include <cstdint>
+
+struct Row {
+    const void* logits;
+    int dtype;
+    int64_t columns, label;
+    float inverse_temperature, softcap;
+};
+
+struct RowGradient {
+    void* out;
+    int dtype;
+    int64_t total_columns;
+    float maximum, log_total, entropy, a, b;
+};
+
+// Tokens of one sequence: grad = -scale * weight + the KL term; see oreal_policy_terms.
+struct Tokens {
+    const float *logp, *reference, *weight;
+    float* grad;
+    int64_t count;
+    float scale, kl_scale;
+    int kl_kind;
+};
+
+struct TokenSums {
+    double weighted_logp, weight, difference, square, k3, logp;
+};
+
+struct Passes {
+    const char* name;
+    void (*statistics)(const Row&, float out[4]);
+    void (*gradient)(const Row&, const RowGradient&);
+    // In place: running means [count] become weights; sign is 1 on right sequences and -1 on wrong ones.
+    void (*weights)(float* values, int64_t count, float sign, float threshold);
+    TokenSums (*policy)(const Tokens&);
+};
+
+extern const Passes passes_plain, passes_avx2, passes_avx512;
+
+// Whether the instruction set in use has vdpbf16ps, which weight_gradient.cpp needs.
+bool runs_avx512_bf16();

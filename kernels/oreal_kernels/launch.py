@@ -1,0 +1,44 @@
+"""How the Triton kernels are launched on each architecture: shipped tables, nothing is searched at start-up.
+
+The values come from counting bytes, registers and shared memory (tools/compile_kernels.py prints them); none has been
+timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+COLUMNS_PER_PART = 32768  # of a row that one program reads: enough programs when rows are few, few partial results
+FUSED_FORWARD_MAX_HIDDEN = 1536  # below it, writing logits costs more than Triton's GEMM loses to cuBLAS (derived)
+
+# z = logit / temperature must be rounded before the maximum is taken off, or the largest p is not what was summed.
+_EXACT = dict(enable_fp_fusion=False)
+_WIDE = dict(BLOCK_ROWS=128, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT)
+_COMMON: dict[str, dict[str, int]] = {
+    "statistics": dict(BLOCK=4096, num_warps=8, **_EXACT),
+    "gradient": dict(BLOCK=4096, num_warps=8, **_EXACT),
+    "combine": dict(BLOCK=256, num_warps=4),
+    "token_weights": dict(BLOCK=1024, num_warps=4),
+    "policy_terms": dict(BLOCK=1024, num_warps=4),
+    "linear_statistics": dict(BLOCK_ROWS=64, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT),
+}
+TABLES: dict[int, dict[str, dict[str, int]]] = {  # compute capability -> kernel -> options
+    80: _COMMON,
+    90: _COMMON | {"linear_statistics": _WIDE},
+    100: _COMMON | {"linear_statistics": _WIDE | dict(BLOCK_COLUMNS=64)},
+}
+# In the interpreter every block is a numpy call; small ones make tests cross borders.
+_INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON} | {
+    "linear_statistics": dict(BLOCK_ROWS=16, BLOCK_COLUMNS=32, BLOCK_HIDDEN=16)
+}
+
+
+def options(kernel: str, device: torch.device) -> dict[str, Any]:
+    """Block sizes, warps and stages for a kernel; those of the nearest older architecture where there is no table."""
+    if device.type != "cuda":
+        return _INTERPRETED[kernel]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [capability for capability in TABLES if capability <= 10 * major + minor] or [min(TABLES)]
+    return TABLES[max(known)][kernel]

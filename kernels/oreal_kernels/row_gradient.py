@@ -1,0 +1,119 @@
+"""Logits -> d loss / d logits, in place: with a = dL/d(log-prob) and b = dL/d(entropy) of each row,
+
+dz_v = a (1[v = label] - p_v) - b p_v (log p_v + entropy),     dlogit_v = dz_v dz/dlogit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oreal_kernels import backend, launch, native
+from oreal_kernels.softcap import scaled, scaled_kernel
+
+
+def reference(
+    logits: Tensor,  # [N, V'] of one rank, padding included
+    out: Tensor,  # [N, V'], may be `logits` itself; its padding is set to 0
+    label_column: Tensor,  # [N] int64; outside [0, columns): not here
+    inverse_temperature: Tensor,  # [N]
+    softcap: float,
+    columns: int,
+    maximum: Tensor,  # [N] of z over all ranks
+    log_total: Tensor,  # [N] log-sum-exp less the maximum
+    entropy: Tensor,  # [N] over all ranks
+    a: Tensor,  # [N]
+    b: Tensor,  # [N]
+) -> None:
+    """Fills `out`. Rows with a = b = 0 become 0 whatever their logits hold."""
+    z, slope = scaled(logits[:, :columns], inverse_temperature, softcap)
+    log_p = z - maximum.to(z.dtype)[:, None] - log_total.to(z.dtype)[:, None]
+    p = torch.exp(log_p)
+    a, b = a.to(z.dtype)[:, None], b.to(z.dtype)[:, None]
+    surprise = torch.where(p > 0, p * (log_p + entropy.to(z.dtype)[:, None]), 0)
+    gradient = -a * p - b * surprise
+    rows = torch.nonzero((label_column >= 0) & (label_column < columns))[:, 0]
+    at_label = (rows, label_column[rows])
+    # 1 - p before any rounding: small gradients of well-known tokens survive.
+    gradient[at_label] = -a[rows, 0] * torch.expm1(log_p[at_label]) - b[rows, 0] * surprise[at_label]
+    out[:, :columns] = torch.where((a == 0) & (b == 0), 0, gradient * slope)
+    out[:, columns:] = 0
+
+
+@triton.jit
+def entries(raw, at_label, scale, highest, normaliser, h, a, b, SOFTCAP: tl.constexpr):
+    """A block of one row's gradient."""
+    z, slope = scaled_kernel(raw, scale, SOFTCAP)
+    log_p = z - highest - normaliser
+    p = tl.exp(log_p)
+    # -expm1 by its series near 0, as libdevice is not there in the interpreter.
+    series = -log_p * (1.0 + log_p / 2.0 * (1.0 + log_p / 3.0 * (1.0 + log_p / 4.0)))
+    missing = tl.where(log_p > -0.03, series, 1.0 - p)
+    surprise = tl.where(p > 0.0, p * (log_p + h), 0.0)
+    return (a * tl.where(at_label, missing, -p) - b * surprise) * slope
+
+
+@triton.jit(do_not_specialize=["columns", "all_columns"])
+def gradient_kernel(
+    logits, out, label_column, inverse_temperature, maximum, log_total, entropy, a, b,
+    columns, all_columns, row_stride, out_stride,
+    PARTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // PARTS).to(tl.int64)  # rows x columns passes 2^31
+    part = tl.program_id(0) % PARTS
+    width = tl.cdiv(tl.cdiv(all_columns, PARTS), BLOCK) * BLOCK
+    stop = tl.minimum(all_columns, (part + 1) * width)
+    scale = tl.load(inverse_temperature + row)
+    label = tl.load(label_column + row)
+    highest = tl.load(maximum + row)
+    normaliser = tl.load(log_total + row)
+    own_a = tl.load(a + row)
+    own_b = tl.load(b + row)
+    h = tl.load(entropy + row)
+    # A row without coefficients becomes zeros, whatever its logits hold.
+    columns = tl.where((own_a == 0.0) & (own_b == 0.0), 0, columns)
+    # Blocks of real columns without a mask, which would split their 16-byte loads; then the rest.
+    whole = part * width + tl.maximum(tl.minimum(columns, stop) - part * width, 0) // BLOCK * BLOCK
+    for start in range(part * width, whole, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        raw = tl.load(logits + row * row_stride + column).to(tl.float32)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty))
+    for start in range(whole, stop, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        real = column < tl.minimum(columns, stop)
+        raw = tl.load(logits + row * row_stride + column, mask=real, other=0.0).to(tl.float32)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        tl.store(
+            out + row * out_stride + column, tl.where(real, gradient, 0.0).to(out.dtype.element_ty), mask=column < stop
+        )
+
+
+def row_gradient(
+    logits: Tensor,
+    out: Tensor,
+    label_column: Tensor,
+    inverse_temperature: Tensor,
+    softcap: float,
+    columns: int,
+    maximum: Tensor,
+    log_total: Tensor,
+    entropy: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> None:
+    """As `reference`, by the backend of the device."""
+    rest = (maximum, log_total, entropy, a, b)
+    served_by = backend.choose(logits, out)
+    if served_by == "native":
+        return native.row_gradient(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
+    if served_by == "reference" or not logits.numel():
+        return reference(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
+    parts = max(1, logits.shape[1] // launch.COLUMNS_PER_PART)
+    gradient_kernel[(len(logits) * parts,)](
+        logits, out, label_column, inverse_temperature, *rest,
+        columns, logits.shape[1], logits.stride(0), out.stride(0),
+        PARTS=parts, SOFTCAP=softcap, **launch.options("gradient", logits.device),
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and print registers, spills and shared memory.
+
+    python tools/compile_kernels.py [--architectures 80 90 100] [--json FILE]
+
+The launch options are those that the kernels run with (oreal_kernels/launch.py). Exit code 1 if a kernel spills
+registers or wants more shared memory than a thread block of the architecture may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+from oreal_kernels import launch
+from oreal_kernels.combine import combine_kernel
+from oreal_kernels.linear_statistics import linear_statistics_kernel
+from oreal_kernels.oreal_loss import terms_kernel
+from oreal_kernels.row_gradient import gradient_kernel
+from oreal_kernels.row_statistics import statistics_kernel
+from oreal_kernels.token_weights import weights_kernel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block may have
+# Tensor cores of sm_80, sm_90, sm_100; loads of 16 bytes; asynchronous copies to shared memory; exponentials.
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDG.E.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2")
+TENSORS = dict(logits="bf16", out="fp32", parts="fp32", scores="bf16", hidden="bf16", weight="fp32")
+INTEGERS = ("label_column", "cu_seqlens", "owner")
+SCALARS = {
+    **dict.fromkeys(("threshold", "right_scale", "wrong_scale", "kl_scale"), "fp32"),
+    **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width", "units"), "i32"),
+    **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i64"),
+}
+
+
+def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
+    """Row of the table, name in launch.py, kernel, constants, dtypes that differ from the usual ones."""
+    parts = dict(PARTS=4)
+    yield "statistics bf16", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), {}
+    yield "statistics fp32", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), dict(logits="fp32")
+    yield "statistics bf16 capped", "statistics", statistics_kernel, dict(**parts, SOFTCAP=30.0), {}
+    yield "gradient bf16", "gradient", gradient_kernel, dict(**parts, SOFTCAP=0.0), dict(out="bf16")
+    yield (
+        "gradient fp32 to bf16",
+        "gradient",
+        gradient_kernel,
+        dict(**parts, SOFTCAP=0.0),
+        dict(logits="fp32", out="bf16"),
+    )
+    yield "gradient bf16 capped", "gradient", gradient_kernel, dict(**parts, SOFTCAP=30.0), dict(out="bf16")
+    yield "combine 8 ranks", "combine", combine_kernel, dict(PARTS=8), {}
+    yield "token weights", "token_weights", weights_kernel, {}, {}
+    for name, kind in (("k1", 1), ("k3", 3)):
+        yield f"policy terms {name}", "policy_terms", terms_kernel, dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True), {}
+    yield (
+        "linear statistics",
+        "linear_statistics",
+        linear_statistics_kernel,
+        dict(EVEN=True, ROUND=True, SOFTCAP=0.0),
+        dict(weight="bf16"),
+    )
+
+
+def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in SCALARS:
+            return SCALARS[name]
+        if name == "right":
+            return "*u8"
+        return "*i64" if name in INTEGERS else "*" + {**TENSORS, **dtypes}.get(name, "fp32")
+
+    return {name: kind(name) for name in kernel.arg_names}
+
+
+def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: int) -> dict:
+    options = dict(launch.TABLES[architecture][name])
+    runtime = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
+    constants = {**constants, **options}
+    types = signature(kernel, constants, dtypes)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
+    aligned |= {(i,): [["tt.divisibility", 16]] for i, key in enumerate(types) if key.endswith("_stride")}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=runtime)
+    return {"shared": compiled.metadata.shared, **assembled(compiled.asm["cubin"])}
+
+
+def assembled(cubin: bytes) -> dict:
+    """Registers, stack (which holds what was spilled), and how often some machine instructions occur."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run("cuobjdump", "--dump-resource-usage", file.name)
+        code = run("nvdisasm", file.name)
+    found = {word: len(re.findall(rf"\s{re.escape(word)}\b", code)) for word in INSTRUCTIONS}
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": max(int(re.search(rf"{where}:(\d+)", usage)[1]) for where in ("STACK", "LOCAL")),
+        "instructions": {word: count for word, count in found.items() if count},
+    }
+
+
+def run(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """Sentences about what would not run, or slowly."""
+    wrong = []
+    for row in rows:
+        limit, where = SHARED_MEMORY[row["architecture"]], f"{row['kernel']} on sm_{row['architecture']}"
+        if row["shared"] > limit:
+            wrong.append(f"{where} wants {row['shared']} bytes of shared memory; a block may have {limit}")
+        if row["spill_bytes"]:
+            wrong.append(f"{where} spills {row['spill_bytes']} bytes of registers; use more warps or smaller blocks")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(launch.TABLES), choices=launch.TABLES)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
+    work = [(variant, architecture) for variant in variants() for architecture in arguments.architectures]
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:  # a cached result would prove nothing about this installation
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for (title, *kernel), architecture in track(work, "compiling", console=Console(stderr=True)):
+            rows.append({"kernel": title, "architecture": architecture, **compile_one(*kernel, architecture)})
+    table = Table(title=f"Triton {triton.__version__}, compiled without a GPU")
+    for column in ("kernel", "sm", "registers", "spill bytes", "shared bytes", "instructions"):
+        table.add_column(column, justify="left" if column in ("kernel", "instructions") else "right")
+    for row in rows:
+        found = ", ".join(f"{word} x{count}" for word, count in row["instructions"].items())
+        numbers = (row["architecture"], row["registers"], row["spill_bytes"], row["shared"])
+        table.add_row(row["kernel"], *map(str, numbers), found)
+    Console(width=120).print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    for sentence in faults(rows):
+        print(sentence, file=sys.stderr)
+    return bool(faults(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
