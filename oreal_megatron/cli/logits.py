@@ -40,7 +40,7 @@ def logits(source: Folder | MegatronFolder, tokens: Tensor) -> Tensor:
 
 
 def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
-    from oreal_megatron.mcore import model, parallel
+    from oreal_megatron.mcore import heads, model, parallel
     from oreal_megatron.mcore.cpu import device_layer
 
     config = Config()
@@ -50,6 +50,8 @@ def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
     model.load([stage], source.arch, config, source.head, source.tensor)
     with device_layer():
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        out = stage.eval()(tokens.to(model.device()), positions.to(model.device()), None).cpu()
+        out = stage.eval()(tokens.to(model.device()), positions.to(model.device()), None)
+        if source.head == "lm":
+            out = heads.LanguageModelHead(stage, source.arch.vocab, 0).logits(out)
     parallel.stop()
-    return out if source.head == "scalar" else out[..., : source.arch.vocab]
+    return out.cpu() if source.head == "scalar" else out[..., : source.arch.vocab].cpu()

@@ -60,6 +60,10 @@ class LanguageModelHead:
         # Megatron's schedules hand every loss the gradient 1: nothing here sets a grad_scale_func.
         return oreal_kernels.linear_oreal_loss(*self._inputs(hidden, micro_batch), terms, loss_scale=1.0, **options)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
+        return nn.functional.linear(hidden, self.weight)
+
     @property
     def weight(self) -> nn.Parameter:
         """This rank's rows of the output layer, or of the embedding it shares."""

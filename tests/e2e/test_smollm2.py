@@ -33,7 +33,7 @@ def greedy(folder: str) -> list[tuple]:
     from oreal_megatron import config as c
     from oreal_megatron.algo import pack
     from oreal_megatron.cli import build
-    from oreal_megatron.mcore import model, parallel, worker
+    from oreal_megatron.mcore import heads, model, parallel, worker
     from oreal_megatron.records import Prompt, Sample
 
     config = c.Config(
@@ -48,7 +48,12 @@ def greedy(folder: str) -> list[tuple]:
     parallel.start_megatron(config.parallel, seed=0)
     chunks = model.build(inputs.arch, config, "lm")
     model.load(chunks, inputs.arch, config, "lm", inputs.folder.tensor)
-    scorer = worker.Scorer(chunks, lambda output, part: output.flatten(0, 1)[part.action_index, : inputs.arch.vocab])
+    language_model = heads.LanguageModelHead(chunks[0], inputs.arch.vocab, 0)
+
+    def head(hidden, part):
+        return language_model.logits(hidden.flatten(0, 1)[part.action_index])[:, : inputs.arch.vocab]
+
+    scorer = worker.Scorer(chunks, head)
     prompts = []
     for question in QUESTIONS:
         asked = [{"role": "user", "content": question}]
