@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from warnings import warn
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -47,14 +48,21 @@ class BuildNative(Command):
         package = HERE / "kernels" if self.editable_mode else Path(self.build_lib).absolute()
         output = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package / 'oreal_kernels'}"
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(["cmake", "-S", HERE, "-B", folder, output], check=True)
-            subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)
+            try:
+                subprocess.run(["cmake", "-S", HERE, "-B", folder, output], check=True)
+                subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)
+            except subprocess.CalledProcessError as error:  # an old CMake, a broken compiler: not worth an installation
+                warn(
+                    f"the native library could not be built ({error}); torch will do its work, more slowly",
+                    stacklevel=1,
+                )
 
     def get_source_files(self):
         return ["CMakeLists.txt", *(str(file.relative_to(HERE)) for file in (HERE / "kernels/csrc").iterdir())]
 
     def get_outputs(self):
-        return [str(Path(self.build_lib, "oreal_kernels", LIBRARY))]
+        built = Path(self.build_lib, "oreal_kernels", LIBRARY)
+        return [str(built)] if built.exists() else []
 
     def get_output_mapping(self):
         return {}

@@ -72,7 +72,7 @@ def extra_bytes(forward: Callable, device: str) -> int | None:
     except OSError:
         return None
     once(forward, device)
-    return resident("VmHWM") - before
+    return max(0, resident("VmHWM") - before)  # what was freed meanwhile is not memory won
 
 
 def resident(field: str) -> int:

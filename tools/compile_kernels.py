@@ -40,7 +40,7 @@ INTEGERS = ("label_column", "cu_seqlens", "owner")
 SCALARS = {
     **dict.fromkeys(("threshold", "right_scale", "wrong_scale", "kl_scale"), "fp32"),
     **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width", "units"), "i32"),
-    **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i64"),
+    **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i32"),
 }
 
 
@@ -62,14 +62,19 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
     yield "combine 8 ranks", "combine", combine_kernel, dict(PARTS=8), {}
     yield "token weights", "token_weights", weights_kernel, {}, {}
     for name, kind in (("k1", 1), ("k3", 3)):
-        yield f"policy terms {name}", "policy_terms", terms_kernel, dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True), {}
-    yield (
-        "linear statistics",
-        "linear_statistics",
-        linear_statistics_kernel,
-        dict(EVEN=True, ROUND=True, SOFTCAP=0.0),
-        dict(weight="bf16"),
-    )
+        yield (
+            f"policy terms {name}",
+            "policy_terms",
+            terms_kernel,
+            dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True, FARTHEST=60.0),
+            {},
+        )
+    for name, constants in {
+        "": dict(EVEN=True, ROUND=True, SOFTCAP=0.0),
+        " odd": dict(EVEN=False, ROUND=True, SOFTCAP=0.0),
+        " fp32 logits": dict(EVEN=True, ROUND=False, SOFTCAP=0.0),
+    }.items():
+        yield f"linear statistics{name}", "linear_statistics", linear_statistics_kernel, constants, dict(weight="bf16")
 
 
 def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:

@@ -24,13 +24,14 @@ class Loss:
         def random() -> Tensor:
             return torch.randn(total, generator=generator).to(device)
 
+        outcome = 1.0 - 2 * (torch.arange(sequences, device=device) % 2)
         self.scores, self.logp = random(), random() - 2
         self.terms = Terms(
             reference_logp=random() * 0.1 + self.logp,
             weight=torch.ones(total, device=device),
             cu_seqlens=torch.arange(sequences + 1, device=device) * tokens,
-            reward=torch.tensor([1.0, -1.0], device=device).repeat(sequences // 2),
-            advantage=torch.tensor([0.8, -0.8], device=device).repeat(sequences // 2),
+            reward=outcome,
+            advantage=0.8 * outcome,
             right_tokens=total // 2, wrong_tokens=total // 2, action_tokens=total, positive_coef=1.0,
             negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True,
         )  # fmt: skip

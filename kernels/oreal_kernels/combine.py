@@ -71,7 +71,7 @@ def combine(parts: Tensor) -> Combined:
     rows = parts.shape[2]
     if backend.choose(parts) != "triton" or not rows:
         return reference(parts)
-    out = torch.empty(7, rows, device=parts.device)
+    out = torch.empty(7, rows, dtype=torch.float32, device=parts.device)
     options = launch.options("combine", parts.device)
     combine_kernel[(triton.cdiv(rows, options["BLOCK"]),)](parts, out, rows, PARTS=len(parts), **options)
     return Combined(out[:4], *out[4:])

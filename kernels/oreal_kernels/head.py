@@ -30,10 +30,25 @@ class Slice:
     @classmethod
     def of(cls, width: int, vocab_size: int | None, start: int | None, group: dist.ProcessGroup | None) -> Slice:
         """The slice of a rank that holds `width` rows; equal shares in rank order unless `start` says otherwise."""
+        if start is not None and vocab_size is None:
+            raise ValueError("vocab_start is given, so shares may differ; give vocab_size too, which all ranks know")
         if start is None:
             start = 0 if group is None else group.rank() * width
         vocabulary = collective.size(group) * width if vocab_size is None else vocab_size
         return cls(start, min(max(vocabulary - start, 0), width), vocabulary)
+
+    def head(
+        self,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        softcap: float,
+        group: dist.ProcessGroup | None,
+        logits_dtype: torch.dtype,
+    ) -> Head:
+        scale, columns = inverse(temperature, len(labels), weight.device), self.columns
+        at = self.label_column(labels)
+        return Head(weight.detach(), self.vocabulary, at, scale, float(softcap), columns, group, logits_dtype)
 
     def label_column(self, labels: Tensor) -> Tensor:
         """[N] column of each label in this slice, or outside of it."""
@@ -48,6 +63,7 @@ class Head:
     """A slice of the output layer and the labels of N rows; `rows` below is a chunk of them."""
 
     weight: Tensor  # [V', H] of this rank
+    vocabulary: int  # of all ranks
     label_column: Tensor  # [N]
     inverse_temperature: Tensor  # [N] fp32
     softcap: float
@@ -56,10 +72,12 @@ class Head:
     logits_dtype: torch.dtype
 
     def plan(self, mode: str, budget_bytes: int) -> plan.Plan:
-        vocabulary, hidden = self.weight.shape
-        row_bytes = vocabulary * self.logits_dtype.itemsize
-        on = plan.machine(self.weight.device)
-        return plan.choose(len(self.label_column), hidden, vocabulary, row_bytes, budget_bytes, mode, on)
+        # From what all ranks know, not from this rank's share: they must exchange the same chunks.
+        share = -(-self.vocabulary // collective.size(self.group))
+        sizes = {self.logits_dtype: self.logits_dtype.itemsize, self.weight.dtype: self.weight.dtype.itemsize}
+        row_bytes = share * sum(sizes.values())  # logits, and gradients where those are of another dtype
+        on, hidden = plan.machine(self.weight.device), self.weight.shape[1]
+        return plan.choose(len(self.label_column), hidden, share, row_bytes, budget_bytes, mode, on)
 
     def logits(self, x: Tensor, rows: slice, buffer: Tensor | None = None) -> Tensor:
         """[n, V'], in a buffer of an earlier chunk when given."""
@@ -74,8 +92,11 @@ class Head:
         return row_statistics(logits, self.label_column[rows], scale, self.softcap, self.columns)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether statistics without logits are the faster way, where nothing needs the logits."""
-        return backend.choose(x) == "triton" and x.shape[1] <= launch.FUSED_FORWARD_MAX_HIDDEN
+        """Whether statistics without logits are the faster way, for a forward that no backward follows: its
+        logits would have to be these very ones."""
+        narrow = x.dtype.itemsize == 2 and x.shape[1] <= launch.FUSED_FORWARD_MAX_HIDDEN
+        # With a soft cap the kernel would spill registers on sm_90.
+        return narrow and not self.softcap and backend.choose(x) == "triton"
 
     def fused_statistics(self, x: Tensor, rows: slice) -> Tensor:
         label, scale = self.label_column[rows], self.inverse_temperature[rows]
@@ -104,6 +125,19 @@ def inverse(temperature: float | Tensor, rows: int, device: torch.device) -> Ten
     if isinstance(temperature, Tensor):
         return temperature.to(device, torch.float64).reciprocal().float().expand(rows).contiguous()
     return torch.full((rows,), 1 / temperature, dtype=torch.float32, device=device)
+
+
+def checked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, ranks: int) -> tuple[Tensor, ...]:
+    """The inputs of a head, contiguous, labels as int64; raises ValueError where their shapes do not fit."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; wanted [rows, H] and [vocabulary, H]"
+        )
+    there = len(hidden) * ranks if rows is None else len(rows)
+    if labels.dim() != 1 or len(labels) != there:
+        what = "rows of hidden" if rows is None else "entries of rows"
+        raise ValueError(f"labels are {list(labels.shape)} for {there} {what}; every one needs a label, or {IGNORED}")
+    return hidden.contiguous(), weight.contiguous(), labels.long()
 
 
 def take(hidden: Tensor, rows: Tensor | None, gather_over: dist.ProcessGroup | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oreal_kernels import collective
 from oreal_kernels.combine import Combined, combine
 from oreal_kernels.head import (
     BUDGET_BYTES,
@@ -18,8 +19,8 @@ from oreal_kernels.head import (
     InputGradient,
     Slice,
     WeightGradient,
+    checked,
     chunks,
-    inverse,
     take,
 )  # fmt: skip
 from oreal_kernels.logprob_from_logits import reference as from_logits
@@ -47,13 +48,14 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head: Head, counted, rows, main_grad, sequence_parallel, how: Plan, grad_enabled):
         x = take(hidden, rows, head.group if sequence_parallel else None)
-        keep = how.kept_chunks if grad_enabled and any(ctx.needs_input_grad) else 0
+        differentiated = grad_enabled and any(ctx.needs_input_grad)
+        keep = how.kept_chunks if differentiated else 0
         parts, kept, buffer = [], [], None
         for number, piece in enumerate(chunks(len(counted), how.chunk_rows)):
             if number < keep:
                 kept.append(head.logits(x, piece))
                 parts.append(head.statistics(kept[-1], piece))
-            elif head.fuses(x):
+            elif not differentiated and head.fuses(x):
                 parts.append(head.fused_statistics(x, piece))
             else:
                 logits = buffer = head.logits(x, piece, buffer)
@@ -106,7 +108,7 @@ def linear_logprob(
     group: dist.ProcessGroup | None = None,  # tensor-parallel
     sequence_parallel: bool = False,
     logits_dtype: torch.dtype | None = None,  # None: that of hidden; torch.float32 keeps what bf16 would round
-    mode: str = "auto",  # or "save", "recompute", "hybrid": see plan.py
+    mode: str = "auto",  # or "save", "recompute": see plan.py
     budget_bytes: int = BUDGET_BYTES,
     main_grad: Tensor | None = None,  # [V', H] fp32: the backward adds the weight's gradient here
 ) -> tuple[Tensor, Tensor]:
@@ -115,10 +117,10 @@ def linear_logprob(
     One all-gather of [4, N] in the forward; all ranks get the same bits. The gradient of `hidden` is summed over the
     ranks (and scattered when sequence_parallel). Raises where a label lies outside the vocabulary.
     """
+    ranks = collective.size(group) if sequence_parallel else 1
+    hidden, weight, labels = checked(hidden, weight, labels, rows, ranks)
     own = Slice.of(len(weight), vocab_size, vocab_start, group)
-    scale = inverse(temperature, len(labels), hidden.device)
-    dtype = logits_dtype or hidden.dtype
-    head = Head(weight.detach(), own.label_column(labels), scale, float(softcap), own.columns, group, dtype)
+    head = own.head(weight, labels, temperature, softcap, group, logits_dtype or hidden.dtype)
     how = head.plan(mode, budget_bytes)
     rest = rows, main_grad, sequence_parallel, how, torch.is_grad_enabled()
     return _LinearLogProb.apply(hidden, weight, head, labels != IGNORED, *rest)

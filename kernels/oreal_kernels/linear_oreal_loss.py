@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_kernels import oreal_loss
+from oreal_kernels import collective, oreal_loss
 from oreal_kernels.head import (
     BUDGET_BYTES,
     IGNORED,
@@ -25,8 +25,8 @@ from oreal_kernels.head import (
     InputGradient,
     Slice,
     WeightGradient,
+    checked,
     chunks,
-    inverse,
     take,
 )  # fmt: skip
 from oreal_kernels.linear_logprob import reference as logprob_reference
@@ -57,7 +57,7 @@ class _LinearOrealLoss(torch.autograd.Function):
         x = take(hidden, rows, head.group if sequence_parallel else None)
         dhidden = InputGradient(x, head, sequence_parallel) if wants_input else None
         dweight = WeightGradient(weight, main_grad if straight else None) if wants_weight else None
-        logp = torch.zeros(len(counted), device=x.device)
+        logp = torch.zeros(len(counted), dtype=torch.float32, device=x.device)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=x.device)
         buffer = None
         for piece in chunks(len(counted), head.plan("recompute", budget).chunk_rows):
@@ -83,13 +83,13 @@ class _LinearOrealLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.pending is not None:
             ctx.pending.resolve()
-        if ctx.scale is not None:
-            torch._assert_async(
-                grad_loss == ctx.scale, "linear_oreal_loss: the gradient of the loss differs from the loss_scale given"
-            )
-            grad_loss = torch.ones_like(grad_loss)
-        dhidden = None if ctx.dhidden is None else ctx.dhidden * grad_loss.to(ctx.dhidden.dtype)
-        return dhidden, ctx.dweight and ctx.dweight.result(ctx.main_grad, grad_loss), *[None] * 8
+        dhidden, dweight = ctx.dhidden, ctx.dweight
+        if ctx.scale is None:
+            dhidden = None if dhidden is None else dhidden * grad_loss  # a scalar: not rounded to bf16 first
+            return dhidden, dweight and dweight.result(ctx.main_grad, grad_loss), *[None] * 8
+        as_announced = grad_loss == torch.as_tensor(ctx.scale, dtype=grad_loss.dtype, device=grad_loss.device)
+        torch._assert_async(as_announced, "linear_oreal_loss: the loss's gradient differs from the loss_scale given")
+        return dhidden, dweight and dweight.result(ctx.main_grad, torch.ones_like(grad_loss)), *[None] * 8
 
 
 class _Pending:
@@ -149,10 +149,12 @@ def linear_oreal_loss(
     second backward or a checkpoint where the gradient is in main_grad already, and when the loss's gradient is not
     `loss_scale`.
     """
+    ranks = collective.size(group) if sequence_parallel else 1
+    hidden, weight, labels = checked(hidden, weight, labels, rows, ranks)
+    if len(terms.weight) != len(labels):
+        raise ValueError(f"terms are of {len(terms.weight)} tokens, labels of {len(labels)}; they must be the same")
     own = Slice.of(len(weight), vocab_size, vocab_start, group)
-    scale = inverse(temperature, len(labels), hidden.device)
-    dtype = logits_dtype or hidden.dtype
-    head = Head(weight.detach(), own.label_column(labels), scale, float(softcap), own.columns, group, dtype)
+    head = own.head(weight, labels, temperature, softcap, group, logits_dtype or hidden.dtype)
     counted = labels != IGNORED
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()

@@ -98,7 +98,7 @@ def linear_statistics(
     rows, options = len(hidden), launch.options("linear_statistics", hidden.device)
     parts = max(1, columns // launch.COLUMNS_PER_PART)
     width = triton.cdiv(triton.cdiv(columns, parts), options["BLOCK_COLUMNS"]) * options["BLOCK_COLUMNS"]
-    out = torch.empty(parts, 4, rows, device=hidden.device)
+    out = torch.empty(parts, 4, rows, dtype=torch.float32, device=hidden.device)
     linear_statistics_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]) * parts,)](
         hidden, weight, label_column, inverse_temperature, out, rows, columns, width,
         hidden.stride(0), weight.stride(0), hidden.shape[1], EVEN=hidden.shape[1] % options["BLOCK_HIDDEN"] == 0,

@@ -68,6 +68,11 @@ def logprob_from_logits(
     in_place_backward: bool = False,  # the gradient overwrites the logits, which nobody may need any more
 ) -> tuple[Tensor, Tensor]:
     """Log-prob [N] and entropy [N] in nats, fp32, differentiable. One all-gather of [4, N]; nothing in the backward."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits are {list(logits.shape)} and labels {list(labels.shape)}; wanted [N, V] and [N]")
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    labels = labels.long()
     own = Slice.of(logits.shape[1], vocab_size, vocab_start, group)
     scale = inverse(temperature, len(labels), logits.device)
     return _LogProbFromLogits.apply(

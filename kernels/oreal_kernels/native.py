@@ -17,7 +17,6 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("liboreal_kernels.so")
 ABI_VERSION = 2
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-KL_CODES = {"k1": 1, "k1_reversed": -1, "k2": 2, "k3": 3}
 # One letter for each argument: p pointer, n int64, i int, f float; the result comes first, - is none.
 SIGNATURES = {
     "oreal_abi_version": "i",
@@ -86,7 +85,7 @@ def row_statistics(
     _columns(columns, logits)
     _vector("label_column", label_column, torch.int64, rows)
     _vector("inverse_temperature", inverse_temperature, torch.float32, rows)
-    out = torch.empty(4, rows, dtype=torch.float32)
+    out = torch.empty(4, rows, dtype=torch.float32, device="cpu")
     _library().oreal_row_statistics(
         logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, columns, logits.stride(0), label_column.data_ptr(),
         inverse_temperature.data_ptr(), softcap, out.data_ptr(), torch.get_num_threads(),
@@ -133,7 +132,7 @@ def token_weights(scores: Tensor, cu_seqlens: Tensor, right: Tensor, threshold: 
     _vector("right", right, torch.bool, sequences)
     if not threshold < 1:
         raise ValueError(f"threshold is {threshold}; it must be below 1, because beliefs are divided by 1 - threshold")
-    weights, means = torch.empty(tokens), torch.empty(sequences)
+    weights, means = (torch.empty(n, dtype=torch.float32, device="cpu") for n in (tokens, sequences))
     _library().oreal_token_weights(
         scores.data_ptr(), DTYPE_CODES[scores.dtype], cu_seqlens.data_ptr(), sequences, right.data_ptr(), threshold,
         weights.data_ptr(), means.data_ptr(), torch.get_num_threads(),
@@ -143,14 +142,14 @@ def token_weights(scores: Tensor, cu_seqlens: Tensor, right: Tensor, threshold: 
 
 def policy_terms(
     logp: Tensor, reference: Tensor, weight: Tensor, cu_seqlens: Tensor, reward: Tensor, advantage: Tensor, *,
-    advantage_on_positives: bool, right_scale: float, wrong_scale: float, kl_scale: float, kl_kind: str,
+    advantage_on_positives: bool, right_scale: float, wrong_scale: float, kl_scale: float, kl_kind: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """OREAL's policy loss on log-probs [T]: its gradient [T] fp32, and eight unscaled sums fp64.
 
     A sequence is right when reward [B] > 0; A is its advantage [B]; w the weights [T]; d = reference - logp within 60.
-    gradient = -(right ? right_scale * w * (A or 1) : wrong_scale * w * A) + kl_scale * slope, with slope 1 (k1),
-    -1 (k1_reversed), -d (k2) or 1 - exp(d) (k3). The sums: right w * (A or 1) * logp; wrong w * A; -d; d^2 / 2;
-    exp(d) - d - 1; logp; right w; wrong w.
+    gradient = -(right ? right_scale * w * (A or 1) : wrong_scale * w * A) + kl_scale * slope, with slope 1 (kind 1),
+    -1 (kind -1, k1 reversed), -d (kind 2) or 1 - exp(d) (kind 3).
+    The sums: right w * (A or 1) * logp; wrong w * A; -d; d^2 / 2; exp(d) - d - 1; logp; right w; wrong w.
     """
     tokens = _vector("logp", logp, torch.float32)
     _vector("reference", reference, torch.float32, tokens)
@@ -158,12 +157,13 @@ def policy_terms(
     sequences = _sequences(cu_seqlens, tokens)
     _vector("reward", reward, torch.float32, sequences)
     _vector("advantage", advantage, torch.float32, sequences)
-    if kl_kind not in KL_CODES:
-        raise ValueError(f"kl_kind is {kl_kind!r}; it must be one of {', '.join(KL_CODES)}")
-    grad, sums = torch.empty(tokens), torch.empty(8, dtype=torch.float64)
+    if kl_kind not in (1, -1, 2, 3):
+        raise ValueError(f"kl_kind is {kl_kind!r}; it must be 1, -1, 2 or 3")
+    grad = torch.empty(tokens, dtype=torch.float32, device="cpu")
+    sums = torch.empty(8, dtype=torch.float64, device="cpu")
     _library().oreal_policy_terms(
         logp.data_ptr(), reference.data_ptr(), weight.data_ptr(), cu_seqlens.data_ptr(), sequences, reward.data_ptr(),
-        advantage.data_ptr(), advantage_on_positives, right_scale, wrong_scale, kl_scale, KL_CODES[kl_kind],
+        advantage.data_ptr(), advantage_on_positives, right_scale, wrong_scale, kl_scale, kl_kind,
         grad.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad, sums

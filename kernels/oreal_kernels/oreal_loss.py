@@ -55,6 +55,13 @@ class Terms:
             self.kl_coef / max(self.action_tokens, 1),
         )
 
+    def contiguous(self) -> Terms:
+        """The same as the kernels read it: one number after the other; int64 borders, the rest fp32 (or fp64)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        names = ("reference_logp", "weight", "reward", "advantage")
+        read = {name: getattr(self, name).to(wide).contiguous() for name in names}
+        return replace(self, cu_seqlens=self.cu_seqlens.long().contiguous(), **read)
+
     def cut(self, tokens: slice) -> Terms:
         """The same of a range of tokens; sequences outside of it become empty."""
         return replace(
@@ -99,7 +106,7 @@ def reference(logp: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=["tokens"])
 def terms_kernel(
     logp, reference_logp, weight, owner, reward, advantage, slope, sums, tokens, right_scale, wrong_scale, kl_scale,
-    KL_KIND: tl.constexpr, ADVANTAGE_ON_POSITIVES: tl.constexpr, BLOCK: tl.constexpr,
+    KL_KIND: tl.constexpr, ADVANTAGE_ON_POSITIVES: tl.constexpr, FARTHEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
@@ -109,7 +116,7 @@ def terms_kernel(
     w = tl.load(weight + token, mask=inside, other=0.0)
     value = tl.load(logp + token, mask=inside, other=0.0)
     d = tl.load(reference_logp + token, mask=inside, other=0.0) - value
-    d = tl.minimum(tl.maximum(d, -60.0), 60.0)
+    d = tl.minimum(tl.maximum(d, -FARTHEST), FARTHEST)
     grown = tl.exp(d)
     # exp(d) - d - 1 by its series near 0, where the digits cancel.
     k3 = tl.where(tl.abs(d) < 0.03, d * d / 2.0 * (1.0 + d / 3.0 * (1.0 + d / 4.0)), grown - d - 1.0)
@@ -137,13 +144,13 @@ def terms_kernel(
 
 def policy_terms(logp: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """dL/dlogp [T] fp32 and sums [8] fp64; the same bits in every run."""
-    logp = logp.detach()
+    logp, terms = logp.detach().contiguous(), terms.contiguous()
     served_by = backend.choose(logp, terms.reference_logp, terms.weight)
     if served_by == "native":
         return native.policy_terms(
             logp, terms.reference_logp, terms.weight, terms.cu_seqlens, terms.reward, terms.advantage,
             advantage_on_positives=terms.advantage_on_positives, right_scale=terms.scales[0],
-            wrong_scale=terms.scales[1], kl_scale=terms.scales[2], kl_kind=terms.kl_kind,
+            wrong_scale=terms.scales[1], kl_scale=terms.scales[2], kl_kind=KL_KINDS[terms.kl_kind],
         )  # fmt: skip
     if served_by == "reference" or not len(logp):
         with torch.enable_grad():
@@ -153,11 +160,11 @@ def policy_terms(logp: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     kernel_options = launch.options("policy_terms", logp.device)
     programs = triton.cdiv(len(logp), kernel_options["BLOCK"])
     slope = torch.empty_like(logp)
-    sums = torch.empty(programs, len(SUMS), device=logp.device)
+    sums = torch.empty(programs, len(SUMS), dtype=torch.float32, device=logp.device)
     terms_kernel[(programs,)](
         logp, terms.reference_logp, terms.weight, owners(terms.cu_seqlens, len(logp)), terms.reward, terms.advantage,
         slope, sums, len(logp), *terms.scales, KL_KIND=KL_KINDS[terms.kl_kind],
-        ADVANTAGE_ON_POSITIVES=terms.advantage_on_positives, **kernel_options,
+        ADVANTAGE_ON_POSITIVES=terms.advantage_on_positives, FARTHEST=FARTHEST, **kernel_options,
     )  # fmt: skip
     return slope, sums.double().sum(0)
 

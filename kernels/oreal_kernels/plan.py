@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-MODES = ("auto", "save", "recompute", "hybrid")
+MOST_ROWS = 8192  # of a chunk: larger ones gain nothing
+MODES = ("auto", "save", "recompute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,11 @@ def machine(device: torch.device) -> Machine:
 
 
 def choose(rows: int, hidden: int, vocabulary: int, row_bytes: int, budget: int, mode: str, on: Machine) -> Plan:
-    """The fastest plan whose logits fit into `budget` bytes (one row always does). "save" keeps all, whatever the
-    budget; "recompute" keeps none; "hybrid" and "auto" keep what fits."""
+    """The fastest plan whose logits fit into `budget` bytes (one row always does).
+
+    "auto" keeps all of them, some (a hybrid) or none, as the budget allows; "save" keeps all, whatever the budget;
+    "recompute" keeps none.
+    """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(MODES)}")
     if rows == 0:
@@ -44,11 +48,12 @@ def choose(rows: int, hidden: int, vocabulary: int, row_bytes: int, budget: int,
     fitting = max(1, rows if mode == "save" else budget // row_bytes)
     if fitting >= rows and mode != "recompute":
         return Plan(rows, 1)
-    sizes = [min(rows, 2**power) for power in range(7, 14) if 2**power <= fitting] or [min(fitting, rows)]
-    return min(
-        (Plan(size, 0 if mode == "recompute" else fitting // size - 1) for size in sizes),
-        key=lambda plan: seconds(plan, rows, hidden, vocabulary, on),
-    )
+    plans = []
+    for parts in (1, 2, 3, 4, 6, 8, 12, 16):  # one is worked on; the others are kept, or not used
+        size = min(max(1, fitting // parts), rows, MOST_ROWS)
+        size = size // 64 * 64 or size  # whole tiles of the products
+        plans.append(Plan(size, 0 if mode == "recompute" else fitting // size - 1))
+    return min(plans, key=lambda plan: seconds(plan, rows, hidden, vocabulary, on))
 
 
 def seconds(plan: Plan, rows: int, hidden: int, vocabulary: int, on: Machine) -> float:

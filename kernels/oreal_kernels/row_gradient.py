@@ -27,7 +27,7 @@ def reference(
     a: Tensor,  # [N]
     b: Tensor,  # [N]
 ) -> None:
-    """Fills `out`. Rows with a = b = 0 become 0 whatever their logits hold."""
+    """Fills `out`. Rows with a = b = 0, and rows of -inf only, become 0 whatever their logits hold."""
     z, slope = scaled(logits[:, :columns], inverse_temperature, softcap)
     log_p = z - maximum.to(z.dtype)[:, None] - log_total.to(z.dtype)[:, None]
     p = torch.exp(log_p)
@@ -38,7 +38,8 @@ def reference(
     at_label = (rows, label_column[rows])
     # 1 - p before any rounding: small gradients of well-known tokens survive.
     gradient[at_label] = -a[rows, 0] * torch.expm1(log_p[at_label]) - b[rows, 0] * surprise[at_label]
-    out[:, :columns] = torch.where((a == 0) & (b == 0), 0, gradient * slope)
+    silent = ((a == 0) & (b == 0)) | (maximum == -torch.inf)[:, None]
+    out[:, :columns] = torch.where(silent, 0, gradient * slope)
     out[:, columns:] = 0
 
 
@@ -72,8 +73,9 @@ def gradient_kernel(
     own_a = tl.load(a + row)
     own_b = tl.load(b + row)
     h = tl.load(entropy + row)
-    # A row without coefficients becomes zeros, whatever its logits hold.
+    # A row without coefficients becomes zeros, whatever its logits hold; so does one of -inf only.
     columns = tl.where((own_a == 0.0) & (own_b == 0.0), 0, columns)
+    columns = tl.where(highest == float("-inf"), 0, columns)
     # Blocks of real columns without a mask, which would split their 16-byte loads; then the rest.
     whole = part * width + tl.maximum(tl.minimum(columns, stop) - part * width, 0) // BLOCK * BLOCK
     for start in range(part * width, whole, BLOCK):

@@ -95,7 +95,7 @@ def row_statistics(
         return reference(logits, label_column, inverse_temperature, softcap, columns)
     # By columns alone, so that a row's result does not depend on how many other rows there are.
     parts = max(1, columns // launch.COLUMNS_PER_PART)
-    out = torch.empty(parts, 4, len(logits), device=logits.device)
+    out = torch.empty(parts, 4, len(logits), dtype=torch.float32, device=logits.device)
     statistics_kernel[(len(logits) * parts,)](
         logits, label_column, inverse_temperature, out, len(logits), columns, logits.stride(0),
         PARTS=parts, SOFTCAP=softcap, **launch.options("statistics", logits.device),

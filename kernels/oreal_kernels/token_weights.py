@@ -60,14 +60,14 @@ def weights_kernel(scores, cu_seqlens, right, weights, means, threshold, BLOCK: 
 
 def token_weights(scores: Tensor, cu_seqlens: Tensor, right: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """As `reference`, by the backend of the device; sums in fp32 or better whatever the dtype of the scores."""
-    scores = scores.detach().contiguous()
+    scores, cu_seqlens, right = scores.detach().contiguous(), cu_seqlens.long().contiguous(), right.contiguous()
     served_by = backend.choose(scores)
     if served_by == "native":
         return native.token_weights(scores, cu_seqlens, right, threshold)
     if served_by == "reference" or not len(scores):
         return reference(scores, cu_seqlens, right, threshold)
-    weights = torch.empty(len(scores), device=scores.device)
-    means = torch.empty(len(right), device=scores.device)
+    weights = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
+    means = torch.empty(len(right), dtype=torch.float32, device=scores.device)
     kernel_options = launch.options("token_weights", scores.device)
     weights_kernel[(len(right),)](
         scores, cu_seqlens, right.to(torch.uint8), weights, means, threshold, **kernel_options

@@ -5,6 +5,9 @@ data-parallel ranks simply add.
     wrong answers:  - negative_coef  sum_t w_t A r_t / wrong tokens              policy gradient (Eq. 11, second term)
     all answers:      kl_coef        sum_t KL(d_t) / action tokens               d = log reference - log pi
 
+KL(d) estimates KL(pi || reference) in nats from a sampled token: k1 is -d; k1_reversed d, the sign of the authors'
+"kl", which raises the log-prob of every sampled token; k2 d^2 / 2; k3 exp(d) - d - 1, never negative.
+
 Where the authors' released code differs from the paper we follow the code, which gave the published results: rewards
 are +1 and -1, the imitation term is multiplied by the advantage, the negative term's ratio r = exp(logp -
 logp.detach()) is identically 1, and the KL is taken to the fixed SFT reference, on every kept token of right and wrong
@@ -18,13 +21,6 @@ from torch import Tensor
 
 from oreal_megatron.config import Loss
 from oreal_megatron.records import Counts, MicroBatch
-
-KL_KINDS = {  # estimates of KL(pi || reference) in nats from a sampled token
-    "k1": "-d",
-    "k1_reversed": "d, the sign of the authors' 'kl': it raises the log-prob of every sampled token",
-    "k2": "d^2 / 2",
-    "k3": "exp(d) - d - 1, never negative",
-}
 
 
 def terms(

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import oreal_kernels
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron import prompts, ranks, versions
-from oreal_megatron.algo import advantages, loss
+from oreal_megatron.algo import advantages
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import megatron_folder, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
@@ -26,7 +27,7 @@ CHOICES = {
     "selection.advantage": tuple(advantages.KINDS),
     "selection.keep": ("pair", "all"),
     "weights.rescale": ("threshold", "top_share"),
-    "loss.kl_kind": tuple(loss.KL_KINDS),
+    "loss.kl_kind": tuple(oreal_kernels.KL_KINDS),
     "reward_model.score_at": ("token", "before"),
 }
 

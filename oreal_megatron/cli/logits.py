@@ -50,6 +50,8 @@ def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
     chunks = model.build(source.arch, config, source.head)
     model.load(chunks, source.arch, config, source.head, source.tensor)
     batch = pack.batch([Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()], tokens.numel(), 0, 1)
-    (out,) = worker.Scorer(chunks, heads.every_row(chunks[-1], source.head)).score(batch)
+    language_model = heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
+    read = language_model.logits if source.head == "lm" else torch.clone
+    (out,) = worker.Scorer(chunks, lambda output, micro_batch: read(output)).score(batch)
     parallel.stop()
-    return out.cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]
+    return out[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]

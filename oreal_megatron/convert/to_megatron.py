@@ -15,7 +15,7 @@ from oreal_megatron.convert import megatron_folder, stream, torch_dist
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture, stored, tensors
 from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.mapping.tensors import Cut, Entry, Region
+from oreal_megatron.mapping.tensors import Cut, Entry
 
 
 class Piece(NamedTuple):
@@ -108,7 +108,7 @@ def _vocabulary(source: Folder, entry: Entry, ranks: int, first: int, cast: stre
             block = cast(source.rows(name, start, known))
             if known < count:
                 block = torch.cat([block, block.new_zeros(count - known, columns)])
-            yield Piece(first + rank, entry, Region((start, 0), (count, columns)).start, block)
+            yield Piece(first + rank, entry, (start, 0), block)
 
 
 def _sized(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:

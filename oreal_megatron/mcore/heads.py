@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import oreal_kernels
@@ -87,6 +86,10 @@ class LanguageModelHead:
         total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
         return total, loss.metrics(context.total(total), context.total(sums), counts, config.kl_kind)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
+        return nn.functional.linear(hidden, self.weight)
+
     @property
     def weight(self) -> nn.Parameter:
         """This rank's rows of the output layer, or of the embedding it shares."""
@@ -114,14 +117,3 @@ def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tens
     own, mine = context.part(micro_batch, rows)
     score = scores.flatten().index_select(0, own.action_index).float()
     return context.whole(score, mine, len(rows))
-
-
-def every_row(model: GPTModel, head: str) -> Callable[[Tensor, MicroBatch], Tensor]:
-    """What a Scorer needs for [S / cp, V / tp] logits of all rows, or [S / cp, 1] scores if `head` is "scalar".
-
-    For comparisons with other frameworks: training never has all logits at once.
-    """
-    if head == "scalar":
-        return lambda scores, micro_batch: scores.flatten(0, 1)
-    language_model = LanguageModelHead(model, 0, 0)
-    return lambda hidden, micro_batch: hidden.flatten(0, 1) @ language_model.weight.t()

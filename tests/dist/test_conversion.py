@@ -66,7 +66,7 @@ def start(layout: tuple, dtype: str = "float32"):
 
 
 def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | None]:
-    """Of each folder's model: [S, V/tp] logits of this rank, None before the last stage."""
+    """Of each folder's model: [B, S, V/tp] logits of this rank, None before the last stage."""
     from oreal_megatron.algo import pack
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
@@ -81,7 +81,9 @@ def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | 
         arch, head = architecture.read(source.config), architecture.head(source.config)
         chunks = model.build(arch, config, head)
         model.load(chunks, arch, config, head, source.tensor)
-        scored = worker.Scorer(chunks, heads.every_row(chunks[-1], head)).score(batch)
+        language_model = heads.LanguageModelHead(chunks[-1], arch.vocab, 0)
+        read = language_model.logits if head == "lm" else torch.clone
+        scored = worker.Scorer(chunks, lambda output, micro_batch, read=read: read(output)).score(batch)
         results[name] = scored and scored[0]
     parallel.stop()
     return results

@@ -49,7 +49,7 @@ def everything(cut: list[int], sequence_parallel: bool) -> dict[str, torch.Tenso
     share = slice(rank * N // ranks, (rank + 1) * N // ranks) if sequence_parallel else slice(None)
     rows = torch.arange(N).flip(0)
     found = {}
-    for name, budget in (("save", 2**20), ("chunks", 5 * 4 * (own.stop - own.start))):
+    for name, budget in (("save", 2**20), ("chunks", 5 * 4 * REAL // ranks)):
         x, w = hidden[share].clone().requires_grad_(), weight[own].clone().requires_grad_()
         more = dict(options, rows=rows, sequence_parallel=sequence_parallel, budget_bytes=budget)
         logp, entropy = linear_logprob(x, w, labels.flip(0), temperature=0.8, **more)

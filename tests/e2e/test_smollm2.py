@@ -48,8 +48,12 @@ def greedy(folder: str) -> list[tuple]:
     parallel.start_megatron(config.parallel, seed=0)
     chunks = model.build(inputs.arch, config, "lm")
     model.load(chunks, inputs.arch, config, "lm", inputs.folder.tensor)
-    every = heads.every_row(chunks[-1], "lm")
-    scorer = worker.Scorer(chunks, lambda hidden, part: every(hidden, part)[part.action_index, : inputs.arch.vocab])
+    language_model = heads.LanguageModelHead(chunks[0], inputs.arch.vocab, 0)
+
+    def head(hidden, part):
+        return language_model.logits(hidden.flatten(0, 1)[part.action_index])[:, : inputs.arch.vocab]
+
+    scorer = worker.Scorer(chunks, head)
     prompts = []
     for question in QUESTIONS:
         asked = [{"role": "user", "content": question}]

@@ -142,7 +142,7 @@ def test_kl_estimates_by_hand(make_samples):
     logp, reference = torch.tensor([-1.0]), torch.tensor([-1.5])
     batch, counts = pack.micro_batch([type(make_samples(1)[0])((1,), (5,), 1.0, 1.0)]), Counts(1, 1, 1, 0)
     found = {}
-    for kind in loss.KL_KINDS:
+    for kind in oreal_kernels.KL_KINDS:
         only_kl = Loss(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kind)
         found[kind] = policy_loss(logp, reference, torch.ones(1), batch, counts, only_kl)[0].item()
     assert found == pytest.approx({"k1": 0.5, "k1_reversed": -0.5, "k2": 0.125, "k3": math.exp(-0.5) + 0.5 - 1})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oreal_kernels import native
+from oreal_kernels import KL_KINDS, native
 
 NO_COMPILER = not (shutil.which("cmake") and shutil.which("c++"))
 pytestmark = pytest.mark.skipif(
@@ -324,7 +324,12 @@ def packed(lengths, seed=0):
 
 def policy(*tensors, positives=True, right=0.5, wrong=0.25, kl=0.1, kind="k3"):
     return native.policy_terms(
-        *tensors, advantage_on_positives=positives, right_scale=right, wrong_scale=wrong, kl_scale=kl, kl_kind=kind
+        *tensors,
+        advantage_on_positives=positives,
+        right_scale=right,
+        wrong_scale=wrong,
+        kl_scale=kl,
+        kl_kind=KL_KINDS.get(kind, 0),
     )
 
 
@@ -522,7 +527,7 @@ WRONG = {
         lambda: native.token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, 1.0),
         ValueError, "below 1",
     ),
-    "kl_kind": (lambda: policy(*packed([2]), kind="k4"), ValueError, "k1, k1_reversed, k2, k3"),
+    "kl_kind": (lambda: policy(*packed([2]), kind="k4"), ValueError, "must be 1, -1, 2 or 3"),
     "overlapping rows": (
         lambda: native.add_weight_gradient(
             torch.ones(1, 2).bfloat16(), torch.ones(1, 3).bfloat16(), torch.zeros(1, 3).expand(2, 3)
