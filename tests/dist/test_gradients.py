@@ -205,7 +205,8 @@ def test_every_cut_gives_the_same_gradient(alone, rollouts):
 def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, rollouts, in_processes):
     if not WHOLE:
         layouts = {name: layout for name, layout in layouts.items() if world == 2 or name in FEW}
-    results = in_processes(world, matrix, folders, layouts, rollouts, timeout_s=600.0)
+    some = folders if WHOLE or world == 2 else folders[:1]
+    results = in_processes(world, matrix, some, layouts, rollouts, timeout_s=600.0)
     wanted, _ = alone(rollouts)
     for rank in results:
         check(rank, wanted)

@@ -3,6 +3,7 @@ border of a sequence, and no random batch makes the ranks wait for each other.""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from pathlib import Path
@@ -15,8 +16,8 @@ BATCHES = 40 if os.environ.get("OREAL_MATRIX") == "whole" else 6
 SHAPES = {"two stages": dict(pipeline=2), "interleaved": dict(pipeline=2, virtual=2)}
 
 
-def scores(folders: dict[str, str], samples: list) -> dict[str, list[torch.Tensor]]:
-    """Log-probs of each sample's response, for each folder, all samples in one packed micro-batch."""
+def scores(folders: dict[str, str], many: list[list]) -> dict[str, list[list[torch.Tensor]]]:
+    """Log-probs of each sample's response, for each folder and list of samples, each list in one micro-batch."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import pack
     from oreal_megatron.convert.hf_folder import Folder
@@ -26,44 +27,35 @@ def scores(folders: dict[str, str], samples: list) -> dict[str, list[torch.Tenso
 
     parallel.start_process_group()
     parallel.start_megatron(c.Parallel(), seed=0)
-    part, found = pack.micro_batch(samples), {}
+    parts, found = tuple(pack.micro_batch(samples) for samples in many), {}
     for name, path in folders.items():
         source = Folder(path)
         reference = roles.Reference(architecture.read(source.config), c.Config(), source.tensor)
-        (logp_T,) = reference.score(Batch((part,), pack.counts(samples)))
-        found[name] = list(logp_T.split(part.cu_seqlens.diff().tolist()))
+        logps = reference.score(Batch(parts, pack.counts(many[0])))
+        found[name] = [
+            list(logp_T.split(part.cu_seqlens.diff().tolist())) for logp_T, part in zip(logps, parts, strict=True)
+        ]
     parallel.stop()
     return found
 
 
-def test_packed_log_probs_are_those_of_transformers_one_sequence_at_a_time(
-    families, in_processes, make_samples, tmp_path
-):
+def test_packed_log_probs_are_those_of_transformers_and_move_with_no_neighbour(families, in_processes, make_samples):
     from transformers import AutoModelForCausalLM
 
     samples = make_samples(5, seed=4)
-    found = in_processes(1, scores, {name: path for name, path in families.items()}, samples)[0]
+    other = dataclasses.replace(samples[2], prompt_tokens=(9,) * len(samples[2].prompt_tokens))
+    found = in_processes(1, scores, families, [samples, [*samples[:2], other, *samples[3:]]])[0]
     assert len(found) == 4
     for name, path in families.items():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        for sample, logp in zip(samples, found[name], strict=True):
+        for sample, logp in zip(samples, found[name][0], strict=True):
             ids = torch.tensor([sample.prompt_tokens + sample.response_tokens])
             with torch.no_grad():
                 wanted = model(ids).logits[0, len(sample.prompt_tokens) - 1 : -1].log_softmax(-1)
             wanted = wanted.gather(1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
             assert (logp - wanted).abs().max() < 1e-5, name
-
-
-def test_a_changed_neighbour_moves_nothing(model_folder, in_processes, make_samples):
-    import dataclasses
-
-    samples = make_samples(3, seed=9)
-    other = [dataclasses.replace(samples[2], prompt_tokens=(9,) * len(samples[2].prompt_tokens))]
-    folders = {"model": str(model_folder)}
-    before = in_processes(1, scores, folders, samples)[0]["model"]
-    after = in_processes(1, scores, folders, [*samples[:2], *other, *samples[3:]])[0]["model"]
-    same = [torch.equal(one, two) for one, two in zip(before, after, strict=True)]
-    assert same == [number != 2 for number in range(len(samples))]
+        same = [torch.equal(one, two) for one, two in zip(*found[name], strict=True)]
+        assert same == [number != 2 for number in range(len(samples))], name
 
 
 def random_batches(folder: str) -> list[int]:
