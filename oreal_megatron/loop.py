@@ -25,7 +25,7 @@ def train(
     hand_over: Callable[[], None],  # the policy's weights -> the engine
     run: Run,
     after_step: Callable[[int], None],  # evaluate and save when due
-    data_parallel: tuple[int, int] = (0, 1),  # this rank, ranks
+    data_parallel: tuple = (0, 1),  # this rank, ranks, and what else pack.batch takes
 ) -> None:
     cut = (config.tokens_per_micro_batch, *data_parallel)
     with run.steps() as steps:
@@ -60,9 +60,7 @@ def train(
             after_step(step + 1)
 
 
-def same_policy(
-    config: Config, engine: Any, policy: Any, rollouts: Any, cut: tuple[int, int, int], step: int
-) -> dict[str, float]:
+def same_policy(config: Config, engine: Any, policy: Any, rollouts: Any, cut: tuple, step: int) -> dict[str, float]:
     """Compare the engine's log-probs of a few sampled tokens with the trainer's; stops the run when they differ."""
     batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
     gap, tokens = zip(*ranks.gather(proof.difference(policy.score(batch), batch)), strict=True)

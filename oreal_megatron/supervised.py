@@ -17,7 +17,7 @@ def imitate(
     accuracy: Callable[[], float],  # greedy, held out, of the present weights
     log: Callable[[int, dict[str, float]], None],
     shown: bool,
-    data_parallel: tuple[int, int],
+    data_parallel: tuple,  # this rank, ranks, and what else pack.batch takes
 ) -> int:
     """Train for `supervised.steps`, or until the held-out accuracy is reached; returns the steps done."""
     wanted = config.supervised
