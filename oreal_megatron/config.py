@@ -60,6 +60,9 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1  # interleaved chunks of layers on each pipeline stage; above 1 it needs pipeline above 1
+    context: int = 1  # ranks that share every packed sequence
+    sequence: bool = False  # norms and residuals cut by sequence over the tensor-parallel ranks; needs tensor above 1
+    overlap: bool = False  # data-parallel ranks sum gradients while the last micro-batch is still computing
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ class Config:
     seed: int = 0
     steps: int = 90
     policy_freeze_steps: int = 10  # the first steps train the reward model alone
-    tokens_per_micro_batch: int = 16384
+    tokens_per_micro_batch: int = 16384  # sequences are packed up to this; a longer one stands alone
+    offload: bool = False  # idle models leave the device: parameters, gradients and optimizer state
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     engine: Engine = field(default_factory=Engine)

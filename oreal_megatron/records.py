@@ -1,7 +1,7 @@
 """What flows through the trainer: frozen records, shapes on every field.
 
 Shape letters used in the whole project: P prompts, K answers per prompt, N samples kept, B sequences of a
-micro-batch, S its padded length, T its action tokens, V vocabulary, H hidden size.
+micro-batch, S all its tokens, T its action tokens, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences padded on the right to one length, and their action tokens laid end to end."""
+    """Sequences laid end to end, and their action tokens laid end to end."""
 
-    tokens: torch.Tensor  # [B, S] int64, prompt then response then padding
-    positions: torch.Tensor  # [B, S] int64
-    action_index: torch.Tensor  # [T] int64, into the flattened [B*S]: the position that predicts each action token
+    tokens: torch.Tensor  # [S] int64, prompt then response of each sequence, then filler
+    positions: torch.Tensor  # [S] int64, from 0 in every sequence
+    borders: tuple[int, ...]  # of the sequences within S, the filler being one of them
+    action_index: torch.Tensor  # [T] int64, the row of S that predicts each action token
     labels: torch.Tensor  # [T] int64, the action tokens
     cu_seqlens: torch.Tensor  # [B+1] int64, borders of the sequences within T
     reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the filler of an empty micro-batch
@@ -97,8 +98,9 @@ class MicroBatch:
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine was not asked
 
     def to(self, device: torch.device | str) -> MicroBatch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return dataclasses.replace(
-            self, **{field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)}
+            self, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         )
 
 

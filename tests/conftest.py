@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -46,6 +47,30 @@ def tied_model_folder(addition_task: Any, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("model") / "tied"
     addition_task.make_model(folder, seed=2, tied=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[[Path, str], str]:
+    """Writes a Hugging Face folder with random weights for a row of families.json."""
+
+    def write(folder: Path, family: str) -> str:
+        from safetensors.torch import save_file
+
+        from oreal_megatron.mapping import architecture, tensors
+
+        hf = json.loads((ROOT / "tests/families.json").read_text())[family]
+        arch, generator, weights = architecture.read(hf), torch.Generator().manual_seed(8), {}
+        for entry in tensors.entries(arch, 1, 1, 0, "lm"):
+            for name, shape in tensors.hf_shapes(entry, arch).items():
+                drawn = torch.randn(shape, generator=generator) / 10
+                weights[name] = 1 + drawn if "norm" in name else drawn
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(hf | {"torch_dtype": "float32"}))
+        (folder / "tokenizer_config.json").write_text("{}")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return write
 
 
 @pytest.fixture

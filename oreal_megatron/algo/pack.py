@@ -1,7 +1,9 @@
-"""Samples -> equal numbers of micro-batches on every data-parallel rank."""
+"""Samples -> equal numbers of packed micro-batches on every data-parallel rank."""
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,65 +12,91 @@ from oreal_megatron.algo.selection import counts
 from oreal_megatron.records import Batch, MicroBatch, Sample
 
 
-def batch(samples: Sequence[Sample], tokens_per_micro_batch: int, rank: int, ranks: int, multiple: int = 1) -> Batch:
+def batch(
+    samples: Sequence[Sample],
+    tokens_per_micro_batch: int,
+    rank: int,
+    ranks: int,
+    multiple: int = 1,
+    pad_to: int = 1,
+    even_tokens: float = math.inf,
+) -> Batch:
     """The micro-batches of data-parallel rank `rank` of `ranks`, and the counts of the whole step.
 
     Every rank computes the cut of all ranks, so all agree on the number of micro-batches without communication:
     different numbers deadlock Megatron's schedules. Ranks that have fewer get empty micro-batches, and all get as
-    many as make the number a multiple of `multiple`, which interleaved pipelines need.
+    many as make the number a multiple of `multiple`, which interleaved pipelines need. Every micro-batch has a
+    multiple of `pad_to` tokens, which sequence and context parallelism need. At `even_tokens` tokens a sequence's
+    attention costs as much as its matrix products.
     """
-    cut = [_groups(share, tokens_per_micro_batch) for share in _deal(samples, ranks)]
+    budget = max(tokens_per_micro_batch - tokens_per_micro_batch % pad_to, 1)
+    cut = [_groups(share, budget) for share in _deal(samples, ranks, even_tokens)]
     longest = max(1, *(len(groups) for groups in cut))
     number = -(-longest // multiple) * multiple
     mine = cut[rank] + [[]] * (number - len(cut[rank]))
-    return Batch(tuple(micro_batch(group) for group in mine), counts(samples))
+    return Batch(tuple(micro_batch(group, pad_to) for group in mine), counts(samples))
 
 
-def _deal(samples: Sequence[Sample], ranks: int) -> list[list[Sample]]:
-    """Longest first, each to the rank with the fewest tokens so far."""
+def cost(tokens: int, even_tokens: float) -> float:
+    """Estimated work of one sequence, in tokens whose attention costs nothing."""
+    return tokens * (1 + tokens / even_tokens)
+
+
+def _deal(samples: Sequence[Sample], ranks: int, even_tokens: float) -> list[list[Sample]]:
+    """Longest first, each to the rank with the least work so far; every share is sorted by falling length."""
     shares: list[list[Sample]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+    loads = [0.0] * ranks
     for sample in sorted(samples, key=len, reverse=True):
         lightest = loads.index(min(loads))
         shares[lightest].append(sample)
-        loads[lightest] += len(sample)
+        loads[lightest] += cost(len(sample), even_tokens)
     return shares
 
 
-def _groups(samples: list[Sample], tokens_per_micro_batch: int) -> list[list[Sample]]:
-    """Consecutive samples (sorted by length) whose padded size stays in the budget; a longer one stands alone."""
+def _groups(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Best fit of samples sorted by falling length: each to the fullest group with room for it. One that is longer
+    than the budget stands alone."""
     groups: list[list[Sample]] = []
+    rooms: list[tuple[int, int]] = []  # tokens that still fit, number of the group; sorted
     for sample in samples:
-        if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens_per_micro_batch:
-            groups[-1].append(sample)
-        else:
-            groups.append([sample])
+        at = bisect.bisect_left(rooms, (len(sample), -1))
+        if at == len(rooms):
+            rooms.append((max(budget, len(sample)), len(groups)))
+            groups.append([])
+        room, number = rooms.pop(at)
+        groups[number].append(sample)
+        bisect.insort(rooms, (room - len(sample), number))
     return groups
 
 
-def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
-    """Right-padded tensors of some samples; causal attention never looks right, so padding needs no mask.
+def micro_batch(samples: Sequence[Sample], pad_to: int = 1) -> MicroBatch:
+    """Some samples end to end, and filler tokens without action up to a multiple of `pad_to`.
 
-    Without samples: one filler token with no action, which adds zero to every loss.
+    Without samples: filler alone, which adds zero to every loss.
     """
-    width = max((len(sample) for sample in samples), default=1)
-    tokens = torch.zeros(max(len(samples), 1), width, dtype=torch.long)
-    index, labels, engine = [], [], []
-    for row, sample in enumerate(samples):
-        sequence = (*sample.prompt_tokens, *sample.response_tokens)
-        tokens[row, : len(sequence)] = torch.tensor(sequence)
-        first = row * width + len(sample.prompt_tokens) - 1  # the last prompt token predicts the first action
-        index += range(first, first + len(sample.response_tokens))
-        labels += sample.response_tokens
-        engine += sample.engine_logprobs or [float("nan")] * len(sample.response_tokens)
-    lengths = [len(sample.response_tokens) for sample in samples] or [0]
+    lengths = [len(sample) for sample in samples]
+    filler = -sum(lengths) % pad_to if samples else pad_to
+    borders = torch.tensor([0, *lengths, *([filler] if filler else [])]).cumsum(0).tolist()
     return MicroBatch(
-        tokens=tokens,
-        positions=torch.arange(width).expand_as(tokens).contiguous(),
-        action_index=torch.tensor(index, dtype=torch.long),
-        labels=torch.tensor(labels, dtype=torch.long),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        tokens=_ints([token for s in samples for token in (*s.prompt_tokens, *s.response_tokens)] + [0] * filler),
+        positions=_ints([place for length in (*lengths, filler) for place in range(length)]),
+        borders=tuple(borders),
+        action_index=_ints(  # the last prompt token predicts the first action
+            [
+                first + len(s.prompt_tokens) - 1 + place
+                for first, s in zip(borders, samples, strict=False)
+                for place in range(len(s.response_tokens))
+            ]
+        ),
+        labels=_ints([token for s in samples for token in s.response_tokens]),
+        cu_seqlens=torch.tensor([0, *([len(s.response_tokens) for s in samples] or [0])]).cumsum(0),
         reward=torch.tensor([sample.reward for sample in samples] or [0.0]),
         advantage=torch.tensor([sample.advantage for sample in samples] or [0.0]),
-        engine_logprobs=torch.tensor(engine, dtype=torch.float32),
+        engine_logprobs=torch.tensor(
+            [value for s in samples for value in s.engine_logprobs or [math.nan] * len(s.response_tokens)]
+        ),
     )
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long)

@@ -124,13 +124,16 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_world(config: Config, arch: architecture.Architecture) -> None:
-    world, trainer = ranks.world_size(), config.parallel.tensor * config.parallel.pipeline
-    for what, size in (("parallel.tensor x parallel.pipeline", trainer), ("engine.tensor", config.engine.tensor)):
+    world, layout = ranks.world_size(), config.parallel
+    trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
+    for what, size in (trainer, ("engine.tensor", config.engine.tensor)):
         if world % size:
             raise ConfigError(
                 f"{world} processes were started, but {what} is {size}; start a multiple of {size} with "
                 "torchrun --nproc-per-node, or change the layout"
             )
+    if layout.sequence and layout.tensor == 1:
+        raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
     if arch.heads % config.engine.tensor:
         raise ConfigError(
             f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
@@ -167,7 +170,8 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
 
     config = policy.config
     layout = Layout(*parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual)
-    return full_tensors(policy.placed(), policy.arch, layout)
+    with policy.parts.here("parameters"):
+        yield from full_tensors(policy.placed(), policy.arch, layout)
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:

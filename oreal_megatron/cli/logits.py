@@ -11,6 +11,7 @@ from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.convert.megatron_folder import DESCRIPTION, MegatronFolder
 from oreal_megatron.mapping import architecture
+from oreal_megatron.records import Sample
 
 TOLERANCE = 1e-5  # of the largest logit; the two frameworks round differently
 
@@ -40,18 +41,17 @@ def logits(source: Folder | MegatronFolder, tokens: Tensor) -> Tensor:
 
 
 def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
-    from oreal_megatron.mcore import heads, model, parallel
-    from oreal_megatron.mcore.cpu import device_layer
+    from oreal_megatron.algo import pack
+    from oreal_megatron.mcore import heads, model, parallel, worker
 
     config = Config()
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
-    (stage,) = model.build(source.arch, config, source.head)
-    model.load([stage], source.arch, config, source.head, source.tensor)
-    with device_layer():
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        out = stage.eval()(tokens.to(model.device()), positions.to(model.device()), None)
-        if source.head == "lm":
-            out = heads.LanguageModelHead(stage, source.arch.vocab, 0).logits(out)
+    chunks = model.build(source.arch, config, source.head)
+    model.load(chunks, source.arch, config, source.head, source.tensor)
+    batch = pack.batch([Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()], tokens.numel(), 0, 1)
+    language_model = heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
+    read = language_model.logits if source.head == "lm" else torch.clone
+    (out,) = worker.Scorer(chunks, lambda output, micro_batch: read(output)).score(batch)
     parallel.stop()
-    return out.cpu() if source.head == "scalar" else out[..., : source.arch.vocab].cpu()
+    return out[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if shown:
             append_row(Path(config.run) / "metrics.jsonl", {"step": step, **metrics})
 
-    steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, parallel.data_parallel())
+    steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, parallel.data_parallel(inputs.arch))
     save_policy(inputs, policy, Path(config.run) / "policy")
     if shown:
         print(f"{steps} supervised steps done; the policy is in {config.run}/policy")

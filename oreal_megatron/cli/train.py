@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         hand_over()
     else:
         after_step(0)
-    world = parallel.data_parallel()
+    world = parallel.data_parallel(inputs.arch)
     loop.train(config, prompts, engine, verifier, policy, reference, reward_model, hand_over, record, after_step, world)
     save_policy(inputs, policy, Path(config.run) / "policy")
     verifier.grader.close()

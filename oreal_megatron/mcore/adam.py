@@ -12,10 +12,18 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from torch import Tensor
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Main weights and their moments, of this rank."""
+    main = [weight for inner in _inner(optimizer) for group in inner.param_groups for weight in group["params"]]
+    states = [value for inner in _inner(optimizer) for state in inner.state.values() for value in state.values()]
+    return [weight.data for weight in main] + [value for value in states if isinstance(value, Tensor) and value.ndim]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:

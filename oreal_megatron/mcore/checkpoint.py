@@ -62,7 +62,8 @@ def save(
                 (partial / name).mkdir()
             dist.barrier()
             common = {"step": step, "updates": trainer.updates, "random": random_states}
-            dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
+            with trainer.parts.here(*trainer.parts):
+                dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
     dist.barrier()
     if ranks.rank() == 0:
         for name in trainers:
@@ -79,15 +80,21 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
     """Restore all trainers in place and return the step to go on with. Collective."""
     with device_layer(), adam.loadable():
         for name, trainer in trainers.items():
-            state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path / name))
-            for key, chunk in _named(trainer).items():
-                chunk.load_state_dict(state[key])
-            trainer.optimizer.load_state_dict(state["optimizer"])
-            adam.separate_steps(trainer.optimizer)
-            trainer.updates = state["updates"]
+            with trainer.parts.here(*trainer.parts):
+                state = _load(path / name, trainer)
         if len(state["random"]) == ranks.world_size():
             _restore_random_state(state["random"][ranks.rank()])
     return state["step"]
+
+
+def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
+    state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path))
+    for key, chunk in _named(trainer).items():
+        chunk.load_state_dict(state[key])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    adam.separate_steps(trainer.optimizer)
+    trainer.updates = state["updates"]
+    return state
 
 
 def newest(folder: Path, models: list[str]) -> Path:

@@ -1,33 +1,41 @@
 """Megatron-core on machines without a GPU: `with device_layer():` around every call into Megatron.
 
 Megatron-core 0.16.1 names CUDA in many places where a CPU tensor would do. On a GPU machine this file does nothing.
-Without one, it stands in for the few torch.cuda functions that Megatron calls and rewrites `device="cuda"` in tensor
-factories. It is entered only around Megatron calls, because a global function mode would slow vLLM's Python, and
-because transformers and vLLM probe torch.cuda. Each row of PATCHES has a test in tests/dist/test_cpu_layer.py that
-fails without it.
+Without one, it stands in for the few torch.cuda functions that Megatron calls, and for the two tensor factories that it
+gives `device="cuda"`; a TorchFunctionMode would do as well, but see every call of torch. It is entered only around
+Megatron calls, because transformers and vLLM probe torch.cuda. Each row of PATCHES has a test in
+tests/dist/test_cpu_layer.py that fails without it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 
-class _OnCpu(TorchFunctionMode):
-    """Rewrites factories' `device="cuda"`, and lets CPU tensors pass DistributedOptimizer's test of their type."""
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same factory, deaf to `device="cuda"`."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def made(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": "cpu"}
-        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return function(*args).replace("torch.", "torch.cuda.", 1)  # distrib_optimizer.py compares these strings
-        return function(*args, **kwargs)
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return made
+
+
+def _type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What DistributedOptimizer compares with the names of CUDA tensors."""
+    answer = _TYPE(tensor, *args, **kwargs)
+    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+
+_TYPE = torch.Tensor.type
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
@@ -39,6 +47,9 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "synchronize": (torch.cuda, "synchronize", _nothing),
     "get_rng_state": (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "manual_seed": (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+    "tensor": (torch, "tensor", _on_cpu(torch.tensor)),
+    "zeros": (torch, "zeros", _on_cpu(torch.zeros)),
+    "Tensor.type": (torch.Tensor, "type", _type),
     "Tensor.cuda": (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
     "_get_cuda_rng_state": (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
     "_set_cuda_rng_state": (megatron_random, "_set_cuda_rng_state", lambda state, *a, **k: torch.set_rng_state(state)),
@@ -60,8 +71,7 @@ def device_layer(without: str | None = None) -> Iterator[None]:
     try:
         for owner, attribute, stand_in in patches.values():
             setattr(owner, attribute, stand_in)
-        with contextlib.nullcontext() if without == "function_mode" else _OnCpu():
-            yield
+        yield
     finally:
         for owner, attribute, original in saved:
             setattr(owner, attribute, original)

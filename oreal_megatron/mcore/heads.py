@@ -10,23 +10,31 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from oreal_megatron.records import MicroBatch
+from oreal_megatron.algo import loss
+from oreal_megatron.config import Loss
+from oreal_megatron.mcore import context
+from oreal_megatron.records import Counts, MicroBatch
 
 
 class ScalarHead(nn.Module):
     """Linear(H, 1) in place of Megatron's output layer; every tensor-parallel rank holds all of it.
 
     The hidden states it reads are equal on all tensor-parallel ranks, hence so is its gradient: nothing to reduce.
+    With sequence parallelism each reads its own rows, so that scores are gathered and gradients marked to be summed.
     """
 
-    def __init__(self, hidden: int, dtype: torch.dtype):
+    def __init__(self, hidden: int, dtype: torch.dtype, sequence_parallel: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden, dtype=dtype))
+        self.weight.sequence_parallel = self.sequence_parallel = sequence_parallel
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        return nn.functional.linear(hidden, self.weight), None
+        scores = nn.functional.linear(hidden, self.weight)
+        if self.sequence_parallel:  # every rank computes the same loss and takes the gradient of its own rows
+            scores = tensor_parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
+        return scores, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -44,24 +52,42 @@ class WithoutProduct(tensor_parallel.ColumnParallelLinear):
 
 
 class LanguageModelHead:
-    """The fused operations on hidden states [B, S, H] of the last pipeline stage, vocabulary-parallel."""
+    """The fused operations on hidden states [1, S, H] of the last pipeline stage, vocabulary-parallel.
+
+    S is this rank's share where sequence or context parallelism cuts it.
+    """
 
     def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int):
         self.model, self.vocab_size, self.budget_bytes = model, vocab_size, budget_bytes
 
     def log_probs(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """[T] log-prob of each action token."""
-        logp, _ = oreal_kernels.linear_logprob(*self._inputs(hidden, micro_batch), **self._options(micro_batch))
-        return logp
+        own, mine = context.part(micro_batch, micro_batch.action_index)
+        logp, _ = oreal_kernels.linear_logprob(*self._inputs(hidden, own), **self._options(own))
+        return context.whole(logp, mine, len(micro_batch.labels))
 
-    def oreal_loss(self, hidden: Tensor, micro_batch: MicroBatch, terms: oreal_kernels.Terms) -> Any:
-        """OREAL's loss with its gradient taken at once, that of the weight straight into Megatron's buffer."""
-        options = self._options(micro_batch)
+    def oreal_loss(
+        self,
+        hidden: Tensor,
+        micro_batch: MicroBatch,
+        reference_logp_T: Tensor,
+        weight_T: Tensor,
+        counts: Counts,
+        config: Loss,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """OREAL's loss with its gradient taken at once, that of the weight straight into Megatron's buffer; metrics.
+
+        A plain sum over action tokens: context-parallel ranks take their own and need nothing of each other.
+        """
+        own, mine = context.part(micro_batch, micro_batch.action_index)
+        terms = loss.terms(reference_logp_T[mine], weight_T[mine], own, counts, config)
         # Megatron's schedules hand every loss the gradient 1: nothing here sets a grad_scale_func.
-        return oreal_kernels.linear_oreal_loss(*self._inputs(hidden, micro_batch), terms, loss_scale=1.0, **options)
+        fused = oreal_kernels.linear_oreal_loss
+        total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
+        return total, loss.metrics(context.total(total), context.total(sums), counts, config.kl_kind)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
+        """[1, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
         return nn.functional.linear(hidden, self.weight)
 
     @property
@@ -79,12 +105,15 @@ class LanguageModelHead:
             rows=micro_batch.action_index,
             vocab_size=self.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.model.config.sequence_parallel,
             budget_bytes=self.budget_bytes,
             main_grad=getattr(self.weight, "main_grad", None),
         )
 
 
 def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tensor:
-    """[T] reward-model score of each action token, after reading it or before; scores [B, S, 1]."""
-    index = micro_batch.action_index + (1 if score_at == "token" else 0)
-    return scores.flatten().index_select(0, index).float()
+    """[T] reward-model score of each action token, after reading it or before; scores [1, S / cp, 1]."""
+    rows = micro_batch.action_index + (1 if score_at == "token" else 0)
+    own, mine = context.part(micro_batch, rows)
+    score = scores.flatten().index_select(0, own.action_index).float()
+    return context.whole(score, mine, len(rows))

@@ -1,8 +1,9 @@
-"""Stock Megatron GPTModel for one pipeline stage, filled from Hugging Face tensors."""
+"""Megatron's GPTModel for one pipeline stage, filled from Hugging Face tensors."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,23 +11,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.mcore import layers
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.heads import ScalarHead, WithoutProduct
 from oreal_megatron.settings import nearest
 
 # Fused operations that not every installation has; a recipe may switch them on through config.megatron.
-NEED_APEX_OR_TE = dict.fromkeys(
-    ("gradient_accumulation_fusion", "bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False
-)
+NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +63,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=_interleaved(config),
+        context_parallel_size=config.parallel.context,
+        sequence_parallel=config.parallel.sequence,
         variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
         # Interleaved, two stages are each other's next and previous; batched, their messages would be mixed up.
         overlap_p2p_comm=config.parallel.virtual > 1,
@@ -74,6 +74,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        gradient_accumulation_fusion=True,  # apex's, or ours: layers.WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
     )
@@ -99,19 +100,19 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
     """
     with device_layer():
         megatron = transformer_config(arch, config)
+        if megatron.deterministic_mode:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
+            torch.use_deterministic_algorithms(True)
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 
 
 def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
     stages, stage = _place(config, chunk)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    depth = len(arch.stage_layers(stages, stage))
     model = GPTModel(
         megatron,
-        TransformerBlockSubmodules(
-            [layer] * len(arch.stage_layers(stages, stage)),
-            layer_norm=WrappedTorchNorm,  # else apex's, which knows no RMSNorm, where apex is installed
-        ),
+        TransformerBlockSubmodules([layers.layer(arch.qk_norm)] * depth, layer_norm=layers.RMSNorm),
         vocab_size=arch.padded_vocab(config.parallel.tensor),
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,
@@ -120,9 +121,9 @@ def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head
         share_embeddings_and_output_weights=arch.tied and head == "lm",
         vp_stage=chunk if config.parallel.virtual > 1 else None,
     )
-    model.rotary_pos_emb.inv_freq = arch.rope.frequencies(arch.head_dim).to(device())
+    model.rotary_pos_emb = layers.Rotary(arch.rope.frequencies(arch.head_dim).to(device()))
     if head == "scalar" and stage == stages - 1:
-        model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype)
+        model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype, megatron.sequence_parallel)
     elif stage == stages - 1:
         model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from oreal_megatron.config import ConfigError, Parallel
+from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
 
 
@@ -35,7 +37,9 @@ def start_megatron(config: Parallel, seed: int) -> None:
     """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
     with device_layer():
         virtual = config.virtual if config.virtual > 1 else None
-        parallel_state.initialize_model_parallel(config.tensor, config.pipeline, virtual)
+        parallel_state.initialize_model_parallel(
+            config.tensor, config.pipeline, virtual, context_parallel_size=config.context
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -49,14 +53,27 @@ def stop(engine: Any = None) -> None:
         dist.destroy_process_group()
 
 
-def data_parallel() -> tuple[int, int, int]:
-    """This rank's place among the data-parallel replicas, their number, and what micro-batches must be a multiple of.
+def data_parallel(arch: Architecture | None = None) -> tuple[int, int, int, int, float]:
+    """What pack.batch wants to know after the budget: this rank's place among the data-parallel replicas, their number,
+    what micro-batches and their tokens must be multiples of, and where attention costs as much as matrix products.
 
-    Megatron's interleaved schedule takes micro-batches in groups of as many as there are pipeline stages.
+    Megatron's interleaved schedule takes micro-batches in groups of as many as there are pipeline stages. Tokens are
+    shared by context-parallel ranks in two chunks each, and these by tensor-parallel ranks when sequence-parallel.
+    Without `arch`, attention is taken to cost nothing.
     """
+    place, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     multiple = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
-    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(), multiple
+    shares = parallel_state.get_context_parallel_world_size()
+    pad_to = parallel_state.get_tensor_model_parallel_world_size() * (2 * shares if shares > 1 else 1)
+    return place, replicas, multiple, pad_to, even_tokens(arch) if arch else math.inf
+
+
+def even_tokens(arch: Architecture) -> float:
+    """The length at which a sequence's causal attention costs as many operations as its matrix products."""
+    attention, groups = arch.heads * arch.head_dim, arch.kv_groups * arch.head_dim
+    matrices = arch.hidden * (2 * attention + 2 * groups + 3 * arch.ffn + arch.vocab / arch.layers)
+    return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
 
 
 def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -34,6 +34,8 @@ class Reference(Scorer):
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, head = _language_model(arch, config, read)
         super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
+        if config.offload:
+            self.parts.leave()
 
 
 class Policy(Trainer):
@@ -47,12 +49,10 @@ class Policy(Trainer):
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
         """One OREAL step on the batch (paper, Eq. 11)."""
 
-        config, counts = self.config, batch.counts
+        config, fused = self.config, self.language_model.oreal_loss
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            terms = loss.terms(reference_logp[number], weight[number], micro_batch, counts, config.loss)
-            total, sums, _ = self.language_model.oreal_loss(hidden, micro_batch, terms)
-            return total, loss.metrics(total, sums, counts, config.loss.kl_kind)
+            return fused(hidden, micro_batch, reference_logp[number], weight[number], batch.counts, config.loss)
 
         rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
         return self._counted(self.train(batch, objective, rate))

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from oreal_megatron import ranks
 from oreal_megatron.config import Config, Optimizer
-from oreal_megatron.mcore import adam
+from oreal_megatron.mcore import adam, context, layers, varlen
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.model import device
+from oreal_megatron.mcore.offload import Part, Parts
 from oreal_megatron.records import Batch, MicroBatch
 
 logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # announces that it does nothing
 
-# Last stage's output [B, S, ...] of a micro-batch -> one value per action token [T].
+# Last stage's output [1, S, ...] of a micro-batch -> one value per action token [T], whole on every rank of the stage.
 Head = Callable[[Tensor, MicroBatch], Tensor]
 # Number of the micro-batch within the batch, the micro-batch, last stage's output -> loss and metrics that add up.
 Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -35,6 +36,7 @@ class Scorer:
     def __init__(self, chunks: list[GPTModel], head: Head):
         self.chunks, self.head = chunks, head
         self.chunks[0].config.finalize_model_grads_func = None
+        self.parts = Parts(parameters=Part(lambda: _parameters(chunks)))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> list[Tensor] | None:
@@ -44,14 +46,15 @@ class Scorer:
             values = self.head(output, micro_batch)
             return values.sum(), {"values": values}
 
-        outputs = self._run(batch, loss_function, forward_only=True)
+        with self.parts.here("parameters"):
+            outputs = self._run(batch, loss_function, forward_only=True)
         return [output["values"] for output in outputs] if parallel_state.is_pipeline_last_stage() else None
 
     def _run(self, batch: Batch, loss_function: Callable[..., tuple], forward_only: bool) -> list[dict[str, Tensor]]:
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple:
             number, micro_batch = next(numbered)
             micro_batch = micro_batch.to(device())
-            output = model(micro_batch.tokens, micro_batch.positions, None)
+            output = _forward(model, micro_batch)
             return output, lambda result: loss_function(number, micro_batch, result)
 
         iterators = [enumerate(batch.micro_batches) for _ in self.chunks]
@@ -61,10 +64,23 @@ class Scorer:
                 data_iterator=iterators,
                 model=self.chunks,
                 num_microbatches=len(batch.micro_batches),
-                seq_length=batch.micro_batches[0].tokens.shape[1],  # of no effect: variable_seq_lengths
+                seq_length=len(batch.micro_batches[0].tokens),  # of no effect: variable_seq_lengths
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+
+def _parameters(chunks: list[Any]) -> list[Tensor]:
+    return [parameter.data for chunk in chunks for parameter in chunk.parameters()]
+
+
+def _forward(model: Any, micro_batch: MicroBatch) -> Tensor:
+    """One chunk's output for this rank's share of the packed rows."""
+    rows = len(micro_batch.tokens)
+    own = context.own_rows(rows, micro_batch.tokens.device)
+    plan = varlen.Plan(varlen.segments(micro_batch.borders, context.own_chunks(rows)), own.device)
+    tokens, positions = micro_batch.tokens[own], micro_batch.positions[own]
+    return model(tokens[None], positions[None], None, packed_seq_params=layers.Packed(positions, plan))
 
 
 class Trainer(Scorer):
@@ -72,14 +88,26 @@ class Trainer(Scorer):
 
     def __init__(self, chunks: list[GPTModel], head: Head, config: Config, optimizer: Optimizer):
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=True,
+            overlap_grad_reduce=config.parallel.overlap,
         )
         with device_layer():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
         super().__init__(wrapped, head)
-        self.chunks[0].config.finalize_model_grads_func = _sum_gradients
+        megatron = self.chunks[0].config
+        megatron.finalize_model_grads_func = _sum_gradients
+        if config.parallel.overlap:  # until the last micro-batch, gradients only add up on their rank
+            waiting = [chunk.no_sync for chunk in self.chunks]
+            megatron.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
+        gradients = [buffer.grad_data for chunk in self.chunks for buffer in chunk.buffers]
+        self.parts["gradients"] = Part(lambda: gradients, kept=False)  # every update begins with zeros
+        self.parts["optimizer"] = Part(self._optimizer_tensors)
+        if config.offload:
+            self.parts.leave()
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""
@@ -89,7 +117,7 @@ class Trainer(Scorer):
             # Megatron divides a two-value result by the number of micro-batches; the middle value prevents it.
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 
-        with device_layer():
+        with device_layer(), self.parts.here(*self.parts):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -98,6 +126,11 @@ class Trainer(Scorer):
                 group["lr"] = learning_rate
             _, gradient_norm, _ = self.optimizer.step()
         return {**_added(outputs), "gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """Main weights and moments, less what lies in the parameters' own memory."""
+        parameters = {tensor.untyped_storage()._cdata for tensor in _parameters(self.chunks)}
+        return [held for held in adam.tensors(self.optimizer) if held.untyped_storage()._cdata not in parameters]
 
 
 def _optimizer_config(config: Config, optimizer: Optimizer) -> OptimizerConfig:
@@ -121,7 +154,8 @@ def _sum_gradients(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) 
 
 def _added(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
     """Metrics of the last stage's micro-batches, summed over the world, each data-parallel rank counted once."""
-    counted = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    counted = parallel_state.is_pipeline_last_stage() and first
     mine: dict[str, float] = {}
     for metrics in outputs if counted else []:
         for name, value in metrics.items():

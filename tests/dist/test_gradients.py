@@ -1,95 +1,230 @@
-"""Every layout gives the same losses and the same updated weights, through real Megatron on gloo; and both agree with
-transformers and the plain-torch losses."""
+"""Every layout and every cut into micro-batches gives the same losses, the same gradient of every parameter and the
+same updated weights, through real Megatron on gloo; and they agree with transformers and the plain formulas.
+
+Each case is one step of policy and reward model on samples that are like a step's rollouts. By default some layouts;
+OREAL_MATRIX=whole, which tests/scale.sh sets, takes all of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from functools import partial
 
 import pytest
 import torch
 
-LAYOUTS = {  # world size; tensor, pipeline, virtual; tokens per micro-batch
-    "one process, one micro-batch": (1, (1, 1, 1), 10_000),
-    "one process, many micro-batches": (1, (1, 1, 1), 40),
-    "data parallel": (2, (1, 1, 1), 60),
-    "tensor parallel": (2, (2, 1, 1), 60),
-    "pipeline parallel": (2, (1, 2, 1), 60),
-    "interleaved pipeline": (2, (1, 2, 2), 40),  # an odd number of micro-batches, which gets an empty one
-    "more tensor-parallel ranks than key-value groups": (4, (4, 1, 1), 60),
+WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+# Layout, tokens of a micro-batch, further fields of Megatron's.
+CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40),
+        "deterministic": ({}, 60, dict(deterministic_mode=True))}  # the last, because the switch stays on
+PAIRS = {  # two processes
+    "data parallel": ({}, 60),
+    "tensor parallel": (dict(tensor=2), 60),
+    "sequence parallel": (dict(tensor=2, sequence=True), 60),
+    "pipeline parallel": (dict(pipeline=2), 60),
+    "interleaved pipeline": (dict(pipeline=2, virtual=2), 40),  # an odd number of micro-batches gets an empty one
+    "context parallel": (dict(context=2), 60),
+    "overlapping reduction": (dict(overlap=True), 40),
+    "full recomputation": (dict(), 60, FULL),
+    "selective recomputation": (dict(tensor=2), 60, dict(recompute_granularity="selective")),
+    "planted: each rank divides by its own tokens": ({}, 60),
 }
+FOURS = {  # four processes
+    "tensor x pipeline": (dict(tensor=2, pipeline=2), 60),
+    "sequence x context": (dict(tensor=2, sequence=True, context=2), 60),
+    "interleaved x data": (dict(pipeline=2, virtual=2), 40),
+    "context x data": (dict(context=2), 60),
+    "more tensor-parallel ranks than key-value groups": (dict(tensor=4), 60),
+    "the same, sequence-parallel": (dict(tensor=4, sequence=True), 60),
+    "sequence x data": (dict(tensor=2, sequence=True), 60),
+    "sequence x pipeline": (dict(tensor=2, sequence=True, pipeline=2), 60),
+    "interleaved, overlapping": (dict(pipeline=2, virtual=2, overlap=True), 40),
+    "recomputed with everything": (dict(tensor=2, sequence=True, context=2), 60, FULL),
+    "context x pipeline": (dict(context=2, pipeline=2), 60),
+    "context of four": (dict(context=4), 60),
+    "four pipeline stages": (dict(pipeline=4), 60),
+    "four replicas": ({}, 60),
+}
+FEW = ("tensor x pipeline", "sequence x context", "interleaved x data", "context x data")
 LEARNING_RATE = 1e-2
 
 
-def two_steps(folders: list[str], layout: tuple, budget: int, samples: list, dtype: str = "float32"):
-    """For each model, with and without reward model: metrics and full weights of the policy after two steps."""
+def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: str = "float32") -> dict:
+    """For each layout and folder: metrics, gradients and updated weights of policy and reward model."""
+    from megatron.core import parallel_state
+
     from oreal_megatron import config as c
-    from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import parallel
 
-    optimizer = c.Optimizer(lr=LEARNING_RATE, warmup_steps=0, clip_grad=0.05)
-    config = c.Config(
-        model=c.Model(dtype=dtype),
-        parallel=c.Parallel(*layout),
-        optimizer=optimizer,
-        reward_model=c.RewardModel(optimizer=optimizer),
-        weights=c.Weights(threshold=0.3),
-        loss=c.Loss(kl_coef=0.5),
-        tokens_per_micro_batch=budget,
-    )
-    parallel.start_process_group()
-    parallel.start_megatron(config.parallel, seed=0)
+    optimizer = c.Optimizer(lr=LEARNING_RATE, warmup_steps=0, clip_grad=1e9)  # a clip that never bites
     results = {}
-    for folder in folders:
-        source = Folder(folder)
-        pieces = (architecture.read(source.config), config, source.tensor)
-        for reward_model in (True, False):
-            results[folder, reward_model] = _train_twice(pieces, reward_model, samples)
+    parallel.start_process_group()
+    for name, (layout, budget, *more) in layouts.items():
+        config = c.Config(
+            model=c.Model(dtype=dtype),
+            parallel=c.Parallel(**layout),
+            optimizer=optimizer,
+            reward_model=c.RewardModel(optimizer=optimizer),
+            weights=c.Weights(threshold=0.3),
+            loss=c.Loss(kl_coef=0.5),
+            tokens_per_micro_batch=budget,
+            megatron=dict(*more),
+        )
+        parallel.start_megatron(config.parallel, seed=0)
+        for folder in folders:
+            results[name, folder] = one_step(folder, config, samples, planted=name.startswith("planted"))
+        parallel_state.destroy_model_parallel()
+    parallel.start_megatron(c.Parallel(), seed=0)
     parallel.stop()
     return results
 
 
-def _train_twice(pieces: tuple, reward_model: bool, samples: list):
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
-    from oreal_megatron.mcore import parallel, roles
+def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, dict, dict]:
+    from oreal_megatron.algo import pack, selection
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import model, parallel, roles
 
-    policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
-    judge = roles.TokenRewardModel(*pieces) if reward_model else roles.NoRewardModel()
-    batch = pack.batch(samples, pieces[1].tokens_per_micro_batch, *parallel.data_parallel())
-    for _ in range(2):  # the second step has a KL that is not zero, and weights of an updated reward model
-        weight, learned = judge.update(batch)
-        metrics = learned | policy.update(batch, reference.score(batch), weight)
-    return metrics, {name: tensor.clone() for name, tensor in build.full_tensors(policy)}
+    source = Folder(folder)
+    arch = architecture.read(source.config)
+    pieces = (arch, config, source.tensor)
+    policy, reference, judge = roles.Policy(*pieces), roles.Reference(*pieces), roles.TokenRewardModel(*pieces)
+    assert torch.are_deterministic_algorithms_enabled() == config.megatron.get("deterministic_mode", False)
+    rank, ranks, *rest = parallel.data_parallel(arch)
+    batch = pack.batch(samples, config.tokens_per_micro_batch, rank, ranks, *rest)
+    if planted:
+        share = pack._deal(samples, ranks, parallel.even_tokens(arch))[rank]
+        batch = dataclasses.replace(batch, counts=selection.counts(share))
+    weight, metrics = judge.update(batch)
+    reference_logp = reference.score(batch)
+    # As if the policy had moved, so that the KL counts.
+    metrics |= policy.update(batch, reference_logp and [logp + 0.5 for logp in reference_logp], weight)
+    gradients, weights = {}, {}
+    for trainer, head in ((policy, "lm"), (judge, "scalar")):
+        chunks = [model.unwrapped(chunk) for chunk in trainer.chunks]
+        completed(trainer)
+        placed = list(model.placed(chunks, arch, config, head))
+        gradients |= whole({entry: live.main_grad for entry, live in placed}, head)
+        weights |= whole({entry: live.detach() for entry, live in placed}, head)
+    return metrics, gradients, weights
 
 
-def test_every_layout_trains_the_same(model_folder, tied_model_folder, in_processes, make_samples):
-    folders, samples = [str(model_folder), str(tied_model_folder)], make_samples(6, seed=11)
-    results = {
-        name: in_processes(world, two_steps, folders, layout, budget, samples)
-        for name, (world, layout, budget) in LAYOUTS.items()
-    }
-    for case, (wanted_metrics, wanted_weights) in results["one process, one micro-batch"][0].items():
+def completed(trainer) -> None:
+    """The distributed optimizer leaves each replica its share of the summed gradient: give every one the whole."""
+    import torch.distributed as dist
+
+    for buffer in (buffer for chunk in trainer.chunks for buffer in chunk.buffers):
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Full tensors by head and Megatron's name, from what tensor-parallel ranks and pipeline stages hold."""
+    from oreal_megatron.mapping import tensors
+    from oreal_megatron.mcore import parallel
+
+    def everyone(mine: dict, group) -> list[dict]:
+        import torch.distributed as dist
+
+        found = [None] * group.size()
+        dist.all_gather_object(found, mine, group=group)
+        return found
+
+    tensor_group, pipeline_group = parallel.groups()
+    ranks, full = everyone({entry: value.float() for entry, value in held.items()}, tensor_group), {}
+    for entry in (entry for entry in held if entry.exported):
+        shards = [rank[entry] for rank in ranks]
+        if entry.cut is tensors.Cut.WHOLE:
+            assert all(torch.equal(shard, shards[0]) for shard in shards), f"{entry.megatron} differs between ranks"
+        # Without the rows that pad the vocabulary, of which there are more with more ranks.
+        full[head, entry.megatron] = tensors.unshard(entry, shards)[: 80 if entry.cut is tensors.Cut.VOCABULARY else None]
+    return {name: value for stage in everyone(full, pipeline_group) for name, value in stage.items()}
+
+
+def distance(wanted: dict, got: dict) -> float:
+    """The largest relative error of any tensor."""
+    assert wanted.keys() == got.keys()
+    return max(((got[name] - value).norm() / value.norm().clamp(min=1e-12)).item() for name, value in wanted.items())
+
+
+def off(wanted: dict, got: dict) -> float:
+    """By how many learning rates an update differs, of the worst tensor. Adam turns rounding of the few gradients near
+    zero into whole steps, hence the mean square."""
+    gaps = ((got[name] - value).square().mean().sqrt().item() for name, value in wanted.items())
+    return max(gaps) / LEARNING_RATE
+
+
+def check(results: dict, wanted: dict) -> None:
+    for (name, folder), (metrics, gradients, weights) in results.items():
+        wanted_metrics, wanted_gradients, wanted_weights = wanted[folder]
+        if name.startswith("planted"):
+            assert distance(wanted_gradients, gradients) > 0.1, "a wrong loss scale would go unseen"
+            continue
         assert wanted_metrics["loss/kl"] > 0 and wanted_metrics["policy/gradient_norm"] > 0
-        for name, ranks in results.items():
-            for metrics, weights in (rank[case] for rank in ranks):
-                assert metrics == pytest.approx(wanted_metrics, rel=2e-4, abs=2e-6), (name, case)
-                assert weights.keys() == wanted_weights.keys()
-                for tensor, value in wanted_weights.items():
-                    # Adam turns rounding of the few gradients near zero into whole steps, hence the mean square.
-                    gap = (weights[tensor] - value).square().mean().sqrt().item() / LEARNING_RATE
-                    assert gap < 0.02, f"{name} {case}: {tensor} is {gap:.3f} learning rates off"
+        assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7), name
+        assert distance(wanted_gradients, gradients) < 1e-5, (name, distance(wanted_gradients, gradients))
+        assert off(wanted_weights, weights) < 0.02, name
 
 
-def test_bfloat16_with_fp32_gradients_stays_close_to_float32(model_folder, in_processes, make_samples):
-    arguments = ([str(model_folder)], (2, 1, 1), 60, make_samples(6, seed=11))
-    exact, rounded = (in_processes(2, two_steps, *arguments, dtype)[0] for dtype in ("float32", "bfloat16"))
-    wanted, got = (result[str(model_folder), False] for result in (exact, rounded))
+@pytest.fixture(scope="module")
+def folders(tied_model_folder, write_model, tmp_path_factory) -> list[str]:
+    """Qwen2 with one matrix for embedding and head, and Qwen3 with two, which norms queries and keys."""
+    return [str(tied_model_folder), write_model(tmp_path_factory.mktemp("qwen3") / "qwen3", "Qwen3")]
+
+
+@pytest.fixture
+def rollouts(make_samples) -> list:
+    return make_samples(6, seed=11)
+
+
+@pytest.fixture(scope="module")
+def alone(folders, in_processes):
+    """Of one process: one micro-batch, for each folder; and the other cuts."""
+    found = {}
+
+    def run(samples: list) -> tuple[dict, dict]:
+        if not found:
+            layouts = {"one micro-batch": ({}, 10_000), **CUTS}
+            found.update(in_processes(1, matrix, folders, layouts, samples)[0])
+        wanted = {folder: found["one micro-batch", folder] for folder in folders}
+        return wanted, found
+
+    return run
+
+
+def test_every_cut_gives_the_same_gradient(alone, rollouts):
+    wanted, cuts = alone(rollouts)
+    check(cuts, wanted)
+
+
+@pytest.mark.parametrize("world, layouts", [(2, PAIRS), (4, FOURS)], ids=["two processes", "four processes"])
+def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, rollouts, in_processes):
+    if not WHOLE:
+        layouts = {name: layout for name, layout in layouts.items() if world == 2 or name in FEW}
+    some = folders if WHOLE or world == 2 else folders[:1]
+    results = in_processes(world, matrix, some, layouts, rollouts, timeout_s=600.0)
+    wanted, _ = alone(rollouts)
+    for rank in results:
+        check(rank, wanted)
+
+
+def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):
+    folder = folders[0]
+    wanted = alone(rollouts)[0][folder]
+    layouts = {"sequence parallel": (dict(tensor=2, sequence=True), 10_000)}  # one micro-batch
+    got = in_processes(2, matrix, [folder], layouts, rollouts, "bfloat16")[0]["sequence parallel", folder]
     for name in ("loss/positive", "loss/negative", "loss/kl", "policy/gradient_norm"):
         assert got[0][name] == pytest.approx(wanted[0][name], rel=0.1, abs=0.02), name
-    assert {value.dtype for value in got[1].values()} == {torch.bfloat16}
-    gaps = [(got[1][name].float() - value).square().mean().sqrt().item() for name, value in wanted[1].items()]
-    assert max(gaps) < 0.5 * LEARNING_RATE
+    assert distance(wanted[1], got[1]) < 0.15
+    assert all(torch.equal(value, value.bfloat16().float()) for value in got[2].values())
+    products = {name: value for name, value in got[1].items() if "linear" in name[1] and name[1].endswith("weight")}
+    assert products
+    for name, value in products.items():
+        assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded before it was added"
 
 
 def loss_and_gradient_norm(folder: str, samples: list):
@@ -113,12 +248,8 @@ def loss_and_gradient_norm(folder: str, samples: list):
 
 
 def _plain_objective(number, micro_batch, hidden, policy, counts, config):
-    from oreal_megatron.algo import loss
-
-    tokens = len(micro_batch.labels)
-    terms = loss.terms(torch.full((tokens,), -3.0), torch.full((tokens,), 0.7), micro_batch, counts, config)
-    total, sums, _ = policy.language_model.oreal_loss(hidden, micro_batch, terms)
-    return total, loss.metrics(total, sums, counts, config.kl_kind)
+    reference, weight = (torch.full((len(micro_batch.labels),), value) for value in (-3.0, 0.7))
+    return policy.language_model.oreal_loss(hidden, micro_batch, reference, weight, counts, config)
 
 
 def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_formula(

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oreal_megatron.algo import advantages, pack, sampler, schedule, selection, weights
@@ -111,33 +111,6 @@ def test_top_share_spreads_the_best_tokens_over_zero_to_one():
     assert sorted(half.tolist()) == [0.0, 0.0, 0.0, 1.0] and half[0] == 1
     even = weights.importance(torch.zeros(4), batch, Weights("top_share", top_share=0.5))
     assert even.sum() == 2
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_batches(data):
-    lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), max_size=30))
-    ranks, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(10, 200))
-    samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
-    multiple = data.draw(st.integers(1, 4))
-    batches = [pack.batch(samples, budget, rank, ranks, multiple) for rank in range(ranks)]
-    assert len({len(batch.micro_batches) for batch in batches}) == 1
-    assert len(batches[0].micro_batches) % multiple == 0
-    found = Counter()
-    for part in (part for batch in batches for part in batch.micro_batches):
-        if part.tokens.shape[0] > 1:
-            assert part.tokens.numel() <= budget
-        owner = torch.repeat_interleave(torch.arange(len(part.advantage)), part.cu_seqlens.diff())
-        assert (part.labels == part.advantage[owner].long()).all(), "labels, borders and advantages belong together"
-        found.update(part.labels.tolist())
-    assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))
-
-
-def test_the_position_before_a_token_predicts_it():
-    batch = pack.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)])
-    flat = batch.tokens.flatten()
-    assert flat[batch.action_index + 1].tolist() == batch.labels.tolist() == [7, 6, 4, 3, 2]
-    assert flat[batch.action_index].tolist() == [8, 7, 5, 4, 3]
 
 
 def prompts(*rates: float | None) -> list[Prompt]:

@@ -136,7 +136,9 @@ def config_for(folder: Path, **changes) -> c.Config:
 @pytest.mark.parametrize(
     ("changes", "world", "says"),
     [
-        (dict(parallel=c.Parallel(2, 2)), 6, "6 processes were started, but parallel.tensor x parallel.pipeline is 4"),
+        (dict(parallel=c.Parallel(2, 2)), 6, "6 processes were started, but parallel.tensor x pipeline x context is 4"),
+        (dict(parallel=c.Parallel(context=2)), 3, "parallel.tensor x pipeline x context is 2"),
+        (dict(parallel=c.Parallel(sequence=True)), 1, "parallel.sequence is set, which needs parallel.tensor"),
         (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
         (dict(parallel=c.Parallel(8)), 8, "4 attention heads cannot be shared evenly by 8"),
         (dict(parallel=c.Parallel(1, 2, 4)), 2, "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks"),

@@ -1,0 +1,83 @@
+"""Idle models leave the device and come back unchanged: the same training, bit by bit, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from oreal_megatron.records import Sample
+
+
+CASES = [(dtype, offload) for dtype in ("float32", "bfloat16") for offload in (False, True)]
+
+
+def every_case(folder: str, samples: list, scratch: str) -> dict:
+    from megatron.core import parallel_state
+
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.mcore import parallel
+
+    parallel.start_process_group()
+    results = {}
+    for dtype, offload in CASES:
+        parallel.start_megatron(Parallel(), seed=0)
+        results[dtype, offload] = trained(folder, samples, offload, dtype, f"{scratch}/{dtype}_{offload}")
+        parallel_state.destroy_model_parallel()
+    parallel.start_megatron(Parallel(), seed=0)
+    parallel.stop()
+    return results
+
+
+def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str) -> dict:
+    """Weights after two steps with a checkpoint between, and the bytes on the device while each model computes."""
+    from oreal_megatron import config as c
+    from oreal_megatron.algo import pack
+    from oreal_megatron.cli import build
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import checkpoint, parallel, roles
+
+    optimizer = c.Optimizer(lr=1e-2, warmup_steps=0)
+    config = c.Config(model=c.Model(folder, dtype), optimizer=optimizer, offload=offload, loss=c.Loss(kl_coef=0.5))
+    source = Folder(folder)
+    pieces = (architecture.read(source.config), config, source.tensor)
+    models = {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
+    models["reference"] = roles.Reference(*pieces)
+
+    def bytes_here() -> dict[str, dict[str, int]]:
+        return {name: {part: held.bytes() for part, held in model.parts.items()} for name, model in models.items()}
+
+    seen = {"at rest": bytes_here()}
+    for name, model in models.items():
+        model.chunks[0].register_forward_pre_hook(lambda *_, name=name: seen.update({name: bytes_here()}))
+    batch = pack.batch(samples, 60, *parallel.data_parallel())
+    trainers = {name: models[name] for name in ("policy", "reward_model")}
+    for step in range(2):
+        weight, _ = models["reward_model"].update(batch)
+        models["policy"].update(batch, models["reference"].score(batch), weight)
+        if step == 0:
+            checkpoint.load(checkpoint.save(Path(scratch), step, trainers, 1), trainers)
+    seen["afterwards"] = bytes_here()
+    weights = {name: tensor.clone() for name, tensor in build.full_tensors(models["policy"])}
+    return {"seen": seen, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def results(model_folder, in_processes, tmp_path_factory) -> dict:
+    samples = [
+        Sample((5, 6), (7 + place % 9,) * (place + 1), reward, reward) for place in range(4) for reward in (1.0, -1.0)
+    ]
+    return in_processes(1, every_case, str(model_folder), samples, str(tmp_path_factory.mktemp("runs")))[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloading_changes_no_bit_and_leaves_only_the_model_at_work(dtype, results):
+    kept, offloaded = results[dtype, False], results[dtype, True]
+    assert all(torch.equal(offloaded["weights"][name], value) for name, value in kept["weights"].items())
+    everything = kept["seen"]["at rest"]
+    assert all(size > 0 for parts in everything.values() for size in parts.values())
+    for name, there in offloaded["seen"].items():
+        for model, parts in there.items():
+            assert parts == (everything[model] if model == name else dict.fromkeys(parts, 0)), (name, model)

@@ -1,0 +1,102 @@
+"""Packed micro-batches through real Megatron: the log-probs of transformers for every family, nothing crosses the
+border of a sequence, and no random batch makes the ranks wait for each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+WORLD = 4
+BATCHES = 40 if os.environ.get("OREAL_MATRIX") == "whole" else 6
+SHAPES = {"two stages": dict(pipeline=2), "interleaved": dict(pipeline=2, virtual=2)}
+
+
+def scores(folders: dict[str, str], many: list[list]) -> dict[str, list[list[torch.Tensor]]]:
+    """Log-probs of each sample's response, for each folder and list of samples, each list in one micro-batch."""
+    from oreal_megatron import config as c
+    from oreal_megatron.algo import pack
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.records import Batch
+
+    parallel.start_process_group()
+    parallel.start_megatron(c.Parallel(), seed=0)
+    parts, found = tuple(pack.micro_batch(samples) for samples in many), {}
+    for name, path in folders.items():
+        source = Folder(path)
+        reference = roles.Reference(architecture.read(source.config), c.Config(), source.tensor)
+        logps = reference.score(Batch(parts, pack.counts(many[0])))
+        found[name] = [
+            list(logp_T.split(part.cu_seqlens.diff().tolist())) for logp_T, part in zip(logps, parts, strict=True)
+        ]
+    parallel.stop()
+    return found
+
+
+def test_packed_log_probs_are_those_of_transformers_and_move_with_no_neighbour(families, in_processes, make_samples):
+    from transformers import AutoModelForCausalLM
+
+    samples = make_samples(5, seed=4)
+    other = dataclasses.replace(samples[2], prompt_tokens=(9,) * len(samples[2].prompt_tokens))
+    found = in_processes(1, scores, families, [samples, [*samples[:2], other, *samples[3:]]])[0]
+    assert len(found) == 4
+    for name, path in families.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for sample, logp in zip(samples, found[name][0], strict=True):
+            ids = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+            with torch.no_grad():
+                wanted = model(ids).logits[0, len(sample.prompt_tokens) - 1 : -1].log_softmax(-1)
+            wanted = wanted.gather(1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
+            assert (logp - wanted).abs().max() < 1e-5, name
+        same = [torch.equal(one, two) for one, two in zip(*found[name], strict=True)]
+        assert same == [number != 2 for number in range(len(samples))], name
+
+
+def random_batches(folder: str) -> list[int]:
+    """Train on random batches at both shapes; the micro-batches that this rank ran. Hangs if ranks disagree."""
+    from megatron.core import parallel_state
+
+    from oreal_megatron import config as c
+    from oreal_megatron.algo import pack
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.records import Sample
+
+    source, generator, ran = Folder(folder), random.Random(1), []
+    arch = architecture.read(source.config)
+    parallel.start_process_group()
+    for shape in SHAPES.values():
+        config = c.Config(parallel=c.Parallel(**shape))
+        parallel.start_megatron(config.parallel, seed=0)
+        policy = roles.Policy(arch, config, source.tensor)
+        for _ in range(BATCHES):
+            lengths = [generator.randint(1, 60) for _ in range(generator.randint(1, 12))]
+            samples = [Sample((5,) * 3, (6,) * length, 1.0, 1.0) for length in lengths]
+            batch = pack.batch(samples, generator.randint(4, 150), *parallel.data_parallel(arch))
+            assert torch.isfinite(torch.tensor(policy.imitate(batch)["policy/gradient_norm"]))
+            ran.append(len(batch.micro_batches))
+        parallel_state.destroy_model_parallel()
+    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.stop()
+    return ran
+
+
+def test_no_random_batch_makes_ranks_wait_for_each_other(model_folder, in_processes):
+    ranks = in_processes(WORLD, random_batches, str(model_folder), timeout_s=600.0)
+    assert all(ran == ranks[0] for ran in ranks) and len(set(ranks[0])) > 1
+    assert all(number % 2 == 0 for number in ranks[0][BATCHES:]), "interleaved, in groups of the stages"
+    assert len(ranks[0]) == BATCHES * len(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def families(write_model, tmp_path_factory) -> dict[str, str]:
+    """Random weights of every family that transformers itself knows."""
+    root: Path = tmp_path_factory.mktemp("families")
+    return {name: write_model(root / name, name) for name in ("Qwen2", "Qwen3", "Llama", "Mistral")}

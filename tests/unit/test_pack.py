@@ -1,0 +1,90 @@
+"""Packing: nothing lost, equal numbers of micro-batches, budgets kept, little waste, work balanced."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oreal_megatron.algo import pack
+from oreal_megatron.records import Sample
+
+BUDGET = 16384
+
+
+def sample(length: int) -> Sample:
+    return Sample((1,), (2,) * (length - 1), 1.0, 1.0)
+
+
+def realistic(number: int, seed: int) -> list[Sample]:
+    """Log-normal lengths, as answers of a reasoner have: half below 3,000 tokens, none above 16,384."""
+    generator = random.Random(seed)
+    return [sample(max(2, min(BUDGET, round(generator.lognormvariate(8.0, 0.9))))) for _ in range(number)]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_batches(data):
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), max_size=30))
+    ranks, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(10, 200))
+    multiple, pad_to = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 8]))
+    samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
+    batches = [pack.batch(samples, budget, rank, ranks, multiple, pad_to, 50.0) for rank in range(ranks)]
+    assert len({len(batch.micro_batches) for batch in batches}) == 1 and len(batches[0].micro_batches) % multiple == 0
+    found = Counter()
+    for part in (part for batch in batches for part in batch.micro_batches):
+        assert len(part.tokens) % pad_to == 0 and part.borders[0] == 0 and part.borders[-1] == len(part.tokens)
+        if len(part.reward) > 1:
+            assert len(part.tokens) <= budget, "only one that is longer than the budget, alone, may exceed it"
+        starts = torch.tensor(part.borders[:-1])
+        lengths_here = torch.tensor(part.borders).diff()
+        assert torch.equal(torch.arange(len(part.tokens)) - part.positions, starts.repeat_interleave(lengths_here))
+        owner = torch.repeat_interleave(torch.arange(len(part.advantage)), part.cu_seqlens.diff())
+        assert (part.labels == part.advantage[owner].long()).all(), "labels, borders and advantages belong together"
+        assert (part.tokens[part.action_index + 1] == part.labels).all(), "the position before a token predicts it"
+        found.update(part.labels.tolist())
+    assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))
+
+
+def test_two_packed_sequences_by_hand():
+    batch = pack.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)], pad_to=3)
+    assert batch.tokens.tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0] and batch.borders == (0, 4, 8, 9)
+    assert batch.action_index.tolist() == [1, 2, 4, 5, 6] and batch.cu_seqlens.tolist() == [0, 2, 5]
+
+
+def test_without_samples_there_is_filler_without_action():
+    empty = pack.micro_batch([], pad_to=4)
+    assert empty.tokens.tolist() == [0] * 4 and empty.borders == (0, 4) and len(empty.labels) == 0
+    assert empty.cu_seqlens.tolist() == [0, 0] and empty.reward.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_less_than_3_percent_of_the_budget_stays_empty_on_realistic_lengths(seed):
+    samples = realistic(512, seed)
+    used = pack.batch(samples, BUDGET, 0, 1, pad_to=16).micro_batches
+    assert 1 - sum(map(len, samples)) / (BUDGET * len(used)) < 0.03
+    assert 1 - sum(map(len, samples)) / sum(len(part.tokens) for part in used) < 0.002, "filler"
+
+
+def spread(samples: list[Sample], ranks: int, counted: float) -> float:
+    """How much longer than the mean the busiest rank works, when attention is `counted` in dealing."""
+    shares = (pack.batch(samples, BUDGET, rank, ranks, even_tokens=counted) for rank in range(ranks))
+    lengths = ([torch.tensor(part.borders).diff() for part in share.micro_batches] for share in shares)
+    loads = [pack.cost(torch.cat(share), 20_000.0).sum().item() for share in lengths]
+    return max(loads) / (sum(loads) / ranks) - 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_work_is_balanced_over_ranks(ranks):
+    assert spread(realistic(512, 7), ranks, 20_000.0) < 0.01
+
+
+def test_attention_counts_as_work():
+    one_long = [sample(16000), *[sample(500)] * 96]
+    assert spread(one_long, 2, 20_000.0) < 0.01 < 0.1 < spread(one_long, 2, math.inf)

@@ -1,0 +1,161 @@
+"""Figures of docs/scale.md, measured here: packed against padded micro-batches, the cost of the CPU layer's stand-ins,
+bytes of every model in every phase. One process, one thread, a small model; some minutes.
+
+    python tools/scale_figures.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+import tempfile
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from oreal_megatron import config as c
+from oreal_megatron.algo import pack, selection
+from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.mapping import architecture
+from oreal_megatron.mcore import cpu, parallel, roles
+from oreal_megatron.records import Batch, MicroBatch, Sample
+
+LONGEST, BUDGET, SAMPLES, ROUNDS = 512, 1024, 32, 7
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parallel.start_process_group()
+    parallel.start_megatron(c.Parallel(), seed=0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = small_model(Path(scratch) / "model")
+        packing(folder)
+        cpu_layer(folder)
+        for dtype in ("float32", "bfloat16"):
+            memory(folder, dtype)
+    parallel.stop()
+
+
+def small_model(folder: Path) -> Folder:
+    spec = importlib.util.spec_from_file_location("task", Path(__file__).with_name("make_addition_task.py"))
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    task.make_model(folder, seed=1)
+    return Folder(folder)
+
+
+def drawn() -> list[Sample]:
+    """Log-normal lengths, a thirty-second of a reasoner's: half below 93 tokens, none above 512."""
+    generator = random.Random(3)
+    lengths = [max(8, min(LONGEST, round(generator.lognormvariate(8.0, 0.9) / 32))) for _ in range(SAMPLES)]
+    return [Sample((5, 6), tuple(7 + place % 9 for place in range(n - 2)), sign, sign)
+            for n, sign in zip(lengths, [1.0, -1.0] * SAMPLES, strict=False)]  # fmt: skip
+
+
+def padded(samples: list[Sample]) -> Batch:
+    """Rows of one width, sorted by length, as long as rows x width stays in the budget: what packing replaces."""
+    groups: list[list[Sample]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        if groups and len(groups[-1][0]) * (len(groups[-1]) + 1) <= BUDGET:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return Batch(tuple(rows(group) for group in groups), selection.counts(samples))
+
+
+def rows(group: list[Sample]) -> MicroBatch:
+    width = len(group[0])
+    whole = pack.micro_batch(
+        [Sample((*s.prompt_tokens, *s.response_tokens, *[0] * (width - len(s))), (), 0.0, 0.0) for s in group]
+    )
+    real = pack.micro_batch(group)
+    shift = torch.tensor([row * width - real.borders[row] for row in range(len(group))])
+    index = real.action_index + shift.repeat_interleave(real.cu_seqlens.diff())
+    return dataclasses.replace(
+        real, tokens=whole.tokens, positions=whole.positions, borders=whole.borders, action_index=index
+    )
+
+
+def policy_step(folder: Folder, batch: Batch) -> Callable[[], object]:
+    pieces = (architecture.read(folder.config), c.Config(), folder.tensor)
+    policy, weight = roles.Policy(*pieces), roles.NoRewardModel().update(batch)[0]
+    reference = policy.score(batch)
+    return lambda: policy.update(batch, reference, weight)
+
+
+def seconds(steps: list[Callable[[], object]]) -> list[float]:
+    """CPU time of the fastest of some runs of each, which take turns: the machine may be shared."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(ROUNDS):
+        for step, taken in zip(steps, times, strict=True):
+            begin = time.process_time()
+            step()
+            taken.append(time.process_time() - begin)
+    return [min(taken) for taken in times]
+
+
+def packing(folder: Folder) -> None:
+    samples = drawn()
+    tokens, batches = sum(map(len, samples)), [pack.batch(samples, BUDGET, 0, 1), padded(samples)]
+    times = seconds([policy_step(folder, batch) for batch in batches])
+    for name, batch, taken in zip(("packed", "padded"), batches, times, strict=True):
+        there = sum(len(part.tokens) for part in batch.micro_batches)
+        print(f"{name}: {taken:.3f} s, {len(batch.micro_batches)} micro-batches, {1 - tokens / there:.1%} padding")
+    print(f"packed / padded: {times[0] / times[1]:.2f}")
+
+
+def cpu_layer(folder: Folder) -> None:
+    """How often the stand-ins of mcore/cpu.py are called in a step, times what one costs beyond what it stands for."""
+    step, calls, saved = policy_step(folder, pack.batch(drawn(), BUDGET, 0, 1)), [], dict(cpu.PATCHES)
+
+    def counted(stand_in: Callable) -> Callable:
+        return lambda *args, **kwargs: calls.append(1) or stand_in(*args, **kwargs)
+
+    try:
+        for name, (owner, attribute, stand_in) in saved.items():
+            cpu.PATCHES[name] = (owner, attribute, counted(stand_in))
+        step()
+    finally:
+        cpu.PATCHES.update(saved)
+    (taken,) = seconds([step])
+    rounds, made = 2000, cpu.PATCHES["zeros"][2]
+    bare, through = (
+        min(timeit.repeat("f(1, device='cpu')", number=rounds, globals={"f": f})) / rounds for f in (torch.zeros, made)
+    )
+    cost = len(calls) * (through - bare)
+    print(f"CPU layer: {len(calls)} calls, {cost * 1e6:.0f} us, {cost / taken:.2%} of a step of {taken:.3f} s")
+
+
+def memory(folder: Folder, dtype: str) -> None:
+    """Tensor bytes on the device while each model computes, with offloading; a part that is away has none."""
+    config = c.Config(model=c.Model(dtype=dtype), offload=True)
+    pieces, batch = (architecture.read(folder.config), config, folder.tensor), pack.batch(drawn()[:4], BUDGET, 0, 1)
+    models = {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
+    models["reference"] = roles.Reference(*pieces)
+    parts = [(name, part) for name, model in models.items() for part in model.parts]
+    table: dict[str, list[int]] = {}
+
+    def record(phase: str) -> None:
+        table[phase] = [models[name].parts[part].bytes() for name, part in parts]
+
+    for name, model in models.items():
+        model.chunks[0].register_forward_pre_hook(lambda *_, name=name: record(name))
+    record("generate")
+    weight, _ = models["reward_model"].update(batch)
+    models["policy"].update(batch, models["reference"].score(batch), weight)
+    with models["policy"].parts.here("parameters"):
+        record("reshard")
+    print(
+        f"\nKiB of tensors on the device, {dtype}, offload=True\n| phase | " + " | ".join(map(" ".join, parts)) + " |"
+    )
+    print("|---" * (len(parts) + 1) + "|")
+    for phase in ("generate", "reward_model", "reference", "policy", "reshard"):
+        print(f"| {phase} | " + " | ".join(f"{size / 1024:.0f}" for size in table[phase]) + " |")
+
+
+if __name__ == "__main__":
+    main()
