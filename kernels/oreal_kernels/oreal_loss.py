@@ -118,8 +118,9 @@ def terms_kernel(
     d = tl.load(reference_logp + token, mask=inside, other=0.0) - value
     d = tl.minimum(tl.maximum(d, -FARTHEST), FARTHEST)
     grown = tl.exp(d)
-    # exp(d) - d - 1 by its series near 0, where the digits cancel.
-    k3 = tl.where(tl.abs(d) < 0.03, d * d / 2.0 * (1.0 + d / 3.0 * (1.0 + d / 4.0)), grown - d - 1.0)
+    # exp(d) - d - 1, and 1 - exp(d), by their series near 0, where the digits cancel.
+    tail = 1.0 + d / 4.0 * (1.0 + d / 5.0 * (1.0 + d / 6.0))
+    k3 = tl.where(tl.abs(d) < 0.25, d * d / 2.0 * (1.0 + d / 3.0 * tail), grown - d - 1.0)
     merit = w * own if ADVANTAGE_ON_POSITIVES else w
     if KL_KIND == 1:
         pull = 1.0
@@ -128,7 +129,7 @@ def terms_kernel(
     elif KL_KIND == 2:
         pull = -d
     else:
-        pull = tl.where(tl.abs(d) < 0.03, -d * (1.0 + d / 2.0 * (1.0 + d / 3.0)), 1.0 - grown)
+        pull = tl.where(tl.abs(d) < 0.25, -d * (1.0 + d / 2.0 * (1.0 + d / 3.0 * tail)), 1.0 - grown)
     push = tl.where(right, right_scale * merit, wrong_scale * w * own)
     tl.store(slope + token, kl_scale * pull - push, mask=inside)
     place = sums + tl.program_id(0) * 8

@@ -199,6 +199,32 @@ def test_linear_oreal_loss_in_16_bits_and_scaled(kl_kind, served_by):
     close_enough(gradients(loss_of(linear_oreal_loss, terms), hidden, weight, dtype), plain, exact)
 
 
+def test_the_scale_of_the_loss_is_not_rounded():
+    """19.9 is no bf16 number; rounded to 20 it would lengthen every hidden gradient by half a percent."""
+    hidden, weight, labels, _ = case_of({}, torch.bfloat16)
+
+    def length(scale: float) -> float:
+        x = hidden.clone().requires_grad_()
+        (linear_oreal_loss(x, weight, labels, terms_of()).loss * scale).backward()
+        return x.grad.double().abs().sum().item()
+
+    assert length(19.9) / length(1.0) == pytest.approx(19.9, rel=1e-3)
+
+
+def test_a_gradient_of_many_chunks_is_as_good_as_of_one(served_by):
+    """Without main_grad too the weight's gradient is summed in fp32, and rounded once."""
+    dtype = half_of(served_by)
+    hidden, weight, labels = random(256, H).to(dtype), random(V, H, seed=1).to(dtype), labels_of(256)
+
+    def gradient(budget: int) -> torch.Tensor:
+        w = weight.clone().requires_grad_()
+        linear_logprob(hidden, w, labels, mode="recompute", budget_bytes=budget)[0].sum().backward()
+        return w.grad.double()
+
+    one, many = gradient(2**20), gradient(4 * V * 2)
+    assert (many - one).abs().max() <= 2 * torch.finfo(dtype).eps * one.abs().max()
+
+
 def test_main_grad_and_loss_scale(served_by):
     """Straight into main_grad, or by way of a buffer, or as an ordinary gradient: the same sums."""
     hidden, weight, labels, _ = case_of({}, torch.float32)
@@ -348,7 +374,7 @@ def test_small_gradients_of_a_certain_token_survive(served_by):
 
 def test_what_ignored_rows_hold_does_not_matter(served_by):
     logits = random(3, 70)
-    logits[1] = torch.nan
+    logits[1, 3] = torch.nan
     logits.requires_grad_()
     logp, entropy = logprob_from_logits(logits, torch.tensor([0, -100, 69]))
     (logp + entropy).sum().backward()

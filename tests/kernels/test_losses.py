@@ -155,6 +155,17 @@ def test_far_and_near_references(distance, served_by):
     assert sums[SUMS.index("k3")].item() == pytest.approx(wanted, rel=1e-4, abs=room)
 
 
+@pytest.mark.parametrize("d", [1e-5, -1e-5, 0.02, -0.04, 1.0])
+def test_the_slope_of_k3_keeps_its_digits_near_zero(d, served_by):
+    terms = terms_of(positive_coef=0.0, negative_coef=0.0, kl_coef=331.0, reference_logp=torch.full((T,), d))
+    slope, sums = policy_terms(torch.zeros(T), terms)
+    exact = terms.reference_logp.double()
+    near = 1e-7 if served_by == "reference" else 0  # torch differentiates expm1(d) - d as exp(d) - 1
+    torch.testing.assert_close(slope.double(), -torch.expm1(exact), rtol=1e-5, atol=near)
+    wanted = (torch.expm1(exact) - exact).sum().item()
+    assert sums[SUMS.index("k3")].item() == pytest.approx(wanted, rel=1e-3 if served_by == "reference" else 1e-4)
+
+
 def test_any_cut_adds_up(served_by):
     terms, logp = terms_of(), random(seed=4) - 2
     slope, sums = policy_terms(logp, terms)
