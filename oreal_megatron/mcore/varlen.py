@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,9 +61,13 @@ class Plan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[S, heads, d] from queries [S, heads, d], keys and values [S', groups, d]; heads is a multiple of groups."""
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_varlen():
-            return varlen_attn(query, key[self._key_rows], value[self._key_rows], *self._borders, **_CAUSAL)
+            return self.by_borders(varlen_attn, query, key, value)
         attended = torch.cat([batch.attend(query, key, value) for batch in self._batches])
         return attended.index_select(0, self._places)
+
+    def by_borders(self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attend` by a kernel that takes borders, and whose causal mask is aligned to the last key of each segment."""
+        return kernel(query, key[self._key_rows], value[self._key_rows], *self._borders, **_CAUSAL)
 
     @cached_property
     def _batches(self) -> list[_Batch]:
@@ -79,7 +83,7 @@ class Plan:
         """Every segment's keys end to end; a slice where they lie so already."""
         ranges = [segment.keys for segment in self.segments]
         if all(before.stop == after.start for before, after in itertools.pairwise(ranges)):
-            return slice(None)
+            return slice(ranges[0].start, ranges[-1].stop)
         return torch.cat([torch.arange(keys.start, keys.stop) for keys in ranges]).to(self.device)
 
     @cached_property

@@ -52,6 +52,32 @@ def test_packed_attention_is_that_of_one_sequence_at_a_time(ranks, groups):
         torch.testing.assert_close(got_gradient, gradient)
 
 
+def plain_kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch's varlen_attn promises, segment by segment."""
+    assert window_size == (-1, 0) and enable_gqa and len(query) == cu_q[-1] and len(key) == cu_k[-1]
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max()) and cu_q.dtype == cu_k.dtype == torch.int32
+    done = []
+    for segment in range(len(cu_q) - 1):
+        q = query[cu_q[segment] : cu_q[segment + 1]]
+        k, v = (rows[cu_k[segment] : cu_k[segment + 1]] for rows in (key, value))
+        seen = torch.ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+        q, k, v = (rows.transpose(0, 1)[None] for rows in (q, k, v))
+        done.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(done)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("borders", [BORDERS, [0, 24, 48, 72, 96]], ids=["anywhere", "where shares end"])
+def test_borders_for_a_gpu_s_kernel_say_the_same(ranks, borders):
+    tensors = drawn()
+    for rank in range(ranks):
+        chunks = context.chunks(BORDERS[-1], rank, ranks)
+        mine = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
+        plan = varlen.Plan(varlen.segments(borders, chunks), mine.device)
+        share = tensors[0][mine], *tensors[1:]
+        torch.testing.assert_close(plan.by_borders(plain_kernel, *share), plan.attend(*share))
+
+
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
 def test_nothing_crosses_the_border_of_a_sequence(which):
     tensors = drawn()
