@@ -36,14 +36,11 @@ class Traffic:
     minimum_received: np.ndarray
     minimum_between: int  # over all ranks: each byte enters a node once
 
-    def megabytes(self) -> dict[str, float]:
-        """Metrics: the busiest rank's traffic, and what crosses between nodes in all."""
+    def least(self) -> dict[str, float]:
+        """Metrics: the bytes that some rank must receive at least, and that all nodes together must."""
         return {
-            "reshard/sent_megabytes": self.sent.max() / 1e6,
-            "reshard/received_megabytes": self.received.max() / 1e6,
-            "reshard/minimum_received_megabytes": self.minimum_received.max() / 1e6,
-            "reshard/between_nodes_megabytes": self.received_between.sum() / 1e6,
-            "reshard/minimum_between_nodes_megabytes": self.minimum_between / 1e6,
+            "reshard/least_received_bytes": float(self.minimum_received.max()),
+            "reshard/least_between_nodes_bytes": float(self.minimum_between),
         }
 
 
