@@ -195,7 +195,8 @@ def connect(policy: Any, engine: Any) -> HandOver:
         policy.arch, cut.tensor, cut.pipeline, cut.virtual, config.engine.tensor, ranks.world_size(), ranks.node_size()
     )
     buffer = config.engine.buffer_megabytes * 2**20
-    made = HandOver(layout, config.engine.transport, buffer, policy.placed, partial(full_tensors, policy), engine)
+    full, here = partial(full_tensors, policy), partial(policy.parts.here, "parameters")
+    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, here)
     if ranks.rank() == 0:
         print(f"weights reach the engine by the transport {made.description}", flush=True)
     return made

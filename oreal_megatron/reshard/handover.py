@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +33,17 @@ class HandOver:
     engine's own loader (`gather`). Either way the engine's parameters are compared with the trainer's, where they can.
     """
 
-    def __init__(self, layout: Layout, wanted: str, buffer_bytes: int, placed: Placed, full: Full, engine: Any):
-        self.layout, self.buffer_bytes = layout, buffer_bytes
+    def __init__(
+        self,
+        layout: Layout,
+        wanted: str,
+        buffer_bytes: int,
+        placed: Placed,
+        full: Full,
+        engine: Any,
+        here: Callable[[], AbstractContextManager] = nullcontext,  # has the trainer's weights on the device
+    ):
+        self.layout, self.buffer_bytes, self.here = layout, buffer_bytes, here
         self.placed, self.full, self.engine = placed, full, engine
         parameters, refusal = engine.live()
         refusal = refusal or vllm_layout.mismatch(parameters, layout.arch, layout.engine)
@@ -59,13 +69,14 @@ class HandOver:
         Raises WeightsDiffer, on all ranks, naming the first parameter that arrived wrong.
         """
         counted = Counted()
-        if self.transport == "gather":
-            self.engine.load(self.full())
-        if not self.refusal:
-            self._prepare()
-        if self.transport == "direct":
-            counted = self.direct.run()
-        wrong = self.checksums.differing() if self.checksums else []
+        with self.here():
+            if self.transport == "gather":
+                self.engine.load(self.full())
+            if not self.refusal:
+                self._prepare()
+            if self.transport == "direct":
+                counted = self.direct.run()
+            wrong = self.checksums.differing() if self.checksums else []
         everyones = ranks.gather((counted, wrong))
         self._refuse([wrong for _, wrong in everyones], version)
         return self._metrics([counted for counted, _ in everyones])
