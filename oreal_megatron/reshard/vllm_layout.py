@@ -100,6 +100,8 @@ def _vocabulary(arch: Architecture, name: str, ranks: int, rank: int) -> Piece:
 
 def mismatch(live: dict[str, Tensor], arch: Architecture, ranks: int) -> str:
     """What keeps an engine's parameters from being written to slice by slice; empty when nothing does."""
+    if arch.experts:
+        return "it has experts, which only its own loader places"
     wanted = shapes(arch, ranks)
     if odd := sorted(wanted.keys() ^ live.keys()):
         return f"its parameters are not those of this layout, beginning with {odd[0]}"

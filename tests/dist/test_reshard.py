@@ -17,6 +17,7 @@ import torch
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
+ROWS = {name: row for name, row in ROWS.items() if not any("experts" in field for field in row)}  # those go by gather
 SPEC = importlib.util.spec_from_file_location("reshard_oracle", TESTS / "reshard_oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(oracle)
