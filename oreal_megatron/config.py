@@ -73,6 +73,10 @@ class Engine:
     max_model_len: int = 16384  # prompt and response, tokens
     max_num_seqs: int = 256
     kv_cache_gb: float = 1.0  # per rank
+    dtype: str = ""  # of its weights; empty: as the model's. bfloat16 engines serve a float32 trainer
+    transport: str = "direct"  # how weights reach it; "gather": full tensors, through vLLM's own loader
+    buffer_megabytes: int = 512  # extra memory of the direct transport, per rank
+    sleep: bool = True  # give its memory to the trainer while it trains, where the platform can (a CPU cannot)
     enforce_eager: bool = False
     proof_answers: int = 2  # answers of each replica whose log-probs are compared with the trainer's, every step
     proof_tokens: int = 64  # at most so many tokens of each
@@ -211,4 +215,8 @@ class Config:
     def proof_tolerance(self) -> float:
         if self.engine.proof_tolerance is not None:
             return self.engine.proof_tolerance
-        return 1e-4 if self.model.dtype == "float32" else 0.1
+        return 1e-4 if self.model.dtype == self.engine_dtype == "float32" else 0.1
+
+    @property
+    def engine_dtype(self) -> str:
+        return self.engine.dtype or self.model.dtype

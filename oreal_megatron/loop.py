@@ -17,12 +17,12 @@ from oreal_megatron.observe.run import Run
 def train(
     config: Config,
     prompts: Any,  # .take(step) -> [P] Prompt
-    engine: Any,  # .generate(...) -> [P, K] Rollout
+    engine: Any,  # .generate(...) -> [P, K] Rollout, .sleep() until the next hand-over
     verifier: Any,  # .submit(rollout), .verdicts(rollouts) -> [P, K] Verdict
     policy: Any,  # .score(batch), .update(batch, reference log-probs, token weights)
     reference: Any,  # .score(batch)
     reward_model: Any,  # .update(batch) -> token weights, metrics
-    hand_over: Callable[[], None],  # the policy's weights -> the engine
+    hand_over: Callable[[int], dict[str, float]],  # the policy's weights, by version -> the engine that lacks them
     run: Run,
     after_step: Callable[[int], None],  # evaluate and save when due
     data_parallel: tuple = (0, 1),  # this rank, ranks, and what else pack.batch takes
@@ -38,6 +38,7 @@ def train(
                 verdicts = verifier.verdicts(rollouts)  # [P, K]
             with run.phase("prove"):  # before anything is trained on them
                 metrics = same_policy(config, engine, policy, rollouts, cut, step)
+            engine.sleep()
 
             samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one right, one wrong a prompt
             metrics |= selection.summary(rollouts, verdicts, samples)
@@ -51,8 +52,8 @@ def train(
                         reference_logp = reference.score(batch)
                     with run.phase("policy"):
                         metrics |= policy.update(batch, reference_logp, weight)
-                    with run.phase("reshard"):
-                        hand_over()
+            with run.phase("reshard"):
+                metrics |= hand_over(policy.updates)
 
             generated = sum(len(rollout.tokens) for row in rollouts for rollout in row)
             trained = dict.fromkeys(("reference", "reward_model", "policy"), sum(len(sample) for sample in samples))
@@ -61,7 +62,8 @@ def train(
 
 
 def same_policy(config: Config, engine: Any, policy: Any, rollouts: Any, cut: tuple, step: int) -> dict[str, float]:
-    """Compare the engine's log-probs of a few sampled tokens with the trainer's; stops the run when they differ."""
+    """Compare engine's and trainer's version, and their log-probs of a few sampled tokens; stops the run on a gap."""
+    proof.check_versions(rollouts, engine.version, policy.updates, step)
     batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
     gap, tokens = zip(*ranks.gather(proof.difference(policy.score(batch), batch)), strict=True)
-    return proof.check(max(gap), sum(tokens), config.proof_tolerance, (engine.version, policy.updates), step)
+    return proof.check(max(gap), sum(tokens), config.proof_tolerance, policy.updates, step)

@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def node_size() -> int:
+    """Ranks on this machine; torchrun starts as many on each."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every rank, on every rank, in rank order."""
     if world_size() == 1:

@@ -53,6 +53,7 @@ class Rollout:
     text: str
     finished: bool  # ended with the stop token; False means truncated
     logprobs: tuple[float, ...] | None = None  # the engine's untempered log-probs, where they were asked for
+    version: int = 0  # of the policy that the engine held when it was asked
 
     @property
     def key(self) -> tuple[int, int]:

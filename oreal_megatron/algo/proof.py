@@ -43,16 +43,26 @@ def _mean(values_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.zeros(len(count), dtype=values_T.dtype).index_add(0, owner, values_T) / count.clamp(min=1)
 
 
-def check(gap: float, tokens: int, tolerance: float, versions: tuple[int, int], step: int) -> dict[str, float]:
-    """Metrics of the comparison over all ranks; stops the run when versions differ or the gap exceeds the tolerance."""
-    engine, trainer = versions
+def check_versions(rollouts: Sequence[Sequence[Rollout]], engine: int, trainer: int, step: int) -> None:
+    """Stop the run when the engine, or an answer that would be trained on, is of another version than the policy."""
     if engine != trainer:
         raise PoliciesDiffer(f"step {step}: the engine holds policy version {engine}, the trainer is at {trainer}")
+    old = [rollout for row in rollouts for rollout in row if rollout.version != trainer]
+    if old:
+        raise PoliciesDiffer(
+            f"step {step}: {len(old)} answers were not sampled from policy version {trainer}, the first (prompt "
+            f"{old[0].slot}, answer {old[0].index}) from version {old[0].version}; the loss is for answers of the "
+            "policy that is trained, so nothing was trained on them"
+        )
+
+
+def check(gap: float, tokens: int, tolerance: float, version: int, step: int) -> dict[str, float]:
+    """Metrics of the comparison over all ranks; stops the run when the gap exceeds the tolerance."""
     if gap > tolerance:
         raise PoliciesDiffer(
             f"step {step}: engine and trainer log-probs differ by {gap:.3g} nats on average in one of the sampled "
             f"answers ({tokens} tokens compared), more than the tolerance of {tolerance:g}. The engine does not hold "
-            f"the policy of version {trainer}: suspect the weight mapping, the reload, or a stale prefix cache. "
+            f"the policy of version {version}: suspect the weight mapping, the reload, or a stale prefix cache. "
             "Nothing was trained on these answers; resume from the last checkpoint once it is mended"
         )
     return {"proof/logprob_gap": gap, "proof/tokens": tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from oreal_megatron.convert import megatron_folder, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture
 from oreal_megatron.records import Prompt
+from oreal_megatron.reshard import gather
+from oreal_megatron.reshard.handover import HandOver
+from oreal_megatron.reshard.slices import Layout
 from oreal_megatron.verify import rules
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "engine.dtype": ("", "float32", "bfloat16"),
+    "engine.transport": ("direct", "gather"),
     "selection.advantage": tuple(advantages.KINDS),
     "selection.keep": ("pair", "all"),
     "weights.rescale": ("threshold", "top_share"),
@@ -38,6 +44,7 @@ RANGES = (
     ("sampling.max_new_tokens", 1, 10**7),
     ("data.prompts_per_step", 1, 10**6),
     ("engine.proof_answers", 1, 10**6),
+    ("engine.buffer_megabytes", 1, 10**6),
     ("model.logits_megabytes", 1, 10**6),
     ("weights.threshold", 0.0, 0.99),
     ("weights.top_share", 0.0, 1.0),
@@ -142,7 +149,7 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
 
 def _check_cache(config: Config, arch: architecture.Architecture) -> None:
     """One sequence of full length must fit the key-value cache, or vLLM refuses after everything is loaded."""
-    itemsize = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    itemsize = {"float32": 4, "bfloat16": 2}[config.engine_dtype]
     groups = max(arch.kv_groups // config.engine.tensor, 1)
     needed = 2 * arch.layers * groups * arch.head_dim * itemsize * config.engine.max_model_len / 2**30
     if needed > config.engine.kv_cache_gb:
@@ -166,12 +173,13 @@ def start_engine(inputs: Inputs) -> tuple[Any, Any]:
 def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
     """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it."""
     from oreal_megatron.mcore import model, parallel
-    from oreal_megatron.reshard.gather import Layout, full_tensors
 
     config = policy.config
-    layout = Layout(*parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual)
+    layout = gather.Layout(
+        *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
+    )
     with policy.parts.here("parameters"):
-        yield from full_tensors(policy.placed(), policy.arch, layout)
+        yield from gather.full_tensors(policy.placed(), policy.arch, layout)
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
@@ -180,6 +188,15 @@ def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
     megatron_folder.describe(inputs.folder, checkpoint, head, getattr(torch, inputs.config.model.dtype))
 
 
-def hand_over(policy: Any, engine: Any) -> None:
-    """The policy's weights -> the engine."""
-    engine.load(full_tensors(policy), policy.updates)
+def connect(policy: Any, engine: Any) -> HandOver:
+    """What hands the policy's weights over to the engine. Says once by which transport. Collective."""
+    config, cut = policy.config, policy.config.parallel
+    layout = Layout(
+        policy.arch, cut.tensor, cut.pipeline, cut.virtual, config.engine.tensor, ranks.world_size(), ranks.node_size()
+    )
+    buffer = config.engine.buffer_megabytes * 2**20
+    full, here = partial(full_tensors, policy), partial(policy.parts.here, "parameters")
+    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, here)
+    if ranks.rank() == 0:
+        print(f"weights reach the engine by the transport {made.description}", flush=True)
+    return made

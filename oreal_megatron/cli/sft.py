@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
     parallel.start_megatron(config.parallel, config.seed)
     policy = roles.Policy(inputs.arch, dataclasses.replace(config, optimizer=wanted.optimizer), inputs.folder.tensor)
 
+    hand_over = build.connect(policy, engine) if engine else None
+
     def accuracy() -> float:
-        build.hand_over(policy, engine)
+        hand_over(policy.updates)
         return evaluate(held_out, engine, verifier, config)[0]["accuracy"]
 
     shown = ranks.rank() == 0

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
-    hand_over = partial(build.hand_over, policy, engine)
+    hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
     record = Run(config, first, inputs_read)
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
 
     if resumed:
-        hand_over()
+        hand_over(policy.updates)
     else:
         after_step(0)
     world = parallel.data_parallel(inputs.arch)

@@ -55,8 +55,13 @@ class MegatronFolder:
     def config(self) -> dict[str, Any]:
         return json.loads((self.path / DESCRIPTION / "config.json").read_text())
 
+    @cached_property
     def entries(self) -> list[Entry]:
         return list(tensors.entries(self.arch, 1, 1, 0, self.head))
+
+    @cached_property
+    def _entry_of(self) -> dict[str, Entry]:
+        return {name: entry for entry in self.entries for name in entry.hf}
 
     def hf(self, entry: Entry) -> dict[str, Tensor]:
         """The Hugging Face tensors of a mapping entry."""
@@ -64,7 +69,7 @@ class MegatronFolder:
 
     def tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; reads the whole Megatron tensor that it is part of."""
-        return self.hf(next(entry for entry in self.entries() if name in entry.hf))[name]
+        return self.hf(self._entry_of[name])[name]
 
     def dtype(self, entry: Entry) -> torch.dtype:
         return self.reader.dtype(stored.place(entry).key)
@@ -72,16 +77,17 @@ class MegatronFolder:
     def _check(self) -> None:
         """Every tensor of the model is there with its shape, and no other."""
         wanted = set()
-        for entry in self.entries():
-            key, layer = stored.place(entry)
+        for entry in self.entries:
+            place = stored.place(entry)
+            key = place.key
             wanted.add(key)
             if key not in self.reader.tensors:
                 raise ConfigError(f"{self.path} has no tensor {key}; does {DESCRIPTION}/config.json belong to it?")
-            shape = self.reader.shape(key, layer is not None)
-            rows = shape[0] >= self.arch.vocab if entry.cut is Cut.VOCABULARY else shape[0] == entry.shape[0]
-            count = 1 if layer is None else self.reader.tensors[key].size[0]
-            if not rows or shape[1:] != entry.shape[1:] or count != (1 if layer is None else self.arch.layers):
-                raise ConfigError(f"{self.path}: {key} has shape {shape}, {DESCRIPTION}/config.json asks {entry.shape}")
+            found, asked = self.reader.shape(key), stored.stack(self.arch, place) + entry.shape
+            if entry.cut is Cut.VOCABULARY:  # padded for whatever layout it was written at
+                asked = (max((self.arch.vocab, *found[:1])), *asked[1:])
+            if found != asked:
+                raise ConfigError(f"{self.path}: {key} has shape {found}, {DESCRIPTION}/config.json asks {asked}")
         for key in self.reader.tensors:
             if key not in wanted and not any(part in key for part in NOT_WEIGHTS):
                 raise ConfigError(f"{self.path} has a tensor {key}, which no {self.arch.family} model has")

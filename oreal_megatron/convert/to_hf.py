@@ -42,7 +42,7 @@ def save(
 def shapes(source: MegatronFolder, cast: stream.Cast) -> Shapes:
     """What the Hugging Face folder of a checkpoint will hold, in order."""
     found: Shapes = {}
-    for entry in source.entries():
+    for entry in source.entries:
         dtype = cast.of(source.dtype(entry))
         found |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, source.arch).items()}
     if source.head == "scalar":  # transformers' classifier has a bias, which it would otherwise draw at random
@@ -64,7 +64,7 @@ def _write(folder: Path, written: Shapes, named: Iterable[tuple[str, Tensor]], a
 
 
 def _tensors(source: MegatronFolder, cast: stream.Cast) -> Iterator[tuple[int, tuple[str, Tensor]]]:
-    for entry in source.entries():
+    for entry in source.entries:
         for name, tensor in source.hf(entry).items():
             yield tensor.nbytes, (name, cast(tensor))
     if source.head == "scalar":

@@ -37,11 +37,10 @@ def convert(
     with stream.finished(out, size(source, cast), say) as partial:
         writer = torch_dist.Writer(partial)
         for piece in stream.ahead(_sized(_pieces(source, arch, head, layout, cast))):
-            _write(writer, piece, arch.layers)
+            _write(writer, piece, arch)
             advance(piece.tensor.nbytes)
-        for layer in range(arch.layers):
-            for module in stored.EXTRA_STATE:
-                writer.object(0, f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.layers}", [None])
+        for key in stored.extra_states(arch):
+            writer.object(0, key, [None])
         writer.close()
         dtype = cast.of(source.dtype(next(tensors.entries(arch, 1, 1, 0, head)).hf[0]))
         megatron_folder.describe(source, partial, head, dtype)
@@ -116,10 +115,7 @@ def _sized(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:
         yield piece.tensor.nbytes, piece
 
 
-def _write(writer: torch_dist.Writer, piece: Piece, layers: int) -> None:
-    key, layer = stored.place(piece.entry)
-    if layer is None:
-        writer.tensor(piece.rank, key, piece.entry.shape, piece.start, piece.tensor)
-    else:
-        shape, start = (layers, *piece.entry.shape), (layer, *piece.start)
-        writer.tensor(piece.rank, key, shape, start, piece.tensor.unsqueeze(0))
+def _write(writer: torch_dist.Writer, piece: Piece, arch: Architecture) -> None:
+    place = stored.place(piece.entry)
+    shape, start = stored.stack(arch, place) + piece.entry.shape, place.index + piece.start
+    writer.tensor(piece.rank, place.key, shape, start, piece.tensor[(None,) * len(place.index)])

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ class Reader:
     """One checkpoint; refuses one that is damaged or lacks a file."""
 
     def __init__(self, path: Path):
-        self.path, self.opened = path, {}
+        self.path, self.opened, self.pieces = path, {}, {}
         marker = path / "metadata.json"
         if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
             raise ConfigError(f"{path} is not a Megatron distributed checkpoint (torch_dist)")
@@ -104,32 +106,39 @@ class Reader:
                 raise ConfigError(f"{file} {found}, the checkpoint needs {end} bytes of it")
             self.opened[name] = open(file, "rb", buffering=0)
 
-    def shape(self, key: str, stacked: bool) -> tuple[int, ...]:
-        """Shape of a stored tensor; of one layer's where it is stacked."""
-        return tuple(self.tensors[key].size)[1 if stacked else 0 :]
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a stored tensor, with the axes along which it is stacked."""
+        return tuple(self.tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
 
-    def tensor(self, key: str, layer: int | None = None) -> Tensor:
-        """A whole stored tensor, or one layer of a stacked one; its rectangles are put together."""
-        shape, parts = self.shape(key, layer is not None), []
-        for chunk in self.tensors[key].chunks:
-            if layer is None:
-                parts.append((chunk, tuple(chunk.offsets), tuple(chunk.sizes), None))
-            elif chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                parts.append((chunk, tuple(chunk.offsets)[1:], tuple(chunk.sizes)[1:], layer - chunk.offsets[0]))
-        if sum(math.prod(sizes) for _, _, sizes, _ in parts) != math.prod(shape):
+    def tensor(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """A whole stored tensor, or the one at `index` of its first axes; its rectangles are put together."""
+        depth = len(index)
+        shape, parts = self.shape(key)[depth:], self._pieces(key, depth).get(index, [])
+        if sum(math.prod(chunk.sizes[depth:]) for chunk in parts) != math.prod(shape):
             raise ConfigError(f"{self.path}: the pieces of {key} do not add up to its shape {shape}")
         if len(parts) == 1:
-            return self._chunk(key, parts[0][0], parts[0][3])
+            return self._chunk(key, parts[0], index)
         full = torch.empty(shape, dtype=self.dtype(key))
-        for chunk, offsets, sizes, row in parts:
-            where = tuple(slice(first, first + count) for first, count in zip(offsets, sizes, strict=True))
-            full[where] = self._chunk(key, chunk, row)
+        for chunk in parts:
+            rectangle = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
+            where = tuple(slice(first, first + count) for first, count in rectangle)
+            full[where] = self._chunk(key, chunk, index)
         return full
 
-    def _chunk(self, key: str, chunk: Any, row: int | None) -> Tensor:
+    def _pieces(self, key: str, depth: int) -> dict[tuple[int, ...], list[dcp.ChunkStorageMetadata]]:
+        """Rectangles of a stored tensor by their places along its first `depth` axes."""
+        if (key, depth) not in self.pieces:
+            found = self.pieces[key, depth] = defaultdict(list)
+            for chunk in self.tensors[key].chunks:
+                axes = list(zip(chunk.offsets, chunk.sizes, self.shape(key), strict=True))[:depth]
+                for index in itertools.product(*(range(first, min(first + n, end)) for first, n, end in axes)):
+                    found[index].append(chunk)
+        return self.pieces[key, depth]
+
+    def _chunk(self, key: str, chunk: dcp.ChunkStorageMetadata, index: tuple[int, ...]) -> Tensor:
         info = self.storage[dcp.MetadataIndex(key, chunk.offsets)]
         part = _Slice(self.opened[info.relative_path], info.offset, info.length)
         try:
@@ -141,7 +150,7 @@ class Reader:
                 f"{self.path}: a piece of {key} is {tensor.dtype} {tuple(tensor.shape)}, .metadata says "
                 f"{self.dtype(key)} {tuple(chunk.sizes)}"
             )
-        return tensor if row is None else tensor[row]
+        return tensor[tuple(place - first for place, first in zip(index, chunk.offsets, strict=False))]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a dense decoder looks like, whichever framework holds it."""
+"""What a decoder looks like, whichever framework holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mapping import internlm2, internlm3, llama, mistral, qwen2, qwen3
+from oreal_megatron.mapping import internlm2, internlm3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from oreal_megatron.mapping.experts import Experts
 from oreal_megatron.mapping.names import Names
 from oreal_megatron.mapping.rope import Rope
 
@@ -17,7 +18,7 @@ class Architecture:
     family: str  # transformers' prefix of its classes: "Qwen2"
     layers: int
     hidden: int
-    ffn: int
+    ffn: int  # of one expert where there are experts
     heads: int
     kv_groups: int
     head_dim: int
@@ -28,6 +29,7 @@ class Architecture:
     tied: bool  # input embedding and output layer share one matrix
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None  # in every layer
     names: Names = Names()
 
     def padded_vocab(self, tensor_parallel: int) -> int:
@@ -72,6 +74,8 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Qwen3": qwen3.read,
     "Llama": llama.read,
     "Mistral": mistral.read,
+    "Qwen3Moe": qwen3_moe.read,
+    "Mixtral": mixtral.read,
     "InternLM2": internlm2.read,
     "InternLM3": internlm3.read,
 }

@@ -18,13 +18,14 @@ READ = frozenset(
     "max_position_embeddings rms_norm_eps tie_word_embeddings architectures rope_theta rope_scaling rope_parameters "
     "layer_types num_labels id2label label2id".split()
 )
-# Bookkeeping, special tokens, initialisation, caching and dropout, which is never used here.
+# Bookkeeping, special tokens, initialisation, caching, and what is never used here: dropout and load-balancing losses.
 HARMLESS = frozenset(
     "model_type torch_dtype dtype transformers_version transformers.js_config auto_map attn_implementation use_cache "
     "bos_token_id eos_token_id pad_token_id unk_token_id initializer_range attention_dropout hidden_dropout "
     "resid_pdrop classifier_dropout problem_type output_attentions output_hidden_states return_dict "
     "chunk_size_feed_forward is_encoder_decoder is_llama_config task_specific_params finetuning_task "
-    "keys_to_ignore_at_inference use_bfloat16 max_window_layers cache_implementation".split()
+    "keys_to_ignore_at_inference use_bfloat16 max_window_layers cache_implementation output_router_logits "
+    "router_aux_loss_coef".split()
 )
 NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
@@ -38,6 +39,12 @@ NEUTRAL: dict[str, Any] = {
     "pretraining_tp": 1,
     "token_classification_bias": True,  # such a bias must be zero, which is checked when it is read
     "sliding_window": None,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_jitter_noise": 0.0,
+    "shared_expert_intermediate_size": 0,
+    "num_shared_experts": 0,
+    "n_shared_experts": 0,
     "quantization_config": None,
 }
 

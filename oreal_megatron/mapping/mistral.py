@@ -14,10 +14,14 @@ def read(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of Architecture from a Mistral config.json."""
     fields.check(hf, read=["sliding_window"])
     arch = fields.decoder(hf)
-    window = hf.get("sliding_window", UNSAID_WINDOW)
-    if window is not None and window < arch["max_positions"]:
-        raise ConfigError(
-            f"sliding_window is {window} and max_position_embeddings {arch['max_positions']}: sliding-window attention "
-            "is not supported; lower max_position_embeddings to the window, or set sliding_window to null if it is off"
-        )
+    check_window(hf.get("sliding_window", UNSAID_WINDOW), arch["max_positions"])
     return arch
+
+
+def check_window(window: int | None, positions: int) -> None:
+    """Refuse attention that sees less than the context."""
+    if window is not None and window < positions:
+        raise ConfigError(
+            f"sliding_window is {window} and max_position_embeddings {positions}: sliding-window attention is not "
+            "supported; lower max_position_embeddings to the window, or set sliding_window to null if it is off"
+        )

@@ -1,4 +1,4 @@
-"""Hugging Face tensor names of a dense decoder."""
+"""Hugging Face tensor names of a decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Names:
     """Names in one family's files; the defaults are those that Llama began and most families share.
 
     `qkv` names three tensors, or one that holds for each key-value group its queries, its key and its value. Names of
-    linear layers are without ".weight" and ".bias".
+    linear layers are without ".weight" and ".bias". In a mixture, {} stands for the number of the expert.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -24,5 +24,6 @@ class Names:
     k_norm: str = "self_attn.k_norm.weight"
     proj: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm.weight"
+    router: str = ""  # of mixtures only
     gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"

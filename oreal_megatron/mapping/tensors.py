@@ -103,7 +103,7 @@ def _layer(arch: Architecture, layer: int) -> Iterator[Entry]:
     def weights(linear: tuple[str, ...], kind: str = "weight") -> tuple[str, ...]:
         return tuple(f"{name}.{kind}" for name in linear)
 
-    attention, mlp = "self_attention.linear_", "mlp.linear_"
+    attention = "self_attention.linear_"
     yield entry("input_layernorm.weight", (names.input_norm,), Cut.WHOLE, hidden)
     yield entry(attention + "qkv.weight", weights(names.qkv), Cut.ROWS, qkv, hidden)
     if arch.qkv_bias:
@@ -113,8 +113,22 @@ def _layer(arch: Architecture, layer: int) -> Iterator[Entry]:
         yield entry("self_attention.k_layernorm.weight", (names.k_norm,), Cut.WHOLE, arch.head_dim)
     yield entry(attention + "proj.weight", weights((names.proj,)), Cut.COLUMNS, hidden, queries)
     yield entry("pre_mlp_layernorm.weight", (names.mlp_norm,), Cut.WHOLE, hidden)
-    yield entry(mlp + "fc1.weight", weights(names.gate_up), Cut.ROWS_OF_BOTH, 2 * arch.ffn, hidden)
-    yield entry(mlp + "fc2.weight", weights((names.down,)), Cut.COLUMNS, hidden, arch.ffn)
+    if arch.experts:
+        yield entry("mlp.router.weight", (names.router,), Cut.WHOLE, arch.experts.count, hidden)
+    for mlp, gate_up, down in _blocks(arch):
+        yield entry(mlp + "linear_fc1.weight", weights(gate_up), Cut.ROWS_OF_BOTH, 2 * arch.ffn, hidden)
+        yield entry(mlp + "linear_fc2.weight", weights((down,)), Cut.COLUMNS, hidden, arch.ffn)
+
+
+def _blocks(arch: Architecture) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Megatron's prefix and the HF names (gate and up, down) of a layer's feed-forward block, or of each expert."""
+    names = arch.names
+    if not arch.experts:
+        yield "mlp.", names.gate_up, names.down
+        return
+    for number in range(arch.experts.count):
+        gate_up = tuple(name.format(number) for name in names.gate_up)
+        yield f"mlp.experts.local_experts.{number}.", gate_up, names.down.format(number)
 
 
 def hf_shapes(entry: Entry, arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from oreal_megatron import ranks, versions
 from oreal_megatron.config import Config, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
+from oreal_megatron.rollout import plain_weights
 
 versions.check(versions.VLLM)
 
@@ -38,9 +40,14 @@ class Engine:
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
         self.version = 0
+        self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
+        self.awake = True
+        if config.engine.transport == "direct":
+            plain_weights.keep()
         self.llm = LLM(
             config.model.path,
-            dtype=config.model.dtype,
+            dtype=config.engine_dtype,
+            enable_sleep_mode=self.can_sleep,
             skip_tokenizer_init=True,
             tensor_parallel_size=size,
             distributed_executor_backend="external_launcher",
@@ -75,9 +82,31 @@ class Engine:
                     finished(rollout)
         return self._everyones(done, prompts, sampling.answers_per_prompt)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights (Hugging Face names, full tensors) and forget what was cached under the old ones."""
+    def live(self) -> tuple[dict[str, Tensor], str]:
+        """This rank's parameters as they are, by vLLM's names; and why writing to them would not do, if so."""
+        model = self.llm.collective_rpc("get_model")[0]
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}, plain_weights.refusal(model)
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights (Hugging Face names, full tensors) through vLLM's own loader; `accept` must follow."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+
+    def sleep(self) -> None:
+        """Give up weights and cache until `wake` and `accept`; nothing where the platform cannot, as on a CPU."""
+        if self.can_sleep and self.awake:
+            self.llm.sleep(level=2)
+            self.awake = False
+
+    def wake(self) -> None:
+        """Have room for weights again, with nothing in it that can be used; no cache yet."""
+        if not self.awake:
+            self.llm.wake_up(["weights"])
+
+    def accept(self, version: int) -> None:
+        """The weights are now those of a policy version: forget what was cached under the old ones, be ready."""
+        if not self.awake:
+            self.llm.wake_up(["kv_cache"])
+            self.awake = True
         if not all(ranks.gather(self.llm.reset_prefix_cache())):  # gathered: replicas stop together
             raise EngineError(
                 f"vLLM refused to reset its prefix cache after weights of version {version} were loaded; it would "
@@ -115,11 +144,12 @@ class Engine:
             text=self.tokenizer.decode(tokens, skip_special_tokens=True),
             finished=output.finish_reason == "stop",
             logprobs=logprobs,
+            version=self.version,
         )
 
     def _everyones(self, mine: list[Rollout], prompts: Sequence[Prompt], answers: int) -> list[list[Rollout]]:
         """[P, K] from the replicas' parts; prompts are known everywhere and do not travel."""
-        parts = [(r.slot, r.index, r.tokens, r.text, r.finished, r.logprobs) for r in mine if self.speaks]
+        parts = [(r.slot, r.index, r.tokens, r.text, r.finished, r.logprobs, r.version) for r in mine if self.speaks]
         table: list[list[Any]] = [[None] * answers for _ in prompts]
         for slot, index, *rest in (part for share in ranks.gather(parts) for part in share):
             table[slot][index] = Rollout(prompts[slot], slot, index, *rest)

@@ -8,8 +8,13 @@ import pytest
 LONG_PROMPT = 200  # tokens; longer than vLLM's cache block (128 on CPU), so that prefixes are cached
 
 
-def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, samples: list) -> dict:
-    """Generate, update, hand over, generate again; then three ways in which the engine goes wrong."""
+def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: bool, samples: list) -> dict:
+    """Generate, update, hand over, generate again; then ways in which the engine goes wrong.
+
+    `packed`: the engine has packed its weights after loading, although the trainer wants to write to them.
+    """
+    import dataclasses
+
     from oreal_megatron import config as c
     from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel, roles
@@ -25,22 +30,28 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, samples: 
     )
     inputs = build.prepare(config)
     parallel.start_process_group()
-    engine, _ = build.start_engine(inputs)
+    gather = dataclasses.replace(config, engine=dataclasses.replace(config.engine, transport="gather"))
+    engine, _ = build.start_engine(dataclasses.replace(inputs, config=gather if packed else config))
     parallel.start_megatron(config.parallel, seed=0)
     policy = roles.Policy(inputs.arch, config, inputs.folder.tensor)
     prompts = [Prompt(i, "", "", None, tuple(4 + (7 * i + j) % 70 for j in range(LONG_PROMPT))) for i in range(4)]
     table = Story(config, policy, engine, prompts, samples)
+    hand_over = build.connect(policy, engine)
 
-    result = {"before": table.gap(0), "first": table.tokens(0), "again": table.tokens(0), "other": table.tokens(1)}
+    result = {"nothing to do": hand_over(0), "before": table.gap(0), "first": table.tokens(0), "again": table.tokens(0), "other": table.tokens(1)}
     table.update()
     result["missed"] = table.gap(0)
     engine.version = policy.updates
     result["stale"] = table.gap(0)
-    build.hand_over(policy, engine)
+    engine.version = 0
+    result["metrics"] = hand_over(1)
     result["after"] = table.gap(0)
+    if not packed:
+        result["as vLLM loads"] = table.equals_what_vllm_loads()
+        result["planted"] = table.proof_of_a_planted_error(hand_over)
     result["version"] = engine.version
     result["swapped"] = table.gap_with_a_query_head_swapped_for_a_key()
-    result["refused"] = table.reset_refused_while_a_request_runs()
+    result["refused"] = table.reset_refused_while_a_request_runs(hand_over)
     parallel.stop(engine)
     return result
 
@@ -79,36 +90,65 @@ class Story:
         query, key = (weights[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qk")
         head = self.policy.arch.head_dim
         query[:head], key[:head] = key[:head].clone(), query[:head].clone()
-        self.engine.load(weights.items(), self.policy.updates)
+        self.engine.load(weights.items())
+        self.engine.accept(self.policy.updates)
         return self.gap(0)
 
-    def reset_refused_while_a_request_runs(self) -> str:
+    def equals_what_vllm_loads(self) -> bool:
+        """Bit by bit, the parameters that `direct` wrote and those that vLLM's own loader makes of full tensors."""
+        import torch
+
         from oreal_megatron.cli import build
+
+        written = {name: tensor.clone() for name, tensor in self.engine.live()[0].items()}
+        for tensor in self.engine.live()[0].values():
+            tensor.zero_()
+        self.engine.load(build.full_tensors(self.policy))
+        self.engine.accept(self.policy.updates)
+        return all(torch.equal(tensor, written[name]) for name, tensor in self.engine.live()[0].items())
+
+    def proof_of_a_planted_error(self, hand_over) -> list[str]:
+        """One value and one key row of the second rank change places after a faultless transfer."""
+        from oreal_megatron import ranks
+
+        hand_over.send(self.policy.updates)
+        qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
+        if ranks.rank() == 1:
+            qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
+        return hand_over.checksums.differing()
+
+    def reset_refused_while_a_request_runs(self, hand_over) -> str:
         from oreal_megatron.rollout.engine import EngineError
 
         core = self.engine.llm.llm_engine
         parameters = self.engine._parameters(self.config.sampling, (0, 0), 0, 0)
         core.add_request("left over", {"prompt_token_ids": list(self.prompts[0].tokens)}, parameters)
         core.step()
+        self.engine.version = 0
         try:
-            build.hand_over(self.policy, self.engine)
+            hand_over(1)
         except EngineError as refusal:
             return str(refusal)
         return ""
 
 
 @pytest.mark.parametrize(
-    ("folder", "layout"),
-    [("model_folder", (2, 2, 1)), ("tied_model_folder", (1, 1, 2))],
-    ids=["tensor 2, engine 2", "tied, pipeline 2, two engines"],
+    ("folder", "layout", "packed"),
+    [("model_folder", (2, 2, 1), False), ("tied_model_folder", (1, 1, 2), True)],
+    ids=["tensor 2, engine 2", "tied, pipeline 2, two engines with packed weights"],
 )
-def test_engine_and_trainer_are_the_same_policy(folder, layout, in_processes, make_samples, request):
-    ranks = in_processes(2, story, str(request.getfixturevalue(folder)), *layout, make_samples(8, seed=4))
-    for result in ranks:
+def test_engine_and_trainer_are_the_same_policy(folder, layout, packed, in_processes, make_samples, request):
+    ranks = in_processes(2, story, str(request.getfixturevalue(folder)), *layout, packed, make_samples(8, seed=4))
+    for number, result in enumerate(ranks):
+        assert result["nothing to do"] == {}
         assert result["before"] < 1e-5 and result["after"] < 1e-4, result  # a step this large makes large logits
         assert "version 0, the trainer is at 1" in result["missed"]
         assert "differ by" in result["stale"] and "differ by" in result["swapped"]
         assert "refused to reset its prefix cache" in result["refused"]
         assert result["version"] == 1
         assert result["first"] == result["again"] != result["other"], "answers are a function of seed and step"
+        assert result["metrics"]["reshard/direct"] == (not packed), "a packed engine is given full tensors"
+        if not packed:
+            assert result["as vLLM loads"] and result["metrics"]["reshard/proved_parameters"] > 20
+            assert result["planted"] == ["model.layers.1.self_attn.qkv_proj.weight"] * number
     assert ranks[0]["first"] == ranks[1]["first"], "all ranks know all rollouts"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError, Parallel
@@ -85,7 +85,7 @@ def test_there_and_back_is_exact_for_every_family_and_layout(family, tied, tmp_p
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 3}'
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Mistral"])
+@pytest.mark.parametrize("family", [family for family in ROWS if not family.startswith("InternLM")])
 def test_a_reward_model_comes_back_as_a_token_classifier_of_transformers(family, tmp_path):
     source = make(tmp_path / "hf", family, head="scalar", dtype=torch.float32)
     out = back(forth(source, tmp_path / "megatron", 2, 2), tmp_path / "back")
@@ -94,6 +94,49 @@ def test_a_reward_model_comes_back_as_a_token_classifier_of_transformers(family,
     assert not any(report.values()) and model.config.num_labels == 1 and model.dropout.p == 0
     assert torch.equal(model.score.weight, weights(source)["score.weight"])
     assert same(weights(back(forth(out, tmp_path / "again"), tmp_path / "again_back")), weights(out))
+
+
+MIXTURES = [family for family, row in ROWS.items() if "num_experts_per_tok" in row]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_that_transformers_saved_comes_back_and_loads(family, tmp_path, capsys):
+    """transformers 5 holds all experts of a layer in one tensor; its files, as those of the hub, have one for each."""
+    source, megatron, out = (tmp_path / name for name in ("hf", "megatron", "back"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ROWS[family])).eval()
+    model.save_pretrained(source)
+    (source / "tokenizer_config.json").write_text("{}")
+    assert main(["convert", "to-megatron", str(source), str(megatron), "--tp", "2", "--pp", "2"]) == 0
+    assert main(["convert", "check", str(source), str(megatron)]) == 0
+    assert main(["convert", "to-hf", str(megatron), str(out)]) == 0
+    assert same(weights(out), weights(source))
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    tokens = torch.arange(50)[None]
+    assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "down"), [("Qwen3Moe", "mlp.experts.{}.down_proj"), ("Mixtral", "block_sparse_moe.experts.{}.w2")]
+)
+def test_check_names_the_expert_that_differs(family, down, tmp_path):
+    source = make(tmp_path / "hf", family)
+    one, other = (f"model.layers.1.{down.format(number)}.weight" for number in (1, 2))
+    swapped = rewritten(source, tmp_path / "other", swap(one, other))
+    megatron = MegatronFolder(forth(source, tmp_path / "megatron", 1, 2))
+    assert compare.first_difference(megatron, Folder(swapped)).startswith(f"{one} differs")
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path):
+    source = make(tmp_path / "hf", "Qwen3Moe")
+
+    def fuse(w: dict) -> None:
+        names = [name for name in w if "layers.0.mlp.experts" in name and "down_proj" in name]
+        w["model.layers.0.mlp.experts.down_proj"] = torch.stack([w.pop(name) for name in names])
+
+    fused = rewritten(source, tmp_path / "fused", fuse)
+    with pytest.raises(ConfigError, match="has no tensor model.layers.0.mlp.experts.0.down_proj.weight"):
+        forth(fused, tmp_path / "out")
 
 
 def test_large_models_come_in_several_files_with_an_index(tmp_path, monkeypatch):

@@ -29,16 +29,19 @@ class FakeEngine:
     def __init__(self, events: list, logprob: float = -1.0):
         self.events, self.logprob, self.version = events, logprob, 0
 
+    def sleep(self) -> None: ...
+
     def generate(self, prompts, sampling, seed, finished):
         self.events.append(f"generate {seed}")
-        rows = [
-            [Rollout(p, s, k, (5, k), str(k), True, (self.logprob,) * 2 if k == 0 else None) for k in range(ANSWERS)]
-            for s, p in enumerate(prompts)
-        ]
+        rows = [[self.rollout(p, s, k) for k in range(ANSWERS)] for s, p in enumerate(prompts)]
         for row in rows:
             for rollout in row:
                 finished(rollout)
         return rows
+
+    def rollout(self, prompt: Prompt, slot: int, index: int) -> Rollout:
+        logprobs = (self.logprob,) * 2 if index == 0 else None
+        return Rollout(prompt, slot, index, (5, index), str(index), True, logprobs, self.version)
 
 
 class FakeVerifier:
@@ -82,9 +85,11 @@ class FakeRewardModel(FakeModel):
 def run_loop(tmp_path: Path, config: c.Config, events: list, engine=None, first: int = 0):
     policy, engine = FakePolicy("policy", events), engine or FakeEngine(events)
 
-    def hand_over() -> None:
-        engine.version = policy.updates
-        events.append("hand over")
+    def hand_over(version: int) -> dict[str, float]:
+        if engine.version != version:
+            engine.version = version
+            events.append("hand over")
+        return {"reshard/direct": 1.0}
 
     loop.train(
         config,
@@ -206,6 +211,18 @@ def test_an_engine_that_was_not_handed_the_newest_weights_stops_the_run(tmp_path
         run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), [], Deaf([]))
 
 
+def test_an_answer_of_an_older_policy_never_enters_the_loss(tmp_path):
+    class Late(FakeEngine):
+        def rollout(self, prompt, slot, index):
+            one = super().rollout(prompt, slot, index)
+            return dataclasses.replace(one, version=0) if (slot, index) == (1, 2) else one
+
+    events: list[str] = []
+    with pytest.raises(PoliciesDiffer, match=r"1 answers were not .* version 1, the first \(prompt 1, answer 2\) from"):
+        run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), events, Late(events))
+    assert events[-1] == "generate (0, 2)", "nothing was trained on it"
+
+
 def test_nan_log_probs_are_a_disagreement(tmp_path):
     with pytest.raises(PoliciesDiffer):
         run_loop(tmp_path, configuration(tmp_path), [], FakeEngine([], logprob=float("nan")))
@@ -220,7 +237,7 @@ def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     config = configuration(tmp_path)
     loop.train(
         config, FakePrompts(), FakeEngine(events), AllWrong(), FakePolicy("p", events), FakeModel("r", events),
-        FakeRewardModel("m", events), lambda: events.append("hand over"), Run(config), lambda done: None,
+        FakeRewardModel("m", events), lambda version: {}, Run(config), lambda done: None,
     )  # fmt: skip
     assert events == ["generate (0, 0)", "generate (0, 1)"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

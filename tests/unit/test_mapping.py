@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,13 +24,17 @@ IN_TRANSFORMERS = [name for name in ROWS if not name.startswith("InternLM")]
 LAYOUTS = list(itertools.product((1, 2, 4), (1, 2), (1, 2)))  # tensor, pipeline, virtual
 
 
+def saved_shapes(kind: type, hf: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the file that transformers writes; its mixtures have other names in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        kind.from_config(AutoConfig.for_model(**hf)).save_pretrained(folder)
+        return {name: tuple(value.shape) for name, value in load_file(Path(folder) / "model.safetensors").items()}
+
+
 def published_shapes(hf: dict) -> dict[str, tuple[int, ...]]:
     """Names and shapes of InternLM's files, from its published description; transformers' own for the others."""
     if "auto_map" not in hf:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        return {name: shape for name, shape in shapes.items() if not (hf["tie_word_embeddings"] and "lm_head" in name)}
+        return saved_shapes(AutoModelForCausalLM, hf)
     hidden, ffn, vocab = hf["hidden_size"], hf["intermediate_size"], hf["vocab_size"]
     d = hf.get("head_dim", hidden // hf["num_attention_heads"])
     q, kv = hf["num_attention_heads"] * d, hf["num_key_value_heads"] * d
@@ -127,6 +133,26 @@ def test_a_rank_holds_whole_query_groups_and_matching_gate_and_up_rows():
     assert torch.equal(first, torch.cat([gate[:48], up[:48]]))
 
 
+@pytest.mark.parametrize(("family", "block", "names"), [
+    ("Qwen3Moe", "mlp.experts.2.{}_proj.weight", ("gate", "up", "down")),
+    ("Mixtral", "block_sparse_moe.experts.2.{}.weight", ("w1", "w3", "w2")),
+])  # fmt: skip
+def test_a_rank_holds_matching_rows_and_columns_of_every_expert(family, block, names):
+    hf = ROWS[family] | {"tie_word_embeddings": False}
+    a, weights = architecture.read(hf), filled(published_shapes(hf))
+    by_name = {entry.megatron: entry for entry in tensors.entries(a, 2, 1, 0, "lm")}
+    gate, up, down = (weights["model.layers.1." + block.format(name)] for name in names)
+
+    def second(name: str) -> torch.Tensor:
+        entry = by_name["decoder.layers.1.mlp." + name]
+        return tensors.shard(entry, tensors.to_megatron(entry, a, weights.__getitem__), 1, 2)
+
+    half = a.ffn // 2
+    assert torch.equal(second("experts.local_experts.2.linear_fc1.weight"), torch.cat([gate[half:], up[half:]]))
+    assert torch.equal(second("experts.local_experts.2.linear_fc2.weight"), down[:, half:])
+    assert second("router.weight").shape == (a.experts.count, a.hidden)
+
+
 def test_vocabulary_is_padded_for_every_rank_alike_and_padding_never_leaves():
     a, weights = example()
     assert [a.padded_vocab(tensor) for tensor in (1, 2, 4)] == [128, 128, 256]
@@ -139,7 +165,7 @@ def test_vocabulary_is_padded_for_every_rank_alike_and_padding_never_leaves():
 def test_the_last_stage_of_a_tied_model_is_filled_but_neither_exported_nor_stored_twice():
     last = list(tensors.entries(example(tied=True)[0], 1, 2, 1, "lm"))[-1]
     assert last.hf == ("model.embed_tokens.weight",) and not last.exported
-    assert stored.place(last) == ("embedding.word_embeddings.weight", None)
+    assert stored.place(last) == ("embedding.word_embeddings.weight", ())
 
 
 @pytest.mark.parametrize("family", IN_TRANSFORMERS)
@@ -147,9 +173,7 @@ def test_the_last_stage_of_a_tied_model_is_filled_but_neither_exported_nor_store
 def test_the_reward_model_has_a_scalar_head_and_transformers_names(family, tied):
     hf = architecture.with_head(ROWS[family] | {"tie_word_embeddings": tied}, "scalar")
     assert architecture.head(hf) == "scalar"
-    with torch.device("meta"):
-        model = AutoModelForTokenClassification.from_config(AutoConfig.for_model(**hf))
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = saved_shapes(AutoModelForTokenClassification, hf)
     assert shapes.pop("score.bias") == (1,)  # zeros, which the exporter adds
     weights = filled(shapes)
     assert equal(through(architecture.read(hf), weights, 2, 2, "scalar"), weights)
@@ -200,8 +224,21 @@ REFUSED = [
     ("Mistral", {"sliding_window": 256}, "sliding_window is 256"),
     ("InternLM2", {"bias": True}, "bias = True"),
     ("InternLM3", {"bias": True}, "bias = True"),
-    ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
-    ("Mistral", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported"),
+    ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "lacks the field 'moe_intermediate_size'"),
+    ("Qwen3", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported"),
+    ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]; supported is only \[\]"),
+    ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2; supported is only 1"),
+    ("Qwen3Moe", {"shared_expert_intermediate_size": 96}, "shared_expert_intermediate_size = 96; supported is only 0"),
+    ("Qwen3Moe", {"n_shared_experts": 1}, "n_shared_experts = 1; supported is only 0"),
+    ("Qwen3Moe", {"num_local_experts": 8}, "num_experts = 4 and num_local_experts = 8"),
+    ("Qwen3Moe", {"num_experts": None}, "lacks the field 'num_experts'"),
+    ("Qwen3Moe", {"norm_topk_prob": None}, "lacks the field 'norm_topk_prob'"),
+    ("Qwen3Moe", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5 of 4 experts"),
+    ("Qwen3Moe", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid', which this model family does not know"),
+    ("Mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 with normalised weights"),
+    ("Mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+    ("Mixtral", {"sliding_window": 256}, "sliding_window is 256"),
+    ("Qwen3", {"num_experts": 4}, "num_experts = 4, which this model family does not know"),
     ("InternLM3", {"architectures": ["InternLM9ForCausalLM"]}, "InternLM9ForCausalLM is not supported"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "A", "1": "B"}}, "several labels"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "several labels"),  # transformers' default is two
@@ -220,6 +257,19 @@ def test_a_mistral_without_a_word_about_its_window_has_transformers_window():
     architecture.read(silent)  # 512 positions fit the window of 4096
     with pytest.raises(ConfigError, match="sliding_window is 4096"):
         architecture.read(silent | {"max_position_embeddings": 8192})
+
+
+def test_transformers_5_writes_another_name_for_the_number_of_experts():
+    said = AutoConfig.for_model(**ROWS["Qwen3Moe"]).to_dict()
+    assert "num_experts" not in said and said["num_local_experts"] == 4
+    assert architecture.read(ROWS["Qwen3Moe"] | said) == architecture.read(ROWS["Qwen3Moe"])
+
+
+def test_a_mixtral_without_a_word_about_rope_and_norm_has_transformers_values():
+    silent = {key: value for key, value in ROWS["Mixtral"].items() if key not in ("rope_theta", "rms_norm_eps")}
+    wanted, arch = AutoConfig.for_model(**silent), architecture.read(silent)
+    assert (arch.rope.theta, arch.norm_epsilon) == (wanted.rope_parameters["rope_theta"], wanted.rms_norm_eps)
+    assert arch.norm_epsilon != architecture.read(ROWS["Qwen3Moe"]).norm_epsilon
 
 
 def test_layouts_that_cannot_be_cut_are_refused():
