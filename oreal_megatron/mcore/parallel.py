@@ -72,7 +72,8 @@ def data_parallel(arch: Architecture | None = None) -> tuple[int, int, int, int,
 def even_tokens(arch: Architecture) -> float:
     """The length at which a sequence's causal attention costs as many operations as its matrix products."""
     attention, groups = arch.heads * arch.head_dim, arch.kv_groups * arch.head_dim
-    matrices = arch.hidden * (2 * attention + 2 * groups + 3 * arch.ffn + arch.vocab / arch.layers)
+    ffn = arch.ffn * (arch.experts.per_token if arch.experts else 1)
+    matrices = arch.hidden * (2 * attention + 2 * groups + 3 * ffn + arch.vocab / arch.layers)
     return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
 
 
