@@ -6,7 +6,7 @@ Computed, not measured: `received` is what the plan of the direct transport lets
 1e9 bytes, bfloat16), `least` the bytes that it needs and does not hold, `between` what crosses between nodes of 8 ranks
 for each rank and the least of that, `all-gather` what a rank receives when every full tensor goes to every rank. `wire`
 is the time of the direct transport on 450 GB/s within and 50 GB/s between nodes with no latency (`shared/design`'s
-assumption, not a measurement). `planned` are the seconds of planning for one rank, on this machine.
+assumption, not a measurement). `planned` are the CPU seconds of planning for one rank, on this machine.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def architecture_of(size: str) -> architecture.Architecture:
 def row(size: str, tensor: int, pipeline: int, data: int, engine: int) -> str:
     world = tensor * pipeline * data
     layout = Layout(architecture_of(size), tensor, pipeline, 1, engine, world, NODE)
-    start = time.perf_counter()
+    start = time.process_time()
     made = plan.make(layout, world - 1, ITEMSIZE, BATCH_BYTES)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     traffic = made.traffic
     wire = max(((traffic.received - traffic.received_between) / 450e9).max(), (traffic.received_between / 50e9).max())
     total = sum(part.rows * part.columns for part in plan.slices(layout)) * ITEMSIZE / 1e9

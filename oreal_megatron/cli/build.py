@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ def prepare(config: Config) -> Inputs:
     if architecture.head(folder.config) != "lm":
         raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
+    _check_allocator(config)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
@@ -145,6 +147,16 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
         raise ConfigError(
             f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
         )
+
+
+def _check_allocator(config: Config) -> None:
+    """vLLM's sleep mode brings an allocator that expandable segments exclude."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if config.engine.sleep and "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ConfigError(
+                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; take them out of it, or set "
+                "engine.sleep=false"
+            )
 
 
 def _check_cache(config: Config, arch: architecture.Architecture) -> None:

@@ -61,14 +61,20 @@ class Checksums:
     @torch.no_grad()
     def differing(self) -> list[str]:
         """Names of this rank's engine parameters that are not the trainer's weights. Collective."""
-        wrong = self.expected()[self.rank] != self._sums(*self.own, len(self.names))
+        expected = self.answered_sums()
+        dist.all_reduce(expected)
+        wrong = expected[self.rank] != self.own_sums()
         return [self.names[number] for number in wrong.nonzero().flatten().tolist()]
 
-    def expected(self) -> Tensor:
-        """[E, parameters] int64 of every rank of a replica, from the trainer's slices on all ranks. Collective."""
-        total = self._sums(*self.answered, self.ranks * len(self.names))
-        dist.all_reduce(total)
-        return total.view(self.ranks, -1)
+    @torch.no_grad()
+    def own_sums(self) -> Tensor:
+        """[parameters] int64 of this rank's engine, without padding."""
+        return self._sums(*self.own, len(self.names))
+
+    @torch.no_grad()
+    def answered_sums(self) -> Tensor:
+        """[E, parameters] int64 of every rank of a replica: this rank's part of what the trainer expects."""
+        return self._sums(*self.answered, self.ranks * len(self.names)).view(self.ranks, -1)
 
     def _term(self, tensor: Tensor, source: Spot, target: Spot, rows: int, columns: int) -> Term:
         part = cut(matrix(tensor), source, rows, columns)

@@ -49,6 +49,16 @@ def full_tensors(
             yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout)
 
 
+def received_bytes(arch: Architecture, ranks: int, stages: int, chunks: int, stage: int, itemsize: int) -> int:
+    """What a rank of a stage receives: shards of its own stage from tensor-parallel ranks, other stages whole."""
+    total = 0
+    for part in range(stages * chunks):
+        cut = tensors.entries(arch, ranks, stages * chunks, part, "lm")
+        shard = sum(entry.shard_shape(ranks).numel() for entry in cut if entry.exported) * itemsize
+        total += shard * (ranks - 1 if part % stages == stage else ranks)
+    return total
+
+
 def _buckets(entries: list[tensors.Entry], ranks: int, dtype: torch.dtype) -> Iterator[list[tensors.Entry]]:
     """Consecutive entries whose full tensors fit BUCKET_BYTES together; a larger one travels alone."""
     bucket: list[tensors.Entry] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from oreal_megatron import ranks
 from oreal_megatron.config import RunStopped
 from oreal_megatron.mapping.tensors import Entry
-from oreal_megatron.reshard import plan, vllm_layout
+from oreal_megatron.reshard import gather, plan, vllm_layout
 from oreal_megatron.reshard.checksum import Checksums
 from oreal_megatron.reshard.direct import BUFFERS, Counted, Direct
 from oreal_megatron.reshard.slices import Layout
@@ -72,6 +72,7 @@ class HandOver:
         with self.here():
             if self.transport == "gather":
                 self.engine.load(self.full())
+                counted.received = self._gathered_bytes()
             if not self.refusal:
                 self._prepare()
             if self.transport == "direct":
@@ -92,6 +93,13 @@ class HandOver:
             self.direct = Direct(self.plan, held, live, self.layout.node)
             self.checksums = Checksums(self.layout, self.plan, ranks.rank(), held, live)
 
+    def _gathered_bytes(self) -> int:
+        layout, held = self.layout, next(iter(self.placed()))[1]
+        stage, _ = layout.place(ranks.rank())
+        return gather.received_bytes(
+            layout.arch, layout.tensor, layout.pipeline, layout.chunks, stage, held.element_size()
+        )
+
     def _refuse(self, wrong: list[list[str]], version: int) -> None:
         bad = [(rank, names) for rank, names in enumerate(wrong) if names]
         if bad:
@@ -105,8 +113,8 @@ class HandOver:
     def _metrics(self, counted: list[Counted]) -> dict[str, float]:
         metrics = {"reshard/direct": float(self.transport == "direct")}
         metrics["reshard/proved_parameters"] = float(len(self.checksums.names) if self.checksums else 0)
-        if self.transport != "direct":
-            return metrics
+        if self.transport == "gather":
+            return metrics | {"reshard/received_bytes": float(max(one.received for one in counted))}
         for field in dataclasses.fields(Counted):  # of the busiest rank
             metrics[f"reshard/{field.name}_bytes"] = float(max(getattr(one, field.name) for one in counted))
         metrics["reshard/between_nodes_bytes"] = float(sum(one.received_between for one in counted))

@@ -159,6 +159,13 @@ def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world,
         build.prepare(config_for(model_folder, **changes))
 
 
+def test_expandable_segments_are_refused_where_the_engine_sleeps(model_folder, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(c.ConfigError, match="expandable segments, which exclude"):
+        build.prepare(config_for(model_folder))
+    build.prepare(config_for(model_folder, engine=c.Engine(sleep=False, max_model_len=64)))
+
+
 def test_what_fits_is_accepted(model_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     inputs = build.prepare(config_for(model_folder, parallel=c.Parallel(2, 2)))

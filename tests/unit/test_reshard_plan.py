@@ -11,12 +11,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
 from oreal_megatron.mapping import architecture
 from oreal_megatron.reshard import plan, vllm_layout
+from oreal_megatron.reshard.checksum import Checksums
 from oreal_megatron.reshard.pieces import cut, matrix
 from oreal_megatron.reshard.slices import Layout
 
@@ -32,7 +34,7 @@ ITEMSIZE = 2
 
 
 def arch(family: str, groups: int = 2, tied: bool = False) -> architecture.Architecture:
-    """A family's architecture of 8 heads and 16 layers' worth of layouts, with an awkward vocabulary."""
+    """A family's architecture of 8 heads and 8 layers, with an odd vocabulary."""
     sizes = {"num_attention_heads": 8, "num_key_value_heads": groups, "head_dim": 4, "hidden_size": 16}
     sizes |= {"intermediate_size": 48, "num_hidden_layers": 8, "vocab_size": 203, "tie_word_embeddings": tied}
     return architecture.read(ROWS[family] | sizes)
@@ -189,3 +191,24 @@ def test_32b_on_128_ranks_is_planned_in_a_second():
     start = time.process_time()
     plan.make(Layout(large, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine; tools/reshard_figures.py prints it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["one element", "two rows", "two columns"])
+def test_a_checksum_tells_every_change_of_a_parameter(dtype, change):
+    layout = Layout(arch("Qwen3"), 1, 1, 1, 1, 1, 1)
+    weights = {name: torch.randn(x.shape) for name, x in oracle.numbered(layout.arch).items()}
+    live = {name: x.to(dtype) for name, x in oracle.engine(layout.arch, weights, 1, 0).items()}
+    held = oracle.held(layout.arch, weights, 1, 0, 1, [0])
+    sums = Checksums(layout, plan.make(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
+    before = sums.own_sums()
+    assert torch.equal(before, sums.answered_sums()[0]), "alone, a rank answers for everything, whatever its type"
+    changed = live["model.layers.7.mlp.down_proj.weight"]
+    if change == "one element":
+        changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(torch.inf, dtype=dtype))
+    elif change == "two rows":
+        changed[[2, 3]] = changed[[3, 2]]
+    else:
+        changed[:, [2, 3]] = changed[:, [3, 2]]
+    differing = (sums.own_sums() != before).nonzero().flatten().tolist()
+    assert [sums.names[number] for number in differing] == ["model.layers.7.mlp.down_proj.weight"]
