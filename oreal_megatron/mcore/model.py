@@ -19,6 +19,7 @@ from torch import Tensor
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.mcore import experts
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.heads import ScalarHead, WithoutProduct
 from oreal_megatron.settings import nearest
@@ -76,6 +77,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
+        expert_model_parallel_size=1,
+        **experts.fields(arch),
     )
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     for key in config.megatron:
@@ -99,13 +102,15 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
     """
     with device_layer():
         megatron = transformer_config(arch, config)
+        experts.prepare()
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 
 
 def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
     stages, stage = _place(config, chunk)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    count = arch.experts.count if arch.experts else None
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm, num_experts=count)
     model = GPTModel(
         megatron,
         TransformerBlockSubmodules(
