@@ -12,7 +12,18 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
+from oreal_megatron.config import ConfigError
 from oreal_megatron.mapping.architecture import Architecture
+
+
+def check(megatron: dict[str, Any]) -> None:
+    """Refuse expert parallelism among the fields that a recipe passes through to Megatron."""
+    for key in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+        if key in megatron:
+            raise ConfigError(
+                f"config.megatron has {key}: expert parallelism is not supported; leave it out, every rank then holds "
+                "all experts and tensor-parallel ranks share each of them"
+            )
 
 
 def fields(arch: Architecture) -> dict[str, Any]:

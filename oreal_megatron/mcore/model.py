@@ -77,9 +77,9 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
-        expert_model_parallel_size=1,
         **experts.fields(arch),
     )
+    experts.check(config.megatron)
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     for key in config.megatron:
         if key not in known:
