@@ -270,6 +270,47 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
         assert filled.keys() == before.keys() and all(torch.equal(filled[name], before[name]) for name in before)
 
 
+def imitated(folders: list[str], layout: tuple, samples: list) -> list[tuple[float, float]]:
+    """Loss and gradient norm of a supervised step of each folder's model."""
+    from oreal_megatron.algo import pack
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import parallel, roles
+
+    config, results = start(layout), []
+    batch = pack.batch(samples, 60, *parallel.data_parallel())
+    for source in map(Folder, folders):
+        metrics = roles.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
+        results.append((metrics["loss/total"], metrics["policy/gradient_norm"]))
+    parallel.stop()
+    return results
+
+
+def imitated_by_transformers(folder: str, samples: list) -> tuple[float, float]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total = 0
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        logp = torch.log_softmax(model(ids).logits[0, :-1], -1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        total = total - logp[len(sample.prompt_tokens) - 1 :].sum()
+    total = total / sum(len(sample.response_tokens) for sample in samples)
+    total.backward()
+    return total.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2)], ids=["data parallel", "interleaved"])
+def test_a_mixture_has_the_gradient_of_transformers(layout, folders, in_processes, make_samples):
+    paths = [folders[name] for name in ("Qwen3Moe", "Qwen3Moe as picked", "Mixtral tied")]
+    samples = make_samples(4, seed=2)
+    wanted = [imitated_by_transformers(path, samples) for path in paths]
+    assert min(norm for _, norm in wanted) > 0.1
+    for rank in in_processes(2, imitated, paths, layout, samples):
+        for got, (loss, norm) in zip(rank, wanted, strict=True):
+            assert got == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+
+
 def logits_differences(folder: str, converted: str, other: str) -> list[str | None]:
     from oreal_megatron.cli import logits
     from oreal_megatron.convert import compare
