@@ -42,8 +42,13 @@ class Architecture:
         share = self.layers // stages
         return range(stage * share, (stage + 1) * share)
 
-    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1) -> None:
-        """Refuse layouts that Megatron or the weight mapping cannot cut evenly."""
+    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1, trained: bool = True) -> None:
+        """Refuse layouts that Megatron or the weight mapping cannot cut evenly, or at which it does not train."""
+        if trained and self.experts and tensor > 1:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, but Megatron-core trains mixtures of experts on tensor-parallel ranks "
+                "only with sequence parallelism, which is not supported; set parallel.tensor to 1"
+            )
         for what, amount, parts, key in (
             ("attention heads", self.heads, tensor, "tensor"),
             ("feed-forward units", self.ffn, tensor, "tensor"),

@@ -85,9 +85,9 @@ if not linear._grad_accum_fusion_available:
     linear.fused_weight_gradient_mlp_cuda, linear._grad_accum_fusion_available = WeightGradient, True
 
 
-def layer(qk_norm: bool) -> ModuleSpec:
-    """Megatron's local transformer layer with our norms and core attention."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+def layer(qk_norm: bool, experts: int | None = None) -> ModuleSpec:
+    """Megatron's local transformer layer with our norms and core attention; with a number of experts, a mixture."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm, num_experts=experts)
     inner = spec.submodules.self_attention.submodules
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     inner.core_attention = PackedAttention

@@ -18,7 +18,7 @@ from torch import Tensor
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.mcore import layers
+from oreal_megatron.mcore import experts, layers
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.heads import ScalarHead, WithoutProduct
 from oreal_megatron.settings import nearest
@@ -77,7 +77,9 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=True,  # apex's, or ours: layers.WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
+        **experts.fields(arch),
     )
+    experts.check(config.megatron)
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     for key in config.megatron:
         if key not in known:
@@ -103,16 +105,17 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
         if megatron.deterministic_mode:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
             torch.use_deterministic_algorithms(True)
+        experts.prepare()
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 
 
 def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
     stages, stage = _place(config, chunk)
-    depth = len(arch.stage_layers(stages, stage))
+    layer = layers.layer(arch.qk_norm, arch.experts.count if arch.experts else None)
     model = GPTModel(
         megatron,
-        TransformerBlockSubmodules([layers.layer(arch.qk_norm)] * depth, layer_norm=layers.RMSNorm),
+        TransformerBlockSubmodules([layer] * len(arch.stage_layers(stages, stage)), layer_norm=layers.RMSNorm),
         vocab_size=arch.padded_vocab(config.parallel.tensor),
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,

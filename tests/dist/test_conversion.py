@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,16 @@ VOCABULARY = 130  # padded to 192 for one rank, to 256 for four
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """A folder with random weights for every family, untied and tied, and a reward model of Qwen2."""
+    """A folder with random weights for every family, untied and tied, and reward models of three."""
     from oreal_megatron.mapping import architecture
 
     root, made = tmp_path_factory.mktemp("families"), {}
     for family, row in ROWS.items():
         made[family] = write(root / family, row | {"tie_word_embeddings": False})
         made[family + " tied"] = write(root / f"{family}_tied", row | {"tie_word_embeddings": True})
-    made["reward model"] = write(root / "reward", architecture.with_head(ROWS["Qwen2"], "scalar"))
+    made["Qwen3Moe as picked"] = write(root / "as_picked", ROWS["Qwen3Moe"] | {"norm_topk_prob": False})
+    for family in ("Qwen2", "Qwen3Moe", "Mixtral"):
+        made[family + " reward model"] = write(root / f"{family}_reward", architecture.with_head(ROWS[family], "scalar"))
     return made
 
 
@@ -79,7 +82,7 @@ def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | 
     for name, path in folders.items():
         source = Folder(path)
         arch, head = architecture.read(source.config), architecture.head(source.config)
-        chunks = model.build(arch, config, head)
+        chunks = [chunk.eval() for chunk in model.build(arch, config, head)]
         model.load(chunks, arch, config, head, source.tensor)
         language_model = heads.LanguageModelHead(chunks[-1], arch.vocab, 0)
         read = language_model.logits if head == "lm" else torch.clone
@@ -157,7 +160,7 @@ def test_logits_are_those_of_transformers_at_every_layout(folders, in_processes)
         last = [rank for rank in ranks if rank["Qwen2"] is not None]
         assert len(last) == layout[0]
         for name, logits in wanted.items():
-            whole = last[0][name] if name == "reward model" else torch.cat([rank[name] for rank in last], -1)
+            whole = last[0][name] if "reward model" in name else torch.cat([rank[name] for rank in last], -1)
             gap = (whole[..., : logits.shape[-1]] - logits).abs().max().item()
             assert logits.abs().max() > 0.5 and gap < 1e-5, f"{case}, {name}: {gap:.1e}"
 
@@ -227,17 +230,27 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
     return trained, loaded
 
 
-@pytest.mark.parametrize("family", ["Qwen3 tied", "Qwen2"])
-def test_checkpoints_go_between_layouts_and_to_hugging_face(family, folders, in_processes, make_samples, tmp_path):
+def pieces(checkpoint: Path) -> set[tuple]:
+    """Key and place of every piece of weight and of every other object, the optimizer's left out."""
+    from oreal_megatron.convert.torch_dist import Reader
+
+    return {(index.fqn, index.offset) for index in Reader(checkpoint).storage if not index.fqn.startswith("optimizer.")}
+
+
+@pytest.mark.parametrize(
+    ("family", "saved", "loaded"),
+    [("Qwen3 tied", (4, 1, 1), (1, 2, 2)), ("Qwen2", (1, 2, 2), (4, 1, 1)), ("Qwen3Moe", (1, 2, 2), (2, 1, 1))],
+)
+def test_checkpoints_go_between_layouts_and_to_hugging_face(
+    family, saved, loaded, folders, in_processes, make_samples, tmp_path
+):
     from oreal_megatron.config import Parallel
     from oreal_megatron.convert import stream, to_hf, to_megatron
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.convert.megatron_folder import MegatronFolder
 
     quiet, run, samples = (lambda *arguments: None), tmp_path / "run", make_samples(6, seed=3)
-    layouts = [(2, (1, 2, 2)), (4, (4, 1, 1))] if family == "Qwen2" else [(4, (4, 1, 1)), (2, (1, 2, 2))]
-    (world, saved), (other_world, loaded) = layouts
-    trained = in_processes(world, save_trained, folders[family], saved, str(run), samples)[0]
+    trained = in_processes(math.prod(saved[:2]), save_trained, folders[family], saved, str(run), samples)[0]
     for name in ("policy", "reward_model"):
         exported = tmp_path / name
         to_hf.convert(MegatronFolder(run / "step_000001" / name), exported, stream.Cast(None), quiet, quiet)
@@ -249,9 +262,53 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(family, folders, in_
 
     source, converted = Folder(folders[family]), tmp_path / "converted"
     to_megatron.convert(source, converted, Parallel(*saved), stream.Cast(None), quiet, quiet)
-    for again, filled in in_processes(other_world, load_trained, folders[family], loaded, str(run), str(converted)):
+    assert pieces(converted) == pieces(run / "step_000001" / "policy")
+    for again, filled in in_processes(
+        math.prod(loaded[:2]), load_trained, folders[family], loaded, str(run), str(converted)
+    ):
         assert all(torch.equal(again[name], value) for name, value in trained.items())
         assert filled.keys() == before.keys() and all(torch.equal(filled[name], before[name]) for name in before)
+
+
+def imitated(folders: list[str], layout: tuple, samples: list) -> list[tuple[float, float]]:
+    """Loss and gradient norm of a supervised step of each folder's model."""
+    from oreal_megatron.algo import pack
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import parallel, roles
+
+    config, results = start(layout), []
+    batch = pack.batch(samples, 60, *parallel.data_parallel())
+    for source in map(Folder, folders):
+        metrics = roles.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
+        results.append((metrics["loss/total"], metrics["policy/gradient_norm"]))
+    parallel.stop()
+    return results
+
+
+def imitated_by_transformers(folder: str, samples: list) -> tuple[float, float]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total = 0
+    for sample in samples:
+        ids = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        logp = torch.log_softmax(model(ids).logits[0, :-1], -1)[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        total = total - logp[len(sample.prompt_tokens) - 1 :].sum()
+    total = total / sum(len(sample.response_tokens) for sample in samples)
+    total.backward()
+    return total.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 2)], ids=["data parallel", "interleaved"])
+def test_a_mixture_has_the_gradient_of_transformers(layout, folders, in_processes, make_samples):
+    paths = [folders[name] for name in ("Qwen3Moe", "Qwen3Moe as picked", "Mixtral tied")]
+    samples = make_samples(4, seed=2)
+    wanted = [imitated_by_transformers(path, samples) for path in paths]
+    assert min(norm for _, norm in wanted) > 0.1
+    for rank in in_processes(2, imitated, paths, layout, samples):
+        for got, (loss, norm) in zip(rank, wanted, strict=True):
+            assert got == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
 
 
 def logits_differences(folder: str, converted: str, other: str) -> list[str | None]:
