@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 from pathlib import Path
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -82,7 +84,9 @@ def start(trainer: tuple[int, int, int], family: str, tied: bool):
     config = c.Config(parallel=c.Parallel(*trainer))
     chunks = model.build(arch, config, "lm")
     model.load(chunks, arch, config, "lm", weights.__getitem__)
-    policy = SimpleNamespace(config=config, arch=arch, placed=lambda: model.placed(chunks, arch, config, "lm"))
+    always_here = SimpleNamespace(here=lambda *parts: nullcontext())
+    placed = partial(model.placed, chunks, arch, config, "lm")
+    policy = SimpleNamespace(config=config, arch=arch, placed=placed, parts=always_here)
     return policy, weights
 
 
