@@ -50,6 +50,10 @@ float value_at(const void* base, int64_t element, int dtype) {
 // Fewer elements than this are done before a thread has started.
 int worth(int64_t elements, int threads) { return elements < 1 << 16 ? 1 : threads; }
 
+// Tokens take half a millisecond at most up to here; a second thread may wait longer than that behind torch's own
+// workers, which spin for a while after each operation.
+int worth_of_tokens(int64_t tokens, int threads) { return tokens < 1 << 18 ? 1 : threads; }
+
 // The running mean of one sequence's scores; returns the last one.
 float running_mean(const void* scores, int dtype, int64_t begin, int64_t end, float* out) {
     double sum = 0;
@@ -110,7 +114,7 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
 void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlens, int64_t sequences,
                          const uint8_t* right, float threshold, float* weights, float* means, int threads) {
     const Passes& passes = *chosen;
-    parallel_for(sequences, worth(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
+    parallel_for(sequences, worth_of_tokens(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
         const int64_t begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
         means[sequence] = running_mean(scores, dtype, begin, end, weights);
         passes.weights(weights + begin, end - begin, right[sequence] ? 1 : -1, threshold);
@@ -124,7 +128,7 @@ void oreal_policy_terms(const float* logp, const float* reference, const float* 
     const Passes& passes = *chosen;
     const int64_t tokens = cu_seqlens[sequences], block = 4096, blocks = (tokens + block - 1) / block;
     std::vector<std::array<double, 8>> parts(blocks);
-    parallel_for(blocks, worth(tokens, threads), [&](int64_t index, int) {
+    parallel_for(blocks, worth_of_tokens(tokens, threads), [&](int64_t index, int) {
         auto& part = parts[index] = {};
         const int64_t stop = std::min(tokens, (index + 1) * block);
         int64_t sequence = std::upper_bound(cu_seqlens, cu_seqlens + sequences, index * block) - cu_seqlens - 1;

@@ -291,7 +291,7 @@ def all_results(seed):
     statistics = native.row_statistics(logits, label, it, 0.0, columns)
     normal = normaliser(statistics)
     gradient = native.row_gradient(logits, torch.empty_like(logits), label, it, 0.0, columns, *normal, it, it)
-    tokens, reference, weight, cu_seqlens, reward, advantage = packed([70_000, 0, 3, 80_000], seed)
+    tokens, reference, weight, cu_seqlens, reward, advantage = packed([170_000, 0, 3, 180_000], seed)
     weights = native.token_weights(tokens, cu_seqlens, reward > 0, 0.5)
     terms = policy(tokens, reference, weight, cu_seqlens, reward, advantage)
     main_grad = torch.zeros(3001, 70)
