@@ -200,7 +200,7 @@ def test_linear_oreal_loss_in_16_bits_and_scaled(kl_kind, served_by):
 
 
 def test_the_scale_of_the_loss_is_not_rounded():
-    """19.9 is no bf16 number; rounded to 20 it would lengthen every hidden gradient by half a percent."""
+    """19.94 is no bf16 number; rounded to 20 it would lengthen every hidden gradient by 0.3 percent."""
     hidden, weight, labels, _ = case_of({}, torch.bfloat16)
 
     def length(scale: float) -> float:
@@ -208,7 +208,7 @@ def test_the_scale_of_the_loss_is_not_rounded():
         (linear_oreal_loss(x, weight, labels, terms_of()).loss * scale).backward()
         return x.grad.double().abs().sum().item()
 
-    assert length(19.9) / length(1.0) == pytest.approx(19.9, rel=1e-3)
+    assert length(19.94) / length(1.0) == pytest.approx(19.94, rel=1e-3)
 
 
 def test_a_gradient_of_many_chunks_is_as_good_as_of_one(served_by):
