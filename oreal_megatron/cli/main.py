@@ -9,8 +9,8 @@ import sys
 import time
 import warnings
 
-from oreal_megatron import ranks
-from oreal_megatron.config import ConfigError, RunStopped
+from oreal_megatron import preemption, ranks
+from oreal_megatron.config import ConfigError, Preempted, RunStopped
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -20,7 +20,7 @@ COMMANDS = {
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
     "report": "draw the learning curve of run folders and print what they reached",
 }
-BAD_INPUT, STOPPED = 2, 3  # exit codes
+BAD_INPUT, STOPPED = 2, 3  # exit codes; docs/operations.md says what each asks for
 
 
 def launch(processes: int, arguments: list[str]) -> int:
@@ -66,4 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         return module.run(args)
     except (ConfigError, RunStopped) as error:
         complain(args.command, error)
+        if isinstance(error, Preempted):
+            return preemption.EXIT_CODE
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
