@@ -68,7 +68,6 @@ def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
     """Where two configurations, as dictionaries, are not equal: `section.key: old -> new`."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
-        before, after = (list(side) if isinstance(side, tuple) else side for side in (before, after))
         return [] if before == after else [f"{where[:-1]}: {before!r} -> {after!r}"]
     keys = [*before, *(key for key in after if key not in before)]
     return [line for key in keys for line in differences(before.get(key), after.get(key), f"{where}{key}.")]

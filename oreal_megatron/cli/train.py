@@ -107,7 +107,8 @@ def _config(args: argparse.Namespace) -> Config:
     if not auto:
         refuse_existing(config)
     elif (Path(config.run) / "config.json").is_file():
-        changed = settings.differences(_written(Path(config.run)), dataclasses.asdict(config))
+        now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
+        changed = settings.differences(_written(Path(config.run)), now)
         if changed and ranks.rank() == 0:
             disk.say(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
     return config

@@ -131,3 +131,20 @@ def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(tr
     assert policy == (run / "policy/model.safetensors").read_bytes()
     judge, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "reward_model", output_loading_info=True)
     assert judge.config.num_labels == 1 and not any(report.values())
+
+
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
+def test_a_disturbed_job_ends_as_an_undisturbed_one(trained):
+    """The fault campaign of docs/operations.md, shortened."""
+    command = [
+        sys.executable,
+        Path(__file__).parents[2] / "tools/fault_campaign.py",
+        "--folder",
+        trained,
+        "--steps",
+        "8",
+    ]
+    faults = ["--runs", "2", "--seed", "3", "--faults", "SIGTERM", "kill a rank, torchrun restarts"]
+    result = subprocess.run([*command, *faults], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "2 of 2 equal bit by bit" in result.stdout
