@@ -26,6 +26,7 @@ class Judge:
     """LLM judge behind an OpenAI-compatible API, asked where the rules say WRONG. No URL: no judge."""
 
     urls: tuple[str, ...] = ()
+    required: bool = False  # refuse to start without a URL
     model: str = ""
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 60.0
@@ -190,6 +191,7 @@ class Config:
     """Everything a run depends on."""
 
     run: str = "runs/oreal"  # run folder
+    gpus: int = 0  # that the recipe was made for (`oreal plan` takes it); it runs on others that its layout allows
     seed: int = 0
     steps: int = 90
     policy_freeze_steps: int = 10  # the first steps train the reward model alone

@@ -87,6 +87,7 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
+    _check_judge(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
@@ -129,6 +130,14 @@ def _check_choices(config: Config) -> None:
         raise ConfigError(
             f"policy_freeze_steps is {config.policy_freeze_steps} and steps is {config.steps}: the policy would never "
             "be trained"
+        )
+
+
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
         )
 
 
