@@ -11,6 +11,7 @@ import warnings
 
 from oreal_megatron import ranks
 from oreal_megatron.config import ConfigError, RunStopped
+from oreal_megatron.observe import watchdog
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -24,7 +25,10 @@ BAD_INPUT, STOPPED = 2, 3  # exit codes
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Start the command in several processes of this machine; its exit code, without torchrun's stack trace."""
+    """Start the command in several processes of this machine; its exit code, without torchrun's stack trace.
+
+    A process that a signal ended is a lost rank, whatever code the others ended with.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -32,7 +36,11 @@ def launch(processes: int, arguments: list[str]) -> int:
     try:
         run(parse_args([*torchrun, *arguments]))
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        print(f"oreal: rank {rank} is lost: {first.message}; exit code {watchdog.HUNG}", file=sys.stderr, flush=True)
+        return watchdog.HUNG
     return 0
 
 
@@ -65,5 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return module.run(args)
     except (ConfigError, RunStopped) as error:
+        watchdog.stop()
         complain(args.command, error)
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
+    except Exception as error:
+        watchdog.failed(error)
+        raise
+    finally:
+        watchdog.stop()

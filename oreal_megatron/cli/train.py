@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import loop, ranks, settings
+from oreal_megatron import heartbeat, loop, ranks, settings
 from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import to_hf
 from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 
 
@@ -40,9 +41,10 @@ def run(args: argparse.Namespace) -> int:
     if resumed:
         refuse_changed(Path(config.run), inputs_read)
 
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     engine, verifier = build.start_engine(inputs)
-    parallel.start_megatron(config.parallel, config.seed)
+    parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
@@ -53,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
     def after_step(done: int) -> None:
         if done and _due(done, config.checkpoint.every, config.steps):
-            checkpoint.save(folder, done, trainers, config.checkpoint.keep, partial(build.describe, inputs))
+            with heartbeat.phase("checkpoint"):
+                checkpoint.save(folder, done, trainers, config.checkpoint.keep, partial(build.describe, inputs))
         if held_out and _due(done, config.evaluation.every, config.steps):
-            record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
+            with heartbeat.phase("evaluate"):
+                record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
 
     if resumed:
         hand_over(policy.updates)
@@ -63,9 +67,11 @@ def run(args: argparse.Namespace) -> int:
         after_step(0)
     world = parallel.data_parallel(inputs.arch)
     loop.train(config, prompts, engine, verifier, policy, reference, reward_model, hand_over, record, after_step, world)
-    save_policy(inputs, policy, Path(config.run) / "policy")
+    with heartbeat.phase("checkpoint"):
+        save_policy(inputs, policy, Path(config.run) / "policy")
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
 
 
