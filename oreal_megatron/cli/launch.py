@@ -20,7 +20,6 @@ from torch.distributed.run import parse_args, run
 
 from oreal_megatron.exit_codes import FINAL, LOST, PREEMPTED
 
-
 LEAVE_S = 600  # for processes that were asked to leave to finish their step and save; then they are killed
 
 
