@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from oreal_megatron.algo import pack
+from oreal_megatron.algo import guard, pack
 from oreal_megatron.config import Config
 from oreal_megatron.observe.progress import Bar
 
@@ -25,6 +25,7 @@ def imitate(
         for step in range(wanted.steps):
             batch = pack.batch(demonstrations.take(step), config.tokens_per_micro_batch, *data_parallel)
             metrics = policy.imitate(batch)
+            guard.check(metrics, config.guard, step)
             log(step, metrics)
             note = f"loss {metrics['loss/total']:.3f}"
             if wanted.evaluate_every and (step + 1) % wanted.evaluate_every == 0:

@@ -49,11 +49,12 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read)
+    record = Run(config, first, inputs_read, parallel.share())
 
     def after_step(done: int) -> None:
         if done and _due(done, config.checkpoint.every, config.steps):
             checkpoint.save(folder, done, trainers, config.checkpoint.keep, partial(build.describe, inputs))
+            record.forget_dumps(checkpoint.complete(folder)[0].name)
         if held_out and _due(done, config.evaluation.every, config.steps):
             record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
 

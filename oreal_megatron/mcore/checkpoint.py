@@ -7,6 +7,7 @@ and the choice of samples are functions of the step and the seed, so the step re
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 
 from oreal_megatron import ranks
+from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mcore import adam
 from oreal_megatron.mcore.cpu import device_layer
@@ -61,7 +63,8 @@ def save(
             if ranks.rank() == 0:
                 (partial / name).mkdir()
             dist.barrier()
-            common = {"step": step, "updates": trainer.updates, "random": random_states}
+            past = dataclasses.asdict(trainer.past)
+            common = {"step": step, "updates": trainer.updates, "past": past, "random": random_states}
             with trainer.parts.here(*trainer.parts):
                 dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
     dist.barrier()
@@ -93,7 +96,7 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
-    trainer.updates = state["updates"]
+    trainer.updates, trainer.past = state["updates"], guard.Past(**state["past"])
     return state
 
 
