@@ -162,6 +162,15 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Steps that are not taken: loss, score or gradient is not finite, or the gradient is a spike."""
+
+    skips_in_a_row: int = 5  # of one model, at which the run stops
+    spike_factor: float = 0.0  # a gradient norm above so many times the running median is a spike; 0: none is
+    spike_window: int = 20  # steps taken that the median is of; until there are so many, nothing is a spike
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = 10  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints kept
@@ -230,6 +239,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     reward_model: RewardModel = field(default_factory=RewardModel)
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     watchdog: Watchdog = field(default_factory=Watchdog)

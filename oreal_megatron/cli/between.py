@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oreal_megatron import heartbeat, ranks
+from oreal_megatron import checkpoints, heartbeat, ranks
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.evaluation import evaluate
 from oreal_megatron.mcore import checkpoint
@@ -41,6 +41,8 @@ class BetweenSteps:
             if due(done, self.config.checkpoint.every, self.config.steps):
                 self.saver.start(done)
                 self.saved = done
+            if kept := checkpoints.candidates(self.saver.folder)[: self.config.checkpoint.keep]:
+                self.run.forget_dumps(kept[-1].name)
         if any(ranks.gather(bool(self.notice))):
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()

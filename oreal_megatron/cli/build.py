@@ -50,6 +50,9 @@ RANGES = (
     ("weights.threshold", 0.0, 0.99),
     ("weights.top_share", 0.0, 1.0),
     ("verify.unknown_limit", 0.0, 1.0),
+    ("guard.skips_in_a_row", 1, 10**6),
+    ("guard.spike_factor", 0.0, 1e6),
+    ("guard.spike_window", 1, 10**4),
 )
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "held-out accuracy, or pass rates of training prompts",
     "verify": "grade a file of answers against their golds",
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
+    "replay": "compute a dumped step again, and compare",
     "report": "draw the learning curve of run folders and print what they reached",
 }
 

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read)
+    record = Run(config, first, inputs_read, parallel.share())
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
     between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)

@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 from oreal_megatron import checkpoints, disk, ranks
+from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mcore import adam
 from oreal_megatron.mcore.cpu import device_layer
@@ -105,7 +106,7 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
-    trainer.updates = state["updates"]
+    trainer.updates, trainer.past = state["updates"], guard.Past(**state["past"])
     return state
 
 

@@ -1,4 +1,4 @@
-"""Ends a job that hangs or has lost a rank: names who and where, writes all Python stacks, exits with HUNG.
+"""Ends a job that hangs or has lost a rank: names who and where, writes all Python stacks, exits with exit_codes.LOST.
 
 Every rank has two threads. One tells the others through a TCP store where its rank is, reads where they are, and
 judges (hang.py). The other sees to it that the first gets round: a store on a dead host does not answer. A rank whose
@@ -22,9 +22,9 @@ from typing import Any
 import torch.distributed as dist
 
 from oreal_megatron import config, heartbeat, ranks
+from oreal_megatron.exit_codes import LOST
 from oreal_megatron.observe import hang, processes
 
-HUNG = 5  # exit code
 WRITE_S = 10.0  # for the stacks: the file system may be what hangs
 TOGETHER_S = 5.0  # for the other ranks to write theirs, before an exit makes torchrun end them
 STUCK_SHARE = 0.8  # of silent_s after which a stuck interpreter's stacks are written, while the others still wait
@@ -157,10 +157,10 @@ class Watchdog:
         where = self.folder / ("start" if found.step is None else f"step_{found.step}")
         _in_time(lambda: self._write(where, found), WRITE_S)
         if found.by == self.rank:
-            line = f"oreal: {found.sentence}. Stacks of all ranks: {where}; exit code {HUNG}"
+            line = f"oreal: {found.sentence}. Stacks of all ranks: {where}; exit code {LOST}"
             print(line, file=sys.stderr, flush=True)
         _in_time(self._wait_for_writers, TOGETHER_S)
-        os._exit(HUNG)
+        os._exit(LOST)
 
     def _write(self, where: Path, found: hang.Verdict) -> None:
         where.mkdir(parents=True, exist_ok=True)
