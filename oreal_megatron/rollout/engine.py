@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from oreal_megatron import heartbeat, ranks, versions
 from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import plain_weights
+from oreal_megatron.rollout import plain_weights, shared_memory
 
 versions.check(versions.VLLM)
 
@@ -54,6 +55,7 @@ class Engine:
         self.awake = True
         if config.engine.transport == "direct":
             plain_weights.keep()
+        shared_memory.of_this_job(ranks.gather(uuid.uuid4().hex)[0])
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
