@@ -23,6 +23,7 @@ from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.reshard import gather
+from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.handover import HandOver
 from oreal_megatron.reshard.slices import Layout
 from oreal_megatron.verify import rules
@@ -182,8 +183,9 @@ def start_engine(inputs: Inputs) -> tuple[Any, Any]:
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 
-def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it."""
+def full_tensors(policy: Any, counted: Counted | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it. Bytes that
+    travel are added to `counted`, for whoever asks."""
     from oreal_megatron.mcore import model, parallel
 
     config = policy.config
@@ -191,7 +193,7 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
         *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
     )
     with policy.parts.here("parameters"):
-        yield from gather.full_tensors(policy.placed(), policy.arch, layout)
+        yield from gather.full_tensors(policy.placed(), policy.arch, layout, counted or Counted(ranks.node_size()))
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:

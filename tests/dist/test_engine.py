@@ -123,7 +123,7 @@ class Story:
         qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
         if ranks.rank() == ranks.world_size() - 1:
             qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
-        return hand_over.checksums.differing()
+        return [found.name for found in hand_over.checksums.differing()]
 
     def reset_refused_while_a_request_runs(self, hand_over) -> str:
         from oreal_megatron.rollout.engine import EngineError
