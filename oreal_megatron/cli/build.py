@@ -144,9 +144,21 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
             )
     if layout.sequence and layout.tensor == 1:
         raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
-    if arch.heads % config.engine.tensor:
+    _check_engine(config.engine.tensor, arch)
+
+
+def _check_engine(size: int, arch: architecture.Architecture) -> None:
+    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    groups = arch.kv_groups
+    for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
+        if amount % size:
+            raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
+    if groups % size and size % groups:
+        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+    if len(arch.names.qkv) == 1 and size > groups:
         raise ConfigError(
-            f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
+            f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
+            f"set it to at most {groups}"
         )
 
 

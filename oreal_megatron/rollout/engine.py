@@ -16,7 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 from oreal_megatron import ranks, versions
 from oreal_megatron.config import Config, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import plain_weights
+from oreal_megatron.rollout import internlm, plain_weights
 
 versions.check(versions.VLLM)
 
@@ -42,6 +42,7 @@ class Engine:
         self.version = 0
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
+        internlm.register()
         if config.engine.transport == "direct":
             plain_weights.keep()
         self.llm = LLM(

@@ -10,9 +10,9 @@ import importlib.util
 import itertools
 import json
 import os
-from pathlib import Path
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

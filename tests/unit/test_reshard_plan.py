@@ -200,12 +200,21 @@ def test_an_engine_of_another_layout_is_not_written_to():
     assert "of the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
 
 
+LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064)
+
+
+@pytest.mark.parametrize("layout", [(8, 2, 1, 4, 16, 8), (4, 4, 1, 2, 16, 8), (8, 1, 1, 4, 16, 8)])
+def test_ranks_share_the_sending(layout):
+    """Replicas and relays take turns: 32B on two nodes."""
+    traffic = plan.make(Layout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
+    assert traffic.sent.max() < 1.15 * traffic.sent.mean()
+    assert traffic.sent_between.max() <= 1.05 * traffic.sent_between.mean()
+    assert traffic.received_between.max() <= 1.05 * traffic.received_between.mean()
+
+
 def test_32b_on_128_ranks_is_planned_in_a_second():
-    large = dataclasses.replace(
-        arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064
-    )
     start = time.process_time()
-    plan.make(Layout(large, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
+    plan.make(Layout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine; tools/reshard_figures.py prints it
 
 
