@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from oreal_megatron import heartbeat, ranks, versions
 from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import plain_weights, shared_memory
+from oreal_megatron.rollout import internlm, plain_weights, shared_memory
 
 versions.check(versions.VLLM)
 
@@ -53,6 +53,7 @@ class Engine:
         self.version, self.leave = 0, leave
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
+        internlm.register()
         if config.engine.transport == "direct":
             plain_weights.keep()
         shared_memory.of_this_job(ranks.gather(uuid.uuid4().hex)[0])
