@@ -9,8 +9,8 @@ import sys
 import time
 import warnings
 
-from oreal_megatron import ranks
-from oreal_megatron.config import ConfigError, RunStopped
+from oreal_megatron import preemption, ranks
+from oreal_megatron.config import ConfigError, Preempted, RunStopped
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -21,19 +21,27 @@ COMMANDS = {
     "replay": "compute a dumped step again, and compare",
     "report": "draw the learning curve of run folders and print what they reached",
 }
-BAD_INPUT, STOPPED = 2, 3  # exit codes
+LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
+BAD_INPUT, STOPPED = 2, 3  # exit codes; docs/operations.md says what each asks for
 
 
 def launch(processes: int, arguments: list[str]) -> int:
     """Start the command in several processes of this machine; its exit code, without torchrun's stack trace."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
 
     torchrun = ["--standalone", "--nproc-per-node", str(processes), "-m", "oreal_megatron"]
     try:
         run(parse_args([*torchrun, *arguments]))
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code  # ended by a signal, as a shell tells it
+    except SignalException as notice:  # passed on to the processes, which have left by now
+        return preemption.EXIT_CODE if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
     return 0
 
 
@@ -67,4 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
         return module.run(args)
     except (ConfigError, RunStopped) as error:
         complain(args.command, error)
+        if isinstance(error, Preempted):
+            return preemption.EXIT_CODE
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED

@@ -28,10 +28,6 @@ PER_TOKEN = ("reference_logp", "weight")  # [T] each, of what the policy's step 
 Values = list[Tensor] | None
 
 
-def name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
 def write(
     path: Path,
     step: int,
@@ -119,7 +115,7 @@ def read(path: Path) -> Dump:
 
 
 def forget(run: Path, before: str) -> None:
-    """Delete the dumps of steps before the one of this name, to which no checkpoint leads, but not of refused ones."""
+    """Delete the dumps of steps before the one of this name, but not of refused ones."""
     for path in (run / "dumps").glob("step_*"):
         if path.name < before and not _is_refused(path):
             shutil.rmtree(path)
