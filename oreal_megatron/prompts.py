@@ -13,8 +13,12 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.records import Prompt, Sample
 
 
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model_path)
+def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; what Python code the folder brings is run only where it is trusted."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a broken file, transformers raises anything from OSError to KeyError
+        raise ConfigError(f"the tokenizer of {model_path} cannot be loaded: {error!r:.300}") from None
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
