@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.records import Prompt, Sample
 
@@ -24,8 +25,11 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> PreTrain
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
     """End-of-sequence tokens of the tokenizer and of generation_config.json."""
     file = Path(model_path) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id", []) if file.is_file() else []
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    named = disk.read_object(file).get("eos_token_id", []) if file.is_file() else []
+    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not all(isinstance(token, int) for token in stops):
+        raise ConfigError(f"{file} names eos_token_id {named!r}; wanted a token's number, or several")
+    return sorted(stops)
 
 
 def read_problems(path: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ are functions of the step and the seed, so the step restores them. saver.py writ
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def choose(folder: Path, models: list[str], step: int | None, damaged_too: bool)
 def check(path: Path) -> None:
     """Refuse a folder that is not a Megatron distributed checkpoint, or that would run code when it is loaded."""
     marker = path / "metadata.json"
-    if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
+    if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
         raise ConfigError(
             f"{path} is not a Megatron distributed checkpoint (torch_dist): its metadata.json says nothing"
         )

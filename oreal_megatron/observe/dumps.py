@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oreal_megatron import settings
+from oreal_megatron import disk, settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.records import Batch, Counts, MicroBatch
@@ -107,10 +107,10 @@ class Dump:
 def read(path: Path) -> Dump:
     """A dumped step, its tensors still on disk."""
     try:
-        whole = json.loads((path / "step.json").read_text())
+        whole = disk.read_object(path / "step.json")
         counts, config = Counts(**whole["counts"]), settings.from_dict(whole["config"])
         return Dump(path, whole["step"], whole["shares"], counts, whole["metrics"], config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
 
 

@@ -155,7 +155,7 @@ def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) ->
 
 def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
     """A resumed run must read what it read before: the starting policy is its reference, the prompts its order."""
-    before = json.loads((run / "environment.json").read_text()).get("inputs", {})
+    before = disk.read_object(run / "environment.json").get("inputs", {})
     for name, digest in inputs.items():
         if before.get(name, digest) != digest:
             raise ConfigError(f"{name} has changed since the run {run} was started; put the old one back to resume it")
