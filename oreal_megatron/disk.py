@@ -1,8 +1,9 @@
-"""Files that are whole or not there, and writes that wait for room instead of failing."""
+"""Files that are whole or not there, writes that wait for room instead of failing, JSON that is what it should be."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oreal_megatron import heartbeat
+from oreal_megatron.config import ConfigError
 
 Result = TypeVar("Result")
 PAUSE_S = 10.0  # between looks at a full disk
@@ -27,6 +29,17 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}; wanted a JSON object")
+    return value
 
 
 def append_line(path: Path, line: str) -> None:

@@ -41,8 +41,7 @@ class BetweenSteps:
             if due(done, self.config.checkpoint.every, self.config.steps):
                 self.saver.start(done)
                 self.saved = done
-            if kept := checkpoints.candidates(self.saver.folder)[: self.config.checkpoint.keep]:
-                self.run.forget_dumps(kept[-1].name)
+                self.run.forget_dumps(checkpoints.complete(self.saver.folder)[-self.saver.keep :])
         if any(ranks.gather(bool(self.notice))):
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()

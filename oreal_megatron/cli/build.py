@@ -26,7 +26,7 @@ from oreal_megatron.reshard import gather
 from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.handover import HandOver
 from oreal_megatron.reshard.slices import Layout
-from oreal_megatron.verify import rules
+from oreal_megatron.verify import judge, rules
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -98,6 +98,7 @@ def prepare(config: Config) -> Inputs:
         raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
     _check_allocator(config)
+    judge.refuse_secrets(config.verify.judge.urls)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
@@ -106,7 +107,7 @@ def prepare(config: Config) -> Inputs:
             f"{arch.max_positions} positions"
         )
     _check_cache(config, arch)
-    tokenizer = prompts.load_tokenizer(config.model.path)
+    tokenizer = prompts.load_tokenizer(config.model.path, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
     if len(tokenizer) > arch.vocab:

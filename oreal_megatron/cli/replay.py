@@ -32,22 +32,21 @@ def run(args: argparse.Namespace) -> int:
     from oreal_megatron.mcore import checkpoint, model, parallel, roles  # imports Megatron, which takes seconds
 
     names = ["policy"] + ["reward_model"] * config.reward_model.enabled
-    complete = checkpoints.complete(Path(config.run) / "checkpoints")
-    found = [path for path in complete if path.name <= dumps.name(dump.step)]
-    for name in names if found else ():
-        checkpoint.check(found[-1] / name)
-    played = _steps(dump, found[-1].name if found else dumps.name(0))
+    folder = Path(config.run) / "checkpoints"
+    steps = [step for step in map(checkpoints.step_of, checkpoints.complete(folder)) if step <= dump.step]
+    played = _steps(dump, max(steps, default=0))
     parallel.start_process_group()
+    start = checkpoint.choose(folder, names, max(steps), damaged_too=False) if steps else None
     parallel.start_megatron(config.parallel, config.seed)
     shares = [step.share(*parallel.data_parallel()[:2]) for step in played]  # refuses what is damaged
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
-    if found:
-        checkpoint.load(found[-1], dict(zip(names, (policy, reward_model), strict=False)))
+    if start:
+        checkpoint.load(start, dict(zip(names, (policy, reward_model), strict=False)))
     for step, share in zip(played, shares, strict=True):
         again = _again(step, share.to(model.device()), policy, reference, reward_model)
-    source = str(found[-1]) if found else f"the starting model {config.model.path}"
+    source = str(start) if start else f"the starting model {config.model.path}"
     table = compare(dump.metrics, again, args.tolerance)
     if ranks.rank() == 0:
         print_table(table, f"step {dump.step}, from {source}, steps {', '.join(str(step.step) for step in played)}")
@@ -55,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(row.same for row in table) else 1
 
 
-def _steps(dump: Dump, first: str) -> list[Dump]:
-    """The dumped steps from the one of this name up to `dump`. A step that had nothing to learn from has no dump."""
-    earlier = [path for path in dump.path.parent.glob("step_*") if first <= path.name < dump.path.name]
-    return [*map(dumps.read, sorted(earlier)), dump]
+def _steps(dump: Dump, first: int) -> list[Dump]:
+    """The dumped steps from `first` up to this one. A step that had nothing to learn from has no dump."""
+    earlier = [dump.path.with_name(checkpoints.name(step)) for step in range(first, dump.step)]
+    return [*(dumps.read(path) for path in earlier if path.is_dir()), dump]
 
 
 def _again(dump: Dump, share: Share, policy: Any, reference: Any, reward_model: Any) -> dict[str, float]:

@@ -123,4 +123,4 @@ def _written(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
-    return json.loads(file.read_text())
+    return disk.read_object(file)

@@ -19,17 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oreal_megatron import settings
+from oreal_megatron import disk, settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.records import Batch, Counts, MicroBatch
 
 PER_TOKEN = ("reference_logp", "weight")  # [T] each, of what the policy's step was given beside the batch
 Values = list[Tensor] | None
-
-
-def name(step: int) -> str:
-    return f"step_{step:06d}"
 
 
 def write(
@@ -111,15 +107,15 @@ class Dump:
 def read(path: Path) -> Dump:
     """A dumped step, its tensors still on disk."""
     try:
-        whole = json.loads((path / "step.json").read_text())
+        whole = disk.read_object(path / "step.json")
         counts, config = Counts(**whole["counts"]), settings.from_dict(whole["config"])
         return Dump(path, whole["step"], whole["shares"], counts, whole["metrics"], config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
 
 
 def forget(run: Path, before: str) -> None:
-    """Delete the dumps of steps before the one of this name, to which no checkpoint leads, but not of refused ones."""
+    """Delete the dumps of steps before the one of this name, but not of refused ones."""
     for path in (run / "dumps").glob("step_*"):
         if path.name < before and not _is_refused(path):
             shutil.rmtree(path)

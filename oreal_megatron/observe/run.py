@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import disk, heartbeat, ranks, verify, versions
+from oreal_megatron import checkpoints, disk, heartbeat, ranks, verify, versions
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.observe import dumps
@@ -86,20 +87,20 @@ class Run:
 
     def keep(self, step: int, batch: Batch, reference_logp: Values, weight: Values, metrics: dict[str, float]) -> None:
         """Dump what the step was trained on, and say so where a model refused it."""
-        path = self.path / "dumps" / dumps.name(step)
+        path = self.path / "dumps" / checkpoints.name(step)
         if self.share:
             try:
                 dumps.write(path, step, self.share, batch, reference_logp, weight, metrics, self.config)
-            except OSError as error:  # a full disk, say: a dump is not worth a run
-                print(f"step {step} could not be dumped for oreal replay: {error}", flush=True)
+            except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
+                disk.say(f"step {step} could not be dumped for oreal replay: {error}")
         if self.writes and (refused := guard.skipped(metrics)):
             line = f"step {step} was refused by {' and '.join(refused)}: {guard.why(metrics)}; see oreal replay {path}"
             self.bar.console.print(line, highlight=False)
 
-    def forget_dumps(self, before: str) -> None:
-        """Of steps that no checkpoint leads up to any more."""
-        if self.writes:
-            dumps.forget(self.path, before)
+    def forget_dumps(self, checkpoints: Sequence[Path]) -> None:
+        """Of the steps before these checkpoints, which can no longer be reached."""
+        if self.writes and checkpoints:
+            dumps.forget(self.path, before=checkpoints[0].name)
 
     def log_evaluation(self, step: int, result: dict[str, float]) -> None:
         """Held-out accuracy of the policy after `step` steps."""
@@ -160,7 +161,7 @@ def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) ->
 
 def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
     """A resumed run must read what it read before: the starting policy is its reference, the prompts its order."""
-    before = json.loads((run / "environment.json").read_text()).get("inputs", {})
+    before = disk.read_object(run / "environment.json").get("inputs", {})
     for name, digest in inputs.items():
         if before.get(name, digest) != digest:
             raise ConfigError(f"{name} has changed since the run {run} was started; put the old one back to resume it")

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from oreal_megatron import checkpoints
 from oreal_megatron import config as c
 from oreal_megatron.algo import guard, pack
 from oreal_megatron.cli import replay
@@ -68,7 +69,7 @@ def test_broken_weights_stop_the_run_at_once():
 def dumped(tmp_path, make_samples):
     """A step of two data-parallel ranks, as written and as they had it."""
     config = c.Config(run=str(tmp_path / "run"))
-    path, samples, shares = tmp_path / "run/dumps" / dumps.name(3), make_samples(3), []
+    path, samples, shares = tmp_path / "run/dumps" / checkpoints.name(3), make_samples(3), []
     for rank in range(2):
         batch = pack.batch(samples, 30, rank, 2)
         values = [torch.rand(len(part.labels)) for part in batch.micro_batches]
@@ -119,9 +120,9 @@ def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
 def test_dumps_go_with_the_checkpoint_before_them_but_refused_steps_stay(tmp_path, make_samples):
     batch, refused = pack.batch(make_samples(1), 30, 0, 1), {"policy/skipped_in_a_row": 1}
     for step in range(4):
-        path = tmp_path / "dumps" / dumps.name(step)
+        path = tmp_path / "dumps" / checkpoints.name(step)
         dumps.write(path, step, (0, 1), batch, None, None, refused if step == 1 else {}, c.Config())
-    (tmp_path / "dumps" / dumps.name(0) / "step.json").write_text("cut of")
+    (tmp_path / "dumps" / checkpoints.name(0) / "step.json").write_text("cut of")
     dumps.forget(tmp_path, "step_000003")
     assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]
 
