@@ -32,9 +32,9 @@ def verdicts_of_a_step(free_port: int) -> dict:
     dist.init_process_group("gloo")
     mine = ranks.rank()
     texts = ["\\boxed{1}", "kill", "\\boxed{2}", "sleep 30", "\\boxed{3}"]
-    rows = [[Rollout(Prompt(i, "", "x+1", None, (1,)), i, 0, (5,), text, True)] for i, text in enumerate(texts)]
 
-    def outcome(grader) -> object:
+    def outcome(grader, texts: list[str] = texts) -> object:
+        rows = [[Rollout(Prompt(i, "", "x+1", None, (1,)), i, 0, (5,), text, True)] for i, text in enumerate(texts)]
         verifier = StepVerifier(grader, unknown_limit=0.5)
         for slot, (rollout,) in enumerate(rows):
             if slot % 2 == mine:
@@ -51,7 +51,7 @@ def verdicts_of_a_step(free_port: int) -> dict:
     found = {
         "a killed worker and a late one": outcome(scripted),
         "no worker can be started": outcome(broken),
-        "all judges are down": outcome(judged),
+        "all judges are down": outcome(judged, ["\\boxed{1}"] * 5),
         "a bug": outcome(FailingGrader() if mine else scripted),
     }
     for grader in {scripted, broken, judged}:
