@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,14 +180,14 @@ def _check_cache(config: Config, arch: architecture.Architecture) -> None:
         )
 
 
-def start_engine(inputs: Inputs) -> tuple[Any, Any]:
-    """The engine and the verifier of what it generates. Collective."""
+def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> tuple[Any, Any]:
+    """The engine and the verifier of what it generates; `leave`: whether to end generating early. Collective."""
     from oreal_megatron.rollout.engine import Engine  # imports vllm, which takes seconds
     from oreal_megatron.verify.gathered import StepVerifier
     from oreal_megatron.verify.grader import Grader
 
     config = inputs.config
-    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer)
+    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer, leave)
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 

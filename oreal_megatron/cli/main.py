@@ -10,8 +10,8 @@ import time
 import warnings
 
 from oreal_megatron import ranks
-from oreal_megatron.cli.exit_codes import BAD_INPUT, STOPPED
-from oreal_megatron.config import ConfigError, RunStopped
+from oreal_megatron.cli.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
+from oreal_megatron.config import ConfigError, Preempted, RunStopped
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(f"oreal_megatron.cli.{chosen}").run(args)
     except (ConfigError, RunStopped) as error:
         complain(args.command, error)
+        if isinstance(error, Preempted):
+            return PREEMPTED
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
 
 

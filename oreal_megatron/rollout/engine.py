@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from oreal_megatron import ranks, versions
-from oreal_megatron.config import Config, RunStopped, Sampling
+from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
 from oreal_megatron.rollout import plain_weights
 
@@ -34,12 +36,18 @@ class Engine:
     scheduler runs on each of them, and without seeds their token streams part silently.
     """
 
-    def __init__(self, config: Config, stop_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: Config,
+        stop_tokens: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        leave: Callable[[], bool] = lambda: False,  # whether this process was asked to
+    ):
         self.config, self.stop_tokens, self.tokenizer = config, list(stop_tokens), tokenizer
         size = config.engine.tensor
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
-        self.version = 0
+        self.version, self.leave = 0, leave
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
         if config.engine.transport == "direct":
@@ -66,20 +74,26 @@ class Engine:
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, int], finished: Finished | None = None
     ) -> list[list[Rollout]]:
         """[P, K] answers to all prompts, on every rank. `finished` is called for each answer as soon as it is
-        complete, on one rank of the replica that generated it."""
+        complete, on one rank of the replica that generated it.
+
+        Raises Preempted, on all ranks, when one of them was asked to leave.
+        """
         mine = [slot for slot in range(len(prompts)) if slot % self.replicas == self.replica]
         asked = {f"{slot}.{index}": (slot, index) for slot in mine for index in range(sampling.answers_per_prompt)}
         for request, (slot, index) in asked.items():
             prompt = {"prompt_token_ids": list(prompts[slot].tokens)}
             self.llm.llm_engine.add_request(request, prompt, self._parameters(sampling, seed, slot, index))
-        done = []
-        while self.llm.llm_engine.has_unfinished_requests():
+        done, left = [], False
+        while self.llm.llm_engine.has_unfinished_requests() and not left:
             for output in self.llm.llm_engine.step():
                 slot, index = asked[output.request_id]
                 rollout = self._rollout(prompts[slot], slot, index, output.outputs[0])
                 done.append(rollout)
                 if finished and self.speaks:
                     finished(rollout)
+            left = self._leaves()
+        if any(ranks.gather(left)):
+            raise Preempted("asked to leave while generating")
         return self._everyones(done, prompts, sampling.answers_per_prompt)
 
     def live(self) -> tuple[dict[str, Tensor], str]:
@@ -117,6 +131,14 @@ class Engine:
     def close(self) -> None:
         """End the engine. vLLM takes torch's process group down with it, so this comes last."""
         self.llm.llm_engine.engine_core.shutdown()
+
+    def _leaves(self) -> bool:
+        """Whether a rank of this replica was asked to leave: they step together, so they stop together."""
+        if self.config.engine.tensor == 1:
+            return bool(self.leave())
+        asked = torch.tensor([bool(self.leave())], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(asked)
 
     def _parameters(self, sampling: Sampling, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
         proof = index == 0 and slot // self.replicas < self.config.engine.proof_answers

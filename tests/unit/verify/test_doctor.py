@@ -7,7 +7,7 @@ from oreal_megatron.config import Judge
 
 
 def test_every_judge_host_is_asked_and_a_bad_one_is_named(judge_server):
-    urls = (judge_server("correct").url, judge_server("wrong").url, "http://127.0.0.1:9")
+    urls = (judge_server("CORRECT").url, judge_server("say=WRONG").url, "http://127.0.0.1:9")
     found = list(doctor_checks.judges(Judge(urls=urls)))
     assert [finding.state for finding in found] == ["ok", "FAILED", "FAILED"]
     assert [finding.name for finding in found] == [f"judge {url}" for url in urls]
