@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
     "evaluate": "held-out accuracy, or pass rates of training prompts",
+    "doctor": "whether this machine, and what a recipe needs, is ready for a run",
     "verify": "grade a file of answers against their golds",
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
     "replay": "compute a dumped step again, and compare",
