@@ -26,7 +26,7 @@ from oreal_megatron.reshard import gather
 from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.handover import HandOver
 from oreal_megatron.reshard.slices import Layout
-from oreal_megatron.verify import rules
+from oreal_megatron.verify import judge, rules
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
@@ -51,6 +51,9 @@ RANGES = (
     ("weights.threshold", 0.0, 0.99),
     ("weights.top_share", 0.0, 1.0),
     ("verify.unknown_limit", 0.0, 1.0),
+    ("guard.skips_in_a_row", 1, 10**6),
+    ("guard.spike_factor", 0.0, 1e6),
+    ("guard.spike_window", 1, 10**4),
 )
 
 
@@ -88,12 +91,14 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
+    _check_judge(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
         raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
     _check_allocator(config)
+    judge.refuse_secrets(config.verify.judge.urls)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
@@ -102,7 +107,7 @@ def prepare(config: Config) -> Inputs:
             f"{arch.max_positions} positions"
         )
     _check_cache(config, arch)
-    tokenizer = prompts.load_tokenizer(config.model.path)
+    tokenizer = prompts.load_tokenizer(config.model.path, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
     if len(tokenizer) > arch.vocab:
@@ -130,6 +135,14 @@ def _check_choices(config: Config) -> None:
         raise ConfigError(
             f"policy_freeze_steps is {config.policy_freeze_steps} and steps is {config.steps}: the policy would never "
             "be trained"
+        )
+
+
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
         )
 
 
