@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from oreal_megatron import heartbeat
 from oreal_megatron.config import ConfigError
 
 Result = TypeVar("Result")
@@ -76,6 +78,8 @@ def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Re
             if not told:
                 say(f"no space left in {folder}; waiting until there is room, nothing is lost")
                 told = True
+            if threading.current_thread() is threading.main_thread():
+                heartbeat.beat()  # it waits, it does not hang
             time.sleep(PAUSE_S)
             continue
         if told:

@@ -23,6 +23,7 @@ from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.reshard import gather
+from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.handover import HandOver
 from oreal_megatron.reshard.slices import Layout
 from oreal_megatron.verify import judge, rules
@@ -90,6 +91,7 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
+    _check_judge(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
@@ -136,6 +138,14 @@ def _check_choices(config: Config) -> None:
         )
 
 
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
+        )
+
+
 def _check_world(config: Config, arch: architecture.Architecture) -> None:
     world, layout = ranks.world_size(), config.parallel
     trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
@@ -147,9 +157,21 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
             )
     if layout.sequence and layout.tensor == 1:
         raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
-    if arch.heads % config.engine.tensor:
+    _check_engine(config.engine.tensor, arch)
+
+
+def _check_engine(size: int, arch: architecture.Architecture) -> None:
+    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    groups = arch.kv_groups
+    for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
+        if amount % size:
+            raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
+    if groups % size and size % groups:
+        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+    if len(arch.names.qkv) == 1 and size > groups:
         raise ConfigError(
-            f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
+            f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
+            f"set it to at most {groups}"
         )
 
 
@@ -186,8 +208,9 @@ def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> t
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 
-def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it."""
+def full_tensors(policy: Any, counted: Counted | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it. Bytes that
+    travel are added to `counted`, for whoever asks."""
     from oreal_megatron.mcore import model, parallel
 
     config = policy.config
@@ -195,7 +218,7 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
         *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
     )
     with policy.parts.here("parameters"):
-        yield from gather.full_tensors(policy.placed(), policy.arch, layout)
+        yield from gather.full_tensors(policy.placed(), policy.arch, layout, counted or Counted(ranks.node_size()))
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from oreal_megatron import checkpoints, disk, ranks
+from oreal_megatron import checkpoints, disk, heartbeat, ranks
 from oreal_megatron.config import RunStopped
 from oreal_megatron.mcore import checkpoint
 from oreal_megatron.mcore.cpu import device_layer
@@ -94,6 +94,7 @@ class Saver:
         if not self.pending:
             return
         while not all(ranks.gather(self.pending.written.done())):  # short collectives: none outlasts its time
+            heartbeat.beat()
             time.sleep(0.01)
         pending, self.pending = self.pending, None
         digests = _everyones(pending)
@@ -123,6 +124,7 @@ class Saver:
                     "waiting until there is more, nothing is lost"
                 )
             told = True
+            heartbeat.beat()
             time.sleep(disk.PAUSE_S)
         if ranks.rank() == 0 and told:
             disk.say(f"there is room in {self.folder} again; going on")

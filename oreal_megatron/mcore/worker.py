@@ -15,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from oreal_megatron import ranks
+from oreal_megatron import heartbeat, ranks
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, Optimizer
 from oreal_megatron.mcore import adam, context, layers, parallel, varlen
@@ -55,6 +55,7 @@ class Scorer:
     def _run(self, batch: Batch, loss_function: Callable[..., tuple], forward_only: bool) -> list[dict[str, Tensor]]:
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple:
             number, micro_batch = next(numbered)
+            heartbeat.beat(number)
             micro_batch = micro_batch.to(device())
             output = _forward(model, micro_batch)
             return output, lambda result: loss_function(number, micro_batch, result)

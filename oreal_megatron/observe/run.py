@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import checkpoints, disk, ranks, verify, versions
+from oreal_megatron import checkpoints, disk, heartbeat, ranks, verify, versions
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.observe import dumps
@@ -48,13 +48,19 @@ class Run:
         """The step numbers still to do, under a progress bar."""
         bar = Bar(f"oreal {self.path.name}", self.config.steps, self.writes, self.first_step)
         with bar as self.bar:
-            yield iter(range(self.first_step, self.config.steps))
+            yield self._numbers()
+
+    def _numbers(self) -> Iterator[int]:
+        for step in range(self.first_step, self.config.steps):
+            heartbeat.step(step)
+            yield step
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the seconds of one phase of the step, on this rank."""
         start = time.perf_counter()
-        yield
+        with heartbeat.phase(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def log(

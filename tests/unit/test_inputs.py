@@ -147,6 +147,11 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(parallel=c.Parallel(context=2)), 3, "parallel.tensor x pipeline x context is 2"),
         (dict(parallel=c.Parallel(sequence=True)), 1, "parallel.sequence is set, which needs parallel.tensor"),
         (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
+        (
+            dict(engine=c.Engine(tensor=8, max_model_len=128)),
+            8,
+            "engine.tensor is 8, which does not divide 4 attention",
+        ),
         (dict(parallel=c.Parallel(8)), 8, "4 attention heads cannot be shared evenly by 8"),
         (dict(parallel=c.Parallel(1, 2, 4)), 2, "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks"),
         (dict(parallel=c.Parallel(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
@@ -166,6 +171,21 @@ def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world,
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(c.ConfigError, match=says):
         build.prepare(config_for(model_folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "groups", "size", "says"),
+    [
+        ("Llama", 12, 3, 2, "engine.tensor is 2; wanted a divisor or a multiple of 3 key-value groups"),
+        ("InternLM2", 4, 2, 4, "vLLM cannot share InternLM2's 2 key-value groups among more ranks"),
+    ],
+)
+def test_groups_that_vllm_cannot_share_are_refused(family, heads, groups, size, says):
+    row = json.loads((Path(__file__).parent.parent / "families.json").read_text())[family]
+    arch = architecture.read(row | {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 16})
+    with pytest.raises(c.ConfigError, match=says):
+        build._check_engine(size, arch)
+    build._check_engine(groups, arch)
 
 
 def test_expandable_segments_are_refused_where_the_engine_sleeps(model_folder, monkeypatch):
