@@ -73,7 +73,7 @@ def check(metrics: dict[str, float], config: Guard, step: int) -> None:
             )
         if metrics.get(f"{model}/skipped_in_a_row", 0) >= config.skips_in_a_row:
             raise RunStopped(
-                f"{who} has refused {config.skips_in_a_row} steps in a row, this one because {why(metrics)}. Its weights "
-                "are as they were; look at the step with `oreal replay`, then resume with another learning rate, other "
-                "data or other settings of guard"
+                f"{who} has refused {config.skips_in_a_row} steps in a row, this one because {why(metrics)}. "
+                "Its weights are as they were; look at the step with `oreal replay`, then resume with another learning "
+                "rate, other data or other settings of guard"
             )
