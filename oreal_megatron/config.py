@@ -17,6 +17,10 @@ class RunStopped(RuntimeError):
     """
 
 
+class Preempted(RunStopped):
+    """The run was asked to leave in the middle of a step; it can be resumed (exit code 4). Raised on all ranks."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """LLM judge behind an OpenAI-compatible API, asked where the rules say WRONG. No URL: no judge."""
@@ -160,6 +164,7 @@ class RewardModel:
 class Checkpoint:
     every: int = 10  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # steps; checkpoints at multiples of it stay as well; 0: none
 
 
 @dataclass(frozen=True)

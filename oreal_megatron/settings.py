@@ -65,6 +65,14 @@ def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any
     return kind(**{key: _typed(value, hints[key], f"{where}{key}") for key, value in data.items()})
 
 
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Where two configurations, as dictionaries, are not equal: `section.key: old -> new`."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [f"{where[:-1]}: {before!r} -> {after!r}"]
+    keys = [*before, *(key for key in after if key not in before)]
+    return [line for key in keys for line in differences(before.get(key), after.get(key), f"{where}{key}.")]
+
+
 def _replace(node: Any, path: list[str], text: str, assignment: str) -> Any:
     key, *rest = path
     if isinstance(node, dict):  # the megatron pass-through: its keys are checked by TransformerConfig

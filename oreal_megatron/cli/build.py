@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
+    _check_watchdog(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
@@ -132,6 +133,22 @@ def _check_choices(config: Config) -> None:
         )
 
 
+def _check_watchdog(config: Config) -> None:
+    """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
+    limits, judge = config.watchdog, config.verify.judge
+    for name, value in vars(limits).items():
+        if name not in ("every_s", "collective_s") and not limits.every_s < value < limits.collective_s:
+            raise ConfigError(
+                f"watchdog.{name} is {value:g}; wanted more than watchdog.every_s ({limits.every_s:g}) and less than "
+                f"watchdog.collective_s ({limits.collective_s:g})"
+            )
+    if judge.urls and limits.verify_s <= judge.all_down_wait_s:
+        raise ConfigError(
+            f"watchdog.verify_s is {limits.verify_s:g}, but verify.judge.all_down_wait_s lets a step wait "
+            f"{judge.all_down_wait_s:g} s for judges; it must be longer"
+        )
+
+
 def _check_world(config: Config, arch: architecture.Architecture) -> None:
     world, layout = ranks.world_size(), config.parallel
     trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
@@ -171,14 +188,14 @@ def _check_cache(config: Config, arch: architecture.Architecture) -> None:
         )
 
 
-def start_engine(inputs: Inputs) -> tuple[Any, Any]:
-    """The engine and the verifier of what it generates. Collective."""
+def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> tuple[Any, Any]:
+    """The engine and the verifier of what it generates; `leave`: whether to end generating early. Collective."""
     from oreal_megatron.rollout.engine import Engine  # imports vllm, which takes seconds
     from oreal_megatron.verify.gathered import StepVerifier
     from oreal_megatron.verify.grader import Grader
 
     config = inputs.config
-    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer)
+    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer, leave)
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 

@@ -9,8 +9,8 @@ import sys
 import time
 import warnings
 
-from oreal_megatron import ranks
-from oreal_megatron.config import ConfigError, RunStopped
+from oreal_megatron import preemption, ranks
+from oreal_megatron.config import ConfigError, Preempted, RunStopped
 from oreal_megatron.observe import watchdog
 
 COMMANDS = {
@@ -21,16 +21,21 @@ COMMANDS = {
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
     "report": "draw the learning curve of run folders and print what they reached",
 }
-BAD_INPUT, STOPPED = 2, 3  # exit codes
+LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
+BAD_INPUT, STOPPED = 2, 3  # exit codes; docs/operations.md says what each asks for
 
 
 def launch(processes: int, arguments: list[str]) -> int:
     """Start the command in several processes of this machine; its exit code, without torchrun's stack trace.
 
-    A process that a signal ended is a lost rank, whatever code the others ended with.
+    A process that a signal ended is a lost rank.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
 
     torchrun = ["--standalone", "--nproc-per-node", str(processes), "-m", "oreal_megatron"]
     try:
@@ -41,6 +46,8 @@ def launch(processes: int, arguments: list[str]) -> int:
             return first.exitcode
         print(f"oreal: rank {rank} is lost: {first.message}; exit code {watchdog.HUNG}", file=sys.stderr, flush=True)
         return watchdog.HUNG
+    except SignalException as notice:  # passed on to the processes, which have left by now
+        return preemption.EXIT_CODE if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
     return 0
 
 
@@ -75,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, RunStopped) as error:
         watchdog.stop()
         complain(args.command, error)
+        if isinstance(error, Preempted):
+            return preemption.EXIT_CODE
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
     except Exception as error:
         watchdog.failed(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import heartbeat, ranks, verify, versions
+from oreal_megatron import disk, heartbeat, ranks, verify, versions
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.records import Rollout, Verdict
@@ -69,12 +70,9 @@ class Run:
             f"tokens_per_second/{name}": count / seconds[name] for name, count in tokens.items() if name in seconds
         }
         row = {"step": step, **metrics, **times, "seconds/step": sum(seconds.values()), **rates}
+        self._write_rollouts(step, rollouts, verdicts)
         append_row(self.path / "metrics.jsonl", row)
-        for name, value in row.items():
-            self.events.add_scalar(name, value, step)
-        lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
-                 for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
-        (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        self._draw(step, row)
         self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/kept_samples']}")
 
     def log_evaluation(self, step: int, result: dict[str, float]) -> None:
@@ -82,8 +80,27 @@ class Run:
         if not self.writes:
             return
         append_row(self.path / "evaluations.jsonl", {"step": step, **result})
-        for name, value in result.items():
-            self.events.add_scalar(f"evaluation/{name}", value, step)
+        self._draw(step, {f"evaluation/{name}": value for name, value in result.items()})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the policy after `step` steps has been evaluated, on all ranks. Collective."""
+        rows = read_rows(self.path / "evaluations.jsonl") if self.writes else []
+        return ranks.gather(any(row["step"] == step for row in rows))[0]
+
+    def _write_rollouts(self, step: int, rollouts: Any, verdicts: Any) -> None:
+        lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
+                 for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        disk.with_room(self.path, disk.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard events; they are copies, and a full disk costs no more than them."""
+        try:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        except OSError as error:
+            disk.say(f"TensorBoard events of step {step} are lost ({error}); metrics.jsonl has them")
+            self.events = SummaryWriter(str(self.path / "tensorboard"))
 
     def _forget_from(self, step: int) -> None:
         """Drop what an interrupted run wrote at or after the step that is done again."""
@@ -91,7 +108,7 @@ class Run:
             file = self.path / name
             last = step if name == "evaluations.jsonl" else step - 1
             rows = [row for row in read_rows(file) if row["step"] <= last]
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            disk.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def refuse_existing(config: Config) -> None:
@@ -111,7 +128,7 @@ def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) ->
     for name, content in (("config", dataclasses.asdict(config)), ("environment", environment)):
         file = path / f"{name}.json"
         if file.exists():
-            file.rename(path / f"{name}_before_step_{first_step}.json")
+            shutil.copy(file, path / f"{name}_before_step_{first_step}.json")
         _write_json(file, content)
 
 
@@ -124,8 +141,7 @@ def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:
-    with open(file, "a") as lines:
-        lines.write(json.dumps(row) + "\n")
+    disk.with_room(file.parent, disk.append_line, file, json.dumps(row))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -152,4 +168,4 @@ def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    disk.write_text(path, json.dumps(value, indent=2) + "\n")

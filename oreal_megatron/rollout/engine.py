@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from oreal_megatron import heartbeat, ranks, versions
-from oreal_megatron.config import Config, RunStopped, Sampling
+from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
 from oreal_megatron.rollout import plain_weights
 
@@ -36,12 +38,18 @@ class Engine:
     scheduler runs on each of them, and without seeds their token streams part silently.
     """
 
-    def __init__(self, config: Config, stop_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: Config,
+        stop_tokens: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        leave: Callable[[], bool] = lambda: False,  # whether this process was asked to
+    ):
         self.config, self.stop_tokens, self.tokenizer = config, list(stop_tokens), tokenizer
         size = config.engine.tensor
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
-        self.version = 0
+        self.version, self.leave, self.leaving = 0, leave, False
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
         if config.engine.transport == "direct":
@@ -72,7 +80,7 @@ class Engine:
 
         What an engine fails to answer is asked again, with the same seeds, by all ranks of its replica; EngineError on
         every rank when that did not help. A rank that fails between two collectives of a replica's step leaves its
-        peers in the second: the watchdog ends that.
+        peers in the second: the watchdog ends that. Raises Preempted, on all ranks, when one was asked to leave.
         """
         slots = range(self.replica, len(prompts), self.replicas)
         missing = [(slot, index) for slot in slots for index in range(sampling.answers_per_prompt)]
@@ -88,6 +96,8 @@ class Engine:
             except Exception as raised:  # of vLLM, on this rank alone perhaps: the others hear of it below
                 log.exception("the engine of rank %d failed", ranks.rank())
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            if any(ranks.gather(self.leaving)):
+                raise Preempted("asked to leave while generating")
             gaps = ranks.gather((self.replica, [key for key in missing if key not in done], error))
             if not any(gap for _, gap, _ in gaps):
                 break
@@ -120,11 +130,12 @@ class Engine:
             for request, (prompt, slot, index) in asked.items():
                 parameters = self._parameters(sampling, seed, slot, index)
                 engine.add_request(request, {"prompt_token_ids": list(prompt.tokens)}, parameters)
-            while engine.has_unfinished_requests():
+            while engine.has_unfinished_requests() and not self.leaving:
                 for output in engine.step():
                     answer = output.outputs[0]
                     if answer.token_ids and answer.finish_reason in ("stop", "length"):
                         yield self._rollout(*asked[output.request_id], answer)
+                self.leaving = self._leaves()
                 heartbeat.beat()
         finally:
             engine.abort_request(list(asked))  # nothing is left of them when all went well
@@ -164,6 +175,14 @@ class Engine:
     def close(self) -> None:
         """End the engine. vLLM takes torch's process group down with it, so this comes last."""
         self.llm.llm_engine.engine_core.shutdown()
+
+    def _leaves(self) -> bool:
+        """Whether a rank of this replica was asked to leave: they step together, so they stop together."""
+        if self.config.engine.tensor == 1:
+            return bool(self.leave())
+        asked = torch.tensor([bool(self.leave())], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(asked)
 
     def _parameters(self, sampling: Sampling, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
         proof = index == 0 and slot // self.replicas < self.config.engine.proof_answers
