@@ -63,11 +63,15 @@ def with_weights(config: Config, model: str, out: Path) -> Config:
     source = next((folder for folder in (Path(model), Path(model) / "policy") if is_checkpoint(folder)), None)
     if source is None:
         return config
-    folder = out / "model"
+    folder, refusal = out / "model", ""
     if ranks.rank() == 0 and not folder.is_dir():
         out.mkdir(parents=True, exist_ok=True)
-        to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
-    dist.barrier()
+        try:
+            to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
+        except ConfigError as error:  # told on all ranks: the others wait for the folder
+            refusal = str(error)
+    if refusal := ranks.gather(refusal)[0]:
+        raise ConfigError(refusal)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
 
 
