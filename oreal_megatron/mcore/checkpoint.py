@@ -122,8 +122,8 @@ def check(path: Path) -> None:
 
 
 def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    models = {name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in _named(trainer).items()}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=SHARDING)
+    models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named(trainer).items()}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=dict(SHARDING))
     return models | {"optimizer": optimizer}
 
 
