@@ -17,6 +17,7 @@ COMMANDS = {
     "sft": "fine-tune on demonstrations before reinforcement learning",
     "evaluate": "held-out accuracy, or pass rates of training prompts",
     "verify": "grade a file of answers against their golds",
+    "plan": "memory, time and bytes of a run, and a rehearsal of its ranks, before a GPU is spent",
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
     "report": "draw the learning curve of run folders and print what they reached",
 }

@@ -6,6 +6,8 @@ attention, no fused SwiGLU. tests/dist/test_rehearse.py compares with what autog
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oreal_megatron.config import Config, Parallel
@@ -18,12 +20,12 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 class Rows:
     """How a micro-batch of `tokens` lies on a rank."""
 
-    tokens: int  # of the micro-batch
+    tokens: float  # of the micro-batch
     own: float  # after context parallelism
     residual: float  # in norms and residuals, which sequence parallelism cuts as well
 
     @classmethod
-    def of(cls, tokens: int, cut: Parallel) -> Rows:
+    def of(cls, tokens: float, cut: Parallel) -> Rows:
         own = tokens / cut.context
         return cls(tokens, own, own / (cut.tensor if cut.sequence else 1))
 
@@ -54,7 +56,7 @@ def in_flight(cut: Parallel, stage: int, micro_batches: int) -> float:
     return min(warm_up + 1, micro_batches * cut.virtual) / cut.virtual
 
 
-def kept(arch: Architecture, config: Config, stage: int, tokens: int, micro_batches: int) -> float:
+def kept(arch: Architecture, config: Config, stage: int, tokens: float, micro_batches: int) -> float:
     """Kept by one rank of a pipeline stage at the most, when every micro-batch has `tokens`."""
     cut, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
     rows, layers = Rows.of(tokens, cut), arch.layers // cut.pipeline
@@ -74,6 +76,13 @@ def kept(arch: Architecture, config: Config, stage: int, tokens: int, micro_batc
         waiting, working = layers * whole, 0.0
     ends = residual  # what goes to the next stage, or into the head
     return in_flight(cut, stage, micro_batches) * (waiting + ends) + working
+
+
+def kept_of(arch: Architecture, config: Config, stage: int, tokens: Sequence[int]) -> float:
+    """The same for micro-batches of these sizes, when the largest of them meet."""
+    meeting = math.ceil(in_flight(config.parallel, stage, len(tokens)))
+    largest = sorted(tokens)[-meeting:]
+    return kept(arch, config, stage, sum(largest) / len(largest), len(tokens))
 
 
 def working(arch: Architecture, config: Config, tokens: int) -> float:
