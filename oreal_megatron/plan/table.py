@@ -81,7 +81,7 @@ def _cache(made: Estimate) -> str:
     return (
         f"KV cache: {case.config.engine.kv_cache_gb:g} GiB a rank hold {tokens:,.0f} tokens of a replica; at most "
         f"{made.largest_cache / GIB:.1f} GiB would fit. Of a replica's {generation.answers:.0f} answers "
-        f"{generation.concurrent:.0f} run at once: {generation.concurrent * case.sequence_tokens:,.0f} tokens of mean ones"
+        f"{generation.concurrent:.0f} run at once: {generation.concurrent * case.sequence_tokens:,.0f} tokens"
     )
 
 

@@ -105,7 +105,20 @@ def test_times_point_the_right_way():
     assert seconds("engine.tensor=8")["generate"] < base["generate"]
     assert seconds(world=64)["policy"] > 1.5 * base["policy"]
     assert base["reference"] < base["policy"] / 2, "one pass against four"
-    assert timing.bubble(case("oreal_7b")) == 0 < timing.bubble(case("oreal_32b")) < 0.5
+
+
+def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
+    two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
+    assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
+    lost = [timing.training(one, 4) * (1 - timing.bubble(one)) for one in (two, four)]
+    assert lost[0] == pytest.approx(lost[1]) and timing.training(two, 4) < timing.training(four, 4)
+    free = dataclasses.replace(two, assumed=assumptions.Assumptions(all_reduce_us=0))
+    assert timing.token_step(free, 8, 1000) == pytest.approx(timing.token_step(two, 8, 1000) - 128 * 15e-6)
+    kept = dataclasses.replace(two, config=dataclasses.replace(two.config, megatron={}, offload=False))
+    again = dataclasses.replace(two, config=dataclasses.replace(two.config, offload=False))
+    moved = timing.Transfer(0, 0, 0, "direct")
+    difference = timing.phases(again, moved)["policy"] - timing.phases(kept, moved)["policy"]
+    assert difference == pytest.approx(timing.training(two, 1))
 
 
 def test_an_update_takes_six_operations_a_parameter_and_token():
@@ -119,9 +132,13 @@ def test_the_search_is_sorted_fits_and_beats_the_recipe():
     one = case("oreal_7b", world=16)
     found = search.best(one, 4)
     assert len(found) == 4 and all(made.spare > 0.04 * one.usable for made in found)
-    fastest = min(made.step_seconds for made in found)
+    fastest = min(made.step_seconds for made in search._fitting(one))
     order = [max(made.step_seconds, search.EQUAL * fastest) for made in found]
-    assert order == sorted(order) and found[0].step_seconds < 1.05 * estimate.make(one).step_seconds
+    assert (
+        order == sorted(order)
+        and order[0] == search.EQUAL * fastest
+        and found[0].step_seconds < 1.05 * estimate.make(one).step_seconds
+    )
     assert len({(made.case.config.parallel, made.case.config.engine.tensor, made.case.config.offload,
                  str(made.case.config.megatron)) for made in found}) == 4  # fmt: skip
     assert search.best(dataclasses.replace(case("oreal_32b"), gpu=gpus.named("a100-40g"), world=8)) == []
@@ -131,7 +148,7 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
     one = case("oreal_32b")
     samples = synthetic.samples(one)
     mean = sum(len(sample.response_tokens) for sample in samples) / len(samples)
-    assert len(samples) == 77 and abs(mean / one.assumed.response_tokens - 1) < 0.2
+    assert len(samples) == 77 and abs(mean / one.assumed.response_tokens - 1) < 0.1
     assert max(map(len, samples)) <= one.config.engine.max_model_len
     ranks = synthetic.chosen(one)
     assert ranks == [0, 1, 8, 63, 64, 127]
