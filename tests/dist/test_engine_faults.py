@@ -37,7 +37,6 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
     from oreal_megatron.records import Prompt
-    from oreal_megatron.rollout.engine import EngineError
 
     config = c.Config(
         model=c.Model(folder),
@@ -51,11 +50,12 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     prompts = [Prompt(i, "", "", None, (4 + i, 5, 6)) for i in range(5)]
     results = []
     for plan in plans:
-        engine.llm.llm_engine, announced = Faulty(vllm, list(plan.get(ranks.rank(), []))), []
+        faults, announced = list(plan.get(ranks.rank(), [])), []
+        engine.llm.llm_engine, engine.leave = Faulty(vllm, faults), lambda faults=faults: "leave" in faults
         try:
             rows = engine.generate(prompts, config.sampling, (0, 7), announced.append)
             results.append(([rollout.tokens for row in rows for rollout in row], [one.key for one in announced]))
-        except EngineError as error:
+        except c.RunStopped as error:
             results.append(str(error))
     engine.llm.llm_engine = vllm
     verifier.grader.close()
@@ -71,7 +71,7 @@ def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in
     both = {rank: ["raise"] for rank in (0, 1)}  # of one replica: one that fails alone leaves the other in vLLM
     alone = {1: ["raise"]} if tensor == 1 else both
     plans = [{}, alone, {1: ["fewer"]}, {0: ["empty"]}, {1: ["aborted"], 0: ["fewer"]}, {1: ["fewer"] * 99}, {}]
-    plans += [{rank: ["raise"] * 99 for rank in alone}, {}]
+    plans += [{rank: ["raise"] * 99 for rank in alone}, {}, {1: ["leave"]}]
     first, second = in_processes(2, answers, str(model_folder), tensor, plans)
     undisturbed, keys = first[0][0], sorted(first[0][1] + second[0][1])
     assert len(keys) == len(set(keys)) == 10
@@ -82,3 +82,4 @@ def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in
     assert "rank 1 lacks" in first[5] and "rank 0" not in first[5]
     assert first[7] == second[7]
     assert "answers (RuntimeError: CUDA error: an illegal memory access was encountered)" in first[7]
+    assert first[9] == second[9] == "asked to leave while generating", "one was asked, all leave"
