@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,24 @@ class BetweenSteps:
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()
 
-    def save_last(self) -> None:
-        """The state after the last whole step, where it is not saved yet. Nothing has changed it since: generating
-        reads the weights only, and whoever began to update them has finished the step."""
-        with heartbeat.phase("checkpoint"):
-            self.saver.finish()
-            if self.saved != self.done:
-                self.saver.save(self.done, self.random_state)
+    @contextlib.contextmanager
+    def saving_when_asked_to_leave(self) -> Iterator[None]:
+        """Save what is not saved yet before a notice ends the run."""
+        try:
+            yield
+        except Preempted:
+            with heartbeat.phase("checkpoint"):
+                self._save_last()
+            raise Preempted(
+                f"asked to leave, and saved after step {self.done}; go on with --resume {self.config.run}"
+            ) from None
+
+    def _save_last(self) -> None:
+        """The state after the last whole step. Nothing has changed it since: generating reads the weights only, and
+        whoever began to update them has finished the step."""
+        self.saver.finish()
+        if self.saved != self.done:
+            self.saver.save(self.done, self.random_state)
 
     def _remember(self, done: int) -> None:
         self.done, self.random_state = done, checkpoint.random_state()

@@ -14,7 +14,7 @@ import torch
 from oreal_megatron import checkpoints, disk, heartbeat, loop, preemption, ranks, settings
 from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
-from oreal_megatron.config import Config, ConfigError, Preempted
+from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import to_hf
 from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
@@ -44,12 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from oreal_megatron.mcore.saver import Saver
 
     folder, trained = Path(config.run) / "checkpoints", ["policy"] + ["reward_model"] * config.reward_model.enabled
-    if args.resume and not checkpoints.complete(folder) and args.resume != "auto":
-        raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
     model.transformer_config(inputs.arch, config)  # refuses what Megatron would, before anything is loaded
     inputs_read = inputs.fingerprints()
-    if checkpoints.complete(folder):
-        refuse_changed(Path(config.run), inputs_read)
+    _check_resumable(args.resume, folder, inputs_read)
 
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(config)
@@ -68,17 +65,11 @@ def run(args: argparse.Namespace) -> int:
     between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)
     world = parallel.data_parallel(inputs.arch)
     models = (policy, reference, reward_model)
-    try:
+    with between_steps.saving_when_asked_to_leave():
         if resumed:
             hand_over(policy.updates)
         between_steps.begin(first, saved=resumed is not None)
         loop.train(config, prompts, engine, verifier, *models, hand_over, record, between_steps, world)
-    except Preempted:
-        with heartbeat.phase("checkpoint"):
-            between_steps.save_last()
-        raise Preempted(
-            f"asked to leave, and saved after step {between_steps.done}; go on with --resume {config.run}"
-        ) from None
     with heartbeat.phase("checkpoint"):
         saver.finish()
         save_policy(inputs, policy, Path(config.run) / "policy")
@@ -86,6 +77,14 @@ def run(args: argparse.Namespace) -> int:
     with heartbeat.phase("stop"):
         parallel.stop(engine)
     return 0
+
+
+def _check_resumable(resume: str | None, folder: Path, inputs_read: dict[str, str]) -> None:
+    found = checkpoints.complete(folder)
+    if resume and resume != "auto" and not found:
+        raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
+    if found:
+        refuse_changed(folder.parent, inputs_read)
 
 
 def save_policy(inputs: build.Inputs, policy: Any, path: Path) -> None:
