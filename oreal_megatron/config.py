@@ -26,6 +26,7 @@ class Judge:
     """LLM judge behind an OpenAI-compatible API, asked where the rules say WRONG. No URL: no judge."""
 
     urls: tuple[str, ...] = ()
+    required: bool = False  # refuse to start without a URL
     model: str = ""
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 60.0
@@ -53,6 +54,7 @@ class Model:
     """The starting policy, a Hugging Face folder; reward model and reference start from it as well."""
 
     path: str = ""
+    trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
     dtype: str = "float32"  # "float32" or "bfloat16"
     logits_megabytes: int = 1024  # memory that the output layer may fill with logits
 
@@ -161,6 +163,15 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Steps that are not taken: loss, score or gradient is not finite, or the gradient is a spike."""
+
+    skips_in_a_row: int = 5  # of one model, at which the run stops
+    spike_factor: float = 0.0  # a gradient norm above so many times the running median is a spike; 0: none is
+    spike_window: int = 20  # steps taken that the median is of; until there are so many, nothing is a spike
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = 10  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints kept
@@ -212,6 +223,7 @@ class Config:
     """Everything a run depends on."""
 
     run: str = "runs/oreal"  # run folder
+    gpus: int = 0  # that the recipe was made for (`oreal plan` takes it); it runs on others that its layout allows
     seed: int = 0
     steps: int = 90
     policy_freeze_steps: int = 10  # the first steps train the reward model alone
@@ -228,6 +240,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     reward_model: RewardModel = field(default_factory=RewardModel)
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
     watchdog: Watchdog = field(default_factory=Watchdog)

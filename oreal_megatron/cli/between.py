@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oreal_megatron import heartbeat, ranks
+from oreal_megatron import checkpoints, heartbeat, ranks
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.evaluation import evaluate
 from oreal_megatron.mcore import checkpoint
@@ -41,6 +41,7 @@ class BetweenSteps:
             if due(done, self.config.checkpoint.every, self.config.steps):
                 self.saver.start(done)
                 self.saved = done
+                self.run.forget_dumps(checkpoints.complete(self.saver.folder)[-self.saver.keep :])
         if any(ranks.gather(bool(self.notice))):
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()
@@ -48,9 +49,10 @@ class BetweenSteps:
     def save_last(self) -> None:
         """The state after the last whole step, where it is not saved yet. Nothing has changed it since: generating
         reads the weights only, and whoever began to update them has finished the step."""
-        self.saver.finish()
-        if self.saved != self.done:
-            self.saver.save(self.done, self.random_state)
+        with heartbeat.phase("checkpoint"):
+            self.saver.finish()
+            if self.saved != self.done:
+                self.saver.save(self.done, self.random_state)
 
     def _remember(self, done: int) -> None:
         self.done, self.random_state = done, checkpoint.random_state()

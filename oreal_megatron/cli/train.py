@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read)
+    record = Run(config, first, inputs_read, parallel.share())
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
     between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)
@@ -124,4 +124,4 @@ def _written(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
-    return json.loads(file.read_text())
+    return disk.read_object(file)

@@ -99,6 +99,15 @@ def even_tokens(arch: Architecture) -> float:
     return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
 
 
+def share() -> tuple[int, int] | None:
+    """The data-parallel replica that this rank speaks for, and how many there are: one rank of each holds what comes
+    out of the last pipeline stage. None on the others."""
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    if not (first and parallel_state.is_pipeline_last_stage()):
+        return None
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
 def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Tensor-parallel ranks and pipeline stages that hold one replica of a model together with this rank."""
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()

@@ -6,6 +6,7 @@ outlive a killed rank and wait for ever for a killed writer.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import shutil
 import time
@@ -140,7 +141,7 @@ def _bytes(trainer: Trainer) -> int:
 def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
     """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
-    state = common | {"updates": trainer.updates}
+    state = common | {"updates": trainer.updates, "past": dataclasses.asdict(trainer.past)}
     with device_layer(), trainer.parts.here(*trainer.parts):
         request = dist_checkpointing.save(
             state | checkpoint.sharded(trainer, loading=False), str(folder), async_sharded_save=True

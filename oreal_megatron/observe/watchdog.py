@@ -1,4 +1,4 @@
-"""Ends a job that hangs or has lost a rank: names who and where, writes all Python stacks, exits with HUNG.
+"""Ends a job that hangs or has lost a rank: names who and where, writes all Python stacks, exits with exit_codes.LOST.
 
 Every rank has two threads. One tells the others through a TCP store where its rank is, reads where they are, and
 judges (hang.py). The other sees to it that the first gets round: a store on a dead host does not answer. A rank whose
@@ -24,9 +24,9 @@ from typing import Any
 import torch.distributed as dist
 
 from oreal_megatron import config, heartbeat, ranks
+from oreal_megatron.exit_codes import LOST
 from oreal_megatron.observe import hang, processes
 
-HUNG = 5  # exit code
 WRITE_S = 10.0  # for the stacks: the file system may be what hangs
 TOGETHER_S = 5.0  # for the other ranks to write theirs, before an exit makes torchrun end them
 STUCK_SHARE = 0.8  # of silent_s after which a stuck interpreter's stacks are written, while the others still wait
@@ -152,7 +152,7 @@ class Watchdog:
         if self.stopping.is_set() or heartbeat.here.phase == "stop":
             return
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        sentence = f"the store of the first rank's host ({address}) is lost ({why}), and that host with it"
+        sentence = f"the store beside the first rank ({address}) is lost ({why}): its process, its host or the network"
         others = [one.found(self._gone(one), 0.0) for one in self.reports if one.gone or self._gone(one)]
         found = hang.judge(others, self.limits.silent_s) or hang.Verdict((0,), sentence, heartbeat.here.step)
         self._end(found.said_by(self.rank))
@@ -165,10 +165,10 @@ class Watchdog:
         _in_time(lambda: self._write(where, found), WRITE_S)
         self._kill_the_mute()
         if found.by == self.rank:
-            line = f"oreal: {found.sentence}. Stacks of all ranks: {where}; exit code {HUNG}"
+            line = f"oreal: {found.sentence}. Stacks of all ranks: {where}; exit code {LOST}"
             print(line, file=sys.stderr, flush=True)
         _in_time(self._wait_for_writers, TOGETHER_S)
-        os._exit(HUNG)
+        os._exit(LOST)
 
     def _write(self, where: Path, found: hang.Verdict) -> None:
         where.mkdir(parents=True, exist_ok=True)
@@ -195,9 +195,10 @@ class Watchdog:
         return one.gone or one.state == hang.DONE or one.silent_s > STUCK_SHARE * self.limits.silent_s
 
     def _wait_for_writers(self) -> None:
-        self.store.add("written", 1)
-        while self.store.add("written", 0) < sum(not self._mute(one) for one in self.reports):
-            time.sleep(0.05)
+        with contextlib.suppress(RuntimeError):  # the store has left with the first rank
+            self.store.add("written", 1)
+            while self.store.add("written", 0) < sum(not self._mute(one) for one in self.reports):
+                time.sleep(0.05)
 
 
 _watchdog: Watchdog | None = None  # one a process, as faulthandler's timer is

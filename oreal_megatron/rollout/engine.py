@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from oreal_megatron import heartbeat, ranks, versions
 from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import plain_weights
+from oreal_megatron.rollout import internlm, plain_weights, shared_memory
 
 versions.check(versions.VLLM)
 
@@ -49,11 +50,13 @@ class Engine:
         size = config.engine.tensor
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
-        self.version, self.leave, self.leaving = 0, leave, False
+        self.version, self.leave = 0, leave
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
+        internlm.register()
         if config.engine.transport == "direct":
             plain_weights.keep()
+        shared_memory.of_this_job(ranks.gather(uuid.uuid4().hex)[0])
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -87,16 +90,18 @@ class Engine:
         done: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             asked = {f"{attempt}.{slot}.{index}": (prompts[slot], slot, index) for slot, index in missing}
-            error = ""
+            error, left = "", False
             try:
                 for rollout in self._answers(asked, sampling, seed):
                     if finished and self.speaks and rollout.key not in done:
                         finished(rollout)
                     done[rollout.key] = rollout
+            except Preempted:
+                left = True
             except Exception as raised:  # of vLLM, on this rank alone perhaps: the others hear of it below
                 log.exception("the engine of rank %d failed", ranks.rank())
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-            if any(ranks.gather(self.leaving)):
+            if any(ranks.gather(left)):
                 raise Preempted("asked to leave while generating")
             gaps = ranks.gather((self.replica, [key for key in missing if key not in done], error))
             if not any(gap for _, gap, _ in gaps):
@@ -130,13 +135,14 @@ class Engine:
             for request, (prompt, slot, index) in asked.items():
                 parameters = self._parameters(sampling, seed, slot, index)
                 engine.add_request(request, {"prompt_token_ids": list(prompt.tokens)}, parameters)
-            while engine.has_unfinished_requests() and not self.leaving:
+            while engine.has_unfinished_requests():
                 for output in engine.step():
                     answer = output.outputs[0]
                     if answer.token_ids and answer.finish_reason in ("stop", "length"):
                         yield self._rollout(*asked[output.request_id], answer)
-                self.leaving = self._leaves()
                 heartbeat.beat()
+                if self._leaves():
+                    raise Preempted("asked to leave while generating")
         finally:
             engine.abort_request(list(asked))  # nothing is left of them when all went well
 
