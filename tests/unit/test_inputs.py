@@ -162,7 +162,11 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(weights=c.Weights(threshold=1.0)), 1, "weights.threshold is 1.0; wanted 0.0 to 0.99"),
         (dict(sampling=c.Sampling(top_p=0.0)), 1, "sampling.top_p is 0.0"),
         (dict(policy_freeze_steps=90), 1, "would never be trained"),
-        (dict(watchdog=c.Watchdog(policy_s=0.5)), 1, "watchdog.policy_s is 0.5; wanted more than watchdog.every_s .1"),
+        (
+            dict(watchdog=c.Watchdog(policy_s=4)),
+            1,
+            "watchdog.policy_s is 4; wanted more than 5 times watchdog.every_s .1",
+        ),
         (dict(watchdog=c.Watchdog(start_s=9000)), 1, "start_s is 9000; .* less than watchdog.collective_s .7200"),
         (
             dict(verify=c.Verify(judge=c.Judge(("http://j",), all_down_wait_s=1800))),
