@@ -77,7 +77,7 @@ def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Re
             if not told:
                 say(f"no space left in {folder}; waiting until there is room, nothing is lost")
                 told = True
-            heartbeat.beat()  # it waits, it does not hang; nor does whoever waits for this thread
+            heartbeat.beat()
             time.sleep(PAUSE_S)
             continue
         if told:

@@ -69,9 +69,12 @@ class Inputs:
 
     def prompts(self, path: str) -> list[Prompt]:
         """The problems of a JSONL file, with golds the verifier can work with."""
-        data, room = self.config.data, self.config.engine.max_model_len - 1
-        read = prompts.load_prompts(path, self.tokenizer, data.system_prompt, room)
-        return prompts.refuse_bad_golds(read, path, rules.equals_itself, data.drop_bad_golds)
+        return prompts.refuse_bad_golds(self.rendered(path), path, rules.equals_itself, self.config.data.drop_bad_golds)
+
+    def rendered(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, whatever their golds."""
+        room = self.config.engine.max_model_len - 1
+        return prompts.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
@@ -91,8 +94,8 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
-    _check_watchdog(config)
     _check_judge(config)
+    _check_watchdog(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
@@ -139,6 +142,14 @@ def _check_choices(config: Config) -> None:
         )
 
 
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
+        )
+
+
 def _check_watchdog(config: Config) -> None:
     """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
     limits, judge = config.watchdog, config.verify.judge
@@ -152,14 +163,6 @@ def _check_watchdog(config: Config) -> None:
         raise ConfigError(
             f"watchdog.verify_s is {limits.verify_s:g}, but verify.judge.all_down_wait_s lets a step wait "
             f"{judge.all_down_wait_s:g} s for judges; it must be longer"
-        )
-
-
-def _check_judge(config: Config) -> None:
-    if config.verify.judge.required and not config.verify.judge.urls:
-        raise ConfigError(
-            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
-            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
         )
 
 
