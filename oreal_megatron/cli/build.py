@@ -154,10 +154,10 @@ def _check_watchdog(config: Config) -> None:
     """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
     limits, judge = config.watchdog, config.verify.judge
     for name, value in vars(limits).items():
-        if name not in ("every_s", "collective_s") and not limits.every_s < value < limits.collective_s:
+        if name not in ("every_s", "collective_s") and not 5 * limits.every_s < value < limits.collective_s:
             raise ConfigError(
-                f"watchdog.{name} is {value:g}; wanted more than watchdog.every_s ({limits.every_s:g}) and less than "
-                f"watchdog.collective_s ({limits.collective_s:g})"
+                f"watchdog.{name} is {value:g}; wanted more than 5 times watchdog.every_s ({limits.every_s:g}) and "
+                f"less than watchdog.collective_s ({limits.collective_s:g})"
             )
     if judge.urls and limits.verify_s <= judge.all_down_wait_s:
         raise ConfigError(

@@ -40,6 +40,8 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     A process that was killed counts as lost, and so does a rendezvous that did not come about.
     """
     api.LocalElasticAgent = Agent
+    if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
     try:
         run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))

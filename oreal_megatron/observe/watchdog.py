@@ -152,7 +152,7 @@ class Watchdog:
         if self.stopping.is_set() or heartbeat.here.phase == "stop":
             return
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        sentence = f"the store of the first rank's host ({address}) is lost ({why}), and that host with it"
+        sentence = f"the store beside the first rank ({address}) is lost ({why}): its process, its host or the network"
         others = [one.found(self._gone(one), 0.0) for one in self.reports if one.gone or self._gone(one)]
         found = hang.judge(others, self.limits.silent_s) or hang.Verdict((0,), sentence, heartbeat.here.step)
         self._end(found.said_by(self.rank))
@@ -195,9 +195,10 @@ class Watchdog:
         return one.gone or one.state == hang.DONE or one.silent_s > STUCK_SHARE * self.limits.silent_s
 
     def _wait_for_writers(self) -> None:
-        self.store.add("written", 1)
-        while self.store.add("written", 0) < sum(not self._mute(one) for one in self.reports):
-            time.sleep(0.05)
+        with contextlib.suppress(RuntimeError):  # the store has left with the first rank
+            self.store.add("written", 1)
+            while self.store.add("written", 0) < sum(not self._mute(one) for one in self.reports):
+                time.sleep(0.05)
 
 
 _watchdog: Watchdog | None = None  # one a process, as faulthandler's timer is
