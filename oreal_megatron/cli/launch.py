@@ -18,9 +18,10 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
+from oreal_megatron import preemption
 from oreal_megatron.exit_codes import FINAL, LOST, PREEMPTED
 
-LEAVE_S = 600  # for processes that were asked to leave to finish their step and save; then they are killed
+LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
 
 
 class Agent(LocalElasticAgent):
@@ -40,14 +41,12 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     """
     api.LocalElasticAgent = Agent
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
-    # Slurm sends it to all processes of a job, to be acted on by those that train; they set a handler of their own.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))
     except ChildFailedError as error:
         return _told(*error.get_first_failure(), args.logs)
-    except SignalException:  # forwarded to the processes, which have saved and left
-        return PREEMPTED
+    except SignalException as notice:  # passed on to the processes, which have left by now
+        return PREEMPTED if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
     except RendezvousError as error:
         print(f"oreal: the machines did not meet at {args.rendezvous}, or lost each other: {error}", file=sys.stderr)
         return LOST
@@ -57,6 +56,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
 def torchrun(args: argparse.Namespace) -> list[str]:
     """torchrun's arguments. What is not named here it reads from its own PET_... variables."""
     words = ["--nproc-per-node", str(args.processes), "--max-restarts", str(args.max_restarts)]
+    words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if args.rendezvous:
         words += ["--nnodes", str(args.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", args.rendezvous]
     else:
