@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,10 @@ def read(path: Path) -> Dump:
         raise ConfigError(f"{path} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
 
 
-def forget(run: Path, before: str) -> None:
-    """Delete the dumps of steps before the one of this name, but not of refused ones."""
+def forget(run: Path, gone: Callable[[str], bool]) -> None:
+    """Delete the dumps of steps that are gone by their name, but not of refused ones."""
     for path in (run / "dumps").glob("step_*"):
-        if path.name < before and not _is_refused(path):
+        if gone(path.name) and not _is_refused(path):
             shutil.rmtree(path)
 
 

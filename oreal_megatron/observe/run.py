@@ -100,7 +100,7 @@ class Run:
     def forget_dumps(self, checkpoints: Sequence[Path]) -> None:
         """Of the steps before these checkpoints, which can no longer be reached."""
         if self.writes and checkpoints:
-            dumps.forget(self.path, before=checkpoints[0].name)
+            dumps.forget(self.path, lambda name: name < checkpoints[0].name)
 
     def log_evaluation(self, step: int, result: dict[str, float]) -> None:
         """Held-out accuracy of the policy after `step` steps."""
@@ -131,6 +131,7 @@ class Run:
 
     def _forget_from(self, step: int) -> None:
         """Drop what an interrupted run wrote at or after the step that is done again."""
+        dumps.forget(self.path, lambda name: name >= checkpoints.name(step))
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             file = self.path / name
             last = step if name == "evaluations.jsonl" else step - 1

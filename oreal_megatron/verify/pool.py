@@ -171,12 +171,10 @@ class Pool:
         worker.deadline = worker.started + self._timeout_s
 
     def _start(self) -> None:
-        environment = {
-            **{
-                name: value for name, value in os.environ.items() if name != API_KEY
-            },  # what models write is graded here
+        environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
+        environment.pop(API_KEY, None)  # a worker reads what models write
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from oreal_megatron import checkpoints
+from oreal_megatron import checkpoints, supervised
 from oreal_megatron import config as c
-from oreal_megatron.algo import guard, pack
+from oreal_megatron.algo import guard, loss, pack
 from oreal_megatron.cli import replay
 from oreal_megatron.observe import dumps
 
@@ -57,6 +57,31 @@ def test_too_many_in_a_row_stop_the_run_with_the_reason():
     spike = row("reward_model", gradient_norm=5.0, gradient_norm_limit=4.0, skipped=2, skipped_in_a_row=2)
     with pytest.raises(c.RunStopped, match="the reward model has refused .* is 5, more than 4"):
         guard.check(spike, config, 5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("reward", [1.0, -1.0])
+def test_one_bad_score_is_seen(bad, reward, make_samples):
+    batch = pack.batch(make_samples(1), 100, 0, 1)
+    (micro_batch,) = batch.micro_batches
+    score = torch.zeros(len(micro_batch.labels))
+    score[micro_batch.cu_seqlens[micro_batch.reward.tolist().index(reward)]] = bad
+    _, metrics = loss.reward_model(score, micro_batch, batch.counts)
+    assert not metrics["reward_model/score_mean"].isfinite()
+
+
+def test_supervised_steps_that_are_refused_stop_it_too(make_samples):
+    class Policy:
+        def imitate(self, batch) -> dict[str, float]:
+            return {"loss/total": math.nan} | row("policy", skipped=1, skipped_in_a_row=1)
+
+    class Demonstrations:
+        def take(self, step: int) -> list:
+            return make_samples(1)
+
+    config = c.Config(guard=c.Guard(skips_in_a_row=1))
+    with pytest.raises(c.RunStopped, match="step 0: the policy has refused 1 steps in a row.*loss/total is nan"):
+        supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, False, (0, 1))
 
 
 def test_broken_weights_stop_the_run_at_once():
@@ -123,7 +148,7 @@ def test_dumps_go_with_the_checkpoint_before_them_but_refused_steps_stay(tmp_pat
         path = tmp_path / "dumps" / checkpoints.name(step)
         dumps.write(path, step, (0, 1), batch, None, None, refused if step == 1 else {}, c.Config())
     (tmp_path / "dumps" / checkpoints.name(0) / "step.json").write_text("cut of")
-    dumps.forget(tmp_path, "step_000003")
+    dumps.forget(tmp_path, lambda name: name < "step_000003")
     assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]
 
 

@@ -223,6 +223,43 @@ def test_an_answer_of_an_older_policy_never_enters_the_loss(tmp_path):
     assert events[-1] == "generate (0, 2)", "nothing was trained on it"
 
 
+def run_refusing(tmp_path, metrics: dict, weight, events: list) -> None:
+    """Two steps in which the reward model gives these, and the policy is not frozen."""
+
+    class Refusing(FakeRewardModel):
+        def update(self, batch):
+            return weight, metrics
+
+    class Policy(FakePolicy):
+        def update(self, batch, reference_logp, weight):
+            self.events.append("policy refuses" if weight is None else "policy learns")
+            return {}
+
+    config = c.Config(run=str(tmp_path / "run"), steps=2, policy_freeze_steps=0, guard=c.Guard(skips_in_a_row=1))
+    models = Policy("p", events), FakeModel("r", events), Refusing("m", events)
+    loop.train(
+        config, FakePrompts(), FakeEngine(events), FakeVerifier(), *models,
+        lambda version: events.append("hand over") or {}, Run(config), lambda done: events.append(f"after {done}"),
+    )  # fmt: skip
+
+
+def test_the_policy_does_not_learn_from_a_reward_model_that_refused_and_the_run_stops_after_dumping(tmp_path):
+    events: list[str] = []
+    metrics = {"loss/reward_model": float("nan"), "reward_model/skipped": 1, "reward_model/skipped_in_a_row": 1}
+    with pytest.raises(c.RunStopped, match="step 0: the reward model has refused 1 steps in a row"):
+        run_refusing(tmp_path, metrics, None, events)
+    assert events == ["generate (0, 0)", "policy refuses"], "nothing was handed over or saved"
+    assert (tmp_path / "run/dumps/step_000000/share_000.safetensors").is_file()
+
+
+def test_broken_weights_reach_neither_the_engine_nor_a_checkpoint(tmp_path):
+    events: list[str] = []
+    weight = [torch.ones(8)]
+    with pytest.raises(c.RunStopped, match="holds weights that are not finite"):
+        run_refusing(tmp_path, {"reward_model/largest_weight": float("inf")}, weight, events)
+    assert events == ["generate (0, 0)", "policy learns"]
+
+
 def test_nan_log_probs_are_a_disagreement(tmp_path):
     with pytest.raises(PoliciesDiffer):
         run_loop(tmp_path, configuration(tmp_path), [], FakeEngine([], logprob=float("nan")))
