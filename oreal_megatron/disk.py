@@ -1,14 +1,19 @@
-"""Files that are whole or not there, and writes that wait for room instead of failing."""
+"""Files that are whole or not there, writes that wait for room instead of failing, JSON that is what it should be."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from oreal_megatron import heartbeat
+from oreal_megatron.config import ConfigError
 
 Result = TypeVar("Result")
 PAUSE_S = 10.0  # between looks at a full disk
@@ -24,6 +29,17 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {type(value).__name__}; wanted a JSON object")
+    return value
 
 
 def append_line(path: Path, line: str) -> None:
@@ -62,6 +78,8 @@ def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Re
             if not told:
                 say(f"no space left in {folder}; waiting until there is room, nothing is lost")
                 told = True
+            if threading.current_thread() is threading.main_thread():
+                heartbeat.beat()  # it waits, it does not hang
             time.sleep(PAUSE_S)
             continue
         if told:

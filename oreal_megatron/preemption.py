@@ -8,8 +8,9 @@ import sys
 import time
 from types import FrameType
 
+from oreal_megatron.exit_codes import PREEMPTED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 4  # the run can go on from where it was
 SAME_NOTICE_S = 5.0  # a scheduler and torchrun may both pass on one and the same notice
 
 
@@ -35,4 +36,4 @@ class Notice:
             # Not print: the signal may have come in the middle of one.
             os.write(sys.stderr.fileno(), b"oreal: asked to leave; finishing the step's update, then saving\n")
         elif now - self.given_at > SAME_NOTICE_S:
-            os._exit(EXIT_CODE)
+            os._exit(PREEMPTED)

@@ -23,7 +23,10 @@ def from_recipe(name: str) -> Config:
         raise ConfigError(f"recipe file {path} does not exist; a recipe is named path/to/file.py:function")
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a recipe may do anything
+        raise ConfigError(f"recipe file {path} cannot be run: {type(error).__name__}: {error}") from error
     recipes = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"]
     if function not in recipes:
         raise ConfigError(f"{path} has no recipe {function!r}{nearest(function, recipes)}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oreal_megatron import ranks
+from oreal_megatron import checkpoints, heartbeat, ranks
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.evaluation import evaluate
 from oreal_megatron.mcore import checkpoint
@@ -36,10 +36,12 @@ class BetweenSteps:
 
     def __call__(self, done: int) -> None:
         self._remember(done)
-        self.saver.poll()
-        if due(done, self.config.checkpoint.every, self.config.steps):
-            self.saver.start(done)
-            self.saved = done
+        with heartbeat.phase("checkpoint"):
+            self.saver.poll()
+            if due(done, self.config.checkpoint.every, self.config.steps):
+                self.saver.start(done)
+                self.saved = done
+                self.run.forget_dumps(checkpoints.complete(self.saver.folder)[-self.saver.keep :])
         if any(ranks.gather(bool(self.notice))):
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()
@@ -47,9 +49,10 @@ class BetweenSteps:
     def save_last(self) -> None:
         """The state after the last whole step, where it is not saved yet. Nothing has changed it since: generating
         reads the weights only, and whoever began to update them has finished the step."""
-        self.saver.finish()
-        if self.saved != self.done:
-            self.saver.save(self.done, self.random_state)
+        with heartbeat.phase("checkpoint"):
+            self.saver.finish()
+            if self.saved != self.done:
+                self.saver.save(self.done, self.random_state)
 
     def _remember(self, done: int) -> None:
         self.done, self.random_state = done, checkpoint.random_state()
@@ -57,7 +60,8 @@ class BetweenSteps:
     def _evaluate_if_due(self) -> None:
         done, config = self.done, self.config
         if self.held_out and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
-            self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
+            with heartbeat.phase("evaluate"):
+                self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron import disk, prompts, ranks, settings, suites
+from oreal_megatron import disk, heartbeat, prompts, ranks, settings, suites
 from oreal_megatron.cli import build, evaluated
 from oreal_megatron.config import Config, ConfigError, Sampling
 from oreal_megatron.evaluation import ask, evaluate, greedy, summary
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.run import read_rows, rollout_line
 from oreal_megatron.records import Prompt
@@ -54,11 +55,12 @@ def rate(args: argparse.Namespace) -> int:
 
     from oreal_megatron.mcore import parallel
 
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     engine, verifier = build.start_engine(inputs)
     sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples or 16)
     answers = len(asked[engine.replica :: engine.replicas]) * sampling.answers_per_prompt
-    with Bar("answers", answers, ranks.rank() == 0) as bar:
+    with heartbeat.phase("evaluate"), Bar("answers", answers, ranks.rank() == 0) as bar:
         result, rates = evaluate(asked, engine, verifier, config, sampling, bar.advance)
     if ranks.rank() == 0:
         lines = prompts.read_problems(config.data.path)
@@ -67,7 +69,8 @@ def rate(args: argparse.Namespace) -> int:
         print(f"accuracy {result['accuracy']:.1%} (95 % interval {result['low']:.1%} to {result['high']:.1%}) "
               f"of {result['answers']} answers, {result['unknown']} unknown")  # fmt: skip
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
 
 
@@ -75,12 +78,14 @@ def benchmark(args: argparse.Namespace) -> int:
     """Ask every suite, greedily and in samples; leave responses, results.json and table.md in the folder."""
     from oreal_megatron.mcore import parallel
 
-    config, out = evaluated.config_of(args.model, args.set), args.out or evaluated.default_folder(args.model)
+    out = args.out or evaluated.default_folder(args.model)
+    config = dataclasses.replace(evaluated.config_of(args.model, args.set), run=str(out))
     names = args.suite.split(",") if args.suite else [config.data.held_out]
     found = {name: suites.find(name, args.data) for name in filter(None, names)}
     if not found:
         raise ConfigError("nothing to evaluate on; name suites with --suite")
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     config = evaluated.with_weights(config, args.model, out)
     inputs = build.prepare(config)
     asked = {name: problems(inputs, *suite, args.problems) for name, suite in found.items()}
@@ -95,7 +100,8 @@ def benchmark(args: argparse.Namespace) -> int:
         training = args.training or (config.data.path if Path(config.data.path).is_file() else "")
         evaluated.report(out, args.model, found, results, overlap(asked, training))
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
 
 
@@ -122,7 +128,8 @@ def answer(
         for start in range(0, len(asked), BLOCK):
             block = asked[start : start + BLOCK]
             if start not in done:
-                rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
+                with heartbeat.phase("evaluate"):
+                    rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
                 fresh = [
                     {"problem": start + slot, **rollout_line(rollout, verdict)}
                     for slot, both in enumerate(zip(rollouts, verdicts, strict=True))

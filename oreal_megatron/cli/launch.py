@@ -19,7 +19,7 @@ from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 from oreal_megatron import preemption
-from oreal_megatron.cli.exit_codes import FINAL, LOST, PREEMPTED
+from oreal_megatron.exit_codes import FINAL, LOST, PREEMPTED
 
 LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
 

@@ -10,8 +10,9 @@ import time
 import warnings
 
 from oreal_megatron import ranks
-from oreal_megatron.cli.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 from oreal_megatron.config import ConfigError, Preempted, RunStopped
+from oreal_megatron.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
+from oreal_megatron.observe import watchdog
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -20,6 +21,7 @@ COMMANDS = {
     "doctor": "whether this machine, and what a recipe needs, is ready for a run",
     "verify": "grade a file of answers against their golds",
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
+    "replay": "compute a dumped step again, and compare",
     "report": "draw the learning curve of run folders and print what they reached",
 }
 
@@ -45,10 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return importlib.import_module(f"oreal_megatron.cli.{chosen}").run(args)
     except (ConfigError, RunStopped) as error:
+        watchdog.stop()
         complain(args.command, error)
         if isinstance(error, Preempted):
             return PREEMPTED
         return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
+    except Exception as error:
+        watchdog.failed(error)
+        raise
+    finally:
+        watchdog.stop()
 
 
 def parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import checkpoints, disk, loop, preemption, ranks, settings
+from oreal_megatron import checkpoints, disk, heartbeat, loop, preemption, ranks, settings
 from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Preempted
 from oreal_megatron.convert import to_hf
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 
 
@@ -50,17 +51,18 @@ def run(args: argparse.Namespace) -> int:
     if checkpoints.complete(folder):
         refuse_changed(Path(config.run), inputs_read)
 
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     resumed = checkpoint.choose(folder, trained, args.step, args.resume == "auto") if args.resume else None
     engine, verifier = build.start_engine(inputs, leave.__bool__)
-    parallel.start_megatron(config.parallel, config.seed)
+    parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read)
+    record = Run(config, first, inputs_read, parallel.share())
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
     between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)
@@ -76,10 +78,12 @@ def run(args: argparse.Namespace) -> int:
         raise Preempted(
             f"asked to leave, and saved after step {between_steps.done}; go on with --resume {config.run}"
         ) from None
-    saver.finish()
-    save_policy(inputs, policy, Path(config.run) / "policy")
+    with heartbeat.phase("checkpoint"):
+        saver.finish()
+        save_policy(inputs, policy, Path(config.run) / "policy")
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
 
 
@@ -119,4 +123,4 @@ def _written(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
-    return json.loads(file.read_text())
+    return disk.read_object(file)

@@ -7,7 +7,6 @@ are functions of the step and the seed, so the step restores them. saver.py writ
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-from oreal_megatron import checkpoints, disk, ranks
+from oreal_megatron import checkpoints, disk, ranks, safe_load
+from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mcore import adam
 from oreal_megatron.mcore.cpu import device_layer
@@ -76,12 +76,13 @@ def choose(folder: Path, models: list[str], step: int | None, damaged_too: bool)
 
 
 def check(path: Path) -> None:
-    """Refuse a folder that is not a Megatron distributed checkpoint."""
+    """Refuse a folder that is not a Megatron distributed checkpoint, or that would run code when it is loaded."""
     marker = path / "metadata.json"
-    if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
+    if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
         raise ConfigError(
             f"{path} is not a Megatron distributed checkpoint (torch_dist): its metadata.json says nothing"
         )
+    safe_load.check(path)
 
 
 def layout() -> dict[str, int]:
@@ -100,12 +101,13 @@ def _described(cut: dict[str, int]) -> str:
 
 
 def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
+    check(path)
     state = dist_checkpointing.load(sharded(trainer, loading=True), str(path))
     for key, chunk in _named(trainer).items():
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
-    trainer.updates = state["updates"]
+    trainer.updates, trainer.past = state["updates"], guard.Past(**state["past"])
     return state
 
 

@@ -6,6 +6,7 @@ outlive a killed rank and wait for ever for a killed writer.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import shutil
 import time
@@ -20,7 +21,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from oreal_megatron import checkpoints, disk, ranks
+from oreal_megatron import checkpoints, disk, heartbeat, ranks
 from oreal_megatron.config import RunStopped
 from oreal_megatron.mcore import checkpoint
 from oreal_megatron.mcore.cpu import device_layer
@@ -93,6 +94,7 @@ class Saver:
         if not self.pending:
             return
         while not all(ranks.gather(self.pending.written.done())):  # short collectives: none outlasts its time
+            heartbeat.beat()
             time.sleep(0.01)
         pending, self.pending = self.pending, None
         digests = _everyones(pending)
@@ -122,6 +124,7 @@ class Saver:
                     "waiting until there is more, nothing is lost"
                 )
             told = True
+            heartbeat.beat()
             time.sleep(disk.PAUSE_S)
         if ranks.rank() == 0 and told:
             disk.say(f"there is room in {self.folder} again; going on")
@@ -137,7 +140,7 @@ def _bytes(trainer: Trainer) -> int:
 def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
     """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
-    state = common | {"updates": trainer.updates}
+    state = common | {"updates": trainer.updates, "past": dataclasses.asdict(trainer.past)}
     with device_layer(), trainer.parts.here(*trainer.parts):
         request = dist_checkpointing.save(
             state | checkpoint.sharded(trainer, loading=False), str(folder), async_sharded_save=True

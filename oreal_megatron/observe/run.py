@@ -11,19 +11,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import disk, ranks, verify, versions
+from oreal_megatron import checkpoints, disk, heartbeat, ranks, verify, versions
+from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.observe import dumps
+from oreal_megatron.observe.dumps import Values
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.records import Rollout, Verdict
+from oreal_megatron.records import Batch, Rollout, Verdict
 
 
 class Run:
-    """Written by the first rank only; the other ranks just measure phases."""
+    """Written by the first rank; the other ranks measure phases, and some dump their share of the batch."""
 
-    def __init__(self, config: Config, first_step: int = 0, inputs: dict[str, str] | None = None):
-        self.config, self.first_step, self.path = config, first_step, Path(config.run)
+    def __init__(
+        self,
+        config: Config,
+        first_step: int = 0,
+        inputs: dict[str, str] | None = None,
+        share: tuple[int, int] | None = (0, 1),  # of every batch, which this rank dumps, and of how many; None: none
+    ):
+        self.config, self.first_step, self.path, self.share = config, first_step, Path(config.run), share
         self.writes = ranks.rank() == 0
         self.seconds: dict[str, float] = {}
         if not self.writes:
@@ -38,13 +48,19 @@ class Run:
         """The step numbers still to do, under a progress bar."""
         bar = Bar(f"oreal {self.path.name}", self.config.steps, self.writes, self.first_step)
         with bar as self.bar:
-            yield iter(range(self.first_step, self.config.steps))
+            yield self._numbers()
+
+    def _numbers(self) -> Iterator[int]:
+        for step in range(self.first_step, self.config.steps):
+            heartbeat.step(step)
+            yield step
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the seconds of one phase of the step, on this rank."""
         start = time.perf_counter()
-        yield
+        with heartbeat.phase(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def log(
@@ -68,6 +84,23 @@ class Run:
         append_row(self.path / "metrics.jsonl", row)
         self._draw(step, row)
         self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/kept_samples']}")
+
+    def keep(self, step: int, batch: Batch, reference_logp: Values, weight: Values, metrics: dict[str, float]) -> None:
+        """Dump what the step was trained on, and say so where a model refused it."""
+        path = self.path / "dumps" / checkpoints.name(step)
+        if self.share:
+            try:
+                dumps.write(path, step, self.share, batch, reference_logp, weight, metrics, self.config)
+            except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
+                disk.say(f"step {step} could not be dumped for oreal replay: {error}")
+        if self.writes and (refused := guard.skipped(metrics)):
+            line = f"step {step} was refused by {' and '.join(refused)}: {guard.why(metrics)}; see oreal replay {path}"
+            self.bar.console.print(line, highlight=False)
+
+    def forget_dumps(self, checkpoints: Sequence[Path]) -> None:
+        """Of the steps before these checkpoints, which can no longer be reached."""
+        if self.writes and checkpoints:
+            dumps.forget(self.path, before=checkpoints[0].name)
 
     def log_evaluation(self, step: int, result: dict[str, float]) -> None:
         """Held-out accuracy of the policy after `step` steps."""
@@ -128,7 +161,7 @@ def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) ->
 
 def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
     """A resumed run must read what it read before: the starting policy is its reference, the prompts its order."""
-    before = json.loads((run / "environment.json").read_text()).get("inputs", {})
+    before = disk.read_object(run / "environment.json").get("inputs", {})
     for name, digest in inputs.items():
         if before.get(name, digest) != digest:
             raise ConfigError(f"{name} has changed since the run {run} was started; put the old one back to resume it")

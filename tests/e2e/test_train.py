@@ -76,6 +76,7 @@ def test_a_run_leaves_everything_behind(trained):
     steps = rows(run)
     assert [row["step"] for row in steps] == [0, 1, 2, 3]
     assert all(row["proof/logprob_gap"] < 1e-5 and row["proof/tokens"] > 0 for row in steps)
+    assert steps[-1]["reshard/direct"] == 1 and steps[-1]["reshard/proved_parameters"] > 10
     assert "loss/kl" not in steps[0] and steps[0]["loss/reward_model"] > 0, (
         "the first step trains the reward model alone"
     )

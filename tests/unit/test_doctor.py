@@ -63,7 +63,8 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
 
 
 def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch, model_folder):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "")  # so that what the command sets is taken back
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
     recipe = "examples/recipes/oreal.py:oreal_7b_8_gpus"
     assert main.main(["doctor", "--quick", recipe]) == 1

@@ -1,6 +1,6 @@
 """What a command's end means to whoever started it: a shell, a launcher, a scheduler."""
 
-from oreal_megatron.preemption import EXIT_CODE as PREEMPTED  # 4: told to leave, and saved: start again
+PREEMPTED = 4  # told to leave, and saved: start again
 
 BAD_INPUT = 2  # a person mends the input first
 STOPPED = 3  # a person looks first; the run can be resumed
