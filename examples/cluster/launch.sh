@@ -87,6 +87,9 @@ settings=(
     "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     # Seconds that processes may take to save after a signal before they are killed.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+    # The machines agree on an address of the first rank in every round. By default torch says it in the first round
+    # only, and a machine that joins later, because it was lost, waits for it in vain.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     # Tells jobs apart that meet at the same address.
     "PET_RDZV_ID=${SLURM_JOB_ID:-$name}"
 )

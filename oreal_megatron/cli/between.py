@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class BetweenSteps:
     engine: Any
     verifier: Any
     notice: Notice
+    keep_best: Callable[[], None]  # the policy that was evaluated just now is the best so far
 
     def begin(self, done: int, saved: bool) -> None:
         """Before the first step of this start; `saved`: it goes on from the checkpoint of `done`."""
@@ -74,6 +75,9 @@ class BetweenSteps:
         if self.held_out and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
             with heartbeat.phase("evaluate"):
                 self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
+            if done and self.run.best(done):
+                with heartbeat.phase("checkpoint"):
+                    self.keep_best()
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -11,6 +11,7 @@ import signal
 import sys
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,7 +50,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
         return _told(*error.get_first_failure(), args.logs)
     except SignalException as notice:  # passed on to the processes, which have left by now
         return PREEMPTED if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         print(f"oreal: the machines did not meet at {args.rendezvous}, or lost each other: {error}", file=sys.stderr)
         return LOST
     return 0

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     record = Run(config, first, inputs_read, parallel.share())
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
-    between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)
+    keep_best = partial(save_policy, inputs, policy, Path(config.run) / "best")
+    between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave, keep_best)
     world = parallel.data_parallel(inputs.arch)
     models = (policy, reference, reward_model)
     with between_steps.saving_when_asked_to_leave():

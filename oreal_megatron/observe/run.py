@@ -114,6 +114,12 @@ class Run:
         rows = read_rows(self.path / "evaluations.jsonl") if self.writes else []
         return ranks.gather(any(row["step"] == step for row in rows))[0]
 
+    def best(self, step: int) -> bool:
+        """Whether the policy after `step` steps is better than all that were evaluated before. Collective."""
+        rows = read_rows(self.path / "evaluations.jsonl") if self.writes else []
+        here = [row["accuracy"] for row in rows if row["step"] == step]
+        return ranks.gather(all(row["accuracy"] < here[-1] for row in rows if row["step"] < step))[0]
+
     def _write_rollouts(self, step: int, rollouts: Any, verdicts: Any) -> None:
         lines = [rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
                  for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip

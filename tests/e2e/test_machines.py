@@ -46,7 +46,8 @@ class Machine:
     """Processes with a network card, a host name and a process table of their own."""
 
     def __init__(self, hosts: Path):
-        self.unshare = subprocess.Popen(["unshare", *SPACES, "--fork", "--kill-child", "--mount-proc", "sleep", "600"])
+        words = ["unshare", *SPACES, "--fork", "--kill-child", "--mount-proc", "sleep", "600"]
+        self.unshare = subprocess.Popen(words, stderr=subprocess.DEVNULL)
         children = Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children")
         wait_for(lambda: children.read_text().split(), "the first process of a machine")
         self.pid = int(children.read_text())

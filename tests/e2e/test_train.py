@@ -87,7 +87,11 @@ def test_a_run_leaves_everything_behind(trained):
         "policy/entropy_estimate", "reward_model/accuracy",
     }  # fmt: skip
     assert wanted <= steps[-1].keys()
+    accuracies = [row["accuracy"] for row in rows(run, "evaluations.jsonl")]
     assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 2, 4]
+    assert (run / "best/model.safetensors").is_file() == (max(accuracies[1:]) > accuracies[0])
+    if accuracies[2] > max(accuracies[:2]):
+        assert (run / "best/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "latest", "step_000002", "step_000004"
     ]  # fmt: skip
