@@ -186,7 +186,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
         names, both = [row["provider"] for row in own], [row["total_ms"] for row in own]
         middle = [each["p50"] for each in both]
         spread = [[each["p50"] - each["p20"] for each in both], [each["p80"] - each["p50"] for each in both]]
-        colours = ["tab:orange" if "linear_" in name or "token_" in name else "tab:gray" for name in names]
+        colours = ["tab:orange" if name.startswith(("linear_", "token_")) else "tab:gray" for name in names]
         time_axis.barh(names, middle, xerr=spread, color=colours)
         time_axis.set_xlabel("ms, forward and backward (p50, p20 to p80)")
         time_axis.set_title(" ".join(key))

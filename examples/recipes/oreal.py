@@ -122,8 +122,8 @@ def _oreal(name: str, model: str, gpus: int, parallel: Parallel, engine_tensor: 
             path=_data("oreal_prompts.jsonl"),
             held_out=_data("held_out.jsonl"),
             prompts_per_step=64,  # [paper]
-            # The released SFT models bring the authors' own words in their chat templates; --set data.system_prompt=
-            # (nothing after it) leaves those in place.
+            # The SFT models were tuned with the authors' words; where a folder's chat template brings them along,
+            # --set data.system_prompt= (nothing behind it) leaves them in place.
             system_prompt=SYSTEM_PROMPT,
             drop_bad_golds=True,  # [ours] a gold that the verifier cannot read teaches nothing
             # [paper] pass rates 0 to 0.8; [code] data_difficulty_balance_cfg.

@@ -14,6 +14,10 @@ from torch import Tensor
 THRESHOLD = 0.5
 
 
+def rescale(probability: Tensor) -> Tensor:
+    return ((probability - THRESHOLD) / (1 - THRESHOLD)).clamp(0, 1)
+
+
 class Loss:
     """`sequences` answers of `tokens` each, every other one right."""
 
@@ -26,6 +30,7 @@ class Loss:
 
         outcome = 1.0 - 2 * (torch.arange(sequences, device=device) % 2)
         self.scores, self.logp = random(), random() - 2
+        self.labels = torch.zeros(total, dtype=torch.int64, device=device)  # every token is the policy's
         self.terms = Terms(
             reference_logp=random() * 0.1 + self.logp,
             weight=torch.ones(total, device=device),
@@ -45,33 +50,50 @@ class Loss:
             if not only or any(word in name for word in only.split(",")):
                 yield name, forward
 
+    def fresh_leaf(self) -> Tensor:
+        self.leaf = self.logp.detach().requires_grad_()
+        return self.leaf
+
     def packed(self, weights_of: Callable, loss_of: Callable) -> Tensor:
         terms = self.terms
         weight, _ = weights_of(self.scores, terms.cu_seqlens, terms.reward > 0, THRESHOLD)
-        return loss_of(self.logp.detach().requires_grad_(), replace(terms, weight=weight))[0]
+        return loss_of(self.fresh_leaf(), replace(terms, weight=weight))[0]
 
     def loop(self) -> Tensor:
-        """One sequence after the other, numbers fetched from the device on the way."""
-        terms, total = self.terms, 0
-        logps = self.logp.detach().requires_grad_()
-        borders = terms.cu_seqlens.tolist()
-        for i, (first, stop) in enumerate(zip(borders, borders[1:], strict=False)):
-            logp, reference = logps[first:stop], terms.reference_logp[first:stop]
-            advantage, right = terms.advantage[i].item(), terms.reward[i].item() > 0
-            so_far = self.scores[first:stop].cumsum(0) / torch.arange(1, stop - first + 1, device=logp.device)
-            belief = torch.sigmoid(so_far)
-            merit = belief if right else 1 - belief
-            weight = ((merit - THRESHOLD) / (1 - THRESHOLD)).clamp(0, 1).detach()
-            if right:
-                total = total - (logp * weight).sum() * advantage / terms.right_tokens
+        """Sequence by sequence as in InternLM/OREAL's train_oreal.py (2859cc0, lines 752-870), operation by operation.
+
+        Left out: the reward model's loss, and the cross entropy and log-probs before it. It is fp32 where that is bf16.
+        """
+        terms, lengths = self.terms, self.terms.cu_seqlens.diff().tolist()
+        packed = self.fresh_leaf()[None]
+        inputs = (packed, -packed, terms.reference_logp[None], self.scores[None])
+        per_sequence = zip(
+            *(each.split(lengths, dim=1) for each in inputs), self.labels.split(lengths), terms.reward, terms.advantage,
+            strict=True,
+        )  # fmt: skip
+        positives, negatives, penalties = [], [], []
+        for logps, entropies, references, scores, labels, reward, advantage in per_sequence:
+            count = (labels >= 0).sum()
+            logp, reference, score = logps[0, -count:], references[0, -count:], scores[0, -count:]
+            mean_so_far = score.cumsum(0).squeeze() / torch.arange(1, count + 1).to(score.device)
+            right = torch.sigmoid(mean_so_far).detach()
+            right, wrong = rescale(right), rescale(1 - right)
+            positive = (entropies[0, -count:] * right).sum() * advantage
+            if reward > 0:
+                positives.append(positive / terms.right_tokens * terms.positive_coef)
+                negatives.append(torch.zeros_like(positive))
             else:
                 ratio = torch.exp(logp - logp.detach())
-                total = total - 0.5 * (ratio * advantage * weight).sum() / terms.wrong_tokens
-            d = reference - logp
-            total = total + 0.01 * (torch.exp(d) - d - 1).sum() / terms.action_tokens
-            for metric in (weight.mean(), d.mean(), logp.mean()):
+                positives.append(torch.zeros_like(positive))
+                negatives.append(-torch.sum(ratio * (advantage * wrong)) / terms.wrong_tokens * terms.negative_coef)
+            distance = reference - logp
+            unbiased = torch.exp(distance) - distance - 1
+            penalties.append((terms.kl_coef * unbiased).sum() / terms.action_tokens)
+            for metric in (logp.sum(), (logp.detach() - reference).sum(), advantage.sum(), count):
                 metric.item()
-        return total
+        for each in (positives, negatives, penalties):
+            sum(each).item()
+        return sum(map(sum, zip(positives, negatives, penalties, strict=True)))
 
     def bare_copy(self) -> Callable[[], None]:
         """Reads and writes as many bytes as the loss must: scores, log-probs and references in, slopes out."""

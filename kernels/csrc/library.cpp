@@ -39,30 +39,12 @@ const char* at(const void* base, int64_t element, int dtype) {
     return (const char*)base + element * (dtype == 0 ? 4 : 2);
 }
 
-float value_at(const void* base, int64_t element, int dtype) {
-    if (dtype == 0) return ((const float*)base)[element];
-    const uint32_t bits = (uint32_t)((const uint16_t*)base)[element] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 // Fewer elements than this are done before a thread has started.
 int worth(int64_t elements, int threads) { return elements < 1 << 16 ? 1 : threads; }
 
 // Tokens take half a millisecond at most up to here; a second thread may wait longer than that behind torch's own
 // workers, which spin for a while after each operation.
 int worth_of_tokens(int64_t tokens, int threads) { return tokens < 1 << 18 ? 1 : threads; }
-
-// The running mean of one sequence's scores; returns the last one.
-float running_mean(const void* scores, int dtype, int64_t begin, int64_t end, float* out) {
-    double sum = 0;
-    for (int64_t token = begin; token < end; ++token) {
-        sum += value_at(scores, token, dtype);
-        out[token] = (float)(sum / (double)(token - begin + 1));
-    }
-    return end > begin ? out[end - 1] : 0;
-}
 
 }  // namespace
 
@@ -116,8 +98,8 @@ void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlen
     const Passes& passes = *chosen;
     parallel_for(sequences, worth_of_tokens(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
         const int64_t begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
-        means[sequence] = running_mean(scores, dtype, begin, end, weights);
-        passes.weights(weights + begin, end - begin, right[sequence] ? 1 : -1, threshold);
+        means[sequence] = passes.weights(at(scores, begin, dtype), dtype, end - begin, right[sequence] ? 1 : -1, threshold,
+                                         weights + begin);
     });
 }
 

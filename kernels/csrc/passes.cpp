@@ -132,14 +132,43 @@ void gradient_of(const Row& row, const RowGradient& to) {
     return to.dtype == 0 ? gradient_to<bf16, float>(row, to) : gradient_to<bf16, bf16>(row, to);
 }
 
-void weights_of(float* values, int64_t count, float sign, float threshold) {
+// Writes the sums of the scores so far and returns the sum of all: in fp64, so that a long answer keeps its digits.
+template <class T>
+double running_sums(const T* scores, int64_t count, float* out) {
+    double carried = 0;
     for (int64_t i = 0; i < count; i += LANES) {
         const int64_t rest = count - i;
-        const Float mean = rest < LANES ? load_some(values + i, rest) : load(values + i);
-        const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-sign * mean, LOWEST), HIGHEST)));
-        const Float weight = at_most(at_least((belief - threshold) / (1.0f - threshold), 0), 1);
-        rest < LANES ? store_some(values + i, weight, rest) : store(values + i, weight);
+        const Float score = rest < LANES ? load_some(scores + i, rest) : load(scores + i);
+        Narrow halves[2];
+        memcpy(halves, &score, sizeof score);
+        const Wide low = running_sum(__builtin_convertvector(halves[0], Wide));
+        const Wide high = running_sum(__builtin_convertvector(halves[1], Wide)) + low[WIDE - 1];
+        halves[0] = __builtin_convertvector(low + carried, Narrow);
+        halves[1] = __builtin_convertvector(high + carried, Narrow);
+        carried += high[WIDE - 1];
+        if (rest < LANES)
+            memcpy(out + i, halves, rest * sizeof(float));
+        else
+            memcpy(out + i, halves, sizeof halves);
     }
+    return carried;
+}
+
+float weights_of(const void* scores, int dtype, int64_t count, float sign, float threshold, float* weights) {
+    const double total = dtype == 0 ? running_sums((const float*)scores, count, weights)
+                                    : running_sums((const bf16*)scores, count, weights);
+    const float scale = 1.0f / (1.0f - threshold);
+    Float read;
+    for (int lane = 0; lane < LANES; ++lane) read[lane] = (float)(lane + 1);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t rest = count - i;
+        const Float sum = rest < LANES ? load_some(weights + i, rest) : load(weights + i);
+        const Float mean = sum / (read + (float)i);
+        const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-sign * mean, LOWEST), HIGHEST)));
+        const Float weight = at_most(at_least((belief - threshold) * scale, 0), 1);
+        rest < LANES ? store_some(weights + i, weight, rest) : store(weights + i, weight);
+    }
+    return count ? (float)(total / (double)count) : 0;
 }
 
 OREAL_INLINE Float kl_slope(Float d, Float k3, int kind) {
@@ -147,27 +176,44 @@ OREAL_INLINE Float kl_slope(Float d, Float k3, int kind) {
     return kind == 2 ? -d : -(d + k3);
 }
 
-TokenSums policy_of(const Tokens& tokens) {
-    Double weighted_logp{}, weights{}, differences{}, squares{}, k3s{}, logps{};
-    for (int64_t i = 0; i < tokens.count; i += LANES) {
-        const int64_t rest = tokens.count - i;
-        const bool some = rest < LANES;
-        const Float logp = some ? load_some(tokens.logp + i, rest) : load(tokens.logp + i);
-        const Float reference = some ? load_some(tokens.reference + i, rest) : load(tokens.reference + i);
-        const Float weight = some ? load_some(tokens.weight + i, rest) : load(tokens.weight + i);
-        const Float d = at_most(at_least(reference - logp, -60), 60), k3 = exponential_after_line(d);
-        const Float grad = tokens.kl_scale * kl_slope(d, k3, tokens.kl_kind) - tokens.scale * weight;
-        some ? store_some(tokens.grad + i, grad, rest) : store(tokens.grad + i, grad);
-        const Double l = __builtin_convertvector(logp, Double), w = __builtin_convertvector(weight, Double);
-        const Double difference = __builtin_convertvector(d, Double);
-        weighted_logp += w * l;
-        weights += w;
-        differences += difference;
-        squares += difference * difference;
-        k3s += __builtin_convertvector(k3, Double);
-        logps += l;
+// Sums over tokens: in fp32 for RUN vectors, in fp64 beyond.
+struct PolicySums {
+    static constexpr int64_t RUN = 16 * LANES;
+    Double weighted_logp{}, weight{}, difference{}, square{}, k3{}, logp{};
+
+    OREAL_INLINE void add(const Tokens& tokens, int64_t begin, int64_t end) {
+        Float weighted_logps{}, weights{}, differences{}, squares{}, k3s{}, logps{};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const int64_t rest = end - i;
+            const bool some = rest < LANES;
+            const Float l = some ? load_some(tokens.logp + i, rest) : load(tokens.logp + i);
+            const Float reference = some ? load_some(tokens.reference + i, rest) : load(tokens.reference + i);
+            const Float w = some ? load_some(tokens.weight + i, rest) : load(tokens.weight + i);
+            const Float d = at_most(at_least(reference - l, -60), 60), after_line = exponential_after_line(d);
+            const Float grad = tokens.kl_scale * kl_slope(d, after_line, tokens.kl_kind) - tokens.scale * w;
+            some ? store_some(tokens.grad + i, grad, rest) : store(tokens.grad + i, grad);
+            weighted_logps += w * l;
+            weights += w;
+            differences += d;
+            squares += d * d;
+            k3s += after_line;
+            logps += l;
+        }
+        weighted_logp += __builtin_convertvector(weighted_logps, Double);
+        weight += __builtin_convertvector(weights, Double);
+        difference += __builtin_convertvector(differences, Double);
+        square += __builtin_convertvector(squares, Double);
+        k3 += __builtin_convertvector(k3s, Double);
+        logp += __builtin_convertvector(logps, Double);
     }
-    return {sum_of(weighted_logp), sum_of(weights), sum_of(differences), sum_of(squares), sum_of(k3s), sum_of(logps)};
+};
+
+TokenSums policy_of(const Tokens& tokens) {
+    PolicySums sums;
+    for (int64_t i = 0; i < tokens.count; i += PolicySums::RUN)
+        sums.add(tokens, i, tokens.count - i < PolicySums::RUN ? tokens.count : i + PolicySums::RUN);
+    return {sum_of(sums.weighted_logp), sum_of(sums.weight), sum_of(sums.difference),
+            sum_of(sums.square),        sum_of(sums.k3),     sum_of(sums.logp)};
 }
 
 }  // namespace

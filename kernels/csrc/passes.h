@@ -33,8 +33,8 @@ struct Passes {
     const char* name;
     void (*statistics)(const Row&, float out[4]);
     void (*gradient)(const Row&, const RowGradient&);
-    // In place: running means [count] become weights; sign is 1 on right sequences and -1 on wrong ones.
-    void (*weights)(float* values, int64_t count, float sign, float threshold);
+    // The weights of one sequence from its scores, and the mean score; sign is 1 if it is right and -1 if it is wrong.
+    float (*weights)(const void* scores, int dtype, int64_t count, float sign, float threshold, float* weights);
     TokenSums (*policy)(const Tokens&);
 };
 

@@ -6,6 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define OREAL_INLINE inline __attribute__((always_inline))
 
@@ -74,15 +79,53 @@ OREAL_INLINE Float rounded(Float x) {
     return x;
 }
 
-// Written so that NaN passes through.
+// NaN passes through. One instruction, which gives its second operand where one is NaN; compilers make three of `?:`.
+// (GCC 12 warns about the form without a mask.)
+#if defined(__AVX512F__)
+OREAL_INLINE Float at_least(Float x, float low) {
+    return (Float)_mm512_maskz_max_ps(0xffff, (__m512)splat(low), (__m512)x);
+}
+OREAL_INLINE Float at_most(Float x, float high) {
+    return (Float)_mm512_maskz_min_ps(0xffff, (__m512)splat(high), (__m512)x);
+}
+#elif defined(__AVX2__)
+OREAL_INLINE Float at_least(Float x, float low) { return (Float)_mm256_max_ps((__m256)splat(low), (__m256)x); }
+OREAL_INLINE Float at_most(Float x, float high) { return (Float)_mm256_min_ps((__m256)splat(high), (__m256)x); }
+#else
 OREAL_INLINE Float at_least(Float x, float low) { return x < low ? splat(low) : x; }
 OREAL_INLINE Float at_most(Float x, float high) { return x > high ? splat(high) : x; }
+#endif
 OREAL_INLINE Float absolute(Float x) { return (Float)((Bits)x & 0x7fffffff); }
 
 OREAL_INLINE float maximum_of(Float x) {
     float best = -INFINITY;
     for (int i = 0; i < LANES; ++i) best = x[i] > best ? x[i] : best;
     return best;
+}
+
+// Half a vector of floats, and the same as doubles: these fill one register.
+constexpr int WIDE = LANES / 2;
+typedef float Narrow __attribute__((vector_size(4 * WIDE)));
+typedef double Wide __attribute__((vector_size(8 * WIDE)));
+typedef int64_t WideOrder __attribute__((vector_size(8 * WIDE)));
+
+// Every lane moves up by `shift`; zeros follow.
+template <int shift, int... lane>
+OREAL_INLINE Wide moved(Wide x, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(Wide{}, x, (lane < shift ? lane : WIDE + lane - shift)...);
+#else
+    return __builtin_shuffle(Wide{}, x, WideOrder{(lane < shift ? lane : WIDE + lane - shift)...});
+#endif
+}
+
+// Lane i becomes the sum of the lanes 0 to i.
+template <int shift = 1>
+OREAL_INLINE Wide running_sum(Wide x) {
+    if constexpr (shift < WIDE)
+        return running_sum<2 * shift>(x + moved<shift>(x, std::make_integer_sequence<int, WIDE>()));
+    else
+        return x;
 }
 
 OREAL_INLINE double sum_of(Double x) {

@@ -7,10 +7,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from oreal_megatron import prompts, ranks, settings
+from oreal_megatron import heartbeat, prompts, ranks, settings
 from oreal_megatron.cli import build
 from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.progress import Bar
 
 
@@ -32,11 +33,12 @@ def run(args: argparse.Namespace) -> int:
 
     from oreal_megatron.mcore import parallel
 
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     engine, verifier = build.start_engine(inputs)
     sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples) if args.rate else None
     answers = len(asked[engine.replica :: engine.replicas]) * (sampling.answers_per_prompt if sampling else 1)
-    with Bar("answers", answers, ranks.rank() == 0) as bar:
+    with heartbeat.phase("evaluate"), Bar("answers", answers, ranks.rank() == 0) as bar:
         result, rates = evaluate(asked, engine, verifier, config, sampling, bar.advance)
     if ranks.rank() == 0:
         if args.rate:
@@ -46,5 +48,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"accuracy {result['accuracy']:.1%} (95 % interval {result['low']:.1%} to {result['high']:.1%}) "
               f"of {result['answers']} answers, {result['unknown']} unknown")  # fmt: skip
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0

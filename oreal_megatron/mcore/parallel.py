@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from oreal_megatron.config import ConfigError, Parallel
+from oreal_megatron.config import ConfigError, Parallel, Watchdog
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
 
 
-def start_process_group() -> None:
+def start_process_group(timeout_s: float = Watchdog.collective_s) -> None:
     """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
@@ -28,17 +28,21 @@ def start_process_group() -> None:
     os.environ.setdefault("MASTER_PORT", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s))
     else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
 
 
-def start_megatron(config: Parallel, seed: int) -> None:
+def start_megatron(config: Parallel, seed: int, timeout_s: float = Watchdog.collective_s) -> None:
     """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
     with device_layer():
         virtual = config.virtual if config.virtual > 1 else None
         parallel_state.initialize_model_parallel(
-            config.tensor, config.pipeline, virtual, context_parallel_size=config.context
+            config.tensor,
+            config.pipeline,
+            virtual,
+            context_parallel_size=config.context,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -75,6 +79,15 @@ def even_tokens(arch: Architecture) -> float:
     ffn = arch.ffn * (arch.experts.per_token if arch.experts else 1)
     matrices = arch.hidden * (2 * attention + 2 * groups + 3 * ffn + arch.vocab / arch.layers)
     return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
+
+
+def share() -> tuple[int, int] | None:
+    """The data-parallel replica that this rank speaks for, and how many there are: one rank of each holds what comes
+    out of the last pipeline stage. None on the others."""
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    if not (first and parallel_state.is_pipeline_last_stage()):
+        return None
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -150,7 +150,7 @@ class _Saved:
 def _shards(name: str, trainer: Any) -> list[Shard]:
     """The parts of a model's checkpoint that this rank has, weights and optimizer."""
     found = []
-    for value in nested_values(checkpoint._sharded(trainer, loading=False)):
+    for value in nested_values(checkpoint.sharded(trainer, loading=False)):
         built = value.build() if isinstance(value, ShardedTensorFactory) else value
         for part in nested_values(built) if isinstance(built, dict | list) else [built]:
             if isinstance(part, ShardedTensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -57,18 +56,21 @@ def all_weights(models: dict) -> dict:
 
 def story(folder: str, tensor: int, samples: list, path: str, save_at: int):
     from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore.saver import Saver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor)
     go_on(models, reference, samples, range(save_at))
-    saved = checkpoint.save(Path(path), save_at, models, keep=2)
-    rows = go_on(models, reference, samples, range(save_at, 4))
+    saver = Saver(Path(path), models, keep=2)
+    saver.start(save_at)
+    rows = go_on(models, reference, samples, range(save_at, 4))  # while it is written
+    saver.finish()
     weights, random_numbers = all_weights(models), torch.randn(3)
 
     fresh, reference = trainers(folder, tensor)
     torch.manual_seed(999)
-    step = checkpoint.load(saved, fresh)
+    step = checkpoint.load(checkpoint.choose(Path(path), list(fresh), None, False), fresh)
     again = go_on(fresh, reference, samples, range(step, 4))
     result = rows, weights, random_numbers, step, again, all_weights(fresh), torch.randn(3)
     parallel.stop()
@@ -89,13 +91,14 @@ def test_resume_is_exact(tensor, model_folder, in_processes, make_samples, tmp_p
 
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.cli import build
-    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore.saver import Saver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor)
     go_on(models, reference, samples, range(2))
-    checkpoint.save(Path(path), 2, models, keep=1)
+    Saver(Path(path), models, keep=1).save(2)
     rows = go_on(models, reference, samples, range(2, 4))
     weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
     parallel.stop()
@@ -109,7 +112,7 @@ def load_only(folder: str, tensor: int, pipeline: int, samples: list, path: str)
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor, pipeline)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor, pipeline)
-    step = checkpoint.load(checkpoint.newest(Path(path), list(models)), models)
+    step = checkpoint.load(checkpoint.choose(Path(path), list(models), None, False), models)
     rows = go_on(models, reference, samples, range(step, 4))
     weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
     parallel.stop()
@@ -125,17 +128,3 @@ def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in
             assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
         gaps = [(weights[name] - value).square().mean().sqrt().item() for name, value in wanted.items()]
         assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
-
-
-def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(tmp_path):
-    from oreal_megatron.config import ConfigError
-    from oreal_megatron.mcore import checkpoint
-
-    for name in ("step_000010", "step_000002", "step_000020.partial", "notes"):
-        (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000002", "step_000010"]
-    with pytest.raises(ConfigError, match="step_000010/policy is not a Megatron distributed checkpoint"):
-        checkpoint.newest(tmp_path, ["policy"])
-    with pytest.raises(ConfigError, match="no finished checkpoint"):
-        checkpoint.newest(tmp_path / "notes", ["policy"])
-    shutil.rmtree(tmp_path)

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "kernels/benchmarks"))
+import loss as losses  # noqa: E402
 
 
 def test_benchmark_writes_its_table_and_picture(tmp_path):
@@ -30,3 +34,15 @@ def test_benchmark_writes_its_table_and_picture(tmp_path):
     assert "torch" in results["versions"] and results["command"].startswith("python ")
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "linear_oreal_loss" in done.stdout
+
+
+def test_all_providers_of_the_loss_compute_the_same():
+    case, found = losses.Loss(6, 50, "cpu"), {}
+    for name, forward in case.providers(""):
+        loss = forward()
+        loss.backward()
+        found[name] = loss.detach(), case.leaf.grad
+    wanted = found.pop("plain torch")
+    assert set(found) == {"loop over sequences", "token_weights + oreal_loss"}
+    for values in found.values():
+        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-7)
