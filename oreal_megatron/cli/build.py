@@ -69,9 +69,12 @@ class Inputs:
 
     def prompts(self, path: str) -> list[Prompt]:
         """The problems of a JSONL file, with golds the verifier can work with."""
-        data, room = self.config.data, self.config.engine.max_model_len - 1
-        read = prompts.load_prompts(path, self.tokenizer, data.system_prompt, room)
-        return prompts.refuse_bad_golds(read, path, rules.equals_itself, data.drop_bad_golds)
+        return prompts.refuse_bad_golds(self.rendered(path), path, rules.equals_itself, self.config.data.drop_bad_golds)
+
+    def rendered(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, whatever their golds."""
+        room = self.config.engine.max_model_len - 1
+        return prompts.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""

@@ -115,7 +115,7 @@ class Run:
         return ranks.gather(any(row["step"] == step for row in rows))[0]
 
     def _write_rollouts(self, step: int, rollouts: Any, verdicts: Any) -> None:
-        lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
+        lines = [rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
                  for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
         text = "".join(json.dumps(line) + "\n" for line in lines)
         disk.with_room(self.path, disk.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
@@ -179,7 +179,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
+def rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
     return {
         "question": rollout.prompt.question,
         "gold_answer": rollout.prompt.gold,
