@@ -10,11 +10,10 @@ from rich.console import Console
 
 from oreal_megatron import settings
 from oreal_megatron.config import ConfigError
+from oreal_megatron.exit_codes import UNFIT
 from oreal_megatron.mapping import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, search, table
 from oreal_megatron.plan.case import Case
-
-UNFIT = 6  # exit code: it would not fit, or its ranks would wait for each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

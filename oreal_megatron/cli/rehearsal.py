@@ -78,13 +78,14 @@ def checks(case: Case, done: Rehearsal) -> dict[str, list[str]]:
     everyone = sorted([*done.played, *done.built], key=lambda one: one.rank)
     calls, engine = sum(len(one.calls) for one in done.played), case.config.engine
     replica = set(synthetic.one_replica(case))
+    writers = [one for one in everyone if one.rank in replica]
     found = {
         f"process groups: the same {len(everyone[0].groups)}, in the same order": matching.groups(everyone),
         f"collectives: the same order and sizes in every group, of {calls} calls": matching.collectives(done.played),
         "messages between pipeline stages: sent as they are waited for": matching.messages(done.played),
         f"packing: {len(done.played[0].tokens)} micro-batches on every rank": matching.micro_batches(done.played),
-        "checkpoint: every element of every tensor is written once": matching.checkpoint(
-            [one for one in everyone if one.rank in replica]
+        f"checkpoint: every element of every tensor is written once, {written(writers) / 1e9:.1f} GB": (
+            matching.checkpoint(writers)
         ),
     }
     if engine.transport == "direct" and not case.arch.experts:
@@ -93,6 +94,11 @@ def checks(case: Case, done: Rehearsal) -> dict[str, list[str]]:
             timing.layout(case), done.played, itemsize, batch
         )
     return {what: list(faults) for what, faults in found.items()}
+
+
+def written(ranks: Iterable[rehearse.Rehearsed]) -> int:
+    """Bytes of a checkpoint that these ranks write."""
+    return sum(shard.bytes for one in ranks for shard in one.shards if shard.written)
 
 
 def _show(case: Case, done: Rehearsal, found: dict[str, list[str]], seconds: float, console: Console) -> None:

@@ -14,8 +14,7 @@ class Assumptions:
     """Not measured: nothing of this project has run on several GPUs yet."""
 
     prompt_tokens: float = 400.0  # mean, with the system prompt
-    response_tokens: float = 5000.0  # mean of sampled answers
-    last_share: float = 0.1  # of the answers, on average, still running while the longest one ends
+    response_tokens: float = 5000.0  # mean of sampled answers; the longest has sampling.max_new_tokens
     mixed_share: float = 0.6  # of the prompts, which have right and wrong answers and are trained on
     train_mfu: float = 0.40  # of the bf16 peak, in updates and scoring; bubbles and exchanges come on top
     prefill_mfu: float = 0.40

@@ -71,30 +71,28 @@ def transfer(case: Case) -> Transfer:
 
 
 def generation(case: Case) -> Generation:
-    """Answers are decoded as many at once as fit; nothing ends before the longest answer has."""
+    """Every token step reads the weights once, every token the keys and values before it; some answer is as long as
+    may be, so there are at least as many steps."""
     config, assumed = case.config, case.assumed
     answers = config.data.prompts_per_step * config.sampling.answers_per_prompt / case.replicas
     context = assumed.prompt_tokens + assumed.response_tokens / 2
     fitting = config.engine.kv_cache_gb * 2**30 / case.cache_token() / context
     concurrent = max(1.0, min(answers, config.engine.max_num_seqs, fitting))
-    by_volume = answers * assumed.response_tokens / concurrent * token_step(case, concurrent, context)
-    last = config.sampling.max_new_tokens * token_step(case, max(1.0, concurrent * assumed.last_share), context)
-    operations = answers * assumed.prompt_tokens * 2 * matrices(case)
-    prefill = operations / (config.engine.tensor * case.gpu.flops * assumed.prefill_mfu)
-    limit = "cache" if fitting < answers else "max_num_seqs" if config.engine.max_num_seqs < answers else "answers"
-    bound = f"{limit}, {concurrent:.0f} at once" if by_volume > last else "the longest answer"
-    return Generation(answers, concurrent, prefill, max(by_volume, last), bound)
+    tokens, longest = answers * assumed.response_tokens, config.sampling.max_new_tokens
+    steps = max(longest, tokens / concurrent)
+    bandwidth = case.gpu.memory_bytes * assumed.memory_share
+    reading = (steps * case.engine_weights() + tokens * context * case.cache_token()) / bandwidth
+    operations = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
+    multiplying = tokens * 2 * matrices(case) / operations
+    prefill = answers * assumed.prompt_tokens * 2 * matrices(case) / operations
+    bound = "the longest answer" if steps == longest else f"{concurrent:.0f} answers at once"
+    return Generation(answers, concurrent, prefill, max(reading, multiplying) + steps * between_steps(case), bound)
 
 
-def token_step(case: Case, concurrent: float, context: float) -> float:
-    """Seconds in which every running answer gets a token: weights and caches are read once, or multiplied with."""
-    read = case.engine_weights() + concurrent * context * case.cache_token()
-    reading = read / (case.gpu.memory_bytes * case.assumed.memory_share)
-    multiplying = (
-        concurrent * 2 * matrices(case) / case.config.engine.tensor / (case.gpu.flops * case.assumed.train_mfu)
-    )
+def between_steps(case: Case) -> float:
+    """Seconds of every token step that neither reads nor multiplies."""
     exchanges = 2 * case.arch.layers * case.assumed.all_reduce_us / 1e6 if case.config.engine.tensor > 1 else 0.0
-    return max(reading, multiplying) + exchanges + case.assumed.decode_step_ms / 1e3
+    return exchanges + case.assumed.decode_step_ms / 1e3
 
 
 def matrices(case: Case) -> float:

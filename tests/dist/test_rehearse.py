@@ -44,7 +44,7 @@ def case(tensor: int, pipeline: int, context: int, virtual: int, recompute: dict
 
 def every_layout() -> list[dict]:
     from oreal_megatron.cli import rehearsal
-    from oreal_megatron.plan import activations, memory, synthetic
+    from oreal_megatron.plan import activations, memory, synthetic, timing
 
     results = []
     for layout, recompute in LAYOUTS:
@@ -60,6 +60,8 @@ def every_layout() -> list[dict]:
                     ratios[part].append(held[part] / size)
             kept = activations.kept_of(one.arch, one.config, stage, rank.tokens)
             ratios["activations"].append(kept / rank.kept["policy"])
+        replica = [rank for rank in (*done.played, *done.built) if rank.rank in synthetic.one_replica(one)]
+        ratios["checkpoint"] = [timing.checkpoint(one)[0] / rehearsal.written(replica)]
         tokens = {len(set(rank.tokens)) for rank in done.played}
         results.append(
             {"broken": done.broken, "faults": rehearsal.checks(one, done), "ratios": ratios, "tokens": tokens}

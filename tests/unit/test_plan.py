@@ -107,13 +107,26 @@ def test_times_point_the_right_way():
     assert base["reference"] < base["policy"] / 2, "one pass against four"
 
 
+def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
+    """7B on one H100 with a whole replica's 128 answers, by hand."""
+    made = timing.generation(case("oreal_7b_8_gpus"))
+    bandwidth, weights = 0.6 * 3.35e12, 2 * 7_615_616_512
+    by_hand = 14000 * (weights / bandwidth + 0.004) + 128 * 5000 * (400 + 2500) * 57344 / bandwidth
+    assert made.decode == pytest.approx(by_hand, rel=1e-3) and made.bound == "the longest answer"
+    few = timing.generation(case("oreal_7b_8_gpus", "engine.kv_cache_gb=4"))
+    assert few.concurrent == pytest.approx(4 * GIB / 57344 / 2900) and few.bound == "26 answers at once"
+    assert few.decode - made.decode == pytest.approx(
+        (128 * 5000 / few.concurrent - 14000) * (weights / bandwidth + 0.004), rel=1e-2
+    )
+
+
 def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
     two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
     assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
     lost = [timing.training(one, 4) * (1 - timing.bubble(one)) for one in (two, four)]
     assert lost[0] == pytest.approx(lost[1]) and timing.training(two, 4) < timing.training(four, 4)
     free = dataclasses.replace(two, assumed=assumptions.Assumptions(all_reduce_us=0))
-    assert timing.token_step(free, 8, 1000) == pytest.approx(timing.token_step(two, 8, 1000) - 128 * 15e-6)
+    assert timing.between_steps(free) == pytest.approx(timing.between_steps(two) - 128 * 15e-6)
     kept = dataclasses.replace(two, config=dataclasses.replace(two.config, megatron={}, offload=False))
     again = dataclasses.replace(two, config=dataclasses.replace(two.config, offload=False))
     moved = timing.Transfer(0, 0, 0, "direct")
