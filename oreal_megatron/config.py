@@ -54,9 +54,9 @@ class Model:
     """The starting policy, a Hugging Face folder; reward model and reference start from it as well."""
 
     path: str = ""
-    trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
     dtype: str = "float32"  # "float32" or "bfloat16"
     logits_megabytes: int = 1024  # memory that the output layer may fill with logits
+    trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
 
 
 @dataclass(frozen=True)

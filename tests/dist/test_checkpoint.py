@@ -21,6 +21,7 @@ def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
         policy_freeze_steps=1,
         optimizer=optimizer,
         reward_model=c.RewardModel(optimizer=optimizer),
+        guard=c.Guard(spike_factor=1e6, spike_window=1),  # whose limit, in the metrics, is of the step before
     )
     source = Folder(folder)
     return architecture.read(source.config), config, source.tensor
