@@ -23,10 +23,11 @@ class Faulty:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more lines")
         if fault == "fewer":
             return outputs[1:]
-        if fault == "empty":
-            outputs[0].outputs[0].token_ids = []
+        if fault == "empty":  # the last: one whose log-probs nobody asked for, and misses
+            outputs[-1].outputs[0].token_ids = []
         if fault == "aborted":
-            outputs[0].outputs[0].finish_reason = "abort"
+            answer = outputs[-1].outputs[0]
+            answer.token_ids, answer.finish_reason = answer.token_ids[:1], "abort"
         return outputs
 
 
