@@ -161,7 +161,6 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
 
 
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
-@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
     told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
