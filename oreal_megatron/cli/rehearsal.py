@@ -32,6 +32,8 @@ class Rehearsal:
 def run(case: Case, wanted: str | None, console: Console) -> dict[str, Any]:
     """Rehearse, say what was compared and found, and the same as plain values."""
     begin = time.monotonic()
+    if case.arch.experts:
+        raise ConfigError("--rehearse: where a mixture of experts sends its tokens depends on data, and there is none")
     model.transformer_config(case.arch, case.config)  # refuses what Megatron would
     done = play(case, _ranks(case, wanted))
     found = {"every rank can be built, and run": done.broken} | (checks(case, done) if not done.broken else {})

@@ -120,6 +120,13 @@ def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
     )
 
 
+@pytest.mark.parametrize(("recipe", "received", "between"), [("oreal_32b", 61.44, 32.77), ("oreal_7b", 11.42, 0)])
+def test_gathering_brings_every_rank_what_it_does_not_hold(recipe, received, between):
+    """GB of docs/resharding.md: of 32B a shard comes from 7 ranks, and another machine's stage whole."""
+    moved = timing.transfer(case(recipe, "engine.transport=gather"))
+    assert (round(moved.received / 1e9, 2), round(moved.received_between / 1e9, 2)) == (received, between)
+
+
 def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
     two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
     assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
@@ -222,6 +229,20 @@ def test_what_does_not_fit_ends_with_its_own_code(capsys):
     assert main(["plan", f"{RECIPES}:oreal_7b", "--gpu", "a100-40g"]) == 6
     said = capsys.readouterr().out
     assert "it does not fit" in said and "too many; engine.kv_cache_gb=" in said.replace("\n", " ")
+
+
+def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):
+    hf = json.loads((RECIPES.parent.parent.parent / "tests/families.json").read_text())["Qwen3Moe"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from oreal_megatron.config import Config, Engine, Model\n"
+        f"def small(): return Config(gpus=2, model=Model({str(tmp_path)!r}), engine=Engine(max_model_len=64))\n"
+    )
+    assert main(["plan", f"{recipe}:small"]) == 0
+    assert "resharding (gather)" in capsys.readouterr().out
+    assert main(["plan", f"{recipe}:small", "--rehearse"]) == 2
+    assert "depends on data" in capsys.readouterr().err
 
 
 def test_a_model_folder_that_is_there_is_read(model_folder, tmp_path, capsys):
