@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
+from oreal_megatron.algo import pack
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mapping import architecture
@@ -178,6 +179,9 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
             sum(a != b for a, b in zip(one, two, strict=True)) == 1 and one[axis] != two[axis]
             for one, two in itertools.combinations(spots, 2)
         )
+    few = case("oreal_7b_8_gpus")
+    packed = pack.batch(synthetic.samples(few), few.config.tokens_per_micro_batch, 0, few.data)
+    assert few.micro_batches == 13 and len(packed.micro_batches) in (4, 5), "enough for a pipeline, not a whole step"
     assert synthetic.one_replica(one) == [*range(8), *range(64, 72)]
 
 
