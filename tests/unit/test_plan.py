@@ -229,6 +229,13 @@ def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_the_layout_cannot_be_the_search_says_which_can(capsys):
+    assert main(["plan", f"{RECIPES}:oreal_7b", "--gpus", "2", "--gpu", "h200", "--search"]) == 2
+    said = capsys.readouterr()
+    assert "which does not divide 2 GPUs" in said.err
+    assert "layouts, best first" in said.out and "pipeline 1, data" in said.out
+
+
 def test_what_does_not_fit_ends_with_its_own_code(capsys):
     assert main(["plan", f"{RECIPES}:oreal_7b", "--gpu", "a100-40g"]) == 6
     said = capsys.readouterr().out
