@@ -78,24 +78,24 @@ def benchmark(args: argparse.Namespace) -> int:
     """Ask every suite, greedily and in samples; leave responses, results.json and table.md in the folder."""
     from oreal_megatron.mcore import parallel
 
-    out = args.out or evaluated.default_folder(args.model)
-    config = dataclasses.replace(evaluated.config_of(args.model, args.set), run=str(out))
+    config, out = evaluated.config_of(args.model, args.set), args.out or evaluated.default_folder(args.model)
     names = args.suite.split(",") if args.suite else [config.data.held_out]
     found = {name: suites.find(name, args.data) for name in filter(None, names)}
     if not found:
         raise ConfigError("nothing to evaluate on; name suites with --suite")
     parallel.start_process_group(config.watchdog.collective_s)
-    watchdog.start(config)
+    watchdog.start(dataclasses.replace(config, run=str(out)))
     config = evaluated.with_weights(config, args.model, out)
     inputs = build.prepare(config)
     asked = {name: problems(inputs, *suite, args.problems) for name, suite in found.items()}
     modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, args.samples)} if args.samples else {})
     evaluated.claim(out, inputs, modes)
     engine, verifier = build.start_engine(inputs)
-    results = {
-        name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
-        for name in found
-    }
+    with heartbeat.phase("evaluate"):
+        results = {
+            name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
+            for name in found
+        }
     if ranks.rank() == 0:
         training = args.training or (config.data.path if Path(config.data.path).is_file() else "")
         evaluated.report(out, args.model, found, results, overlap(asked, training))
@@ -128,8 +128,7 @@ def answer(
         for start in range(0, len(asked), BLOCK):
             block = asked[start : start + BLOCK]
             if start not in done:
-                with heartbeat.phase("evaluate"):
-                    rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
+                rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
                 fresh = [
                     {"problem": start + slot, **rollout_line(rollout, verdict)}
                     for slot, both in enumerate(zip(rollouts, verdicts, strict=True))
