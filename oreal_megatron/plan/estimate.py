@@ -42,6 +42,12 @@ class Estimate:
         return sum(self.seconds.values())
 
     @property
+    def hours(self) -> float:
+        """Of the whole run with its checkpoints; evaluations are not counted."""
+        steps, every = self.case.config.steps, self.case.config.checkpoint.every
+        return (steps * self.step_seconds + (steps // every if every else 1) * self.checkpoint[1]) / 3600
+
+    @property
     def tokens_per_gpu_second(self) -> float:
         """Generated tokens by the time of whole steps, as NeMo-RL counts."""
         config = self.case.config
@@ -70,6 +76,7 @@ class Estimate:
             "generation": dataclasses.asdict(self.generation) | {"seconds": self.generation.seconds},
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
+            "hours": self.hours,
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "bubble": timing.bubble(self.case),
             "micro_batches": self.case.micro_batches,

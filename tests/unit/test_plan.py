@@ -222,7 +222,14 @@ def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):
     files = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     assert main(["plan", f"{RECIPES}:oreal_32b", *files]) == 0
     said = capsys.readouterr().out
-    for words in ("is not here; planned with", "start, save", "train_mfu 0.4", "rank receives 16.38", "it fits"):
+    for words in (
+        "is not here; planned with",
+        "start, save",
+        "train_mfu 0.4",
+        "rank receives 16.38",
+        "90 steps take",
+        "it fits",
+    ):
         assert words in said
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["fits"] and len(written["memory_bytes"]) == 2 and written["transfer_bytes"]["received_between"] > 4e9
