@@ -87,7 +87,7 @@ def checks(case: Case, done: Rehearsal) -> dict[str, list[str]]:
         "messages between pipeline stages: sent as they are waited for": matching.messages(done.played),
         f"packing: {len(done.played[0].tokens)} micro-batches on every rank": matching.micro_batches(done.played),
         f"checkpoint: every element of every tensor is written once, {written(writers) / 1e9:.1f} GB": (
-            matching.checkpoint(writers)
+            matching.checkpoint(everyone)
         ),
     }
     if engine.transport == "direct" and not case.arch.experts:

@@ -100,7 +100,7 @@ def micro_batches(ranks: Sequence[Rehearsed]) -> Iterator[str]:
 
 
 def checkpoint(ranks: Sequence[Rehearsed]) -> Iterator[str]:
-    """Over all ranks of one replica, the parts that are written must cover every tensor once."""
+    """The parts that ranks write, all those of one replica among them, must cover every tensor once."""
     parts: dict[str, dict[int, list[Shard]]] = defaultdict(lambda: defaultdict(list))
     for one in ranks:
         for shard in one.shards:
