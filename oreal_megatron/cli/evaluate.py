@@ -78,8 +78,7 @@ def benchmark(args: argparse.Namespace) -> int:
     """Ask every suite, greedily and in samples; leave responses, results.json and table.md in the folder."""
     from oreal_megatron.mcore import parallel
 
-    out = args.out or evaluated.default_folder(args.model)
-    config = dataclasses.replace(evaluated.config_of(args.model, args.set), run=str(out))
+    config, out = evaluated.config_of(args.model, args.set), args.out or evaluated.default_folder(args.model)
     names = args.suite.split(",") if args.suite else [config.data.held_out]
     found = {name: suites.find(name, args.data) for name in filter(None, names)}
     if not found:
@@ -129,8 +128,7 @@ def answer(
         for start in range(0, len(asked), BLOCK):
             block = asked[start : start + BLOCK]
             if start not in done:
-                with heartbeat.phase("evaluate"):
-                    rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
+                rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
                 fresh = [
                     {"problem": start + slot, **rollout_line(rollout, verdict)}
                     for slot, both in enumerate(zip(rollouts, verdicts, strict=True))

@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     console = Console(width=120, soft_wrap=False)
     case = _case(args, console)
-    made = estimate.make(case)
+    try:
+        made = estimate.make(case)
+    except ConfigError:
+        if args.search:  # the layout cannot be, but others can
+            table.show_search(search.best(case), console)
+        raise
     table.show(made, console)
     said = made.as_dict()
     if args.search:
@@ -69,6 +74,4 @@ def _case(args: argparse.Namespace, console: Console) -> Case:
     if not read:
         table.say(console, f"{config.model.path} is not here; planned with the shapes of the published model")
     arch = architecture.read(hf)
-    case = Case(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))
-    case.check()
-    return case
+    return Case(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))

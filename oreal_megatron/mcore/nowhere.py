@@ -1,7 +1,7 @@
 """One rank of a world that is not there: tensors without data on torch's meta device, a process group that is torch's
 fake one, and a record of everything this rank would have said to others.
 
-Megatron runs as it is, but for the stand-ins of PATCHES. What depends on data is taken to be: every number 1, every
+Megatron runs as it is, but for the stand-ins of `_patches`. What depends on data is taken to be: every number 1, every
 flag False, every mask full, every gathered object this rank's own.
 """
 
@@ -30,6 +30,7 @@ from oreal_megatron.mcore import cpu
 BACKEND = "cpu:fake,meta:fake"
 UNANSWERED = ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_")  # torch has no meta kernel
 INPUT_ONLY = ("gather_",)  # the first rank alone has outputs
+_NEW_GROUP = dist.new_group
 
 _device._device_constructors()  # remembers torch's factories at its first call, which must not find the stand-ins
 
@@ -87,9 +88,6 @@ class Record(TorchDispatchMode):
                 answer[side] = self.shapes[self.told[side] % len(self.shapes)]
                 self.told[side] += 1
         return tuple(answer)
-
-
-_NEW_GROUP = dist.new_group
 
 
 def _name_backend(group: Any) -> None:

@@ -42,6 +42,12 @@ class Estimate:
         return sum(self.seconds.values())
 
     @property
+    def hours(self) -> float:
+        """Of the whole run with its checkpoints; evaluations are not counted."""
+        steps, every = self.case.config.steps, self.case.config.checkpoint.every
+        return (steps * self.step_seconds + (steps // every if every else 1) * self.checkpoint[1]) / 3600
+
+    @property
     def tokens_per_gpu_second(self) -> float:
         """Generated tokens by the time of whole steps, as NeMo-RL counts."""
         config = self.case.config
@@ -67,9 +73,10 @@ class Estimate:
                 "largest_bytes": self.largest_cache,
                 "bytes_per_token": self.case.cache_token(),
             },
-            "generation": dataclasses.asdict(self.generation),
+            "generation": dataclasses.asdict(self.generation) | {"seconds": self.generation.seconds},
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
+            "hours": self.hours,
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "bubble": timing.bubble(self.case),
             "micro_batches": self.case.micro_batches,
@@ -80,7 +87,7 @@ class Estimate:
 
 
 def make(case: Case, transfer: timing.Transfer | None = None) -> Estimate:
-    """Estimate a case that `check` has found sound; the transfer, the slow part, may be given."""
+    """Estimate a case, or refuse it with a ConfigError; the transfer, the slow part, may be given."""
     case.check()
     stages = memory.stages(case)
     moved = transfer or timing.transfer(case)
@@ -128,7 +135,7 @@ def _remedy(estimate: Estimate, parts: memory.Bytes) -> str:
     if parts["KV cache"]:
         needed = case.cache_token() * config.engine.max_model_len / GIB
         if room > needed:
-            return f"engine.kv_cache_gb={room:.0f} would leave room"
+            return f"engine.kv_cache_gb={int(room)} would leave room"
         if not config.offload:
             return "offload=true takes idle models off the GPU"
         return "more pipeline stages or data-parallel ranks hold less of a model each"

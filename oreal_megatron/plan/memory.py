@@ -61,37 +61,26 @@ def largest_cache(case: Case, planned: list[Stage]) -> float:
 
 
 def _phases(case: Case, stage: int) -> dict[str, Bytes]:
-    config = case.config
+    config, scoring = case.config, _scoring(case, stage)
     engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
-    cache = Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
-    awake = engine + cache
+    awake = engine + Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
+    asleep, waking = (Bytes(), engine) if config.engine.sleep else (awake, awake)
     models = {name: held(case, stage, head) for name, head in case.roles.items()}
-    models["reference"] = Bytes({"parameters": models["reference"]["parameters"]})
-    resident = sum(models.values(), Bytes()) if not config.offload else Bytes()
-    asleep = Bytes() if config.engine.sleep else awake
+    weights = Bytes({"parameters": models["policy"]["parameters"]})
+    models["reference"] = weights  # is only read
+    everything = sum(models.values(), Bytes())
 
-    def beside(*extra: Bytes, engine: Bytes, model: str = "", only: str = "") -> Bytes:
-        """What is there: all models, or where idle ones are away the one at work."""
-        mine = models.get(model, Bytes())
-        mine = Bytes({only: mine[only]}) if only else mine
-        return _with_reserve(case, engine + (resident if not config.offload else mine), sum(extra, Bytes()))
+    def phase(engine: Bytes, model: Bytes, passing: Bytes) -> Bytes:
+        """The engine, the model at work or all of them, and what is there for a moment."""
+        return _with_reserve(case, engine + (model if config.offload else everything), passing)
 
-    scoring = _scoring(case, stage)
-    phases = {
-        "generate": beside(engine=awake),
-        "prove": beside(scoring, engine=awake, model="policy", only="parameters"),
-    }
-    if "reward_model" in models:
-        phases["reward_model"] = beside(
-            _training(case, stage, "scalar", models["reward_model"]), engine=asleep, model="reward_model"
-        )
-    phases["reference"] = beside(scoring, engine=asleep, model="reference")
-    phases["policy"] = beside(_training(case, stage, "lm", models["policy"]), engine=asleep, model="policy")
-    phases["reshard"] = beside(
-        _transfer(case), engine=engine if config.engine.sleep else awake, model="policy", only="parameters"
-    )
-    largest = max(case.roles, key=lambda name: models[name].total())
-    phases["start, save"] = beside(engine=awake, model=largest)
+    phases = {"generate": phase(awake, Bytes(), Bytes()), "prove": phase(awake, weights, scoring)}
+    for name in ("reward_model", "reference", "policy"):
+        if name in models:
+            passing = scoring if name == "reference" else _training(case, stage, case.roles[name], models[name])
+            phases[name] = phase(asleep, models[name], passing)
+    phases["reshard"] = phase(waking, weights, _transfer(case))
+    phases["start, save"] = phase(awake, max(models.values(), key=Bytes.total), Bytes())
     return phases
 
 

@@ -12,22 +12,28 @@ SPREAD = 0.6  # of the logarithms of lengths
 
 
 def samples(case: Case) -> list[Sample]:
-    """As many as a step keeps, right and wrong in turn; log-normal lengths with the assumed mean.
+    """As many as a step keeps, right and wrong in turn; log-normal lengths with the assumed mean. No more than make a
+    pipeline busy: further micro-batches would repeat what the first ones say.
 
     For interleaved pipelines all are as long as a micro-batch, so that all micro-batches have one shape.
     """
-    prompt, mean = int(case.assumed.prompt_tokens), case.assumed.response_tokens
-    longest = min(case.config.sampling.max_new_tokens, case.config.engine.max_model_len - prompt)
-    count = max(round(case.sequences), 2)
-    if case.config.parallel.virtual > 1:
-        count, mean = case.data * case.config.parallel.pipeline, case.config.tokens_per_micro_batch - prompt
-        lengths = [int(mean)] * count
+    cut, budget, prompt = case.config.parallel, case.config.tokens_per_micro_batch, int(case.assumed.prompt_tokens)
+    if cut.virtual > 1:
+        lengths = [budget - prompt] * (case.data * cut.pipeline)
     else:
-        generator = random.Random(0)
-        drawn = (generator.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) for _ in range(count))
-        lengths = [max(1, min(longest, round(length))) for length in drawn]
-    signs = [1.0, -1.0] * count
+        enough = case.data * max(2 * cut.pipeline, 4) * budget / case.sequence_tokens
+        lengths = _drawn(case, max(round(min(case.sequences, enough)), 2))
+    signs = [1.0, -1.0] * len(lengths)
     return [Sample((1,) * prompt, (2,) * n, sign, sign) for n, sign in zip(lengths, signs, strict=False)]
+
+
+def _drawn(case: Case, count: int) -> list[int]:
+    """Lengths of responses."""
+    generator, middle = random.Random(0), math.log(case.assumed.response_tokens) - SPREAD**2 / 2
+    longest = min(
+        case.config.sampling.max_new_tokens, case.config.engine.max_model_len - int(case.assumed.prompt_tokens)
+    )
+    return [max(1, min(longest, round(generator.lognormvariate(middle, SPREAD)))) for _ in range(count)]
 
 
 def rank(case: Case, tensor: int, context: int, data: int, pipeline: int) -> int:

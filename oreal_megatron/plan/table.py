@@ -104,6 +104,7 @@ def _moved(made: Estimate) -> list[str]:
         f"resharding ({moved.transport}): the busiest rank receives {moved.received / 1e9:.2f} GB, "
         f"{moved.received_between / 1e9:.2f} of them between machines; all ranks together "
         f"{moved.all_between / 1e9:.1f} GB between machines",
+        f"{case.config.steps} steps take about {made.hours:.1f} hours with their checkpoints, without evaluations",
         f"checkpoint: {written / 1e9:.0f} GB, about {seconds:.0f} s, every {case.config.checkpoint.every} steps, "
         f"{case.config.checkpoint.keep} kept",
         f"memory of a machine: {host}",

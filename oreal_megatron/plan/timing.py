@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from oreal_megatron.plan import memory
 from oreal_megatron.plan.activations import ITEMSIZE
 from oreal_megatron.plan.case import Case
-from oreal_megatron.reshard import gather, plan
+from oreal_megatron.reshard import plan
 from oreal_megatron.reshard.slices import Layout
 
 
@@ -51,7 +51,7 @@ def layout(case: Case) -> Layout:
 
 
 def transfer(case: Case) -> Transfer:
-    """From the plan of the direct transport, or the size of what the other one gathers."""
+    """From the plan of the direct transport; the other one gathers on every rank what it does not hold."""
     cut, itemsize = case.config.parallel, ITEMSIZE[case.config.engine_dtype]
     if case.config.engine.transport == "direct" and not case.arch.experts:
         buffer = case.config.engine.buffer_megabytes * 2**20 // 4
@@ -59,15 +59,13 @@ def transfer(case: Case) -> Transfer:
         return Transfer(
             traffic.received.max(), traffic.received_between.max(), traffic.received_between.sum(), "direct"
         )
-    received = max(
-        gather.received_bytes(
-            case.arch, cut.tensor, cut.pipeline, cut.virtual, stage, ITEMSIZE[case.config.model.dtype]
-        )
-        for stage in range(cut.pipeline)
-    )
-    apart = case.crosses_nodes(cut.pipeline, cut.tensor * cut.context * case.data)
-    between = received * (1 - 1 / cut.pipeline) if apart else 0.0
-    return Transfer(received, between, between * case.world, "gather")
+    stages = [
+        case.elements(stage, "lm") * cut.tensor * ITEMSIZE[case.config.model.dtype] for stage in range(cut.pipeline)
+    ]
+    least = min(range(cut.pipeline), key=stages.__getitem__)  # whose ranks hold least, and receive all the rest
+    others = sum(stages) - stages[least]
+    between = others if case.crosses_nodes(cut.pipeline, cut.tensor * cut.context * case.data) else 0
+    return Transfer(others + stages[least] * (1 - 1 / cut.tensor), between, between * case.world, "gather")
 
 
 def generation(case: Case) -> Generation:

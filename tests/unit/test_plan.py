@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
+from oreal_megatron.algo import pack
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mapping import architecture
@@ -120,6 +121,13 @@ def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
     )
 
 
+@pytest.mark.parametrize(("recipe", "received", "between"), [("oreal_32b", 61.44, 32.77), ("oreal_7b", 11.42, 0)])
+def test_gathering_brings_every_rank_what_it_does_not_hold(recipe, received, between):
+    """GB of docs/resharding.md: of 32B a shard comes from 7 ranks, and another machine's stage whole."""
+    moved = timing.transfer(case(recipe, "engine.transport=gather"))
+    assert (round(moved.received / 1e9, 2), round(moved.received_between / 1e9, 2)) == (received, between)
+
+
 def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
     two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
     assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
@@ -171,6 +179,9 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
             sum(a != b for a, b in zip(one, two, strict=True)) == 1 and one[axis] != two[axis]
             for one, two in itertools.combinations(spots, 2)
         )
+    few = case("oreal_7b_8_gpus")
+    packed = pack.batch(synthetic.samples(few), few.config.tokens_per_micro_batch, 0, few.data)
+    assert few.micro_batches == 13 and len(packed.micro_batches) in (4, 5), "enough for a pipeline, not a whole step"
     assert synthetic.one_replica(one) == [*range(8), *range(64, 72)]
 
 
@@ -211,17 +222,45 @@ def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):
     files = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
     assert main(["plan", f"{RECIPES}:oreal_32b", *files]) == 0
     said = capsys.readouterr().out
-    for words in ("is not here; planned with", "start, save", "train_mfu 0.4", "rank receives 16.38", "it fits"):
+    for words in (
+        "is not here; planned with",
+        "start, save",
+        "train_mfu 0.4",
+        "rank receives 16.38",
+        "90 steps take",
+        "it fits",
+    ):
         assert words in said
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["fits"] and len(written["memory_bytes"]) == 2 and written["transfer_bytes"]["received_between"] > 4e9
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_where_the_layout_cannot_be_the_search_says_which_can(capsys):
+    assert main(["plan", f"{RECIPES}:oreal_7b", "--gpus", "2", "--gpu", "h200", "--search"]) == 2
+    said = capsys.readouterr()
+    assert "which does not divide 2 GPUs" in said.err
+    assert "layouts, best first" in said.out and "pipeline 1, data" in said.out
+
+
 def test_what_does_not_fit_ends_with_its_own_code(capsys):
     assert main(["plan", f"{RECIPES}:oreal_7b", "--gpu", "a100-40g"]) == 6
     said = capsys.readouterr().out
     assert "it does not fit" in said and "too many; engine.kv_cache_gb=" in said.replace("\n", " ")
+
+
+def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):
+    hf = json.loads((RECIPES.parent.parent.parent / "tests/families.json").read_text())["Qwen3Moe"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from oreal_megatron.config import Config, Engine, Model\n"
+        f"def small(): return Config(gpus=2, model=Model({str(tmp_path)!r}), engine=Engine(max_model_len=64))\n"
+    )
+    assert main(["plan", f"{recipe}:small"]) == 0
+    assert "resharding (gather)" in capsys.readouterr().out
+    assert main(["plan", f"{recipe}:small", "--rehearse"]) == 2
+    assert "depends on data" in capsys.readouterr().err
 
 
 def test_a_model_folder_that_is_there_is_read(model_folder, tmp_path, capsys):
