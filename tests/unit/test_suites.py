@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from oreal_megatron import suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
 from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.evaluation import summary
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
@@ -101,6 +103,17 @@ def test_the_table_stands_beside_the_papers():
     assert rows[0] == ["model", "MATH-500", "Mine"] and rows[2][1:] == ["50.0 (40.0 to 60.0)"] * 2
     assert rows[3][0].endswith("avg@4") and rows[4][1] == "75.0" and ["OREAL-7B (paper)", "91.0", "–"] in rows
     assert "(paper)" not in evaluated.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
+
+
+def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
+    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()})
+    with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
+        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)})
+    other = SimpleNamespace(config=Config(seed=3), folder=inputs.folder)
+    with pytest.raises(ConfigError, match="another seed"):
+        evaluated.claim(tmp_path, other, {"greedy": Sampling(temperature=0.0)})
 
 
 class Engine:
