@@ -46,9 +46,13 @@ def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch
     assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
 
 
-def test_room_for_the_checkpoints_is_asked_for(model_folder):
-    config = Config(checkpoint=Checkpoint(keep=2))
-    assert doctor_checks.disk(config, model_folder).state == OK
+def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path):
+    config = Config(run=str(tmp_path), checkpoint=Checkpoint(keep=2))
+    assert "3 more checkpoints" in doctor_checks.disk(config, model_folder).found
+    for step in (10, 20):
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+    resumed = doctor_checks.disk(config, model_folder)
+    assert resumed.state == OK and "1 more checkpoints" in resumed.found
     greedy = doctor_checks.disk(dataclasses.replace(config, checkpoint=Checkpoint(keep=10**9)), model_folder)
     assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
     weights = (model_folder / "model.safetensors").stat().st_size
