@@ -127,12 +127,12 @@ def disk(config: Config, weights: Path) -> Finding:
 
 
 def checkpoint_bytes(config: Config, weights: Path) -> float:
-    """Of one checkpoint: weights, main weights and two moments of policy and reward model.
+    """Of one checkpoint: weights, and main weights with two moments in float32, of policy and reward model.
 
     `weights` holds the starting policy in as many bytes a weight as config.model.dtype says.
     """
     held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
-    times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 8) / 4}[config.model.dtype]
+    times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 12) / 4}[config.model.dtype]
     return held * times * (1 + config.reward_model.enabled)
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.cli import doctor_checks
+from oreal_megatron.config import Config
+
 RECIPE = """
 from oreal_megatron.config import *
 
@@ -96,6 +99,8 @@ def test_a_run_leaves_everything_behind(trained):
         "latest", "step_000002", "step_000004"
     ]  # fmt: skip
     assert len(list((run / "rollouts").iterdir())) == 4
+    held = sum(file.stat().st_size for file in (run / "checkpoints/step_000004").rglob("*") if file.is_file())
+    assert held == pytest.approx(doctor_checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
     environment = json.loads((run / "environment.json").read_text())["imported"]
     assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
 

@@ -57,8 +57,8 @@ def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path):
     assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
     weights = (model_folder / "model.safetensors").stat().st_size
     alone = dataclasses.replace(config, reward_model=RewardModel(enabled=False))
-    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 3 * weights
-    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 3 * weights
+    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 4 * weights
+    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 4 * weights
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
