@@ -67,6 +67,8 @@ def test_a_summary_counts_unknown_and_truncated_answers_as_not_right():
     assert scores["accuracy"] == 3 / 8 and scores["unknown"] == 1 and scores["truncated"] == 1 / 8
     assert scores["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx((5 / 6 + 1 / 2) / 2), "4": 1.0}
     assert scores["majority"] == 0.5 and scores["tokens"] == {"mean": 15.0, "median": 10.0, "most": 20.0}
+    none = summary([row(number, "wrong") for number in range(10)], seed=0)
+    assert none["accuracy"] == 0 and none["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
 
 
 def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
