@@ -146,7 +146,8 @@ def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(tr
 def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
     told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
-                 "--training", str(trained / "problems.jsonl"), "--samples", "2", processes=1)  # fmt: skip
+                 "--training", str(trained / "problems.jsonl"), "--samples", "2",
+                 processes=json.loads((run / "config.json").read_text())["engine"]["tensor"])  # fmt: skip
     scores = json.loads((out / "results.json").read_text())["suites"][suite]
     assert scores["greedy"]["accuracy"] == pytest.approx(rows(run, "evaluations.jsonl")[-1]["accuracy"], abs=1e-9)
     assert scores["sampled"]["answers_per_problem"] == 2 and "training has seen 0 of 60 problems" in told
