@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +77,7 @@ def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Re
             if not told:
                 say(f"no space left in {folder}; waiting until there is room, nothing is lost")
                 told = True
-            if threading.current_thread() is threading.main_thread():
-                heartbeat.beat()  # it waits, it does not hang
+            heartbeat.beat()
             time.sleep(PAUSE_S)
             continue
         if told:

@@ -64,6 +64,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["content-length"]))
         self.answer({"choices": [{"message": {"content": "WRONG"}}]})
     def log_message(self, *_): ...
+http.server.ThreadingHTTPServer.handle_error = lambda *_: None  # of those who hung up
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Judge).serve_forever()
 """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import Guard, RunStopped
 
-MODELS = ("policy", "reward_model")
+MODELS = ("reward_model", "policy")  # the second refuses what the first did
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,16 @@ def why(metrics: dict[str, float]) -> str:
 def check(metrics: dict[str, float], config: Guard, step: int) -> None:
     """Stop the run where a model is broken, or has refused too many steps in a row."""
     for model in MODELS:
+        who = f"step {step}: the {model.replace('_', ' ')}"
         if not math.isfinite(metrics.get(f"{model}/largest_weight", 0.0)):
             raise RunStopped(
-                f"step {step}: the {model} holds weights that are not finite ({why(metrics)}). They were neither saved "
-                "nor handed to the engine; resume from the last checkpoint. If it happens again at this step, it is "
-                "not the machine: look at the step with `oreal replay`, lower the learning rate or clip harder"
+                f"{who} holds weights that are not finite ({why(metrics)}). They were neither saved nor handed to the "
+                "engine; resume from the last checkpoint. If it happens again at this step, it is not the machine: "
+                "look at the step with `oreal replay`, lower the learning rate or clip harder"
             )
         if metrics.get(f"{model}/skipped_in_a_row", 0) >= config.skips_in_a_row:
             raise RunStopped(
-                f"step {step}: the {model} has refused {config.skips_in_a_row} steps in a row, this one because "
-                f"{why(metrics)}. Its weights are as they were; look at the step with `oreal replay`, then resume with "
-                "another learning rate, other data or other settings of guard"
+                f"{who} has refused {config.skips_in_a_row} steps in a row, this one because {why(metrics)}. "
+                "Its weights are as they were; look at the step with `oreal replay`, then resume with another learning "
+                "rate, other data or other settings of guard"
             )

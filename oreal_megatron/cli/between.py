@@ -37,7 +37,7 @@ class BetweenSteps:
 
     def __call__(self, done: int) -> None:
         self._remember(done)
-        with heartbeat.phase("checkpoint"):
+        with self.run.phase("checkpoint"):
             self.saver.poll()
             if due(done, self.config.checkpoint.every, self.config.steps):
                 self.saver.start(done)

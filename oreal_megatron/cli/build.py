@@ -95,6 +95,7 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.VLLM)
     _check_choices(config)
     _check_judge(config)
+    _check_watchdog(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
@@ -146,6 +147,22 @@ def _check_judge(config: Config) -> None:
         raise ConfigError(
             "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
             "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
+        )
+
+
+def _check_watchdog(config: Config) -> None:
+    """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
+    limits, judge = config.watchdog, config.verify.judge
+    for name, value in vars(limits).items():
+        if name not in ("every_s", "collective_s") and not limits.every_s < value < limits.collective_s:
+            raise ConfigError(
+                f"watchdog.{name} is {value:g}; wanted more than watchdog.every_s ({limits.every_s:g}) and less than "
+                f"watchdog.collective_s ({limits.collective_s:g})"
+            )
+    if judge.urls and limits.verify_s <= judge.all_down_wait_s:
+        raise ConfigError(
+            f"watchdog.verify_s is {limits.verify_s:g}, but verify.judge.all_down_wait_s lets a step wait "
+            f"{judge.all_down_wait_s:g} s for judges; it must be longer"
         )
 
 

@@ -94,10 +94,11 @@ def benchmark(args: argparse.Namespace) -> int:
     modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, args.samples)} if args.samples else {})
     evaluated.claim(out, inputs, modes)
     engine, verifier = build.start_engine(inputs)
-    results = {
-        name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
-        for name in found
-    }
+    with heartbeat.phase("evaluate"):
+        results = {
+            name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
+            for name in found
+        }
     if ranks.rank() == 0:
         training = args.training or (config.data.path if Path(config.data.path).is_file() else "")
         evaluated.report(out, args.model, found, results, overlap(asked, training))

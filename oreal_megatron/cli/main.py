@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "held-out accuracy, or pass rates of training prompts",
     "doctor": "whether this machine, and what a recipe needs, is ready for a run",
     "verify": "grade a file of answers against their golds",
+    "plan": "memory, time and bytes of a run, and a rehearsal of its ranks, before a GPU is spent",
     "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
     "replay": "compute a dumped step again, and compare",
     "report": "draw the learning curve of run folders and print what they reached",

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         between_steps.begin(first, saved=resumed is not None)
         loop.train(config, prompts, engine, verifier, *models, hand_over, record, between_steps, world)
     except Preempted:
-        between_steps.save_last()
+        with heartbeat.phase("checkpoint"):
+            between_steps.save_last()
         raise Preempted(
             f"asked to leave, and saved after step {between_steps.done}; go on with --resume {config.run}"
         ) from None

@@ -113,8 +113,8 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
 
 def sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
     """Weights and optimizer state with their places in the whole, as Megatron wants them."""
-    models = {name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in _named(trainer).items()}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=SHARDING)
+    models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named(trainer).items()}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=dict(SHARDING))
     return models | {"optimizer": optimizer}
 
 

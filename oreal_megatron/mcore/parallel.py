@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from oreal_megatron.config import ConfigError, Parallel, Watchdog
 from oreal_megatron.mapping.architecture import Architecture
@@ -26,11 +27,28 @@ def start_process_group(timeout_s: float = Watchdog.collective_s) -> None:
             "torchrun --standalone on one machine, or name a free port with --master-port"
         )
     os.environ.setdefault("MASTER_PORT", "0")
+    timeout = timedelta(seconds=timeout_s)
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s))
-    else:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(_start(), store), rank=rank, world_size=world, timeout=timeout
+    )
+
+
+def _start() -> str:
+    """Which start by torchrun this is, where its store outlives one: in torch 2.13 `--max-restarts` keeps the
+    store and with it the addresses of ranks that are gone, which those of the next start would try to reach."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "new store"
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise ConfigError(
+            "torchrun --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: else ranks that are started again look for each other where those before them were"
+        )
+    return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"  # counted by each machine for itself
 
 
 def start_megatron(config: Parallel, seed: int, timeout_s: float = Watchdog.collective_s) -> None:

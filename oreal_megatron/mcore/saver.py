@@ -94,7 +94,8 @@ class Saver:
         if not self.pending:
             return
         while not all(ranks.gather(self.pending.written.done())):  # short collectives: none outlasts its time
-            heartbeat.beat()
+            if self.pending.written.done():  # so that the ranks which are late are those that cannot write
+                heartbeat.beat()
             time.sleep(0.01)
         pending, self.pending = self.pending, None
         digests = _everyones(pending)

@@ -7,8 +7,10 @@ threads cannot run (killed, stopped, stuck in native code that holds Python's lo
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -43,6 +45,7 @@ class Watchdog:
         self.heard_at = [time.monotonic()] * self.world
         self.round_at = time.monotonic()
         self.stopping, self.one_end = threading.Event(), threading.Lock()
+        heartbeat.beat()  # until here nobody counted
         self.store.set("verdict", "")
         self._tell()
         ranks.gather(None)  # now every key is there
@@ -66,6 +69,8 @@ class Watchdog:
         Else the process ends here: where a rank was lost, this error is only what its collectives made of it;
         otherwise this rank is itself lost to the others.
         """
+        if self.world == 1:
+            return
         self.error = f"{type(error).__name__}: {error}".splitlines()[0]
         self.state = hang.FAILING
         here = all(one.host == self.machine for one in self.reports)
@@ -76,6 +81,8 @@ class Watchdog:
             traceback.print_exception(error)
             self.state = hang.FAILED  # upon which the other thread ends the job
             self.threads[0].join(self.limits.silent_s)
+        self.stopping.set()
+        time.sleep(2 * self.limits.every_s)  # until the others have seen it too: the store may go with this process
 
     def _others_run(self) -> bool:
         return any(one.state == hang.RUNNING for one in self.reports if one.rank != self.rank)
@@ -156,6 +163,7 @@ class Watchdog:
         self.one_end.acquire()  # kept: the process ends here
         where = self.folder / ("start" if found.step is None else f"step_{found.step}")
         _in_time(lambda: self._write(where, found), WRITE_S)
+        self._kill_the_mute()
         if found.by == self.rank:
             line = f"oreal: {found.sentence}. Stacks of all ranks: {where}; exit code {LOST}"
             print(line, file=sys.stderr, flush=True)
@@ -175,6 +183,13 @@ class Watchdog:
             for one in filter(self._mute, here):
                 text = processes.stacks(one.pid, one.stacks)
                 (where / f"rank_{one.rank}.txt").write_text(f"{said}\n{text}")
+
+    def _kill_the_mute(self) -> None:
+        """A stopped or stuck process answers no other signal, and torchrun would wait for it."""
+        for one in self.reports:
+            if one.host == self.machine and one.state != hang.DONE and self._mute(one):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.pid, signal.SIGKILL)
 
     def _mute(self, one: hang.Report) -> bool:
         return one.gone or one.state == hang.DONE or one.silent_s > STUCK_SHARE * self.limits.silent_s

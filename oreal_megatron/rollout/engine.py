@@ -50,7 +50,7 @@ class Engine:
         size = config.engine.tensor
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
-        self.version, self.leave = 0, leave
+        self.version, self.leave, self.leaving = 0, leave, False
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
         internlm.register()
@@ -90,18 +90,16 @@ class Engine:
         done: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             asked = {f"{attempt}.{slot}.{index}": (prompts[slot], slot, index) for slot, index in missing}
-            error, left = "", False
+            error = ""
             try:
                 for rollout in self._answers(asked, sampling, seed):
                     if finished and self.speaks and rollout.key not in done:
                         finished(rollout)
                     done[rollout.key] = rollout
-            except Preempted:
-                left = True
             except Exception as raised:  # of vLLM, on this rank alone perhaps: the others hear of it below
                 log.exception("the engine of rank %d failed", ranks.rank())
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-            if any(ranks.gather(left)):
+            if any(ranks.gather(self.leaving)):
                 raise Preempted("asked to leave while generating")
             gaps = ranks.gather((self.replica, [key for key in missing if key not in done], error))
             if not any(gap for _, gap, _ in gaps):
@@ -135,14 +133,13 @@ class Engine:
             for request, (prompt, slot, index) in asked.items():
                 parameters = self._parameters(sampling, seed, slot, index)
                 engine.add_request(request, {"prompt_token_ids": list(prompt.tokens)}, parameters)
-            while engine.has_unfinished_requests():
+            while engine.has_unfinished_requests() and not self.leaving:
                 for output in engine.step():
                     answer = output.outputs[0]
                     if answer.token_ids and answer.finish_reason in ("stop", "length"):
                         yield self._rollout(*asked[output.request_id], answer)
+                self.leaving = self._leaves()
                 heartbeat.beat()
-                if self._leaves():
-                    raise Preempted("asked to leave while generating")
         finally:
             engine.abort_request(list(asked))  # nothing is left of them when all went well
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from oreal_megatron import config as c
 from oreal_megatron import heartbeat
+from oreal_megatron.mcore import parallel
 from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import Run
 from oreal_megatron.verify.pool import Pool
@@ -74,7 +75,7 @@ def work(job: SimpleNamespace, step: int | None, phase: str) -> None:
 
 
 def main(job: SimpleNamespace) -> None:
-    dist.init_process_group("gloo")
+    parallel.start_process_group()
     config = c.Config(run=f"{job.folder}/run", steps=2, watchdog=c.Watchdog(**job.limits))
     try:
         watchdog.start(config)

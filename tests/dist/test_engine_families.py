@@ -137,4 +137,6 @@ def test_a_changed_policy_reaches_vllm_slice_by_slice(family, in_processes, make
         assert metrics["reshard/received_bytes"] == metrics["reshard/least_received_bytes"]
         assert all(result["loaded"].values()), [name for name, equal in result["loaded"].items() if not equal]
         assert gap(result["config"], result["weights"], result["answers"]) < 1e-4
-        assert gap(result["config"], load_file(f"{folder}/model.safetensors"), result["answers"]) > 0.1, "it has changed"
+        assert gap(result["config"], load_file(f"{folder}/model.safetensors"), result["answers"]) > 0.1, (
+            "it has changed"
+        )

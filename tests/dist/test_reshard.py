@@ -160,50 +160,34 @@ def test_the_engine_holds_the_trainers_weights_bit_by_bit(world, trainer, engine
 
 
 def gathered() -> dict[str, dict]:
-    """Bytes that `gather` counts, and what it gives to a loader; tensor parallelism 2, two replicas, nodes of two."""
+    """Bytes that `gather` counts, beside those of the shards, and whether a loader is given the weights."""
+    import torch.distributed as dist
+
     from oreal_megatron.cli import build
-    from oreal_megatron.config import Parallel
     from oreal_megatron.mapping import tensors
-    from oreal_megatron.mcore import parallel
     from oreal_megatron.reshard.counted import Counted
 
-    parallel.start_process_group()
-    parallel.start_megatron(Parallel(2, 1), seed=0)
     results = {}
     for family in ("Qwen3Moe", "Qwen2"):
-        policy, weights = start((2, 1, 1), family, True)
+        policy, weights = start((2, 2, 1), family, True)
         engine, counted = Loader(), Counted(2)
         metrics = transfer(policy, engine, 1, "direct")(3)
         for _ in build.full_tensors(policy, counted):
             pass
-        equal = {name: torch.equal(tensor, weights[name]) for name, tensor in engine.given.items()}
-        shards = sum(entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 1, 0, "lm"))
-        results[family] = metrics | {"given": equal, "counted": counted, "shard": 4 * shards, "names": list(weights)}
-    parallel.stop()
+        stages = [sum(4 * entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 2, stage, "lm")
+                      if entry.exported) for stage in (0, 1)]  # fmt: skip
+        own, other = stages if dist.get_rank() < 2 else stages[::-1]
+        equal = [torch.equal(engine.given[name], tensor) for name, tensor in weights.items()]
+        results[family] = metrics | {"counted": vars(counted), "own": own, "other": other, "given": equal}
     return results
 
 
-def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(in_processes):
-    for everyone in in_processes(4, gathered):
-        for family, result in everyone.items():
-            assert sorted(result["given"]) == sorted(result["names"]) and all(result["given"].values())
-            assert result["reshard/proved_tensors"] == len(result["names"]) and not result["reshard/proved_parameters"]
-            counted = result["counted"]  # one shard to and from the other tensor-parallel rank, on the same node
-            assert (counted.sent, counted.received, counted.received_between) == (result["shard"], result["shard"], 0)
-            assert result["reshard/received_bytes"] == result["reshard/sent_bytes"] == result["shard"]
-            assert ("reshard/least_received_bytes" in result) == (family == "Qwen2"), "unknown for mixtures"
-
-
 def planted() -> dict[str, str]:
-    """What the hand-over says when each error happens on rank 1; trainer 2 x 2, two engines of two ranks."""
+    """What the hand-over says when each error happens on rank 1."""
     import torch.distributed as dist
 
-    from oreal_megatron.config import Parallel
-    from oreal_megatron.mcore import parallel
     from oreal_megatron.reshard.handover import WeightsDiffer
 
-    parallel.start_process_group()
-    parallel.start_megatron(Parallel(2, 2), seed=0)
     policy, _ = start((2, 2, 1), "Qwen2", False)
     said = {}
     for error, (transport, readable, plant, _) in ERRORS.items():
@@ -217,8 +201,38 @@ def planted() -> dict[str, str]:
             hand_over(2)
         except WeightsDiffer as refusal:
             said[error] = str(refusal)
-    parallel.stop()
     return said
+
+
+def both() -> tuple[dict, dict]:
+    """Of a trainer of 2 x 2 ranks on two nodes, its stages."""
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.mcore import parallel
+
+    parallel.start_process_group()
+    parallel.start_megatron(Parallel(2, 2), seed=0)
+    results = gathered(), planted()
+    parallel.stop()
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_by_two(in_processes) -> tuple:
+    return tuple(zip(*in_processes(4, both), strict=True))
+
+
+def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(two_by_two):
+    for everyone in two_by_two[0]:
+        for family, result in everyone.items():
+            own, other = result["own"], result["other"]
+            # The own stage's shard to and from one other rank, then whole stages between the nodes.
+            assert result["counted"] == {"node": 2, "sent": 3 * own, "sent_between": 2 * own,
+                                         "received": own + 2 * other, "received_between": 2 * other}  # fmt: skip
+            assert result["reshard/received_bytes"] == max(own + 2 * other, other + 2 * own)
+            assert result["reshard/between_nodes_bytes"] == 4 * (own + other)
+            assert all(result["given"]) and result["reshard/proved_tensors"] == len(result["given"])
+            assert not result["reshard/proved_parameters"]
+            assert ("reshard/least_received_bytes" in result) == (family == "Qwen2"), "unknown for mixtures"
 
 
 def written(direct):
@@ -341,8 +355,8 @@ ERRORS = {
 }
 
 
-def test_planted_errors_are_caught_and_named(in_processes):
-    everyones = in_processes(4, planted)
+def test_planted_errors_are_caught_and_named(two_by_two):
+    everyones = two_by_two[1]
     said = everyones[0]
     assert all(other == said for other in everyones), "all ranks stop together"
     assert said.keys() == ERRORS.keys()

@@ -45,10 +45,10 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def start():
-    """Processes that are forked from one that has imported torch: three seconds less for each."""
+    """Processes that are forked from one that has imported torch and Megatron: seconds less for each."""
     sys.path.insert(0, str(HERE))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hanging_job"])
+    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.run"])
     import hanging_job
 
     def start(folder: Path, kind: str, phase: str, limits=LIMITS, rank=1, world=2) -> Outcome:
@@ -168,6 +168,26 @@ def test_no_alarm_while_a_slow_rank_goes_on_and_the_other_waits(start, tmp_path)
 def test_one_process_watches_itself(start, tmp_path):
     ended = start(tmp_path, "sleep", "policy", rank=0, world=1)
     assert ended.codes == [5] and "rank 0 is stuck in phase policy of step 1" in ended.stderr(0)
+
+
+def time_outs() -> list[float]:
+    """Seconds that torch's and Megatron's groups wait."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.mcore import parallel
+
+    parallel.start_process_group(240.0)
+    parallel.start_megatron(Parallel(), 0, 240.0)
+    made = (dist.group.WORLD, parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
+
+
+@all_faults
+def test_process_groups_wait_no_longer_than_the_outer_bound(in_processes):
+    assert in_processes(1, time_outs) == [[240.0, 240.0, 240.0]]
 
 
 @all_faults

@@ -143,6 +143,33 @@ def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(tr
     assert judge.config.num_labels == 1 and not any(report.values())
 
 
+def test_a_step_can_be_replayed_at_its_layout_and_at_another(trained):
+    dump = trained / "oreal/dumps/step_000003"
+    assert "reproduced bit for bit" in oreal("replay", str(dump))
+    if len(list(dump.glob("share_*"))) == 2:
+        assert "reproduced: the largest relative difference" in oreal("replay", str(dump), processes=1)
+
+
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
+def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
+    run, huge = trained / "blown", "1e30"
+    changes = ("guard.skips_in_a_row=2", "policy_freeze_steps=0", "data.held_out=", f"run={run}",
+               f"reward_model.optimizer.lr={huge}", f"reward_model.optimizer.min_lr={huge}")  # fmt: skip
+    assignments = [word for change in changes for word in ("--set", change)]
+    told = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)
+    assert "step 2: the reward model has refused 2 steps in a row" in told
+    first, second = rows(run)
+    assert (first["policy/skipped"], second["policy/skipped"], second["reward_model/skipped"]) == (0, 1, 1)
+    assert second["reward_model/updates"] == first["policy/updates"] == 1
+    assert "reproduced bit for bit" in oreal("replay", str(run / "dumps/step_000002"))
+    changed = json.loads((run / "dumps/step_000001/step.json").read_text())
+    changed["metrics"]["loss/reward_model"] = 0.5
+    (run / "dumps/step_000001/step.json").write_text(json.dumps(changed))
+    told = oreal("replay", str(run / "dumps/step_000001"), expected=1)
+    assert "not reproduced" in told and "of loss/reward_model" in told
+
+
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
     told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),

@@ -55,7 +55,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_reason():
     with pytest.raises(c.RunStopped, match="step 5: the policy has refused 2 steps in a row.*gradient_norm is nan"):
         guard.check(row("policy", gradient_norm=math.nan, skipped=8, skipped_in_a_row=2), config, 5)
     spike = row("reward_model", gradient_norm=5.0, gradient_norm_limit=4.0, skipped=2, skipped_in_a_row=2)
-    with pytest.raises(c.RunStopped, match="the reward_model has refused .* is 5, more than 4"):
+    with pytest.raises(c.RunStopped, match="the reward model has refused .* is 5, more than 4"):
         guard.check(spike, config, 5)
 
 

@@ -164,6 +164,13 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(policy_freeze_steps=90), 1, "would never be trained"),
         (dict(guard=c.Guard(skips_in_a_row=0)), 1, "guard.skips_in_a_row is 0; wanted 1 to"),
         (dict(verify=c.Verify(judge=c.Judge(urls=("http://me:x@judge",)))), 1, "the URL of judge judge holds a user"),
+        (dict(watchdog=c.Watchdog(policy_s=0.5)), 1, "watchdog.policy_s is 0.5; wanted more than watchdog.every_s .1"),
+        (dict(watchdog=c.Watchdog(start_s=9000)), 1, "start_s is 9000; .* less than watchdog.collective_s .7200"),
+        (
+            dict(verify=c.Verify(judge=c.Judge(("http://j",), all_down_wait_s=1800))),
+            1,
+            "verify_s is 1800, but",
+        ),
         (dict(model=c.Model("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
     ],
 )
