@@ -78,6 +78,8 @@ def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     answers = min(map(len, right))
     shares = [sum(mine) / len(mine) for mine in right]
     low, high = statistics.bootstrap(shares, seed)
+    if low == high:  # all problems alike, as when none is solved: drawing them again says nothing
+        low, high = wilson_interval(sum(shares), len(shares))
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= answers]
     extracted = [[row["extracted"] for row in mine] for mine in problems.values()]
     lengths = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)
@@ -104,7 +106,7 @@ def _pass_rate(outcomes: Sequence[Outcome]) -> float | None:
     return outcomes.count(Outcome.CORRECT) / known if known else None
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927)."""
     rate = successes / trials
     centre = rate + z * z / (2 * trials)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from oreal_kernels import native
 
-from oreal_megatron import versions
+from oreal_megatron import checkpoints, versions
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Judge
 
@@ -117,21 +117,22 @@ def machine(run: Path) -> Iterator[Finding]:
 
 
 def disk(config: Config, weights: Path) -> Finding:
-    """Room for the checkpoints that are kept and the one being written."""
-    count = config.checkpoint.keep + 1
+    """Room for the checkpoints that are kept and the one being written, less those that are there already."""
+    there = len(checkpoints.complete(Path(config.run) / "checkpoints"))
+    count = max(config.checkpoint.keep + 1 - there, 1)
     needed, free = count * checkpoint_bytes(config, weights), shutil.disk_usage(existing(Path(config.run))).free
-    found = f"{free / 1e9:.0f} GB free, {count} checkpoints take {needed / 1e9:.0f} GB"
+    found = f"{free / 1e9:.0f} GB free, {count} more checkpoints take {needed / 1e9:.0f} GB"
     mend = "" if free > needed else "free some, name another run folder (--set run=...), or lower checkpoint.keep"
     return Finding("disk", FAILED if mend else OK, found, mend)
 
 
 def checkpoint_bytes(config: Config, weights: Path) -> float:
-    """Of one checkpoint: weights, main weights and two moments of policy and reward model.
+    """Of one checkpoint: weights, and main weights with two moments in float32, of policy and reward model.
 
     `weights` holds the starting policy in as many bytes a weight as config.model.dtype says.
     """
     held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
-    times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 8) / 4}[config.model.dtype]
+    times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 12) / 4}[config.model.dtype]
     return held * times * (1 + config.reward_model.enabled)
 
 
@@ -160,23 +161,28 @@ def inputs(config: Config) -> Iterator[Finding]:
     yield disk(config, read.folder.path)
 
 
-def judges(config: Judge) -> Iterator[Finding]:
-    """Ask every host one easy question, once."""
+def judges(config: Judge) -> list[Finding]:
+    """Ask every host one easy question, once. A run can do without some of them, not without all."""
+    found = [_judge(config, url) for url in config.urls]
+    if any(finding.state == OK for finding in found):
+        found = [dataclasses.replace(one, state=WARNING) if one.state == FAILED else one for one in found]
+    return found
+
+
+def _judge(config: Judge, url: str) -> Finding:
     from oreal_megatron.verify import judge
 
-    for url in config.urls:
-        once = dataclasses.replace(config, urls=(url,), retries=0, all_down_wait_s=2.0, read_timeout_s=30.0, cache="")
-        asked = judge.Judge(once)
-        try:
-            outcome, seconds = asked.submit("What is 1 + 1?", "2", "2.0").result()
-        except judge.JudgesDown:
-            yield Finding(f"judge {url}", FAILED, asked.health()[url], f"is it up? curl {url}/v1/models")
-            continue
-        finally:
-            asked.close()
-        right = outcome.value == "correct"
-        mend = "" if right else "it said that 2.0 is not 2, or no verdict at all; is it a chat model?"
-        yield Finding(f"judge {url}", OK if right else FAILED, f"{outcome.value} after {seconds:.1f} s", mend)
+    once = dataclasses.replace(config, urls=(url,), retries=0, all_down_wait_s=2.0, read_timeout_s=30.0, cache="")
+    asked = judge.Judge(once)
+    try:
+        outcome, seconds = asked.submit("What is 1 + 1?", "2", "2.0").result()
+    except judge.JudgesDown:
+        return Finding(f"judge {url}", FAILED, asked.health()[url], f"is it up? curl {url}/v1/models")
+    finally:
+        asked.close()
+    right = outcome.value == "correct"
+    mend = "" if right else "it said that 2.0 is not 2, or no verdict at all; is it a chat model?"
+    return Finding(f"judge {url}", OK if right else FAILED, f"{outcome.value} after {seconds:.1f} s", mend)
 
 
 def _wanted(supported: dict[str, tuple[str, str]]) -> str:

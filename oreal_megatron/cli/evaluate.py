@@ -83,6 +83,8 @@ def benchmark(args: argparse.Namespace) -> int:
     found = {name: suites.find(name, args.data) for name in filter(None, names)}
     if not found:
         raise ConfigError("nothing to evaluate on; name suites with --suite")
+    if len({Path(name).stem for name in found}) < len(found):
+        raise ConfigError(f"two of the suites {', '.join(found)} have one name, and would share a file of responses")
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(dataclasses.replace(config, run=str(out)))
     config = evaluated.with_weights(config, args.model, out)

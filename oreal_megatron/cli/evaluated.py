@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from oreal_megatron import ranks, settings, suites
 from oreal_megatron.cli import build
@@ -93,8 +92,7 @@ def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
     file = out / "settings.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
     changed = [key for key in before.keys() & settings_now.keys() if before[key] != settings_now[key]]
-    dist.barrier()
-    if changed:
+    if changed := ranks.gather(changed)[0]:
         raise ConfigError(
             f"{out} holds answers with another {', '.join(sorted(changed))}; name another folder with --out"
         )

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from oreal_megatron.cli import doctor_checks
+from oreal_megatron.config import Config
+
 RECIPE = """
 from oreal_megatron.config import *
 
@@ -96,6 +99,8 @@ def test_a_run_leaves_everything_behind(trained):
         "latest", "step_000002", "step_000004"
     ]  # fmt: skip
     assert len(list((run / "rollouts").iterdir())) == 4
+    held = sum(file.stat().st_size for file in (run / "checkpoints/step_000004").rglob("*") if file.is_file())
+    assert held == pytest.approx(doctor_checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
     environment = json.loads((run / "environment.json").read_text())["imported"]
     assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
 
@@ -167,13 +172,12 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
 def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
     told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
-                 "--training", str(trained / "problems.jsonl"), "--samples", "2", processes=1)  # fmt: skip
+                 "--training", str(trained / "problems.jsonl"), "--samples", "2",
+                 processes=json.loads((run / "config.json").read_text())["engine"]["tensor"])  # fmt: skip
     scores = json.loads((out / "results.json").read_text())["suites"][suite]
     assert scores["greedy"]["accuracy"] == pytest.approx(rows(run, "evaluations.jsonl")[-1]["accuracy"], abs=1e-9)
     assert scores["sampled"]["answers_per_problem"] == 2 and "training has seen 0 of 60 problems" in told
     assert len((out / "held_out.sampled.jsonl").read_text().splitlines()) == 120
-    other = ("--suite", suite, "--out", str(out), "--set", "seed=1")
-    assert "holds answers with another" in oreal("evaluate", str(out / "model"), *other, expected=2, processes=1)
 
 
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)

@@ -46,15 +46,19 @@ def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch
     assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
 
 
-def test_room_for_the_checkpoints_is_asked_for(model_folder):
-    config = Config(checkpoint=Checkpoint(keep=2))
-    assert doctor_checks.disk(config, model_folder).state == OK
+def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path):
+    config = Config(run=str(tmp_path), checkpoint=Checkpoint(keep=2))
+    assert "3 more checkpoints" in doctor_checks.disk(config, model_folder).found
+    for step in (10, 20):
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+    resumed = doctor_checks.disk(config, model_folder)
+    assert resumed.state == OK and "1 more checkpoints" in resumed.found
     greedy = doctor_checks.disk(dataclasses.replace(config, checkpoint=Checkpoint(keep=10**9)), model_folder)
     assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
     weights = (model_folder / "model.safetensors").stat().st_size
     alone = dataclasses.replace(config, reward_model=RewardModel(enabled=False))
-    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 3 * weights
-    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 3 * weights
+    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 4 * weights
+    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 4 * weights
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):

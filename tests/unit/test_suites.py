@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from oreal_megatron import suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
 from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.evaluation import summary
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
@@ -65,6 +67,8 @@ def test_a_summary_counts_unknown_and_truncated_answers_as_not_right():
     assert scores["accuracy"] == 3 / 8 and scores["unknown"] == 1 and scores["truncated"] == 1 / 8
     assert scores["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx((5 / 6 + 1 / 2) / 2), "4": 1.0}
     assert scores["majority"] == 0.5 and scores["tokens"] == {"mean": 15.0, "median": 10.0, "most": 20.0}
+    none = summary([row(number, "wrong") for number in range(10)], seed=0)
+    assert none["accuracy"] == 0 and none["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
 
 
 def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
@@ -101,6 +105,17 @@ def test_the_table_stands_beside_the_papers():
     assert rows[0] == ["model", "MATH-500", "Mine"] and rows[2][1:] == ["50.0 (40.0 to 60.0)"] * 2
     assert rows[3][0].endswith("avg@4") and rows[4][1] == "75.0" and ["OREAL-7B (paper)", "91.0", "–"] in rows
     assert "(paper)" not in evaluated.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
+
+
+def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
+    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()})
+    with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
+        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)})
+    other = SimpleNamespace(config=Config(seed=3), folder=inputs.folder)
+    with pytest.raises(ConfigError, match="another seed"):
+        evaluated.claim(tmp_path, other, {"greedy": Sampling(temperature=0.0)})
 
 
 class Engine:
