@@ -28,6 +28,7 @@ from oreal_megatron.reshard.slices import Layout
 from oreal_megatron.verify import rules
 
 CHOICES = {
+    "model.layers": ("local", "transformer_engine"),
     "model.dtype": ("float32", "bfloat16"),
     "engine.dtype": ("", "float32", "bfloat16"),
     "engine.transport": ("direct", "gather"),
@@ -94,6 +95,7 @@ def prepare(config: Config) -> Inputs:
     to_megatron.check_weights(folder, arch, "lm")
     _check_allocator(config)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
+    arch.check_training(config.parallel.tensor, config.parallel.sequence)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
         raise ConfigError(
@@ -190,7 +192,7 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
     layout = gather.Layout(
         *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
     )
-    with policy.parts.here("parameters"):
+    with policy.readable():
         yield from gather.full_tensors(policy.placed(), policy.arch, layout)
 
 
@@ -207,8 +209,8 @@ def connect(policy: Any, engine: Any) -> HandOver:
         policy.arch, cut.tensor, cut.pipeline, cut.virtual, config.engine.tensor, ranks.world_size(), ranks.node_size()
     )
     buffer = config.engine.buffer_megabytes * 2**20
-    full, here = partial(full_tensors, policy), partial(policy.parts.here, "parameters")
-    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, here)
+    full = partial(full_tensors, policy)
+    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, policy.readable)
     if ranks.rank() == 0:
         print(f"weights reach the engine by the transport {made.description}", flush=True)
     return made

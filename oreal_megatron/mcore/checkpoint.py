@@ -62,7 +62,7 @@ def save(
                 (partial / name).mkdir()
             dist.barrier()
             common = {"step": step, "updates": trainer.updates, "random": random_states}
-            with trainer.parts.here(*trainer.parts):
+            with trainer.parts.here(*trainer.parts), trainer.readable():
                 dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
     dist.barrier()
     if ranks.rank() == 0:
@@ -122,8 +122,9 @@ def check(path: Path) -> None:
 
 
 def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    models = {name: chunk.sharded_state_dict(metadata=SHARDING) for name, chunk in _named(trainer).items()}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=SHARDING)
+    metadata = dict(SHARDING)  # Megatron adds the process group to it
+    models = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(trainer).items()}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
     return models | {"optimizer": optimizer}
 
 

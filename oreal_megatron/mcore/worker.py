@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,6 +93,7 @@ class Trainer(Scorer):
             grad_reduce_in_fp32=True,
             check_for_nan_in_grad=True,
             overlap_grad_reduce=config.parallel.overlap,
+            overlap_param_gather=config.parallel.overlap,
         )
         with device_layer():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
@@ -127,6 +129,18 @@ class Trainer(Scorer):
             _, gradient_norm, _ = self.optimizer.step()
         return {**_added(outputs), "gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
 
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[None]:
+        """Have the parameters on the device, and whole: for all who read them other than by a forward pass. Collective.
+
+        With `parallel.overlap` a replica has only its own share of an update, until the next forward gathers the rest.
+        """
+        with self.parts.here("parameters"):
+            if self.chunks[0].ddp_config.overlap_param_gather:
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+            yield
+
     def _optimizer_tensors(self) -> list[Tensor]:
         """Main weights and moments, less what lies in the parameters' own memory."""
         parameters = {tensor.untyped_storage()._cdata for tensor in _parameters(self.chunks)}
@@ -144,6 +158,7 @@ def _optimizer_config(config: Config, optimizer: Optimizer) -> OptimizerConfig:
         bf16=config.model.dtype == "bfloat16",
         params_dtype=torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
     )
 
 
