@@ -17,11 +17,16 @@ class RunStopped(RuntimeError):
     """
 
 
+class Preempted(RunStopped):
+    """The run was asked to leave in the middle of a step; it can be resumed (exit code 4). Raised on all ranks."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """LLM judge behind an OpenAI-compatible API, asked where the rules say WRONG. No URL: no judge."""
 
     urls: tuple[str, ...] = ()
+    required: bool = False  # refuse to start without a URL
     model: str = ""
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 60.0
@@ -49,6 +54,7 @@ class Model:
     """The starting policy, a Hugging Face folder; reward model and reference start from it as well."""
 
     path: str = ""
+    trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
     dtype: str = "float32"  # "float32" or "bfloat16"
     layers: str = "local"  # Megatron's and our modules; or "transformer_engine": its fused ones, where it is installed
     logits_megabytes: int = 1024  # memory that the output layer may fill with logits
@@ -79,6 +85,7 @@ class Engine:
     buffer_megabytes: int = 512  # extra memory of the direct transport, per rank
     sleep: bool = True  # give its memory to the trainer while it trains, where the platform can (a CPU cannot)
     enforce_eager: bool = False
+    retries: int = 1  # how often a step's answers that an engine failed to give are asked for again
     proof_answers: int = 2  # answers of each replica whose log-probs are compared with the trainer's, every step
     proof_tokens: int = 64  # at most so many tokens of each
     proof_tolerance: float | None = None  # nats, mean |difference| of an answer; None: 1e-4 in float32, 0.1 in bfloat16
@@ -157,9 +164,40 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Steps that are not taken: loss, score or gradient is not finite, or the gradient is a spike."""
+
+    skips_in_a_row: int = 5  # of one model, at which the run stops
+    spike_factor: float = 0.0  # a gradient norm above so many times the running median is a spike; 0: none is
+    spike_window: int = 20  # steps taken that the median is of; until there are so many, nothing is a spike
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every: int = 10  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # steps; checkpoints at multiples of it stay as well; 0: none
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """Seconds that a rank may go without a beat before the job ends with exit code 5 (observe/watchdog.py).
+
+    Beats are engine steps, micro-batches, graded answers, and the borders of phases. A rank that waits for others in a
+    collective is not counted as long as one of them goes on.
+    """
+
+    every_s: float = 1.0  # between two looks at all ranks; 0: no watchdog
+    silent_s: float = 120.0  # without a word from a rank's process: stopped, or its host is gone
+    start_s: float = 3600.0  # until the first step: loading, compiling
+    generate_s: float = 600.0
+    verify_s: float = 1800.0  # more than verify.judge.all_down_wait_s
+    reward_model_s: float = 1800.0
+    reference_s: float = 1800.0
+    policy_s: float = 1800.0
+    checkpoint_s: float = 3600.0
+    other_s: float = 1800.0  # everything else
+    collective_s: float = 7200.0  # time-out of the process groups, which know no phases: the outer bound
 
 
 @dataclass(frozen=True)
@@ -186,6 +224,7 @@ class Config:
     """Everything a run depends on."""
 
     run: str = "runs/oreal"  # run folder
+    gpus: int = 0  # that the recipe was made for (`oreal plan` takes it); it runs on others that its layout allows
     seed: int = 0
     steps: int = 90
     policy_freeze_steps: int = 10  # the first steps train the reward model alone
@@ -202,8 +241,10 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     reward_model: RewardModel = field(default_factory=RewardModel)
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     supervised: Supervised = field(default_factory=Supervised)
     megatron: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields, passed through
 

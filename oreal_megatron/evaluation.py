@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from oreal_megatron.algo import statistics
 from oreal_megatron.config import Config, Sampling
-from oreal_megatron.records import Outcome, Prompt, Rollout
+from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
 def evaluate(
@@ -24,21 +28,9 @@ def evaluate(
     In the accuracy an UNKNOWN verdict is not right, and is counted; a pass rate leaves it out (None when nothing is
     known). `answered` is called for every answer of this replica.
     """
-    greedy = dataclasses.replace(
-        config.sampling,
-        answers_per_prompt=1,
-        temperature=0.0,
-        top_p=1.0,
-        max_new_tokens=config.evaluation.max_new_tokens,
-    )
-    sampling = sampling or greedy
-
-    def finished(rollout: Rollout) -> None:
-        verifier.submit(rollout)
-        answered()
-
-    rollouts = engine.generate(prompts, sampling, (config.seed, -1), finished)
-    outcomes = [[verdict.outcome for verdict in row] for row in verifier.verdicts(rollouts)]
+    sampling = sampling or greedy(config)
+    _, verdicts = ask(prompts, engine, verifier, sampling, (config.seed, -1), answered)
+    outcomes = [[verdict.outcome for verdict in row] for row in verdicts]
     rates = [_pass_rate(row) for row in outcomes]
     answers = len(prompts) * sampling.answers_per_prompt
     correct = sum(row.count(Outcome.CORRECT) for row in outcomes)
@@ -46,6 +38,65 @@ def evaluate(
     unknown = sum(row.count(Outcome.UNKNOWN) for row in outcomes)
     result = {"accuracy": correct / answers, "low": low, "high": high, "answers": answers, "unknown": unknown}
     return result, rates
+
+
+def greedy(config: Config) -> Sampling:
+    """One answer, the most likely token each time."""
+    longest = config.evaluation.max_new_tokens
+    return dataclasses.replace(
+        config.sampling, answers_per_prompt=1, temperature=0.0, top_p=1.0, max_new_tokens=longest
+    )
+
+
+def ask(
+    prompts: Sequence[Prompt],
+    engine: Any,
+    verifier: Any,
+    sampling: Sampling,
+    seed: tuple[int, int],
+    answered: Callable[[], None] = lambda: None,
+) -> tuple[list[list[Rollout]], list[list[Verdict]]]:
+    """[P, K] answers and verdicts, on every rank. `answered` is called for every answer of this replica."""
+
+    def finished(rollout: Rollout) -> None:
+        verifier.submit(rollout)
+        answered()
+
+    rollouts = engine.generate(prompts, sampling, seed, finished)
+    return rollouts, verifier.verdicts(rollouts)
+
+
+def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Scores of a suite from its response lines (`problem` tells them apart), intervals drawn with `seed`.
+
+    An UNKNOWN verdict is not right, and is counted. avg@k is the mean over all answers; its interval is of problems.
+    """
+    problems: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["problem"], []).append(row)
+    right = [[row["verdict"] == Outcome.CORRECT.value for row in mine] for mine in problems.values()]
+    answers = min(map(len, right))
+    shares = [sum(mine) / len(mine) for mine in right]
+    low, high = statistics.bootstrap(shares, seed)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= answers]
+    extracted = [[row["extracted"] for row in mine] for mine in problems.values()]
+    lengths = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)
+    return {
+        "problems": len(problems),
+        "answers_per_problem": answers,
+        "accuracy": sum(shares) / len(shares),
+        "interval": [low, high],
+        "pass_at": {str(k): _mean([statistics.pass_at_k(len(mine), sum(mine), k) for mine in right]) for k in ks},
+        "majority": _mean([statistics.majority_is_right(*both) for both in zip(extracted, right, strict=True)]),
+        "tokens": {"mean": lengths.mean().item(), "median": lengths.median().item(), "most": lengths.max().item()},
+        "truncated": _mean([not row["finished"] for row in rows]),
+        "methods": dict(Counter(row["method"] for row in rows).most_common()),
+        "unknown": sum(row["verdict"] == Outcome.UNKNOWN.value for row in rows),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _pass_rate(outcomes: Sequence[Outcome]) -> float | None:

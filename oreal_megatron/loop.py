@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from oreal_megatron import ranks
-from oreal_megatron.algo import pack, proof, selection
+from oreal_megatron.algo import guard, pack, proof, selection
 from oreal_megatron.config import Config
 from oreal_megatron.observe.run import Run
 
@@ -47,11 +47,14 @@ def train(
                 with run.phase("reward_model"):
                     weight, learned = reward_model.update(batch)  # what it believed before this update
                 metrics |= learned
+                reference_logp = None
                 if step >= config.frozen_steps:
                     with run.phase("reference"):
                         reference_logp = reference.score(batch)
                     with run.phase("policy"):
                         metrics |= policy.update(batch, reference_logp, weight)
+                run.keep(step, batch, reference_logp, weight, metrics)  # for `oreal replay`
+                guard.check(metrics, config.guard, step)  # broken weights go nowhere
             with run.phase("reshard"):
                 metrics |= hand_over(policy.updates)
 

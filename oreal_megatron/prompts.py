@@ -9,25 +9,39 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.records import Prompt, Sample
 
 
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model_path)
+def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; what Python code the folder brings is run only where it is trusted."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a broken file, transformers raises anything from OSError to KeyError
+        raise ConfigError(f"the tokenizer of {model_path} cannot be loaded: {error!r:.300}") from None
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
     """End-of-sequence tokens of the tokenizer and of generation_config.json."""
     file = Path(model_path) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id", []) if file.is_file() else []
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    named = disk.read_object(file).get("eos_token_id", []) if file.is_file() else []
+    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    if not all(isinstance(token, int) for token in stops):
+        raise ConfigError(f"{file} names eos_token_id {named!r}; wanted a token's number, or several")
+    return sorted(stops)
 
 
 def read_problems(path: str) -> list[dict[str, Any]]:
-    """Lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1]."""
+    """Lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
+
+    Benchmarks call the first two `problem` and `answer`, which is understood as well.
+    """
     problems = []
     for number, line in _lines(path):
+        for ours, theirs in (("question", "problem"), ("gold_answer", "answer")):
+            if ours not in line and theirs in line:
+                line[ours] = line[theirs]
         _require(path, number, line, "question", str)
         _require(path, number, line, "gold_answer", str)
         rate = line.get("pass_rate")

@@ -23,7 +23,10 @@ def from_recipe(name: str) -> Config:
         raise ConfigError(f"recipe file {path} does not exist; a recipe is named path/to/file.py:function")
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a recipe may do anything
+        raise ConfigError(f"recipe file {path} cannot be run: {type(error).__name__}: {error}") from error
     recipes = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"]
     if function not in recipes:
         raise ConfigError(f"{path} has no recipe {function!r}{nearest(function, recipes)}")
@@ -63,6 +66,14 @@ def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any
         if key not in hints:
             raise ConfigError(f"unknown configuration key {where}{key}{nearest(key, list(hints))}")
     return kind(**{key: _typed(value, hints[key], f"{where}{key}") for key, value in data.items()})
+
+
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Where two configurations, as dictionaries, are not equal: `section.key: old -> new`."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [f"{where[:-1]}: {before!r} -> {after!r}"]
+    keys = [*before, *(key for key in after if key not in before)]
+    return [line for key in keys for line in differences(before.get(key), after.get(key), f"{where}{key}.")]
 
 
 def _replace(node: Any, path: list[str], text: str, assignment: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from oreal_megatron.algo import pack
+from oreal_megatron import heartbeat
+from oreal_megatron.algo import guard, pack
 from oreal_megatron.config import Config
 from oreal_megatron.observe.progress import Bar
 
@@ -23,8 +24,10 @@ def imitate(
     wanted = config.supervised
     with Bar("sft", wanted.steps, shown) as bar:
         for step in range(wanted.steps):
+            heartbeat.step(step)
             batch = pack.batch(demonstrations.take(step), config.tokens_per_micro_batch, *data_parallel)
             metrics = policy.imitate(batch)
+            guard.check(metrics, config.guard, step)
             log(step, metrics)
             note = f"loss {metrics['loss/total']:.3f}"
             if wanted.evaluate_every and (step + 1) % wanted.evaluate_every == 0:

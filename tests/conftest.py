@@ -51,14 +51,14 @@ def tied_model_folder(addition_task: Any, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def write_model() -> Callable[[Path, str], str]:
-    """Writes a Hugging Face folder with random weights for a row of families.json."""
+    """Writes a Hugging Face folder with random weights for a row of families.json, with some fields changed."""
 
-    def write(folder: Path, family: str) -> str:
+    def write(folder: Path, family: str, **changes: Any) -> str:
         from safetensors.torch import save_file
 
         from oreal_megatron.mapping import architecture, tensors
 
-        hf = json.loads((ROOT / "tests/families.json").read_text())[family]
+        hf = json.loads((ROOT / "tests/families.json").read_text())[family] | changes
         arch, generator, weights = architecture.read(hf), torch.Generator().manual_seed(8), {}
         for entry in tensors.entries(arch, 1, 1, 0, "lm"):
             for name, shape in tensors.hf_shapes(entry, arch).items():

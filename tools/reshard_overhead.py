@@ -22,6 +22,7 @@ import torch.distributed as dist
 from oreal_megatron.mapping import architecture, tensors
 from oreal_megatron.reshard import plan, vllm_layout
 from oreal_megatron.reshard.checksum import Checksums
+from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.direct import Direct
 from oreal_megatron.reshard.slices import Layout
 
@@ -55,10 +56,10 @@ def process(rank: int) -> None:
             full.fill_(1)
     live = {name: torch.empty(shape) for name, shape in vllm_layout.shapes(arch, 1).items()}
     made = measured("plan, once", lambda: plan.make(layout, rank, 4, 2**20))
-    direct = measured("views, once", lambda: Direct(made, held, live, 1))
+    direct = measured("views, once", lambda: Direct(made, held, live))
     checksums = measured("views for the proof, once", lambda: Checksums(layout, made, rank, held, live))
-    direct.run()
-    measured("transfer", direct.run, REPEATS)
+    direct.run(Counted(1))
+    measured("transfer", lambda: direct.run(Counted(1)), REPEATS)
     wrong = measured("proof", checksums.differing, REPEATS)
     if rank == 0:
         slices = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in made.batches)

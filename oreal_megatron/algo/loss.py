@@ -63,7 +63,8 @@ def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[s
 def reward_model(score_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy of sigmoid(mean token score) against right or wrong (paper, Eq. 12), over all sequences."""
     total, hits = oreal_kernels.reward_loss(score_T, micro_batch.cu_seqlens, micro_batch.reward, counts.sequences)
-    return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": hits}
+    mean = score_T.detach().sum() / max(counts.action_tokens, 1)  # an infinite score shows here; not in every loss
+    return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": hits, "reward_model/score_mean": mean}
 
 
 def supervised(logp_T: Tensor, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:

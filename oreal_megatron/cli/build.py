@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.reshard import gather
+from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.handover import HandOver
 from oreal_megatron.reshard.slices import Layout
-from oreal_megatron.verify import rules
+from oreal_megatron.verify import judge, rules
 
 CHOICES = {
     "model.layers": ("local", "transformer_engine"),
@@ -51,6 +52,9 @@ RANGES = (
     ("weights.threshold", 0.0, 0.99),
     ("weights.top_share", 0.0, 1.0),
     ("verify.unknown_limit", 0.0, 1.0),
+    ("guard.skips_in_a_row", 1, 10**6),
+    ("guard.spike_factor", 0.0, 1e6),
+    ("guard.spike_window", 1, 10**4),
 )
 
 
@@ -66,9 +70,12 @@ class Inputs:
 
     def prompts(self, path: str) -> list[Prompt]:
         """The problems of a JSONL file, with golds the verifier can work with."""
-        data, room = self.config.data, self.config.engine.max_model_len - 1
-        read = prompts.load_prompts(path, self.tokenizer, data.system_prompt, room)
-        return prompts.refuse_bad_golds(read, path, rules.equals_itself, data.drop_bad_golds)
+        return prompts.refuse_bad_golds(self.rendered(path), path, rules.equals_itself, self.config.data.drop_bad_golds)
+
+    def rendered(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, whatever their golds."""
+        room = self.config.engine.max_model_len - 1
+        return prompts.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of what a resumed run must find unchanged."""
@@ -88,12 +95,15 @@ def prepare(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     _check_choices(config)
+    _check_judge(config)
+    _check_watchdog(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
         raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
     _check_allocator(config)
+    judge.refuse_secrets(config.verify.judge.urls)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     arch.check_training(config.parallel.tensor, config.parallel.sequence)
     _check_world(config, arch)
@@ -103,7 +113,7 @@ def prepare(config: Config) -> Inputs:
             f"{arch.max_positions} positions"
         )
     _check_cache(config, arch)
-    tokenizer = prompts.load_tokenizer(config.model.path)
+    tokenizer = prompts.load_tokenizer(config.model.path, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
     if len(tokenizer) > arch.vocab:
@@ -134,6 +144,30 @@ def _check_choices(config: Config) -> None:
         )
 
 
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
+        )
+
+
+def _check_watchdog(config: Config) -> None:
+    """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
+    limits, judge = config.watchdog, config.verify.judge
+    for name, value in vars(limits).items():
+        if name not in ("every_s", "collective_s") and not limits.every_s < value < limits.collective_s:
+            raise ConfigError(
+                f"watchdog.{name} is {value:g}; wanted more than watchdog.every_s ({limits.every_s:g}) and less than "
+                f"watchdog.collective_s ({limits.collective_s:g})"
+            )
+    if judge.urls and limits.verify_s <= judge.all_down_wait_s:
+        raise ConfigError(
+            f"watchdog.verify_s is {limits.verify_s:g}, but verify.judge.all_down_wait_s lets a step wait "
+            f"{judge.all_down_wait_s:g} s for judges; it must be longer"
+        )
+
+
 def _check_world(config: Config, arch: architecture.Architecture) -> None:
     world, layout = ranks.world_size(), config.parallel
     trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
@@ -145,9 +179,21 @@ def _check_world(config: Config, arch: architecture.Architecture) -> None:
             )
     if layout.sequence and layout.tensor == 1:
         raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
-    if arch.heads % config.engine.tensor:
+    _check_engine(config.engine.tensor, arch)
+
+
+def _check_engine(size: int, arch: architecture.Architecture) -> None:
+    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    groups = arch.kv_groups
+    for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
+        if amount % size:
+            raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
+    if groups % size and size % groups:
+        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+    if len(arch.names.qkv) == 1 and size > groups:
         raise ConfigError(
-            f"engine.tensor is {config.engine.tensor}, which does not divide {arch.heads} attention heads"
+            f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
+            f"set it to at most {groups}"
         )
 
 
@@ -173,19 +219,20 @@ def _check_cache(config: Config, arch: architecture.Architecture) -> None:
         )
 
 
-def start_engine(inputs: Inputs) -> tuple[Any, Any]:
-    """The engine and the verifier of what it generates. Collective."""
+def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> tuple[Any, Any]:
+    """The engine and the verifier of what it generates; `leave`: whether to end generating early. Collective."""
     from oreal_megatron.rollout.engine import Engine  # imports vllm, which takes seconds
     from oreal_megatron.verify.gathered import StepVerifier
     from oreal_megatron.verify.grader import Grader
 
     config = inputs.config
-    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer)
+    engine = Engine(config, inputs.stop_tokens, inputs.tokenizer, leave)
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 
-def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it."""
+def full_tensors(policy: Any, counted: Counted | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it. Bytes that
+    travel are added to `counted`, for whoever asks."""
     from oreal_megatron.mcore import model, parallel
 
     config = policy.config
@@ -193,7 +240,7 @@ def full_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
         *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
     )
     with policy.readable():
-        yield from gather.full_tensors(policy.placed(), policy.arch, layout)
+        yield from gather.full_tensors(policy.placed(), policy.arch, layout, counted or Counted(ranks.node_size()))
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:

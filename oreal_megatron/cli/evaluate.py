@@ -1,50 +1,161 @@
-"""`oreal evaluate RECIPE`: held-out accuracy of a model, or the pass rates of its training prompts."""
+"""`oreal evaluate MODEL`: benchmarks beside the paper's; `oreal evaluate RECIPE --rate`: pass rates of its prompts."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from oreal_megatron import prompts, ranks, settings
-from oreal_megatron.cli import build
-from oreal_megatron.config import ConfigError
-from oreal_megatron.evaluation import evaluate
+from oreal_megatron import disk, heartbeat, prompts, ranks, settings, suites
+from oreal_megatron.cli import build, evaluated
+from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.evaluation import ask, evaluate, greedy, summary
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.progress import Bar
+from oreal_megatron.observe.run import read_rows, rollout_line
+from oreal_megatron.records import Prompt
+
+BLOCK = 128  # problems that are asked, graded and written down together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.path=FOLDER")
+    parser.add_argument("model", help="Hugging Face folder, checkpoint of a run, or path/to/file.py:function")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. engine.kv_cache_gb=40")
+    parser.add_argument(
+        "--suite", metavar="A,B", help=f"of {', '.join(suites.SUITES)}, FILE.jsonl, hub:OWNER/DATASET:FILE.jsonl"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), metavar="FOLDER", help="of the suites (default data)"
+    )
+    parser.add_argument("--problems", type=int, default=0, metavar="N", help="the first N of each suite alone")
+    parser.add_argument(
+        "--samples", type=int, metavar="K", help="K sampled answers a problem besides the greedy one; 16 with --rate"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/evaluations/NAME; goes on from there")
+    parser.add_argument("--training", metavar="FILE.jsonl", help="prompts that the suites must not hold")
     parser.add_argument("--rate", metavar="OUT.jsonl", help="sample the training prompts and write them with pass_rate")
-    parser.add_argument("--samples", type=int, default=16, help="answers per prompt for --rate (default 16)")
 
 
 def run(args: argparse.Namespace) -> int:
-    config = settings.override(settings.from_recipe(args.recipe), args.set)
-    inputs = build.prepare(config)
-    if args.rate and not Path(args.rate).resolve().parent.is_dir():
-        raise ConfigError(f"--rate {args.rate}: its folder does not exist")
-    if args.samples < 1:
+    if args.samples is not None and args.samples < 1:
         raise ConfigError(f"--samples is {args.samples}; at least one answer per prompt is needed")
-    asked = inputs.prompts(config.data.path if args.rate else config.data.held_out)
+    return rate(args) if args.rate else benchmark(args)
+
+
+def rate(args: argparse.Namespace) -> int:
+    """Pass rates of the recipe's training prompts under its model, into a file that it can train on."""
+    config = settings.override(settings.from_recipe(args.model), args.set)
+    inputs = build.prepare(config)
+    if not Path(args.rate).resolve().parent.is_dir():
+        raise ConfigError(f"--rate {args.rate}: its folder does not exist")
+    asked = inputs.prompts(config.data.path)
 
     from oreal_megatron.mcore import parallel
 
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     engine, verifier = build.start_engine(inputs)
-    sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples) if args.rate else None
-    answers = len(asked[engine.replica :: engine.replicas]) * (sampling.answers_per_prompt if sampling else 1)
-    with Bar("answers", answers, ranks.rank() == 0) as bar:
+    sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples or 16)
+    answers = len(asked[engine.replica :: engine.replicas]) * sampling.answers_per_prompt
+    with heartbeat.phase("evaluate"), Bar("answers", answers, ranks.rank() == 0) as bar:
         result, rates = evaluate(asked, engine, verifier, config, sampling, bar.advance)
     if ranks.rank() == 0:
-        if args.rate:
-            lines = prompts.read_problems(config.data.path)
-            rated = [lines[prompt.id] | {"pass_rate": rate} for prompt, rate in zip(asked, rates, strict=True)]
-            Path(args.rate).write_text("".join(json.dumps(line) + "\n" for line in rated))
+        lines = prompts.read_problems(config.data.path)
+        rated = [lines[prompt.id] | {"pass_rate": rate} for prompt, rate in zip(asked, rates, strict=True)]
+        Path(args.rate).write_text("".join(json.dumps(line) + "\n" for line in rated))
         print(f"accuracy {result['accuracy']:.1%} (95 % interval {result['low']:.1%} to {result['high']:.1%}) "
               f"of {result['answers']} answers, {result['unknown']} unknown")  # fmt: skip
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Ask every suite, greedily and in samples; leave responses, results.json and table.md in the folder."""
+    from oreal_megatron.mcore import parallel
+
+    config, out = evaluated.config_of(args.model, args.set), args.out or evaluated.default_folder(args.model)
+    names = args.suite.split(",") if args.suite else [config.data.held_out]
+    found = {name: suites.find(name, args.data) for name in filter(None, names)}
+    if not found:
+        raise ConfigError("nothing to evaluate on; name suites with --suite")
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(dataclasses.replace(config, run=str(out)))
+    config = evaluated.with_weights(config, args.model, out)
+    inputs = build.prepare(config)
+    asked = {name: problems(inputs, *suite, args.problems) for name, suite in found.items()}
+    modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, args.samples)} if args.samples else {})
+    evaluated.claim(out, inputs, modes)
+    engine, verifier = build.start_engine(inputs)
+    with heartbeat.phase("evaluate"):
+        results = {
+            name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
+            for name in found
+        }
+    if ranks.rank() == 0:
+        training = args.training or (config.data.path if Path(config.data.path).is_file() else "")
+        evaluated.report(out, args.model, found, results, overlap(asked, training))
+    verifier.grader.close()
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
+    return 0
+
+
+def problems(inputs: build.Inputs, suite: suites.Suite, path: str, first: int) -> list[Prompt]:
+    """A suite's problems as training would render them."""
+    read = inputs.rendered(path)
+    wanted = suites.kept(suite, path)
+    return [prompt for prompt in read if prompt.id in wanted][: first or None]
+
+
+def sampled(config: Config, samples: int) -> Sampling:
+    longest = config.evaluation.max_new_tokens
+    return dataclasses.replace(config.sampling, answers_per_prompt=samples, max_new_tokens=longest)
+
+
+def answer(
+    name: str, asked: list[Prompt], mode: str, sampling: Sampling, config: Config, out: Path, engine: Any, verifier: Any
+) -> dict[str, Any]:
+    """The scores of one suite in one mode; blocks of problems that are written down already are not asked again."""
+    file = out / f"{Path(name).stem}.{mode}.jsonl"
+    rows = sound_blocks(file, len(asked), sampling.answers_per_prompt)
+    done = {row["problem"] for row in rows}
+    with Bar(f"{name}, {mode}", len(asked), ranks.rank() == 0) as bar:
+        for start in range(0, len(asked), BLOCK):
+            block = asked[start : start + BLOCK]
+            if start not in done:
+                rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
+                fresh = [
+                    {"problem": start + slot, **rollout_line(rollout, verdict)}
+                    for slot, both in enumerate(zip(rollouts, verdicts, strict=True))
+                    for rollout, verdict in zip(*both, strict=True)
+                ]
+                if ranks.rank() == 0:
+                    with open(file, "a") as lines:
+                        lines.writelines(json.dumps(row) + "\n" for row in fresh)
+                rows += fresh
+            bar.advance(len(block))
+    return summary([row for row in rows if row["problem"] < len(asked)], config.seed)
+
+
+def sound_blocks(file: Path, problems: int, answers: int) -> list[dict[str, Any]]:
+    """The lines of whole blocks in a file of responses, which is left with no others. Collective."""
+    if ranks.rank() == 0:
+        rows = read_rows(file)
+        counts = Counter(row["problem"] // BLOCK for row in rows)
+        whole = {block for block, count in counts.items() if count >= answers * min(BLOCK, problems - block * BLOCK)}
+        rows = [row for row in rows if row["problem"] // BLOCK in whole]
+        disk.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return ranks.gather(rows if ranks.rank() == 0 else None)[0]
+
+
+def overlap(asked: dict[str, list[Prompt]], training: str) -> dict[str, list[int]] | None:
+    """Problems of each suite that the training prompts hold as well; None without training prompts."""
+    if not training:
+        return None
+    texts = [line["question"] for line in prompts.read_problems(training)]
+    return {name: suites.seen([prompt.question for prompt in mine], texts) for name, mine in asked.items()}

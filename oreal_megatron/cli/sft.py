@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from oreal_megatron import prompts, ranks, settings, supervised
+from oreal_megatron import heartbeat, prompts, ranks, settings, supervised
 from oreal_megatron.algo.sampler import Sampler
 from oreal_megatron.cli import build
 from oreal_megatron.cli.train import save_policy
 from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import append_row, refuse_existing, write_header
 
 
@@ -35,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     from oreal_megatron.mcore import model, parallel, roles
 
     model.transformer_config(inputs.arch, config)
-    parallel.start_process_group()
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
     engine, verifier = build.start_engine(inputs) if wanted.evaluate_every else (None, None)
-    parallel.start_megatron(config.parallel, config.seed)
+    parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     policy = roles.Policy(inputs.arch, dataclasses.replace(config, optimizer=wanted.optimizer), inputs.folder.tensor)
 
     hand_over = build.connect(policy, engine) if engine else None
@@ -56,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
             append_row(Path(config.run) / "metrics.jsonl", {"step": step, **metrics})
 
     steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, parallel.data_parallel(inputs.arch))
-    save_policy(inputs, policy, Path(config.run) / "policy")
+    with heartbeat.phase("checkpoint"):
+        save_policy(inputs, policy, Path(config.run) / "policy")
     if shown:
         print(f"{steps} supervised steps done; the policy is in {config.run}/policy")
     if verifier:
         verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -10,62 +11,80 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import loop, ranks, settings
+from oreal_megatron import checkpoints, disk, heartbeat, loop, preemption, ranks, settings
 from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, Preempted
 from oreal_megatron.convert import to_hf
-from oreal_megatron.evaluation import evaluate
+from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="path/to/file.py:function, a function that returns a Config")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder from its newest checkpoint")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with this run folder from its newest checkpoint; with a recipe, `auto`: go on with the recipe's "
+        "run folder from its newest sound checkpoint, or begin where there is none",
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="resume from the checkpoint after N steps instead")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. loss.kl_coef=0.02")
 
 
 def run(args: argparse.Namespace) -> int:
+    leave = preemption.Notice().listen()
     config = _config(args)
     inputs = build.prepare(config)
     prompts = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
     held_out = inputs.held_out()
 
-    from oreal_megatron.mcore import checkpoint, model, parallel, roles  # imports Megatron, which takes seconds
+    from oreal_megatron.cli.between import BetweenSteps  # imports Megatron, which takes seconds
+    from oreal_megatron.mcore import checkpoint, model, parallel, roles
+    from oreal_megatron.mcore.saver import Saver
 
     folder, trained = Path(config.run) / "checkpoints", ["policy"] + ["reward_model"] * config.reward_model.enabled
-    resumed = checkpoint.newest(folder, trained) if args.resume else None
+    if args.resume and not checkpoints.complete(folder) and args.resume != "auto":
+        raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
     model.transformer_config(inputs.arch, config)  # refuses what Megatron would, before anything is loaded
     inputs_read = inputs.fingerprints()
-    if resumed:
+    if checkpoints.complete(folder):
         refuse_changed(Path(config.run), inputs_read)
 
-    parallel.start_process_group()
-    engine, verifier = build.start_engine(inputs)
-    parallel.start_megatron(config.parallel, config.seed)
+    parallel.start_process_group(config.watchdog.collective_s)
+    watchdog.start(config)
+    resumed = checkpoint.choose(folder, trained, args.step, args.resume == "auto") if args.resume else None
+    engine, verifier = build.start_engine(inputs, leave.__bool__)
+    parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
     reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read)
-
-    def after_step(done: int) -> None:
-        if done and _due(done, config.checkpoint.every, config.steps):
-            checkpoint.save(folder, done, trainers, config.checkpoint.keep, partial(build.describe, inputs))
-        if held_out and _due(done, config.evaluation.every, config.steps):
-            record.log_evaluation(done, evaluate(held_out, engine, verifier, config)[0])
-
-    if resumed:
-        hand_over(policy.updates)
-    else:
-        after_step(0)
+    record = Run(config, first, inputs_read, parallel.share())
+    kept = (config.checkpoint.keep, config.checkpoint.keep_every)
+    saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
+    between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave)
     world = parallel.data_parallel(inputs.arch)
-    loop.train(config, prompts, engine, verifier, policy, reference, reward_model, hand_over, record, after_step, world)
-    save_policy(inputs, policy, Path(config.run) / "policy")
+    models = (policy, reference, reward_model)
+    try:
+        if resumed:
+            hand_over(policy.updates)
+        between_steps.begin(first, saved=resumed is not None)
+        loop.train(config, prompts, engine, verifier, *models, hand_over, record, between_steps, world)
+    except Preempted:
+        with heartbeat.phase("checkpoint"):
+            between_steps.save_last()
+        raise Preempted(
+            f"asked to leave, and saved after step {between_steps.done}; go on with --resume {config.run}"
+        ) from None
+    with heartbeat.phase("checkpoint"):
+        saver.finish()
+        save_policy(inputs, policy, Path(config.run) / "policy")
     verifier.grader.close()
-    parallel.stop(engine)
+    with heartbeat.phase("stop"):
+        parallel.stop(engine)
     return 0
 
 
@@ -81,18 +100,28 @@ def save_policy(inputs: build.Inputs, policy: Any, path: Path) -> None:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    if bool(args.recipe) == bool(args.resume):
-        raise ConfigError("name either a recipe or --resume RUN")
-    if args.recipe:
-        config = settings.override(settings.from_recipe(args.recipe), args.set)
+    auto = args.resume == "auto"
+    if bool(args.recipe) != (auto or not args.resume):
+        raise ConfigError("name a recipe, or --resume RUN, or a recipe and --resume auto")
+    if args.step is not None and (auto or not args.resume):
+        raise ConfigError("--step says which checkpoint of --resume RUN to go on from")
+    if not args.recipe:
+        config = settings.from_dict(_written(Path(args.resume)))
+        return settings.override(config, [f"run={args.resume}", *args.set])
+    config = settings.override(settings.from_recipe(args.recipe), args.set)
+    if not auto:
         refuse_existing(config)
-        return config
-    file = Path(args.resume) / "config.json"
+    elif (Path(config.run) / "config.json").is_file():
+        now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
+        changed = settings.differences(_written(Path(config.run)), now)
+        if changed and ranks.rank() == 0:
+            disk.say(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
+    return config
+
+
+def _written(run: Path) -> dict[str, Any]:
+    """The configuration of a run folder."""
+    file = run / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{args.resume} is not a run folder: it has no config.json")
-    return settings.override(settings.from_dict(json.loads(file.read_text())), [f"run={args.resume}", *args.set])
-
-
-def _due(done: int, every: int, steps: int) -> bool:
-    """Before the first step, every so many steps, and after the last."""
-    return done in (0, steps) or (every > 0 and done % every == 0)
+        raise ConfigError(f"{run} is not a run folder: it has no config.json")
+    return disk.read_object(file)

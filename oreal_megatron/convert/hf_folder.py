@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
 from oreal_megatron.mapping.tensors import Entry
@@ -38,7 +39,7 @@ class Folder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        return disk.read_object(self.path / "config.json")
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -46,7 +47,10 @@ class Folder:
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             return sorted(self.path.glob("*.safetensors"))
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        places = disk.read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ConfigError(f"{index} has no weight_map that says which file each tensor is in")
+        names = sorted(set(places.values()))
         for name in names:
             if "/" in name or not (self.path / name).is_file():
                 raise ConfigError(f"{self.path} lacks the shard {name}, which its {index.name} names")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.convert import hf_folder, torch_dist
 from oreal_megatron.mapping import architecture, stored, tensors
@@ -53,7 +54,7 @@ class MegatronFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / DESCRIPTION / "config.json").read_text())
+        return disk.read_object(self.path / DESCRIPTION / "config.json")
 
     @cached_property
     def entries(self) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 The format is that of torch.distributed.checkpoint: a pickled `.metadata` that says which rectangle of which tensor
 lies where, files `__<rank>_<number>.distcp` in which each rectangle is a small torch.save archive, and beside them
-Megatron's `metadata.json` and `common.pt`. `.metadata` is read with an unpickler that knows its classes only.
+Megatron's `metadata.json` and `common.pt`. safe_load.py reads `.metadata`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
+from oreal_megatron import disk, safe_load
 from oreal_megatron.config import ConfigError
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
           "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
-ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8",
-              "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "strided", "contiguous_format", "preserve_format"},
-    "collections": {"OrderedDict"},
-}  # fmt: skip
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's metadata does not need")
-        return super().find_class(module, name)
 
 
 class _Slice(io.RawIOBase):
@@ -81,22 +63,16 @@ class Reader:
     def __init__(self, path: Path):
         self.path, self.opened, self.pieces = path, {}, {}
         marker = path / "metadata.json"
-        if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
+        if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
             raise ConfigError(f"{path} is not a Megatron distributed checkpoint (torch_dist)")
-        try:
-            with open(path / ".metadata", "rb") as file:
-                read = _Unpickler(file).load()
-            self.tensors = {key: value for key, value in read.state_dict_metadata.items() if hasattr(value, "chunks")}
-            self.storage = read.storage_data
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{path}/.metadata is missing, damaged or not a checkpoint's: {error}") from None
+        read = safe_load.metadata(path)
+        self.tensors = {key: value for key, value in read.state_dict_metadata.items() if hasattr(value, "chunks")}
+        self.storage = read.storage_data
         self._check_files()
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for info in self.storage.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise ConfigError(f"{self.path}/.metadata names the file {info.relative_path}, outside the checkpoint")
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in ends.items():
             file = self.path / name

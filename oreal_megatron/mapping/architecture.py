@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mapping import internlm2, internlm3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from oreal_megatron.mapping import fields, internlm2, internlm3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from oreal_megatron.mapping.experts import Experts
 from oreal_megatron.mapping.names import Names
 from oreal_megatron.mapping.rope import Rope
@@ -113,7 +113,7 @@ def with_head(hf: dict[str, Any], head: str) -> dict[str, Any]:
 
 
 def _named(hf: dict[str, Any]) -> tuple[str, str]:
-    name = (hf.get("architectures") or ["(none named)"])[0]
+    name = fields.named(hf)
     for suffix in HEADS:
         if name.removesuffix(suffix) in FAMILIES and name.endswith(suffix):
             return name.removesuffix(suffix), suffix

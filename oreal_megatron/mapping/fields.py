@@ -27,6 +27,8 @@ HARMLESS = frozenset(
     "keys_to_ignore_at_inference use_bfloat16 max_window_layers cache_implementation output_router_logits "
     "router_aux_loss_coef".split()
 )
+WHOLE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+         "vocab_size", "max_position_embeddings")  # fmt: skip
 NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -68,7 +70,13 @@ def check(hf: dict[str, Any], read: Iterable[str] = ()) -> None:
 
 
 def is_reward_model(hf: dict[str, Any]) -> bool:
-    return (hf.get("architectures") or [""])[0].endswith("ForTokenClassification")
+    return named(hf).endswith("ForTokenClassification")
+
+
+def named(hf: dict[str, Any]) -> str:
+    """The class of transformers that the model is one of."""
+    names = hf.get("architectures")
+    return str(names[0]) if names and isinstance(names, list) else "(none named)"
 
 
 def given(hf: dict[str, Any], key: str) -> Any:
@@ -80,13 +88,16 @@ def given(hf: dict[str, Any], key: str) -> Any:
 
 def decoder(hf: dict[str, Any]) -> dict[str, Any]:
     """The fields of Architecture that all families name alike; a missing one is a KeyError."""
+    for key in WHOLE:
+        if not isinstance(given(hf, key), int) or hf[key] < 1:
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; wanted a whole number above 0")
     heads = hf["num_attention_heads"]
     return dict(
         layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
         ffn=hf["intermediate_size"],
         heads=heads,
-        kv_groups=given(hf, "num_key_value_heads"),
+        kv_groups=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         vocab=hf["vocab_size"],
         max_positions=hf["max_position_embeddings"],

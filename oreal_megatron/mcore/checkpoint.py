@@ -1,25 +1,21 @@
-"""Megatron distributed checkpoints of all trained models: weights, optimizers, schedules, random-number states.
+"""What a checkpoint holds of the trained models, and how it is read: weights, optimizers, schedules, random numbers.
 
-A checkpoint is a folder `step_000010`, complete before it gets that name, with one distributed checkpoint for each
-trained model (`policy`, `reward_model`), which loads at other layouts too. The sampler's position, the learning rates
-and the choice of samples are functions of the step and the seed, so the step restores them.
+A checkpoint is a folder `step_000010` with one Megatron distributed checkpoint for each trained model (`policy`,
+`reward_model`), which loads at other layouts too. The sampler's position, the learning rates and the choice of samples
+are functions of the step and the seed, so the step restores them. saver.py writes it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
-from oreal_megatron import ranks
+from oreal_megatron import checkpoints, disk, ranks, safe_load
+from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
 from oreal_megatron.mcore import adam
 from oreal_megatron.mcore.cpu import device_layer
@@ -38,44 +34,6 @@ logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
 )
 
 
-def save(
-    folder: Path,
-    step: int,
-    trainers: dict[str, Trainer],
-    keep: int,
-    describe: Callable[[str, Path], None] = lambda name, path: None,
-) -> Path:
-    """Write `folder/step_<step>`, then delete all but the newest `keep`. Collective.
-
-    `describe`, called on the first rank with each model's name and folder, adds what its readers want to know.
-    """
-    final = folder / f"step_{step:06d}"
-    partial = final.with_name(final.name + ".partial")
-    if ranks.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    random_states = ranks.gather(_random_state())
-    with device_layer():
-        for name, trainer in trainers.items():
-            if ranks.rank() == 0:
-                (partial / name).mkdir()
-            dist.barrier()
-            common = {"step": step, "updates": trainer.updates, "random": random_states}
-            with trainer.parts.here(*trainer.parts), trainer.readable():
-                dist_checkpointing.save(common | _sharded(trainer, loading=False), str(partial / name))
-    dist.barrier()
-    if ranks.rank() == 0:
-        for name in trainers:
-            describe(name, partial / name)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
 def load(path: Path, trainers: dict[str, Trainer]) -> int:
     """Restore all trainers in place and return the step to go on with. Collective."""
     with device_layer(), adam.loadable():
@@ -84,47 +42,79 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
                 state = _load(path / name, trainer)
         if len(state["random"]) == ranks.world_size():
             _restore_random_state(state["random"][ranks.rank()])
+    if ranks.rank() == 0 and state["layout"] != layout():
+        disk.say(
+            f"{path.name} was written at {_described(state['layout'])} and is read at {_described(layout())}: sums are "
+            "taken in another order, so the run goes on equal up to rounding, not bit by bit"
+        )
     return state["step"]
 
 
+def choose(folder: Path, models: list[str], step: int | None, damaged_too: bool) -> Path | None:
+    """The checkpoint to go on from, read and found whole; None where there is none. Collective.
+
+    It is that of `step`, or the newest. A damaged one is named; with `damaged_too` the one before it is taken, else
+    the error says which that is.
+    """
+    found = checkpoints.complete(folder) if step is not None else checkpoints.candidates(folder)
+    found = [path for path in found if step in (None, checkpoints.step_of(path))]
+    broken = []
+    for path in found:
+        damage = next(filter(None, ranks.gather(checkpoints.damage(path, ranks.rank(), ranks.world_size()))), None)
+        if damage is None:
+            break
+        broken.append(damage)
+    sound = found[len(broken)] if len(broken) < len(found) else None
+    if broken and not damaged_too:
+        before = f"{sound.name} is sound: --step {checkpoints.step_of(sound)}" if sound else "and no other is sound"
+        raise ConfigError(f"{broken[0]}; {before}")
+    for damage in broken if ranks.rank() == 0 else ():
+        disk.say(f"{damage}; it is passed over")
+    for name in models if sound else ():
+        check(sound / name)
+    return sound
+
+
+def check(path: Path) -> None:
+    """Refuse a folder that is not a Megatron distributed checkpoint, or that would run code when it is loaded."""
+    marker = path / "metadata.json"
+    if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
+        raise ConfigError(
+            f"{path} is not a Megatron distributed checkpoint (torch_dist): its metadata.json says nothing"
+        )
+    safe_load.check(path)
+
+
+def layout() -> dict[str, int]:
+    """How many ranks share what; equal layouts resume bit by bit."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _described(cut: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in cut.items() if size > 1) or "one process"
+
+
 def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
-    state = dist_checkpointing.load(_sharded(trainer, loading=True), str(path))
+    check(path)
+    state = dist_checkpointing.load(sharded(trainer, loading=True), str(path))
     for key, chunk in _named(trainer).items():
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
-    trainer.updates = state["updates"]
+    trainer.updates, trainer.past = state["updates"], guard.Past(**state["past"])
     return state
 
 
-def newest(folder: Path, models: list[str]) -> Path:
-    """The newest finished checkpoint of a run; refuses a folder that lacks one, or a model in it."""
-    found = complete(folder)
-    if not found:
-        raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
-    for name in models:
-        check(found[-1] / name)
-    return found[-1]
-
-
-def complete(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
-
-
-def check(path: Path) -> None:
-    """Refuse a folder that is not a Megatron distributed checkpoint."""
-    marker = path / "metadata.json"
-    if not marker.is_file() or json.loads(marker.read_text()).get("sharded_backend") != "torch_dist":
-        raise ConfigError(
-            f"{path} is not a Megatron distributed checkpoint (torch_dist): its metadata.json says nothing"
-        )
-
-
-def _sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
-    metadata = dict(SHARDING)  # Megatron adds the process group to it
-    models = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(trainer).items()}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=metadata)
+def sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:
+    """Weights and optimizer state with their places in the whole, as Megatron wants them."""
+    models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named(trainer).items()}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=dict(SHARDING))
     return models | {"optimizer": optimizer}
 
 
@@ -135,7 +125,8 @@ def _named(trainer: Trainer) -> dict[str, Any]:
     return {f"model{number}": chunk.module for number, chunk in enumerate(trainer.chunks)}
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of this rank."""
     with device_layer():
         return {
             "torch": torch.get_rng_state(),

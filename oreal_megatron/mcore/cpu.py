@@ -32,7 +32,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _type(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """What DistributedOptimizer compares with the names of CUDA tensors."""
     answer = _TYPE(tensor, *args, **kwargs)
-    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+    return f"torch.cuda.{answer.rpartition('.')[2]}" if isinstance(answer, str) else answer
 
 
 _TYPE = torch.Tensor.type
@@ -61,11 +61,17 @@ _entered = False
 @contextlib.contextmanager
 def device_layer(without: str | None = None) -> Iterator[None]:
     """Let Megatron run here. `without` leaves one patch out, for the test that each is needed."""
-    global _entered
     if _entered or torch.cuda.is_available():
         yield
         return
-    patches = {name: patch for name, patch in PATCHES.items() if name != without}
+    with standing_in({name: patch for name, patch in PATCHES.items() if name != without}):
+        yield
+
+
+@contextlib.contextmanager
+def standing_in(patches: dict[str, tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replace what `patches` name; within, `device_layer` adds nothing."""
+    global _entered
     saved = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in patches.values()]
     _entered = True
     try:

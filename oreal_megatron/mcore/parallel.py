@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
-from oreal_megatron.config import ConfigError, Parallel
+from oreal_megatron.config import ConfigError, Parallel, Watchdog
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
 
 
-def start_process_group() -> None:
+def start_process_group(timeout_s: float = Watchdog.collective_s) -> None:
     """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
@@ -26,19 +27,40 @@ def start_process_group() -> None:
             "torchrun --standalone on one machine, or name a free port with --master-port"
         )
     os.environ.setdefault("MASTER_PORT", "0")
+    timeout = timedelta(seconds=timeout_s)
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30))
-    else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(_start(), store), rank=rank, world_size=world, timeout=timeout
+    )
 
 
-def start_megatron(config: Parallel, seed: int) -> None:
+def _start() -> str:
+    """Which start by torchrun this is, where its store outlives one: in torch 2.13 `--max-restarts` keeps the
+    store and with it the addresses of ranks that are gone, which those of the next start would try to reach."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "new store"
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        raise ConfigError(
+            "torchrun --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment: else ranks that are started again look for each other where those before them were"
+        )
+    return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"  # counted by each machine for itself
+
+
+def start_megatron(config: Parallel, seed: int, timeout_s: float = Watchdog.collective_s) -> None:
     """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
     with device_layer():
         virtual = config.virtual if config.virtual > 1 else None
         parallel_state.initialize_model_parallel(
-            config.tensor, config.pipeline, virtual, context_parallel_size=config.context
+            config.tensor,
+            config.pipeline,
+            virtual,
+            context_parallel_size=config.context,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
@@ -75,6 +97,15 @@ def even_tokens(arch: Architecture) -> float:
     ffn = arch.ffn * (arch.experts.per_token if arch.experts else 1)
     matrices = arch.hidden * (2 * attention + 2 * groups + 3 * ffn + arch.vocab / arch.layers)
     return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
+
+
+def share() -> tuple[int, int] | None:
+    """The data-parallel replica that this rank speaks for, and how many there are: one rank of each holds what comes
+    out of the last pipeline stage. None on the others."""
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    if not (first and parallel_state.is_pipeline_last_stage()):
+        return None
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.algo import loss, weights
+from oreal_megatron.algo import guard, loss, weights
 from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mapping.architecture import Architecture
@@ -39,23 +39,24 @@ class Reference(Scorer):
 
 
 class Policy(Trainer):
-    """The policy being trained. `updates` counts its optimizer steps and is the version the engine must hold."""
+    """The policy being trained. The number of its updates is the version that the engine must hold."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, self.language_model = _language_model(arch, config, read)
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
-        self.arch, self.config, self.updates = arch, config, 0
+        self.arch, self.config = arch, config
 
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
-        """One OREAL step on the batch (paper, Eq. 11)."""
-
+        """One OREAL step on the batch (paper, Eq. 11); refused where `weight` is None, as the reward model's was."""
+        if weight is None:
+            return _named("policy", self.skip())
         config, fused = self.config, self.language_model.oreal_loss
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused(hidden, micro_batch, reference_logp[number], weight[number], batch.counts, config.loss)
 
         rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
-        return self._counted(self.train(batch, objective, rate))
+        return _named("policy", self.train(batch, objective, rate))
 
     def imitate(self, batch: Batch) -> dict[str, float]:
         """One supervised step on demonstrations."""
@@ -65,15 +66,11 @@ class Policy(Trainer):
             return loss.supervised(self.head(hidden, micro_batch), batch.counts)
 
         rate = learning_rate(self.updates, config.steps, config.optimizer)
-        return self._counted(self.train(batch, objective, rate))
+        return _named("policy", self.train(batch, objective, rate))
 
     def placed(self) -> Iterator[tuple[Entry, Tensor]]:
         """This rank's tensors with their mapping entries, for whoever hands them on."""
         return model.placed([model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm")
-
-    def _counted(self, metrics: dict[str, float]) -> dict[str, float]:
-        self.updates += 1
-        return {f"policy/{name}" if "/" not in name else name: value for name, value in metrics.items()}
 
 
 class TokenRewardModel(Trainer):
@@ -84,10 +81,11 @@ class TokenRewardModel(Trainer):
         model.load(stage, arch, config, "scalar", _with_fresh_head(arch, config, read))
         head = partial(heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
-        self.config, self.updates = config, 0
+        self.config = config
 
     def update(self, batch: Batch) -> tuple[list[Tensor] | None, dict[str, float]]:
-        """One step; returns the token weights it believed in before the step, from the same forward pass."""
+        """One step; returns the token weights it believed in before the step, from the same forward pass, on the last
+        pipeline stage, and nothing before it ([]). None on every rank where the step was refused."""
         believed: dict[int, Tensor] = {}
 
         def objective(number: int, micro_batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,10 +94,8 @@ class TokenRewardModel(Trainer):
             return loss.reward_model(score_T, micro_batch, batch.counts)
 
         rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
-        metrics = self.train(batch, objective, rate)
-        self.updates += 1
-        named = {f"reward_model/{name}" if "/" not in name else name: value for name, value in metrics.items()}
-        return [believed[number] for number in sorted(believed)] or None, named
+        metrics = _named("reward_model", self.train(batch, objective, rate))
+        return None if guard.skipped(metrics) else [believed[number] for number in sorted(believed)], metrics
 
 
 class NoRewardModel:
@@ -108,6 +104,11 @@ class NoRewardModel:
     def update(self, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
         device = model.device()
         return [torch.ones(len(part.labels), device=device) for part in batch.micro_batches], {}
+
+
+def _named(model: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the model's name, but those that have a section already."""
+    return {name if "/" in name else f"{model}/{name}": value for name, value in metrics.items()}
 
 
 def _with_fresh_head(arch: Architecture, config: Config, read: Reader) -> Reader:

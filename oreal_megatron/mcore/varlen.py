@@ -60,7 +60,8 @@ class Plan:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[S, heads, d] from queries [S, heads, d], keys and values [S', groups, d]; heads is a multiple of groups."""
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_varlen():
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if (query.is_meta or (query.is_cuda and half)) and _has_varlen():  # rehearsals take the GPU's way
             return self.by_borders(varlen_attn, query, key, value)
         attended = torch.cat([batch.attend(query, key, value) for batch in self._batches])
         return attended.index_select(0, self._places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +16,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from oreal_megatron import ranks
+from oreal_megatron import heartbeat, ranks
+from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, Optimizer
-from oreal_megatron.mcore import adam, context, layers, varlen
+from oreal_megatron.mcore import adam, context, layers, parallel, varlen
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.model import device
 from oreal_megatron.mcore.offload import Part, Parts
@@ -54,6 +56,7 @@ class Scorer:
     def _run(self, batch: Batch, loss_function: Callable[..., tuple], forward_only: bool) -> list[dict[str, Tensor]]:
         def forward_step(numbered: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple:
             number, micro_batch = next(numbered)
+            heartbeat.beat(number)
             micro_batch = micro_batch.to(device())
             output = _forward(model, micro_batch)
             return output, lambda result: loss_function(number, micro_batch, result)
@@ -85,13 +88,12 @@ def _forward(model: Any, micro_batch: MicroBatch) -> Tensor:
 
 
 class Trainer(Scorer):
-    """A model with gradient buffers and a distributed AdamW."""
+    """A model with gradient buffers and a distributed AdamW. `updates` counts the steps that were taken."""
 
     def __init__(self, chunks: list[GPTModel], head: Head, config: Config, optimizer: Optimizer):
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
             overlap_grad_reduce=config.parallel.overlap,
             overlap_param_gather=config.parallel.overlap,
         )
@@ -99,6 +101,7 @@ class Trainer(Scorer):
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
+        self.updates, self.guard, self.past = 0, config.guard, guard.Past()
         super().__init__(wrapped, head)
         megatron = self.chunks[0].config
         megatron.finalize_model_grads_func = _sum_gradients
@@ -112,7 +115,8 @@ class Trainer(Scorer):
             self.parts.leave()
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
-        """One optimizer step on the whole batch; metrics summed over micro-batches and data-parallel ranks."""
+        """One optimizer step on the whole batch, or none where the guard refuses it; metrics summed over micro-batches
+        and data-parallel ranks."""
 
         def loss_function(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple:
             loss, metrics = objective(number, micro_batch, output)
@@ -124,10 +128,30 @@ class Trainer(Scorer):
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             outputs = self._run(batch, loss_function, forward_only=False)
+            self.optimizer.prepare_grads()
+            found = {**_added(outputs), "gradient_norm": _agreed(self.optimizer.get_grad_norm())}
+            return {**found, "learning_rate": learning_rate, **self._step(found, learning_rate)}
+
+    def _step(self, found: dict[str, float], learning_rate: float) -> dict[str, float]:
+        """Take the step that was found, unless it is refused."""
+        limit = guard.limit(self.past, self.guard)
+        if guard.refuses(found, limit):
+            self.past = self.past.refused()
+        else:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            _, gradient_norm, _ = self.optimizer.step()
-        return {**_added(outputs), "gradient_norm": float(gradient_norm), "learning_rate": learning_rate}
+            self.optimizer.step()
+            self.updates += 1
+            self.past = self.past.taken(found["gradient_norm"], self.guard.spike_window)
+        # With parallel.overlap, what a replica has not gathered yet counts as it was; its owner counts the new one.
+        largest = max(ranks.gather(_largest(_parameters(self.chunks))))
+        spikes = {"gradient_norm_limit": limit} if math.isfinite(limit) else {}
+        return {**spikes, "largest_weight": largest, "updates": self.updates, **self.past.metrics()}
+
+    def skip(self) -> dict[str, float]:
+        """Refuse a step without looking at it."""
+        self.past = self.past.refused()
+        return self.past.metrics()
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:
@@ -169,10 +193,8 @@ def _sum_gradients(models: list[Any], num_tokens: Tensor | None, **kwargs: Any) 
 
 def _added(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
     """Metrics of the last stage's micro-batches, summed over the world, each data-parallel rank counted once."""
-    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    counted = parallel_state.is_pipeline_last_stage() and first
     mine: dict[str, float] = {}
-    for metrics in outputs if counted else []:
+    for metrics in outputs if parallel.share() else []:
         for name, value in metrics.items():
             mine[name] = mine.get(name, 0.0) + float(value)
     totals: dict[str, float] = {}
@@ -180,3 +202,14 @@ def _added(outputs: list[dict[str, Tensor]]) -> dict[str, float]:
         for name, value in theirs.items():
             totals[name] = totals.get(name, 0.0) + value
     return totals
+
+
+def _agreed(gradient_norm: Any) -> float:
+    """The first rank's: all ranks decide on one number, whatever their own reduction rounded to."""
+    return ranks.gather(float(gradient_norm))[0]
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    """The largest magnitude; infinite where there is a nan."""
+    ends = torch.stack([end.float() for tensor in tensors for end in tensor.aminmax()])
+    return float(ends.abs().max().nan_to_num(nan=math.inf, posinf=math.inf))

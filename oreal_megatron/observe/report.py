@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.observe.run import read_rows
 
@@ -35,8 +35,8 @@ def read(path: Path) -> Record:
             raise ConfigError(f"{path} is not a run folder: it has no {name}")
     return Record(
         str(path),
-        json.loads((path / "config.json").read_text()),
-        json.loads((path / "environment.json").read_text()),
+        disk.read_object(path / "config.json"),
+        disk.read_object(path / "environment.json"),
         read_rows(path / "metrics.jsonl"),
         read_rows(path / "evaluations.jsonl"),
     )

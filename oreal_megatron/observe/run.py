@@ -5,24 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from oreal_megatron import ranks, verify, versions
+from oreal_megatron import checkpoints, disk, heartbeat, ranks, verify, versions
+from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.observe import dumps
+from oreal_megatron.observe.dumps import Values
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.records import Rollout, Verdict
+from oreal_megatron.records import Batch, Rollout, Verdict
 
 
 class Run:
-    """Written by the first rank only; the other ranks just measure phases."""
+    """Written by the first rank; the other ranks measure phases, and some dump their share of the batch."""
 
-    def __init__(self, config: Config, first_step: int = 0, inputs: dict[str, str] | None = None):
-        self.config, self.first_step, self.path = config, first_step, Path(config.run)
+    def __init__(
+        self,
+        config: Config,
+        first_step: int = 0,
+        inputs: dict[str, str] | None = None,
+        share: tuple[int, int] | None = (0, 1),  # of every batch, which this rank dumps, and of how many; None: none
+    ):
+        self.config, self.first_step, self.path, self.share = config, first_step, Path(config.run), share
         self.writes = ranks.rank() == 0
         self.seconds: dict[str, float] = {}
         if not self.writes:
@@ -37,13 +48,19 @@ class Run:
         """The step numbers still to do, under a progress bar."""
         bar = Bar(f"oreal {self.path.name}", self.config.steps, self.writes, self.first_step)
         with bar as self.bar:
-            yield iter(range(self.first_step, self.config.steps))
+            yield self._numbers()
+
+    def _numbers(self) -> Iterator[int]:
+        for step in range(self.first_step, self.config.steps):
+            heartbeat.step(step)
+            yield step
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the seconds of one phase of the step, on this rank."""
         start = time.perf_counter()
-        yield
+        with heartbeat.phase(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def log(
@@ -63,21 +80,54 @@ class Run:
             f"tokens_per_second/{name}": count / seconds[name] for name, count in tokens.items() if name in seconds
         }
         row = {"step": step, **metrics, **times, "seconds/step": sum(seconds.values()), **rates}
+        self._write_rollouts(step, rollouts, verdicts)
         append_row(self.path / "metrics.jsonl", row)
-        for name, value in row.items():
-            self.events.add_scalar(name, value, step)
-        lines = [_rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
-                 for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
-        (self.path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        self._draw(step, row)
         self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/kept_samples']}")
+
+    def keep(self, step: int, batch: Batch, reference_logp: Values, weight: Values, metrics: dict[str, float]) -> None:
+        """Dump what the step was trained on, and say so where a model refused it."""
+        path = self.path / "dumps" / checkpoints.name(step)
+        if self.share:
+            try:
+                dumps.write(path, step, self.share, batch, reference_logp, weight, metrics, self.config)
+            except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
+                disk.say(f"step {step} could not be dumped for oreal replay: {error}")
+        if self.writes and (refused := guard.skipped(metrics)):
+            line = f"step {step} was refused by {' and '.join(refused)}: {guard.why(metrics)}; see oreal replay {path}"
+            self.bar.console.print(line, highlight=False)
+
+    def forget_dumps(self, checkpoints: Sequence[Path]) -> None:
+        """Of the steps before these checkpoints, which can no longer be reached."""
+        if self.writes and checkpoints:
+            dumps.forget(self.path, before=checkpoints[0].name)
 
     def log_evaluation(self, step: int, result: dict[str, float]) -> None:
         """Held-out accuracy of the policy after `step` steps."""
         if not self.writes:
             return
         append_row(self.path / "evaluations.jsonl", {"step": step, **result})
-        for name, value in result.items():
-            self.events.add_scalar(f"evaluation/{name}", value, step)
+        self._draw(step, {f"evaluation/{name}": value for name, value in result.items()})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the policy after `step` steps has been evaluated, on all ranks. Collective."""
+        rows = read_rows(self.path / "evaluations.jsonl") if self.writes else []
+        return ranks.gather(any(row["step"] == step for row in rows))[0]
+
+    def _write_rollouts(self, step: int, rollouts: Any, verdicts: Any) -> None:
+        lines = [rollout_line(r, v) for row_r, row_v in zip(rollouts, verdicts, strict=True)
+                 for r, v in zip(row_r, row_v, strict=True)]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        disk.with_room(self.path, disk.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard events; they are copies, and a full disk costs no more than them."""
+        try:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+        except OSError as error:
+            disk.say(f"TensorBoard events of step {step} are lost ({error}); metrics.jsonl has them")
+            self.events = SummaryWriter(str(self.path / "tensorboard"))
 
     def _forget_from(self, step: int) -> None:
         """Drop what an interrupted run wrote at or after the step that is done again."""
@@ -85,7 +135,7 @@ class Run:
             file = self.path / name
             last = step if name == "evaluations.jsonl" else step - 1
             rows = [row for row in read_rows(file) if row["step"] <= last]
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            disk.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def refuse_existing(config: Config) -> None:
@@ -105,21 +155,20 @@ def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) ->
     for name, content in (("config", dataclasses.asdict(config)), ("environment", environment)):
         file = path / f"{name}.json"
         if file.exists():
-            file.rename(path / f"{name}_before_step_{first_step}.json")
+            shutil.copy(file, path / f"{name}_before_step_{first_step}.json")
         _write_json(file, content)
 
 
 def refuse_changed(run: Path, inputs: dict[str, str]) -> None:
     """A resumed run must read what it read before: the starting policy is its reference, the prompts its order."""
-    before = json.loads((run / "environment.json").read_text()).get("inputs", {})
+    before = disk.read_object(run / "environment.json").get("inputs", {})
     for name, digest in inputs.items():
         if before.get(name, digest) != digest:
             raise ConfigError(f"{name} has changed since the run {run} was started; put the old one back to resume it")
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:
-    with open(file, "a") as lines:
-        lines.write(json.dumps(row) + "\n")
+    disk.with_room(file.parent, disk.append_line, file, json.dumps(row))
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -130,7 +179,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
+def rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
     return {
         "question": rollout.prompt.question,
         "gold_answer": rollout.prompt.gold,
@@ -146,4 +195,4 @@ def _rollout_line(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    disk.write_text(path, json.dumps(value, indent=2) + "\n")

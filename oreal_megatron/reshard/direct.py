@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oreal_megatron.reshard.counted import Counted
 from oreal_megatron.reshard.pieces import Spot, cut, matrix
 from oreal_megatron.reshard.plan import Batch, Move, Plan
 
@@ -39,16 +40,6 @@ class Step:
     targets: list[Tensor]  # of the slices that stay on this rank
 
 
-@dataclass
-class Counted:
-    """Bytes that this rank sent and received, by peer's node: within its own, or between nodes."""
-
-    sent: int = 0
-    received: int = 0
-    sent_between: int = 0
-    received_between: int = 0
-
-
 class Direct:
     """The transfers of a plan, with the tensors of both sides of this rank.
 
@@ -56,8 +47,8 @@ class Direct:
     are as long as this object is used, which `moved` tells.
     """
 
-    def __init__(self, plan: Plan, held: dict[str, Tensor], live: dict[str, Tensor], node: int):
-        self.node, self.addresses = node, _addresses(held, live)
+    def __init__(self, plan: Plan, held: dict[str, Tensor], live: dict[str, Tensor]):
+        self.addresses = _addresses(held, live)
         ours, theirs = ({name: matrix(x) for name, x in side.items()} for side in (held, live))
         engine = next(iter(theirs.values()))
         self.dtype, self.device = engine.dtype, engine.device
@@ -68,10 +59,9 @@ class Direct:
         return self.addresses != _addresses(held, live)
 
     @torch.no_grad()
-    def run(self) -> Counted:
-        """Carry out all transfers. Collective."""
-        counted, under_way = Counted(), deque()
-        buffers = self.buffers()
+    def run(self, counted: Counted) -> None:
+        """Carry out all transfers and count what travels. Collective."""
+        under_way, buffers = deque(), self.buffers()
         for number, step in enumerate(self.steps):
             if len(under_way) == 2:
                 self.arrive(*under_way.popleft())
@@ -79,7 +69,6 @@ class Direct:
             under_way.append((step, receiving, self.post(step, sending, receiving, counted)))
         while under_way:
             self.arrive(*under_way.popleft())
-        return counted
 
     def buffers(self) -> list[tuple[Tensor, Tensor]]:
         """For even and for odd batches: what is sent, what is received. Freed after every run."""
@@ -97,9 +86,10 @@ class Direct:
         for message, buffer in _parcels(step.sends, sending):
             torch._foreach_copy_(_views(buffer, message.parts), message.parts)
             operations.append(dist.P2POp(dist.isend, buffer, message.peer))
+            counted.add("sent", message.peer, buffer)
         for message, buffer in _parcels(step.receives, receiving):
             operations.append(dist.P2POp(dist.irecv, buffer, message.peer))
-        self._count(operations, counted)
+            counted.add("received", message.peer, buffer)
         return dist.batch_isend_irecv(operations) if operations else []
 
     def arrive(self, step: Step, receiving: Tensor, works: list[dist.Work]) -> None:
@@ -108,13 +98,6 @@ class Direct:
             work.wait()
         for message, buffer in _parcels(step.receives, receiving):
             torch._foreach_copy_(message.parts, _views(buffer, message.parts))
-
-    def _count(self, operations: list[dist.P2POp], counted: Counted) -> None:
-        here = dist.get_rank() // self.node
-        for operation in operations:
-            way = "sent" if operation.op is dist.isend else "received"
-            for name in (way,) if operation.peer // self.node == here else (way, f"{way}_between"):
-                setattr(counted, name, getattr(counted, name) + operation.tensor.nbytes)
 
 
 def _addresses(held: dict[str, Tensor], live: dict[str, Tensor]) -> list[int]:

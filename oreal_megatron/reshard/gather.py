@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oreal_megatron.mapping import tensors
 from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.reshard.counted import Counted
 
 BUCKET_BYTES = 256 * 2**20
 
@@ -31,12 +32,12 @@ class Layout:
 
 
 def full_tensors(
-    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: Layout
+    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: Layout, counted: Counted
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, full tensor) in Hugging Face terms, the same on every rank. Collective: every rank must exhaust it.
 
     `placed` are this rank's tensors with their entries. Buffers are fresh for every bucket, because vLLM's loaders
-    may keep a tensor until the last of its layer has come.
+    may keep a tensor until the last of its layer has come. What travels is added to `counted`.
     """
     mine = {entry.megatron: tensor.detach() for entry, tensor in placed}
     stages, ranks = layout.pipeline_group.size(), layout.tensor_group.size()
@@ -46,17 +47,7 @@ def full_tensors(
         wanted = [entry for entry in cut if entry.exported]
         here = stage == layout.pipeline_group.rank()
         for bucket in _buckets(wanted, ranks, layout.dtype):
-            yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout)
-
-
-def received_bytes(arch: Architecture, ranks: int, stages: int, chunks: int, stage: int, itemsize: int) -> int:
-    """What a rank of a stage receives: shards of its own stage from tensor-parallel ranks, other stages whole."""
-    total = 0
-    for part in range(stages * chunks):
-        cut = tensors.entries(arch, ranks, stages * chunks, part, "lm")
-        shard = sum(entry.shard_shape(ranks).numel() for entry in cut if entry.exported) * itemsize
-        total += shard * (ranks - 1 if part % stages == stage else ranks)
-    return total
+            yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout, counted)
 
 
 def _buckets(entries: list[tensors.Entry], ranks: int, dtype: torch.dtype) -> Iterator[list[tensors.Entry]]:
@@ -74,7 +65,12 @@ def _buckets(entries: list[tensors.Entry], ranks: int, dtype: torch.dtype) -> It
 
 
 def _bucket_tensors(
-    bucket: list[tensors.Entry], mine: dict[str, Tensor] | None, stage: int, arch: Architecture, layout: Layout
+    bucket: list[tensors.Entry],
+    mine: dict[str, Tensor] | None,
+    stage: int,
+    arch: Architecture,
+    layout: Layout,
+    counted: Counted,
 ) -> Iterator[tuple[str, Tensor]]:
     ranks = layout.tensor_group.size()
     shapes = [entry.shard_shape(ranks) for entry in bucket]
@@ -82,8 +78,11 @@ def _bucket_tensors(
     if mine is not None:
         packed = torch.cat([mine[entry.megatron].flatten() for entry in bucket])
         dist.all_gather(list(flat.unbind(0)), packed, group=layout.tensor_group)
+        counted.all_gather(packed, layout.tensor_group)
     if layout.pipeline_group.size() > 1:
-        dist.broadcast(flat, dist.get_global_rank(layout.pipeline_group, stage), group=layout.pipeline_group)
+        source = dist.get_global_rank(layout.pipeline_group, stage)
+        dist.broadcast(flat, source, group=layout.pipeline_group)
+        counted.broadcast(flat, source, layout.pipeline_group)
     offset = 0
     for entry, shape in zip(bucket, shapes, strict=True):
         shards = [part[offset : offset + shape.numel()].view(shape) for part in flat]

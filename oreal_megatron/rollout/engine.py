@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from oreal_megatron import ranks, versions
-from oreal_megatron.config import Config, RunStopped, Sampling
+from oreal_megatron import heartbeat, ranks, versions
+from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import plain_weights
+from oreal_megatron.rollout import internlm, plain_weights, shared_memory
 
 versions.check(versions.VLLM)
 
+log = logging.getLogger(__name__)
 Finished = Callable[[Rollout], None]
 
 
 class EngineError(RunStopped):
-    """The engine cannot be trusted to hold the weights it was given."""
+    """The engine does not answer, or cannot be trusted to hold the weights it was given."""
 
 
 class Engine:
@@ -34,16 +39,24 @@ class Engine:
     scheduler runs on each of them, and without seeds their token streams part silently.
     """
 
-    def __init__(self, config: Config, stop_tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        config: Config,
+        stop_tokens: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        leave: Callable[[], bool] = lambda: False,  # whether this process was asked to
+    ):
         self.config, self.stop_tokens, self.tokenizer = config, list(stop_tokens), tokenizer
         size = config.engine.tensor
         self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
         self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
-        self.version = 0
+        self.version, self.leave, self.leaving = 0, leave, False
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
+        internlm.register()
         if config.engine.transport == "direct":
             plain_weights.keep()
+        shared_memory.of_this_job(ranks.gather(uuid.uuid4().hex)[0])
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -66,21 +79,69 @@ class Engine:
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, int], finished: Finished | None = None
     ) -> list[list[Rollout]]:
         """[P, K] answers to all prompts, on every rank. `finished` is called for each answer as soon as it is
-        complete, on one rank of the replica that generated it."""
-        mine = [slot for slot in range(len(prompts)) if slot % self.replicas == self.replica]
-        asked = {f"{slot}.{index}": (slot, index) for slot in mine for index in range(sampling.answers_per_prompt)}
-        for request, (slot, index) in asked.items():
-            prompt = {"prompt_token_ids": list(prompts[slot].tokens)}
-            self.llm.llm_engine.add_request(request, prompt, self._parameters(sampling, seed, slot, index))
-        done = []
-        while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
-                slot, index = asked[output.request_id]
-                rollout = self._rollout(prompts[slot], slot, index, output.outputs[0])
-                done.append(rollout)
-                if finished and self.speaks:
-                    finished(rollout)
-        return self._everyones(done, prompts, sampling.answers_per_prompt)
+        complete, on one rank of the replica that generated it.
+
+        What an engine fails to answer is asked again, with the same seeds, by all ranks of its replica; EngineError on
+        every rank when that did not help. A rank that fails between two collectives of a replica's step leaves its
+        peers in the second: the watchdog ends that. Raises Preempted, on all ranks, when one was asked to leave.
+        """
+        slots = range(self.replica, len(prompts), self.replicas)
+        missing = [(slot, index) for slot in slots for index in range(sampling.answers_per_prompt)]
+        done: dict[tuple[int, int], Rollout] = {}
+        for attempt in range(self.config.engine.retries + 1):
+            asked = {f"{attempt}.{slot}.{index}": (prompts[slot], slot, index) for slot, index in missing}
+            error = ""
+            try:
+                for rollout in self._answers(asked, sampling, seed):
+                    if finished and self.speaks and rollout.key not in done:
+                        finished(rollout)
+                    done[rollout.key] = rollout
+            except Exception as raised:  # of vLLM, on this rank alone perhaps: the others hear of it below
+                log.exception("the engine of rank %d failed", ranks.rank())
+                error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            if any(ranks.gather(self.leaving)):
+                raise Preempted("asked to leave while generating")
+            gaps = ranks.gather((self.replica, [key for key in missing if key not in done], error))
+            if not any(gap for _, gap, _ in gaps):
+                break
+            self._retry_or_stop(attempt, [(gap, error) for _, gap, error in gaps], seed[1])
+            missing = sorted({key for replica, gap, _ in gaps if replica == self.replica for key in gap})
+        return self._everyones(list(done.values()), prompts, sampling.answers_per_prompt)
+
+    def _retry_or_stop(self, attempt: int, everyones: list[tuple[list, str]], step: int) -> None:
+        """Say what is asked again, or raise on all ranks alike."""
+        faults = "; ".join(
+            f"rank {rank} lacks {len(gap)} answers ({error or 'vLLM returned none, or empty ones'})"
+            for rank, (gap, error) in enumerate(everyones)
+            if gap
+        )
+        retries = self.config.engine.retries
+        if attempt == retries:
+            raise EngineError(
+                f"step {step}: the engine did not answer, {retries} retries (engine.retries) included: {faults}. "
+                "Nothing was trained on this step; the errors are logged above, and the run can be resumed"
+            )
+        if ranks.rank() == 0:
+            log.warning("step %d: the engine is asked again: %s", step, faults)
+
+    def _answers(
+        self, asked: dict[str, tuple[Prompt, int, int]], sampling: Sampling, seed: tuple[int, int]
+    ) -> Iterator[Rollout]:
+        """The answers to named requests, as they are completed. Those that vLLM aborted or left empty are left out."""
+        engine = self.llm.llm_engine
+        try:
+            for request, (prompt, slot, index) in asked.items():
+                parameters = self._parameters(sampling, seed, slot, index)
+                engine.add_request(request, {"prompt_token_ids": list(prompt.tokens)}, parameters)
+            while engine.has_unfinished_requests() and not self.leaving:
+                for output in engine.step():
+                    answer = output.outputs[0]
+                    if answer.token_ids and answer.finish_reason in ("stop", "length"):
+                        yield self._rollout(*asked[output.request_id], answer)
+                self.leaving = self._leaves()
+                heartbeat.beat()
+        finally:
+            engine.abort_request(list(asked))  # nothing is left of them when all went well
 
     def live(self) -> tuple[dict[str, Tensor], str]:
         """This rank's parameters as they are, by vLLM's names; and why writing to them would not do, if so."""
@@ -117,6 +178,14 @@ class Engine:
     def close(self) -> None:
         """End the engine. vLLM takes torch's process group down with it, so this comes last."""
         self.llm.llm_engine.engine_core.shutdown()
+
+    def _leaves(self) -> bool:
+        """Whether a rank of this replica was asked to leave: they step together, so they stop together."""
+        if self.config.engine.tensor == 1:
+            return bool(self.leave())
+        asked = torch.tensor([bool(self.leave())], dtype=torch.int32)
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
+        return bool(asked)
 
     def _parameters(self, sampling: Sampling, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
         proof = index == 0 and slot // self.replicas < self.config.engine.proof_answers

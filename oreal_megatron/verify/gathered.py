@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from oreal_megatron import ranks
+from oreal_megatron import heartbeat, ranks
 from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Outcome, Rollout, Verdict
-from oreal_megatron.verify.grader import Grader
+from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.verify.pool import PoolBroken
 
 
 class TooManyUnknown(RunStopped):
@@ -25,7 +26,7 @@ class StepVerifier:
         prompt = rollout.prompt
         try:
             future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question)
-        except RuntimeError as error:  # no worker can be started: told in verdicts(), where all ranks hear it
+        except Exception as error:  # no worker can be started: told in verdicts(), where all ranks hear it
             future = Future()
             future.set_exception(error)
         self.pending[rollout.key] = future
@@ -43,10 +44,16 @@ class StepVerifier:
     def _collect(self) -> tuple[dict[tuple[int, int], Verdict], str]:
         """This rank's verdicts, or why there are none: a rank that fails alone would leave the others waiting."""
         pending, self.pending = self.pending, {}
+        verdicts = {}
         try:
-            return {key: future.result() for key, future in pending.items()}, ""
-        except RuntimeError as error:  # every judge host is down
+            for key, future in pending.items():
+                verdicts[key] = future.result()
+                heartbeat.beat()
+        except (JudgesDown, PoolBroken) as error:
             return {}, str(error)
+        except Exception as error:  # a bug of the verifier
+            return {}, f"grading answer {key} failed with {error!r} on rank {ranks.rank()}; please report it"
+        return verdicts, ""
 
     def _refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
         unknown = [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]

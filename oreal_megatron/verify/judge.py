@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import random
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -36,7 +38,18 @@ MESSAGE_EVERY_S = 10.0  # while every host is down
 PROBE_S = 5.0  # for the list of models of a host that was left alone
 MAX_REPLY_BYTES = 1_000_000
 MAX_TOKENS = 256  # one word is asked for; some judges think aloud first
+API_KEY = "OREAL_JUDGE_API_KEY"  # of the environment only: nothing of it is ever written down
 _REFUSED = (400, 413, 422)  # this request is at fault, not the host
+
+
+def refuse_secrets(urls: Sequence[str]) -> None:
+    """URLs are written into config.json and logs, so no key may be in one."""
+    for url in map(urlsplit, urls):
+        if url.username or url.password or url.query:
+            raise config.ConfigError(
+                f"the URL of judge {url.hostname} holds a user, a password or a query, which run folders and logs "
+                f"would show; give the bare URL, and the key in the environment as {API_KEY}"
+            )
 
 
 class JudgesDown(RuntimeError):
@@ -82,6 +95,7 @@ class Judge:
     def __init__(self, config: config.Judge) -> None:
         if not config.urls:
             raise ValueError("a judge needs at least one URL, got none; set verify.judge.urls")
+        refuse_secrets(config.urls)
         self.config = config
         self.cache = VerdictCache(config.cache)
         self.hosts = [_Host(url.rstrip("/").removesuffix("/v1")) for url in config.urls]
@@ -125,7 +139,9 @@ class Judge:
         timeout = httpx.Timeout(self.config.read_timeout_s, connect=self.config.connect_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency)
         # trust_env=False: a judge is an address of the cluster; a proxy of the environment has no part in it
-        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+        key = os.environ.get(API_KEY, "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, headers=headers)
         self._loop.call_soon(self._ready.set)
         self._loop.run_forever()
         tasks = list(self._tasks)

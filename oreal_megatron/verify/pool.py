@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oreal_megatron.verify.futures import cancel, fail, settle
+from oreal_megatron.verify.judge import API_KEY
 
 IN_FLIGHT = 16  # answers written ahead to one worker; it grades them one by one, each with its own clock
 START_S = 60.0  # a worker that is not ready by then counts as dead
@@ -171,7 +172,9 @@ class Pool:
 
     def _start(self) -> None:
         environment = {
-            **os.environ,
+            **{
+                name: value for name, value in os.environ.items() if name != API_KEY
+            },  # what models write is graded here
             "PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         }
         process = subprocess.Popen(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 
-def pieces(folder: str, tensor: int, pipeline: int = 1):
+def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
 
     optimizer = c.Optimizer(lr=1e-2, min_lr=1e-3, warmup_steps=1)
     config = c.Config(
-        model=c.Model(folder),
+        model=c.Model(folder, dtype),
         parallel=c.Parallel(tensor, pipeline),
         steps=4,
         policy_freeze_steps=1,
@@ -27,27 +26,36 @@ def pieces(folder: str, tensor: int, pipeline: int = 1):
     return architecture.read(source.config), config, source.tensor
 
 
-def trainers(folder: str, tensor: int, pipeline: int = 1):
+def trainers(*layout, reward_model: bool = True):
     from oreal_megatron.mcore import roles
 
-    made = pieces(folder, tensor, pipeline)
-    return {"policy": roles.Policy(*made), "reward_model": roles.TokenRewardModel(*made)}, roles.Reference(*made)
+    made = pieces(*layout)
+    models = {"policy": roles.Policy(*made)} | ({"reward_model": roles.TokenRewardModel(*made)} if reward_model else {})
+    return models, roles.Reference(*made)
 
 
 def go_on(models: dict, reference, samples: list, steps: range) -> list:
     from oreal_megatron.algo import pack
-    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore import parallel, roles
 
-    rows = []
+    rows, reward_model = [], models.get("reward_model", roles.NoRewardModel())
     for step in steps:
         batch = pack.batch(samples[4 * step : 4 * step + 4], 60, *parallel.data_parallel())
-        weight, learned = models["reward_model"].update(batch)
+        weight, learned = reward_model.update(batch)
         rows.append(learned | (models["policy"].update(batch, reference.score(batch), weight) if step >= 1 else {}))
     return rows
 
 
-def all_weights(models: dict) -> dict:
-    return {
+def all_state(models: dict) -> dict:
+    """Weights, main weights and moments of this rank."""
+    from oreal_megatron.mcore import adam
+
+    optimizers = {
+        f"{name} optimizer {place}": tensor.clone()
+        for name, model in models.items()
+        for place, tensor in enumerate(adam.tensors(model.optimizer))
+    }
+    return optimizers | {
         f"{name} {chunk} {key}": value.detach().clone()
         for name, model in models.items()
         for chunk, module in enumerate(model.chunks)
@@ -55,47 +63,62 @@ def all_weights(models: dict) -> dict:
     }
 
 
-def story(folder: str, tensor: int, samples: list, path: str, save_at: int):
+def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: int):
     from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore.saver import Saver
 
     parallel.start_process_group()
-    parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
-    models, reference = trainers(folder, tensor)
+    parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
+    models, reference = trainers(*layout, reward_model=reward_model)
     go_on(models, reference, samples, range(save_at))
-    saved = checkpoint.save(Path(path), save_at, models, keep=2)
-    rows = go_on(models, reference, samples, range(save_at, 4))
-    weights, random_numbers = all_weights(models), torch.randn(3)
+    saver = Saver(Path(path), models, keep=2)
+    saver.start(save_at)
+    rows = go_on(models, reference, samples, range(save_at, 4))  # while it is written
+    saver.finish()
+    state, random_numbers = all_state(models), torch.randn(3)
 
-    fresh, reference = trainers(folder, tensor)
+    fresh, reference = trainers(*layout, reward_model=reward_model)
     torch.manual_seed(999)
-    step = checkpoint.load(saved, fresh)
+    step = checkpoint.load(checkpoint.choose(Path(path), list(fresh), None, False), fresh)
     again = go_on(fresh, reference, samples, range(step, 4))
-    result = rows, weights, random_numbers, step, again, all_weights(fresh), torch.randn(3)
+    result = rows, state, random_numbers, step, again, all_state(fresh), torch.randn(3)
     parallel.stop()
     return result
 
 
-@pytest.mark.parametrize("tensor", [1, 2], ids=["data parallel 2", "tensor parallel 2"])
-def test_resume_is_exact(tensor, model_folder, in_processes, make_samples, tmp_path):
-    for save_at in (0, 2):  # at 0 no optimizer has taken a step yet
-        folder = tmp_path / str(save_at)
-        ranks = in_processes(2, story, str(model_folder), tensor, make_samples(16, seed=8), str(folder), save_at)
-        for rows, weights, random_numbers, step, again, weights_again, random_again in ranks:
-            assert step == save_at and rows == again
-            assert weights.keys() == weights_again.keys()
-            assert all(torch.equal(value, weights_again[name]) for name, value in weights.items())
-            assert torch.equal(random_numbers, random_again)
+@pytest.mark.parametrize(
+    ("processes", "tensor", "pipeline", "dtype", "reward_model", "save_at"),
+    [
+        (2, 1, 1, "float32", True, 0),  # no optimizer has taken a step yet
+        (2, 1, 1, "bfloat16", True, 2),
+        (2, 2, 1, "float32", False, 2),
+        (2, 1, 2, "float32", True, 2),
+        (4, 2, 2, "bfloat16", True, 2),
+    ],
+    ids=["data parallel, fresh", "data parallel, bfloat16", "tensor parallel", "pipeline parallel", "both, bfloat16"],
+)
+def test_resume_is_exact(
+    processes, tensor, pipeline, dtype, reward_model, save_at, model_folder, in_processes, make_samples, tmp_path
+):
+    layout = (str(model_folder), tensor, pipeline, dtype)
+    ranks = in_processes(processes, story, layout, reward_model, make_samples(16, seed=8), str(tmp_path), save_at)
+    for rows, state, random_numbers, step, again, state_again, random_again in ranks:
+        assert step == save_at and rows == again
+        assert state.keys() == state_again.keys()
+        assert all(torch.equal(value, state_again[name]) for name, value in state.items())
+        assert torch.equal(random_numbers, random_again)
 
 
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.cli import build
-    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore.saver import Saver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor)
     go_on(models, reference, samples, range(2))
-    checkpoint.save(Path(path), 2, models, keep=1)
+    Saver(Path(path), models, keep=1).save(2)
     rows = go_on(models, reference, samples, range(2, 4))
     weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
     parallel.stop()
@@ -109,7 +132,7 @@ def load_only(folder: str, tensor: int, pipeline: int, samples: list, path: str)
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor, pipeline)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor, pipeline)
-    step = checkpoint.load(checkpoint.newest(Path(path), list(models)), models)
+    step = checkpoint.load(checkpoint.choose(Path(path), list(models), None, False), models)
     rows = go_on(models, reference, samples, range(step, 4))
     weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
     parallel.stop()
@@ -125,17 +148,3 @@ def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in
             assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
         gaps = [(weights[name] - value).square().mean().sqrt().item() for name, value in wanted.items()]
         assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
-
-
-def test_only_the_newest_checkpoints_stay_and_half_written_ones_do_not_count(tmp_path):
-    from oreal_megatron.config import ConfigError
-    from oreal_megatron.mcore import checkpoint
-
-    for name in ("step_000010", "step_000002", "step_000020.partial", "notes"):
-        (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_000002", "step_000010"]
-    with pytest.raises(ConfigError, match="step_000010/policy is not a Megatron distributed checkpoint"):
-        checkpoint.newest(tmp_path, ["policy"])
-    with pytest.raises(ConfigError, match="no finished checkpoint"):
-        checkpoint.newest(tmp_path / "notes", ["policy"])
-    shutil.rmtree(tmp_path)

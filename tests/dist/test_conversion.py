@@ -189,7 +189,8 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
     from oreal_megatron.cli import build
     from oreal_megatron.convert import megatron_folder
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore.saver import Saver
 
     config, source = start(layout), Folder(folder)
     made = models(folder, config, source)
@@ -201,7 +202,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
         head = {"policy": "lm", "reward_model": "scalar"}[name]
         megatron_folder.describe(source, where, head, torch.float32)
 
-    checkpoint.save(Path(path), 1, made, 1, describe)
+    Saver(Path(path), made, keep=1, describe=describe).save(1)
     weights = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
     parallel.stop()
     return weights

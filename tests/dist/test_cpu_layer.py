@@ -24,6 +24,7 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
     from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import checkpoint, parallel, roles
     from oreal_megatron.mcore.cpu import device_layer
+    from oreal_megatron.mcore.saver import Saver
 
     source = Folder(folder)
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -37,7 +38,7 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
         policy.score(batch)
         policy.imitate(batch)
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint.load(checkpoint.save(Path(scratch), 1, {"policy": policy}, keep=1), {"policy": policy})
+            checkpoint.load(Saver(Path(scratch), {"policy": policy}, keep=1).save(1), {"policy": policy})
 
     failures = {}
     for patch in patches:

@@ -25,7 +25,7 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
         parallel=c.Parallel(tensor, pipeline),
         engine=c.Engine(tensor=engine_tensor, max_model_len=256, max_num_seqs=16, kv_cache_gb=0.1, enforce_eager=True),
         sampling=c.Sampling(answers_per_prompt=2, temperature=1.2, top_p=0.9, max_new_tokens=12),
-        optimizer=c.Optimizer(lr=0.02, warmup_steps=0),
+        supervised=c.Supervised(optimizer=c.Optimizer(lr=0.02, min_lr=0.02, warmup_steps=0)),
         verify=c.Verify(workers=1),
     )
     inputs = build.prepare(config)
@@ -37,8 +37,15 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     prompts = [Prompt(i, "", "", None, tuple(4 + (7 * i + j) % 70 for j in range(LONG_PROMPT))) for i in range(3)]
     table = Story(config, policy, engine, prompts, samples)
     hand_over = build.connect(policy, engine)
+    own, one = table.own(prompts), table.own(prompts[:1])
 
-    result = {"nothing to do": hand_over(0), "before": table.gap(0), "first": table.tokens(0), "again": table.tokens(0), "other": table.tokens(1)}
+    result = {
+        "nothing to do": hand_over(0),
+        "before": table.gap(0),
+        "first": table.tokens(0),
+        "again": table.tokens(0),
+        "other": table.tokens(1),
+    }
     table.update()
     result["missed"] = table.gap(0)
     engine.version = policy.updates
@@ -49,7 +56,8 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     if not packed:
         result["as vLLM loads"] = table.equals_what_vllm_loads()
         result["planted"] = table.proof_of_a_planted_error(hand_over)
-    result["version"] = engine.version
+    result |= {"version": engine.version, "own": own, "one": one, "says": hand_over.description}
+    result["woken"] = table.order_of_waking(hand_over)
     result["swapped"] = table.gap_with_a_query_head_swapped_for_a_key()
     result["refused"] = table.reset_refused_while_a_request_runs(hand_over)
     parallel.stop(engine)
@@ -84,6 +92,56 @@ class Story:
         numpy.random.seed(ranks.rank())
         rollouts = self.engine.generate(self.prompts, self.config.sampling, (0, step))
         return [rollout.tokens for row in rollouts for rollout in row]
+
+    def own(self, prompts) -> list[tuple]:
+        """(slot, index, tokens) of what this rank itself generated, in order; generators have parted as above."""
+        import torch
+
+        from oreal_megatron import ranks
+
+        heard, speaks = [], self.engine.speaks
+        torch.manual_seed(ranks.rank() + 7)
+        self.engine.speaks = True
+        self.engine.generate(prompts, self.config.sampling, (0, 0), heard.append)
+        self.engine.speaks = speaks
+        return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
+
+    def order_of_waking(self, hand_over) -> list:
+        """What a sleeping engine is asked in a hand-over, and whether the transfer's buffers were gone by then."""
+        import weakref
+
+        asked, buffers, engine, llm = [], [], self.engine, self.engine.llm
+
+        class Sleeper:  # a CPU cannot sleep; everything else is the engine's own
+            def __getattr__(self, name):
+                return getattr(llm, name)
+
+            def sleep(self, level):
+                asked.append(f"sleep {level}")
+
+            def wake_up(self, tags):
+                gone = all(buffer() is None for buffer in buffers)
+                asked.append(("wake", *tags, f"{len(buffers)} buffers", f"gone: {gone}"))
+
+            def reset_prefix_cache(self):
+                asked.append("reset")
+                return llm.reset_prefix_cache()
+
+        if hand_over.direct:
+            made = hand_over.direct.buffers
+
+            def watched():
+                pairs = made()
+                buffers.extend(weakref.ref(buffer) for pair in pairs for buffer in pair)
+                return pairs
+
+            hand_over.direct.buffers = watched
+        engine.llm, engine.can_sleep = Sleeper(), True
+        engine.sleep()
+        engine.sleep()
+        hand_over(engine.version)
+        engine.llm, engine.can_sleep = llm, False
+        return asked
 
     def update(self) -> None:
         from oreal_megatron.algo import pack
@@ -123,7 +181,7 @@ class Story:
         qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
         if ranks.rank() == ranks.world_size() - 1:
             qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
-        return hand_over.checksums.differing()
+        return [found.name for found in hand_over.checksums.differing()]
 
     def reset_refused_while_a_request_runs(self, hand_over) -> str:
         from oreal_megatron.rollout.engine import EngineError
@@ -159,8 +217,26 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
         assert "refused to reset its prefix cache" in result["refused"]
         assert result["version"] == 1
         assert result["first"] == result["again"] != result["other"], "answers are a function of seed and step"
+        held = 0 if packed else 4
+        assert result["woken"] == [
+            "sleep 2",
+            ("wake", "weights", "0 buffers", "gone: True"),
+            ("wake", "kv_cache", f"{held} buffers", "gone: True"),
+            "reset",
+        ]
+        assert ("loader" in result["says"] and "packed copy" in result["says"]) == packed
         assert result["metrics"]["reshard/direct"] == (not packed), "a packed engine is given full tensors"
-        if not packed:
+        if packed:
+            assert result["metrics"]["reshard/proved_tensors"] > 20
+        else:
             assert result["as vLLM loads"] and result["metrics"]["reshard/proved_parameters"] > 20
             assert result["planted"] == ["model.layers.1.self_attn.qkv_proj.weight"] * number
     assert ranks[0]["first"] == ranks[-1]["first"], "all ranks know all rollouts"
+    streams = [result["own"] for result in ranks]
+    if layout[0] == world:  # one replica: the same tokens in the same order on each of its ranks
+        assert len(streams[0]) == 6 and all(stream == streams[0] for stream in streams)
+    else:  # the last prompt has no partner, and one prompt alone leaves the other replica idle
+        assert [sorted({slot for slot, *_ in stream}) for stream in streams] == [[0, 2], [1]]
+        assert (
+            sorted(ranks[0]["one"]) == sorted(answer for answer in streams[0] if answer[0] == 0) and not ranks[1]["one"]
+        )

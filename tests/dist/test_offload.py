@@ -38,6 +38,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import checkpoint, parallel, roles
+    from oreal_megatron.mcore.saver import Saver
 
     optimizer = c.Optimizer(lr=1e-2, warmup_steps=0)
     config = c.Config(model=c.Model(folder, dtype), optimizer=optimizer, offload=offload, loss=c.Loss(kl_coef=0.5))
@@ -58,7 +59,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
         weight, _ = models["reward_model"].update(batch)
         models["policy"].update(batch, models["reference"].score(batch), weight)
         if step == 0:
-            checkpoint.load(checkpoint.save(Path(scratch), step, trainers, 1), trainers)
+            checkpoint.load(Saver(Path(scratch), trainers, keep=1).save(step), trainers)
     seen["afterwards"] = bytes_here()
     weights = {name: tensor.clone() for name, tensor in build.full_tensors(models["policy"])}
     return {"seen": seen, "weights": weights}

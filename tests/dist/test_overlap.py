@@ -36,6 +36,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import checkpoint, parallel, roles
+    from oreal_megatron.mcore.saver import Saver
 
     config = c.Config(
         model=c.Model(folder),
@@ -48,14 +49,16 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     policy, found = roles.Policy(*pieces), {"update": [], "score": [], "hand-over": [], "checkpoint": []}
     for step, reader in enumerate(("score", "hand-over", "checkpoint")):  # each is the first to read an update
         batch = pack.batch(samples[step:], 40, *parallel.data_parallel())
-        found["update"].append(policy.imitate(batch))
+        metrics = policy.imitate(batch)
+        metrics.pop("policy/largest_weight")  # before gathering, old weights of other replicas count as well
+        found["update"].append(metrics)
         for name in (reader, "score", "hand-over"):
             if name == "score":
                 found[name] += policy.score(batch)
             elif name == "hand-over":
                 found[name] += [value.clone() for _, value in build.full_tensors(policy)]
             else:
-                saved = checkpoint.save(scratch, step, {"policy": policy}, keep=1)
+                saved = Saver(scratch, {"policy": policy}, keep=1).save(step)
                 fresh = roles.Policy(*pieces)
                 checkpoint.load(saved, {"policy": fresh})
                 found[name] += [value.clone() for _, value in build.full_tensors(fresh)]

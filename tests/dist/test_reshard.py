@@ -1,5 +1,5 @@
 """Real Megatron models in gloo processes, handed over to parameter sets of vLLM's layout: bit by bit what the plain
-oracle says, under both transports, at every pair of layouts; and planted errors are caught and named.
+oracle says, under both transports, at every pair of layouts; and planted errors are caught and named, by either proof.
 
 All pairs: OREAL_EVERY_LAYOUT=1 python -m pytest tests/dist/test_reshard.py
 """
@@ -10,9 +10,9 @@ import importlib.util
 import itertools
 import json
 import os
-from pathlib import Path
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +20,7 @@ import torch
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
-ROWS = {name: row for name, row in ROWS.items() if not any("experts" in field for field in row)}  # those go by gather
+DENSE = [name for name, row in ROWS.items() if not any("experts" in field for field in row)]  # others go by gather
 SPEC = importlib.util.spec_from_file_location("reshard_oracle", TESTS / "reshard_oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(oracle)
@@ -33,23 +33,23 @@ EVERY = [
     (4, (2, 2, 1), (1, 2, 4)), (2, (1, 2, 2), (1, 2)),
 ]  # fmt: skip
 ALL = bool(os.environ.get("OREAL_EVERY_LAYOUT"))
-FAMILIES = tuple(ROWS) if ALL else ("Qwen2", "Qwen3", "InternLM2")  # names, biases and orders of their own
+FAMILIES = tuple(DENSE) if ALL else ("Qwen2", "Qwen3", "InternLM2")  # names, biases and orders of their own
 BUFFER_BYTES = 64 * 2**10  # many batches; no slice fits at once
 
 
 class Parameters:
     """An engine's parameters without an engine: of vLLM's shapes, filled by its rules when given full tensors."""
 
-    def __init__(self, arch, ranks: int, rank: int, dtype: torch.dtype):
+    def __init__(self, arch, ranks: int, rank: int, dtype: torch.dtype, refusal: str = ""):
         from oreal_megatron.reshard import vllm_layout
 
-        self.arch, self.ranks, self.rank, self.awake, self.version = arch, ranks, rank, True, -1
+        self.arch, self.ranks, self.rank, self.refusal, self.awake, self.version = arch, ranks, rank, refusal, True, -1
         shapes = vllm_layout.shapes(arch, ranks)
         self.parameters = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()}
         self.padded = (arch.names.embedding, arch.names.output)
 
     def live(self):
-        return self.parameters, ""
+        return self.parameters, self.refusal
 
     def load(self, tensors):
         held = oracle.engine(self.arch, dict(tensors), self.ranks, self.rank)
@@ -72,6 +72,23 @@ class Parameters:
         return True
 
 
+class Loader:
+    """An engine that keeps the full tensors it is given, and whose parameters nobody can read."""
+
+    awake, version = True, -1
+
+    def live(self):
+        return {"packed": torch.zeros(1)}, "everything is packed"
+
+    def load(self, tensors):
+        self.given = {name: tensor.clone() for name, tensor in tensors}
+
+    def wake(self): ...
+
+    def accept(self, version: int):
+        self.version = version
+
+
 def start(trainer: tuple[int, int, int], family: str, tied: bool):
     """A policy with weights of its own on every layout, and its architecture; Megatron is started once a process."""
     from oreal_megatron import config as c
@@ -84,9 +101,8 @@ def start(trainer: tuple[int, int, int], family: str, tied: bool):
     config = c.Config(parallel=c.Parallel(*trainer))
     chunks = model.build(arch, config, "lm")
     model.load(chunks, arch, config, "lm", weights.__getitem__)
-    always_here = SimpleNamespace(here=lambda *parts: nullcontext())
     placed = partial(model.placed, chunks, arch, config, "lm")
-    policy = SimpleNamespace(config=config, arch=arch, placed=placed, parts=always_here)
+    policy = SimpleNamespace(config=config, arch=arch, placed=placed, readable=nullcontext)
     return policy, weights
 
 
@@ -100,7 +116,7 @@ def transfer(policy, engine, ranks: int, wanted: str):
 
     cut, world = policy.config.parallel, dist.get_world_size()
     layout = Layout(policy.arch, cut.tensor, cut.pipeline, cut.virtual, ranks, world, min(world, 2))
-    return HandOver(layout, wanted, BUFFER_BYTES, policy.placed, lambda: build.full_tensors(policy), engine)
+    return HandOver(layout, wanted, BUFFER_BYTES, policy.placed, partial(build.full_tensors, policy), engine)
 
 
 def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dict[str, dict]:
@@ -135,86 +151,129 @@ def test_the_engine_holds_the_trainers_weights_bit_by_bit(world, trainer, engine
             assert metrics["reshard/direct"] == ("direct" in case) and metrics["reshard/proved_parameters"] > 20, case
             if "gather" in case and world == trainer[0] * trainer[1] == 1:
                 assert metrics["reshard/received_bytes"] == 0
+            assert metrics["reshard/received_bytes"] >= metrics["reshard/least_received_bytes"], case
             if "direct" in case:
                 assert metrics["reshard/received_bytes"] == metrics["reshard/least_received_bytes"], case
                 between = metrics["reshard/between_nodes_bytes"]
                 assert between == metrics["reshard/least_between_nodes_bytes"], case
 
 
-def planted() -> dict[str, str]:
-    """What the hand-over says when each error happens on rank 1; trainer 2 x 2, two engines of two ranks."""
+def gathered() -> dict[str, dict]:
+    """Bytes that `gather` counts, beside those of the shards, and whether a loader is given the weights."""
     import torch.distributed as dist
 
-    from oreal_megatron.config import Parallel
-    from oreal_megatron.mcore import parallel
+    from oreal_megatron.cli import build
+    from oreal_megatron.mapping import tensors
+    from oreal_megatron.reshard.counted import Counted
+
+    results = {}
+    for family in ("Qwen3Moe", "Qwen2"):
+        policy, weights = start((2, 2, 1), family, True)
+        engine, counted = Loader(), Counted(2)
+        metrics = transfer(policy, engine, 1, "direct")(3)
+        for _ in build.full_tensors(policy, counted):
+            pass
+        stages = [sum(4 * entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 2, stage, "lm")
+                      if entry.exported) for stage in (0, 1)]  # fmt: skip
+        own, other = stages if dist.get_rank() < 2 else stages[::-1]
+        equal = [torch.equal(engine.given[name], tensor) for name, tensor in weights.items()]
+        results[family] = metrics | {"counted": vars(counted), "own": own, "other": other, "given": equal}
+    return results
+
+
+def planted() -> dict[str, str]:
+    """What the hand-over says when each error happens on rank 1."""
+    import torch.distributed as dist
+
     from oreal_megatron.reshard.handover import WeightsDiffer
 
-    parallel.start_process_group()
-    parallel.start_megatron(Parallel(2, 2), seed=0)
     policy, _ = start((2, 2, 1), "Qwen2", False)
     said = {}
-    for error, plant in ERRORS.items():
-        engine = Parameters(policy.arch, 2, dist.get_rank() % 2, torch.float32)
-        hand_over = transfer(policy, engine, 2, "direct")
+    for error, (transport, readable, plant, _) in ERRORS.items():
+        engine = Parameters(policy.arch, 2, dist.get_rank() % 2, torch.float32) if readable else Loader()
+        hand_over = transfer(policy, engine, 2, transport)
         hand_over(1)
-        if dist.get_rank() == 1:
-            plant(hand_over.direct, engine.parameters)
+        plant(hand_over, dist.get_rank() == 1)
         for _, parameter in policy.placed():  # new weights, so that what is not written is old
             parameter.data.add_(1)
         try:
             hand_over(2)
         except WeightsDiffer as refusal:
             said[error] = str(refusal)
-    parallel.stop()
     return said
 
 
-def swapped_key_and_value(direct, live) -> None:
-    """The first received key block of layer 2 is written where a value belongs, and the other way round."""
-    qkv = live["model.layers.2.self_attn.qkv_proj.weight"]
-    start, _ = qkv.data_ptr(), qkv.nbytes
-    place = [
-        (parts, number)
-        for step in direct.steps
-        for parts in [*(message.parts for message in step.receives), step.targets]
-        for number, part in enumerate(parts)
-        if start <= part.data_ptr() < start + qkv.nbytes
-    ]
-    (one, i), (other, j) = place[-2:]  # key and value come after the queries, and are of one size
-    assert one[i].shape == other[j].shape
-    one[i], other[j] = other[j], one[i]
+def both() -> tuple[dict, dict]:
+    """Of a trainer of 2 x 2 ranks on two nodes, its stages."""
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.mcore import parallel
+
+    parallel.start_process_group()
+    parallel.start_megatron(Parallel(2, 2), seed=0)
+    results = gathered(), planted()
+    parallel.stop()
+    return results
 
 
-def skipped_layer(direct, live) -> None:
-    """Nothing is written to layer 3."""
-    name = "model.layers.3."
-    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for key, x in live.items() if key.startswith(name)]
+@pytest.fixture(scope="module")
+def two_by_two(in_processes) -> tuple:
+    return tuple(zip(*in_processes(4, both), strict=True))
+
+
+def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(two_by_two):
+    for everyone in two_by_two[0]:
+        for family, result in everyone.items():
+            own, other = result["own"], result["other"]
+            # The own stage's shard to and from one other rank, then whole stages between the nodes.
+            assert result["counted"] == {"node": 2, "sent": 3 * own, "sent_between": 2 * own,
+                                         "received": own + 2 * other, "received_between": 2 * other}  # fmt: skip
+            assert result["reshard/received_bytes"] == max(own + 2 * other, other + 2 * own)
+            assert result["reshard/between_nodes_bytes"] == 4 * (own + other)
+            assert all(result["given"]) and result["reshard/proved_tensors"] == len(result["given"])
+            assert not result["reshard/proved_parameters"]
+            assert ("reshard/least_received_bytes" in result) == (family == "Qwen2"), "unknown for mixtures"
+
+
+def written(direct):
+    """Lists of the views of engine parameters that a transfer writes to."""
     for step in direct.steps:
-        for parts in [*(message.parts for message in step.receives), step.targets]:
-            for number, part in enumerate(parts):
-                if any(first <= part.data_ptr() < last for first, last in spans):
-                    parts[number] = torch.empty_like(part)
+        yield from (message.parts for message in step.receives)
+        yield step.targets
 
 
-def stale_bucket(direct, live) -> None:
-    """One batch arrives but is not written."""
-    busy = max(direct.steps, key=lambda step: sum(message.elements for message in step.receives))
-    arrive = direct.arrive
-
-    def forgetful(step, receiving, works):
-        if step is busy:
-            for work in works:
-                work.wait()
-        else:
-            arrive(step, receiving, works)
-
-    direct.arrive = forgetful
+def within(part, tensors) -> bool:
+    return any(x.data_ptr() <= part.data_ptr() < x.data_ptr() + x.nbytes for x in tensors)
 
 
-def reused_buffer(direct, live) -> None:
+def a_key_written_as_a_value(hand_over, guilty) -> None:
+    """The last received key block of layer 2 is written where a value belongs, and the other way round."""
+    qkv = hand_over.engine.parameters["model.layers.2.self_attn.qkv_proj.weight"]
+    views = [(parts, i) for parts in written(hand_over.direct) for i, part in enumerate(parts) if within(part, [qkv])]
+    (one, i), (other, j) = views[-2:]  # key and value come after the queries, and are of one size
+    if guilty:
+        assert one[i].shape == other[j].shape
+        one[i], other[j] = other[j], one[i]
+
+
+def a_layer_not_written(hand_over, guilty) -> None:
+    layer = [x for name, x in hand_over.engine.parameters.items() if name.startswith("model.layers.3.")]
+    for parts in written(hand_over.direct):
+        for number, part in enumerate(parts):
+            if guilty and within(part, layer):
+                parts[number] = torch.empty_like(part)
+
+
+def a_bucket_sent_again(hand_over, guilty) -> None:
+    """The largest batch of the version before."""
+    busy = max(hand_over.direct.steps, key=lambda step: sum(message.elements for message in step.sends))
+    for message in busy.sends if guilty else ():
+        message.parts[:] = [part.clone() for part in message.parts]
+
+
+def a_buffer_used_too_early(hand_over, guilty) -> None:
     """Every batch is received where the one before it still waits to be written."""
+    direct = hand_over.direct
     buffers, waiting, arrive = direct.buffers, [], direct.arrive
-    direct.buffers = lambda: [buffers()[0]] * 2
 
     def late(step, receiving, works):
         for work in works:
@@ -225,17 +284,81 @@ def reused_buffer(direct, live) -> None:
         if step is direct.steps[-1]:
             arrive(*waiting.pop(0), [])
 
-    direct.arrive = late
+    if guilty:
+        direct.buffers, direct.arrive = lambda: [buffers()[0]] * 2, late
 
 
-ERRORS = {error.__name__: error for error in (swapped_key_and_value, skipped_layer, stale_bucket, reused_buffer)}
+def gathering(change):
+    """An error of `gather`: the loader takes what `change` makes of {name: tensor} of this and the last version."""
+
+    def plant(hand_over, guilty) -> None:
+        from oreal_megatron.reshard.counted import Counted
+
+        full = hand_over.full
+        last = {name: tensor.clone() for name, tensor in full(Counted(2))}
+        if guilty:
+            hand_over.full = lambda counted: change(dict(full(counted)), last).items()
+
+    return plant
 
 
-def test_planted_errors_are_caught_and_named(in_processes):
-    everyones = in_processes(4, planted)
+def key_and_value_exchanged(new, last):
+    key, value = (f"model.layers.2.self_attn.{x}_proj.weight" for x in "kv")
+    return new | {key: new[value], value: new[key]}
+
+
+def a_layer_left_out(new, last):
+    return {name: tensor for name, tensor in new.items() if "layers.3." not in name}
+
+
+def a_layer_of_the_last_version(new, last):
+    return {name: last[name] if "layers.1." in name else tensor for name, tensor in new.items()}
+
+
+def one_buffer_for_all(new, last):
+    """A loader that keeps tensors until it has the whole layer finds the latest in all of them."""
+    buffer = torch.empty(max(tensor.numel() for tensor in new.values()))
+    return {name: buffer[: tensor.numel()].view(tensor.shape).copy_(tensor) for name, tensor in new.items()}
+
+
+def a_layer_not_loaded(hand_over, guilty) -> None:
+    """By vLLM's loader, which was given it."""
+    layer = [x for name, x in hand_over.engine.parameters.items() if name.startswith("model.layers.3.")]
+    load = hand_over.engine.load
+
+    def forgetful(tensors):
+        before = [x.clone() for x in layer]
+        load(tensors)
+        torch._foreach_copy_(layer, before)
+
+    if guilty:
+        hand_over.engine.load = forgetful
+
+
+# Transport, whether the engine's parameters can be read, the error, and what is said.
+STALE, OTHER = "it is what it was after the hand-over before", "it holds something else"
+ENGINE, LOADER = " of the engine on rank ", " given to the loader of the engine on rank 1 is"
+QKV, KEY = "layers.2.self_attn.qkv_proj.weight of the engine on rank 1 is", "layers.2.self_attn.k_proj.weight given to"
+ERRORS = {
+    "swapped, direct": ("direct", True, a_key_written_as_a_value, (QKV, OTHER)),
+    "skipped, direct": ("direct", True, a_layer_not_written, ("model.layers.3.", ENGINE, STALE)),  # and relayed
+    "stale, direct": ("direct", True, a_bucket_sent_again, ("model.", ENGINE)),
+    "reused, direct": ("direct", True, a_buffer_used_too_early, ("model.", ENGINE)),
+    "swapped, gather": ("gather", True, gathering(key_and_value_exchanged), (QKV, OTHER)),
+    "skipped, gather": ("gather", True, a_layer_not_loaded, ("model.layers.3.", ENGINE + "1 is", STALE)),
+    "stale, gather": ("gather", True, gathering(a_layer_of_the_last_version), ("layers.1.", ENGINE + "1 is", STALE)),
+    "reused, gather": ("gather", True, gathering(one_buffer_for_all), ("model.", ENGINE + "1 is", OTHER)),
+    "swapped, packed": ("gather", False, gathering(key_and_value_exchanged), (KEY, LOADER, OTHER)),
+    "skipped, packed": ("gather", False, gathering(a_layer_left_out), ("model.layers.3.", LOADER, OTHER)),
+    "stale, packed": ("gather", False, gathering(a_layer_of_the_last_version), ("layers.1.", LOADER, STALE)),
+}
+
+
+def test_planted_errors_are_caught_and_named(two_by_two):
+    everyones = two_by_two[1]
     said = everyones[0]
     assert all(other == said for other in everyones), "all ranks stop together"
     assert said.keys() == ERRORS.keys()
-    assert all("policy version 2 was handed over by the direct transport" in one for one in said.values())
-    assert "model.layers.2.self_attn.qkv_proj.weight of the engine on rank 1 is" in said["swapped_key_and_value"]
-    assert "model.layers.3." in said["skipped_layer"]
+    for error, (transport, _, _, words) in ERRORS.items():
+        assert f"policy version 2 was handed over by the {transport} transport" in said[error]
+        assert all(word in said[error] for word in words), f"{error}: {said[error]}"

@@ -81,6 +81,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import checkpoint, parallel, roles
+    from oreal_megatron.mcore.saver import Saver
 
     source, found, saved = Folder(folder), {}, {}
     arch = architecture.read(source.config)
@@ -98,7 +99,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     for kind in KINDS:
         trainer = policy(kind)
         first = step(trainer)
-        saved[kind] = checkpoint.save(scratch / kind, 0, {"policy": trainer}, keep=1)
+        saved[kind] = Saver(scratch / kind, {"policy": trainer}, keep=1).save(0)
         names = {name for chunk in trainer.chunks for name, _ in chunk.named_parameters()}
         stored = set(torch_dist.Reader(saved[kind] / "policy").tensors)
         found[kind] = dict(names=names, stored=stored, first=first, second=step(trainer))

@@ -40,7 +40,8 @@ def oreal():
 """
 
 
-def oreal(*arguments: str, processes: int = 2) -> None:
+def oreal(*arguments: str, processes: int = 2, expected: int = 0) -> str:
+    """Run the command; what it printed."""
     several = ["--processes", str(processes)] if processes > 1 else []
     result = subprocess.run(
         [sys.executable, "-m", "oreal_megatron", *several, *arguments],
@@ -49,7 +50,8 @@ def oreal(*arguments: str, processes: int = 2) -> None:
         timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert result.returncode == expected, result.stdout[-3000:] + result.stderr[-6000:]
+    return result.stdout + result.stderr
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -74,6 +76,7 @@ def test_a_run_leaves_everything_behind(trained):
     steps = rows(run)
     assert [row["step"] for row in steps] == [0, 1, 2, 3]
     assert all(row["proof/logprob_gap"] < 1e-5 and row["proof/tokens"] > 0 for row in steps)
+    assert steps[-1]["reshard/direct"] == 1 and steps[-1]["reshard/proved_parameters"] > 10
     assert "loss/kl" not in steps[0] and steps[0]["loss/reward_model"] > 0, (
         "the first step trains the reward model alone"
     )
@@ -85,7 +88,9 @@ def test_a_run_leaves_everything_behind(trained):
     }  # fmt: skip
     assert wanted <= steps[-1].keys()
     assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 2, 4]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "latest", "step_000002", "step_000004"
+    ]  # fmt: skip
     assert len(list((run / "rollouts").iterdir())) == 4
     environment = json.loads((run / "environment.json").read_text())["imported"]
     assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
@@ -105,8 +110,11 @@ def test_the_policy_is_a_hugging_face_folder_that_moved(trained):
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
     run, again = trained / "oreal", trained / "again"
     shutil.copytree(run, again)
-    shutil.rmtree(again / "checkpoints/step_000004")
-    oreal("train", "--resume", str(again))
+    damaged = next((again / "checkpoints/step_000004/policy").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    refused = oreal("train", "--resume", str(again), expected=2)
+    assert f"policy/{damaged.name} has" in refused and "step_000002 is sound: --step 2" in refused
+    oreal("train", f"{trained}/recipes.py:oreal", "--resume", "auto", "--set", f"run={again}")
     assert rows(again) == rows(run)
     for step in range(4):
         name = f"rollouts/step_{step:06d}.jsonl"
@@ -124,3 +132,59 @@ def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(tr
     assert policy == (run / "policy/model.safetensors").read_bytes()
     judge, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "reward_model", output_loading_info=True)
     assert judge.config.num_labels == 1 and not any(report.values())
+
+
+def test_a_step_can_be_replayed_at_its_layout_and_at_another(trained):
+    dump = trained / "oreal/dumps/step_000003"
+    assert "reproduced bit for bit" in oreal("replay", str(dump))
+    if len(list(dump.glob("share_*"))) == 2:
+        assert "reproduced: the largest relative difference" in oreal("replay", str(dump), processes=1)
+
+
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
+def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
+    run, huge = trained / "blown", "1e30"
+    changes = ("guard.skips_in_a_row=2", "policy_freeze_steps=0", "data.held_out=", f"run={run}",
+               f"reward_model.optimizer.lr={huge}", f"reward_model.optimizer.min_lr={huge}")  # fmt: skip
+    assignments = [word for change in changes for word in ("--set", change)]
+    told = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)
+    assert "step 2: the reward model has refused 2 steps in a row" in told
+    first, second = rows(run)
+    assert (first["policy/skipped"], second["policy/skipped"], second["reward_model/skipped"]) == (0, 1, 1)
+    assert second["reward_model/updates"] == first["policy/updates"] == 1
+    assert "reproduced bit for bit" in oreal("replay", str(run / "dumps/step_000002"))
+    changed = json.loads((run / "dumps/step_000001/step.json").read_text())
+    changed["metrics"]["loss/reward_model"] = 0.5
+    (run / "dumps/step_000001/step.json").write_text(json.dumps(changed))
+    told = oreal("replay", str(run / "dumps/step_000001"), expected=1)
+    assert "not reproduced" in told and "of loss/reward_model" in told
+
+
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
+@pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
+def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
+    run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
+    told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
+                 "--training", str(trained / "problems.jsonl"), "--samples", "2", processes=1)  # fmt: skip
+    scores = json.loads((out / "results.json").read_text())["suites"][suite]
+    assert scores["greedy"]["accuracy"] == pytest.approx(rows(run, "evaluations.jsonl")[-1]["accuracy"], abs=1e-9)
+    assert scores["sampled"]["answers_per_problem"] == 2 and "training has seen 0 of 60 problems" in told
+    assert len((out / "held_out.sampled.jsonl").read_text().splitlines()) == 120
+    other = ("--suite", suite, "--out", str(out), "--set", "seed=1")
+    assert "holds answers with another" in oreal("evaluate", str(out / "model"), *other, expected=2, processes=1)
+
+
+def test_a_disturbed_job_ends_as_an_undisturbed_one(trained):
+    """The fault campaign of docs/operations.md, shortened."""
+    command = [
+        sys.executable,
+        Path(__file__).parents[2] / "tools/fault_campaign.py",
+        "--folder",
+        trained,
+        "--steps",
+        "8",
+    ]
+    faults = ["--runs", "2", "--seed", "3", "--faults", "SIGTERM", "kill a rank, torchrun restarts"]
+    result = subprocess.run([*command, *faults], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "2 of 2 equal bit by bit" in result.stdout

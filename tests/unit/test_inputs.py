@@ -33,6 +33,13 @@ def recipe(tmp_path) -> str:
     return str(path)
 
 
+def test_a_recipe_that_fails_is_named(tmp_path):
+    for text, says in (("def good(:", "SyntaxError"), ("import nowhere_at_all", "No module named 'nowhere_at_all'")):
+        (tmp_path / "recipe.py").write_text(text)
+        with pytest.raises(c.ConfigError, match=f"recipe.py cannot be run: .*{says}"):
+            settings.from_recipe(f"{tmp_path}/recipe.py:good")
+
+
 def test_defaults_build_and_survive_json(recipe):
     config = settings.from_recipe(f"{recipe}:good")
     assert settings.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
@@ -140,6 +147,11 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(parallel=c.Parallel(context=2)), 3, "parallel.tensor x pipeline x context is 2"),
         (dict(parallel=c.Parallel(sequence=True)), 1, "parallel.sequence is set, which needs parallel.tensor"),
         (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
+        (
+            dict(engine=c.Engine(tensor=8, max_model_len=128)),
+            8,
+            "engine.tensor is 8, which does not divide 4 attention",
+        ),
         (dict(parallel=c.Parallel(8)), 8, "4 attention heads cannot be shared evenly by 8"),
         (dict(parallel=c.Parallel(1, 2, 4)), 2, "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks"),
         (dict(parallel=c.Parallel(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
@@ -150,6 +162,15 @@ def config_for(folder: Path, **changes) -> c.Config:
         (dict(weights=c.Weights(threshold=1.0)), 1, "weights.threshold is 1.0; wanted 0.0 to 0.99"),
         (dict(sampling=c.Sampling(top_p=0.0)), 1, "sampling.top_p is 0.0"),
         (dict(policy_freeze_steps=90), 1, "would never be trained"),
+        (dict(guard=c.Guard(skips_in_a_row=0)), 1, "guard.skips_in_a_row is 0; wanted 1 to"),
+        (dict(verify=c.Verify(judge=c.Judge(urls=("http://me:x@judge",)))), 1, "the URL of judge judge holds a user"),
+        (dict(watchdog=c.Watchdog(policy_s=0.5)), 1, "watchdog.policy_s is 0.5; wanted more than watchdog.every_s .1"),
+        (dict(watchdog=c.Watchdog(start_s=9000)), 1, "start_s is 9000; .* less than watchdog.collective_s .7200"),
+        (
+            dict(verify=c.Verify(judge=c.Judge(("http://j",), all_down_wait_s=1800))),
+            1,
+            "verify_s is 1800, but",
+        ),
         (dict(model=c.Model("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
     ],
 )
@@ -157,6 +178,21 @@ def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world,
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(c.ConfigError, match=says):
         build.prepare(config_for(model_folder, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "groups", "size", "says"),
+    [
+        ("Llama", 12, 3, 2, "engine.tensor is 2; wanted a divisor or a multiple of 3 key-value groups"),
+        ("InternLM2", 4, 2, 4, "vLLM cannot share InternLM2's 2 key-value groups among more ranks"),
+    ],
+)
+def test_groups_that_vllm_cannot_share_are_refused(family, heads, groups, size, says):
+    row = json.loads((Path(__file__).parent.parent / "families.json").read_text())[family]
+    arch = architecture.read(row | {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 16})
+    with pytest.raises(c.ConfigError, match=says):
+        build._check_engine(size, arch)
+    build._check_engine(groups, arch)
 
 
 def test_expandable_segments_are_refused_where_the_engine_sleeps(model_folder, monkeypatch):
@@ -231,9 +267,30 @@ def one_layer_more(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(hf))
 
 
+def with_text(name: str, text: str):
+    return lambda copy: (copy / name).write_text(text)
+
+
+def with_field(**fields):
+    def change(copy: Path) -> None:
+        hf = json.loads((copy / "config.json").read_text()) | fields
+        (copy / "config.json").write_text(json.dumps(hf))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (with_text("config.json", '{"a": '), "config.json cannot be read as JSON"),
+        (with_text("config.json", "[1]"), "config.json holds list; wanted a JSON object"),
+        (with_text("tokenizer_config.json", "[1]"), "the tokenizer of .* cannot be loaded"),
+        (with_text("generation_config.json", '{"eos_token_id": "x"}'), "names eos_token_id 'x'"),
+        (with_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "has no weight_map that says"),
+        (with_text("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}'), "lacks the shard ../b"),
+        (with_field(num_hidden_layers="many"), "num_hidden_layers = 'many'; wanted a whole number above 0"),
+        (with_field(num_attention_heads=0), "num_attention_heads = 0; wanted a whole number"),
+        (with_field(architectures=3), "architecture .none named. is not supported"),
         (lambda copy: (copy / "model.safetensors").write_text("version https://git-lfs"), "damaged or incomplete"),
         (without_field, "lacks the field 'num_hidden_layers'"),
         (one_layer_more, "has no tensor model.layers.4.input_layernorm.weight"),

@@ -16,14 +16,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from oreal_megatron.mapping import architecture
+from oreal_megatron.mapping import architecture, tensors
 from oreal_megatron.reshard import plan, vllm_layout
 from oreal_megatron.reshard.checksum import Checksums
+from oreal_megatron.reshard.handed import answered
 from oreal_megatron.reshard.pieces import cut, matrix
 from oreal_megatron.reshard.slices import Layout
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
+MIXTURE = architecture.read(ROWS["Qwen3Moe"])
 ROWS = {name: row for name, row in ROWS.items() if not any("experts" in field for field in row)}  # those go by gather
 SPEC = importlib.util.spec_from_file_location("reshard_oracle", TESTS / "reshard_oracle.py")
 oracle = importlib.util.module_from_spec(SPEC)
@@ -41,9 +43,7 @@ def arch(family: str, groups: int = 2, tied: bool = False) -> architecture.Archi
 
 
 def test_experts_are_left_to_the_engines_loader():
-    everything = json.loads((TESTS / "families.json").read_text())
-    mixture = architecture.read(next(row for name, row in everything.items() if name not in ROWS))
-    assert "experts" in vllm_layout.mismatch({}, mixture, 1)
+    assert "experts" in vllm_layout.mismatch({}, MIXTURE, 1)
 
 
 class World:
@@ -172,6 +172,22 @@ def test_the_proof_asks_for_every_slice_of_one_replica_once():
     assert asked == {engine: sum((x > 0).sum().item() for x in side) for engine, side in enumerate(held)}
 
 
+@settings(max_examples=15)
+@given(layouts())
+@example(Layout(MIXTURE, 2, 2, 1, 1, 8, 4))
+def test_one_rank_answers_for_every_element_that_a_loader_is_given(layout):
+    asked = {name: np.zeros(shape, int) for name, shape in hf_shapes(layout.arch)}
+    for rank in range(layout.world):
+        for name, (row, column, rows, columns), _ in answered(layout, rank):
+            asked[name].reshape(len(asked[name]), -1)[row : row + rows, column : column + columns] += 1
+    assert all((count == 1).all() for count in asked.values())
+
+
+def hf_shapes(arch: architecture.Architecture):
+    for entry in tensors.entries(arch, 1, 1, 0, "lm"):
+        yield from tensors.hf_shapes(entry, arch).items()
+
+
 def test_an_engine_of_another_layout_is_not_written_to():
     qwen = arch("Qwen2")
     live = {name: torch.zeros(shape) for name, shape in vllm_layout.shapes(qwen, 2).items()}
@@ -184,12 +200,21 @@ def test_an_engine_of_another_layout_is_not_written_to():
     assert "of the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
 
 
+LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064)
+
+
+@pytest.mark.parametrize("layout", [(8, 2, 1, 4, 16, 8), (4, 4, 1, 2, 16, 8), (8, 1, 1, 4, 16, 8)])
+def test_ranks_share_the_sending(layout):
+    """Replicas and relays take turns: 32B on two nodes."""
+    traffic = plan.make(Layout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
+    assert traffic.sent.max() < 1.15 * traffic.sent.mean()
+    assert traffic.sent_between.max() <= 1.05 * traffic.sent_between.mean()
+    assert traffic.received_between.max() <= 1.05 * traffic.received_between.mean()
+
+
 def test_32b_on_128_ranks_is_planned_in_a_second():
-    large = dataclasses.replace(
-        arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064
-    )
     start = time.process_time()
-    plan.make(Layout(large, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
+    plan.make(Layout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine; tools/reshard_figures.py prints it
 
 

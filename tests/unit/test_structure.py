@@ -17,9 +17,10 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "oreal_megatron"
 # Lower rooms know nothing of higher ones; rooms of one height do not know each other.
 HEIGHT = {
-    "records": 0, "config": 1, "settings": 2, "versions": 2, "ranks": 2, "prompts": 2, "algo": 3, "verify": 4,
-    "mapping": 4, "rollout": 5, "mcore": 5, "reshard": 5, "convert": 5, "observe": 6, "evaluation": 7, "loop": 7,
-    "supervised": 7, "cli": 8, "__main__": 9,
+    "records": 0, "exit_codes": 0, "config": 1, "heartbeat": 1, "settings": 2, "safe_load": 2, "versions": 2,
+    "ranks": 2, "disk": 2, "preemption": 2, "prompts": 3, "suites": 4, "checkpoints": 3, "algo": 3, "verify": 4,
+    "mapping": 4, "rollout": 5, "mcore": 5, "reshard": 5, "convert": 5, "plan": 6, "observe": 6, "evaluation": 7,
+    "loop": 7, "supervised": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 WORLDS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"verify"}}
 

@@ -1,0 +1,188 @@
+"""The paper's runs (arXiv 2502.06781), each at the authors' number of GPUs and at the smallest sensible one.
+
+Sources, named beside each block: [paper] is the paper, [code] the authors' released configuration files
+(InternLM/OREAL, oreal/configs, one for each run here), [ours] is chosen here: sizes of GPUs of 80 GB.
+What must be there, by default under the folder that the command is started in:
+
+    models/OREAL-7B-SFT, models/OREAL-32B-SFT, models/DeepSeek-R1-Distill-Qwen-7B    OREAL_MODELS names another folder
+    data/oreal_prompts.jsonl (question, gold_answer, pass_rate), data/held_out.jsonl  OREAL_DATA names another folder
+    OREAL_JUDGE_URLS=http://HOST:PORT,...                                             none: the rules alone
+    OREAL_JUDGE_MODEL (default: the one that the hosts serve)
+    OREAL_RUNS (default: runs)
+"""
+
+import dataclasses
+import os
+
+from oreal_megatron.config import (
+    Checkpoint,
+    Config,
+    Data,
+    Engine,
+    Evaluation,
+    Judge,
+    Loss,
+    Model,
+    Optimizer,
+    Parallel,
+    RewardModel,
+    Sampling,
+    Selection,
+    Verify,
+    Weights,
+)
+
+# [paper] Fig. A4 sends a long system prompt about the habits of a good solver, the box and the length; in our words.
+SYSTEM_PROMPT = r"""You are a mathematician who has trained for competitions and distrusts quick answers.
+
+Before solving, say what is asked, what is given and which conditions are easy to overlook.
+Think of several ways, say why the one you choose should work, and try another when it does not.
+Justify every step. Cut a hard problem into parts, and look at small and extreme cases.
+At the end go back over the conditions, and check the result by a second way where there is one.
+
+Answer in the language of the question. Close with the final answer inside \boxed{}, without its unit.
+You may use up to 8192 tokens, so take the room that the problem needs."""
+
+ANSWERS_PER_STEP = 64 * 16  # [paper] questions x answers; [code] gen_global_batch 1024, prompt_repeat_k 16
+
+
+def oreal_7b() -> Config:
+    """OREAL-7B from OREAL-7B-SFT on 32 GPUs ([paper]: 90 steps in 9 hours on 32 A100)."""
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_cut_7b(), engine_tensor=1)
+
+
+def oreal_7b_8_gpus() -> Config:
+    """OREAL-7B on one machine: the same step, four times as many answers and micro-batches on each GPU."""
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=8, parallel=_cut_7b(), engine_tensor=1)
+
+
+def oreal_7b_without_reward_model() -> Config:
+    """OREAL-7B where every token weighs 1, on 32 GPUs."""
+    return _without_reward_model(oreal_7b())
+
+
+def oreal_7b_without_reward_model_8_gpus() -> Config:
+    return _without_reward_model(oreal_7b_8_gpus())
+
+
+def oreal_dsr1_distill_qwen_7b() -> Config:
+    """OREAL-DSR1-Distill-Qwen-7B from DeepSeek-R1-Distill-Qwen-7B on 32 GPUs."""
+    return _distilled(gpus=32)
+
+
+def oreal_dsr1_distill_qwen_7b_8_gpus() -> Config:
+    return _distilled(gpus=8)
+
+
+def oreal_32b() -> Config:
+    """OREAL-32B from OREAL-32B-SFT on 128 GPUs ([paper])."""
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_cut_32b(), engine_tensor=4)
+
+
+def oreal_32b_32_gpus() -> Config:
+    """OREAL-32B on four machines; on two, the optimizer states of one model would take 25 GB of every GPU."""
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_cut_32b(), engine_tensor=4)
+
+
+def _cut_7b() -> Parallel:
+    """[code] tp_size 4. One replica never leaves its machine."""
+    return Parallel(tensor=4, sequence=True)
+
+
+def _cut_32b() -> Parallel:
+    """[code] tp_size 8. [ours] two stages: policy and engine share a GPU while the run starts."""
+    return Parallel(tensor=8, pipeline=2, sequence=True)
+
+
+def _oreal(name: str, model: str, gpus: int, parallel: Parallel, engine_tensor: int) -> Config:
+    return Config(
+        run=os.path.join(os.environ.get("OREAL_RUNS", "runs"), name),
+        gpus=gpus,
+        # [code] seed 0, total_steps 90, actor_freeze_steps 10; [paper] 10 steps of the reward model alone, then 80.
+        seed=0,
+        steps=90,
+        policy_freeze_steps=10,
+        # [ours] one sequence of full length fills a micro-batch; idle models wait in the memory of the host.
+        tokens_per_micro_batch=16384,
+        offload=True,
+        # [code] dtype auto: that of the model's files.
+        model=Model(os.path.join(os.environ.get("OREAL_MODELS", "models"), model), dtype="bfloat16"),
+        parallel=parallel,
+        engine=Engine(
+            tensor=engine_tensor,
+            max_model_len=16384,  # [paper] maximum length; [code] gen_max_length
+            # [ours] every answer of a step has its place. An answer of full length takes 0.94 GB of 7B on one GPU, and
+            # 1.07 GB of 32B on each of four; while a run starts, cache, engine and one model share the GPU.
+            max_num_seqs=ANSWERS_PER_STEP // (gpus // engine_tensor),
+            kv_cache_gb=28.0,
+        ),
+        # [paper] 16 answers a question; [code] temperature 1.0, gen_top_p 0.9, gen_top_k 0 (off), gen_max_new 14000.
+        sampling=Sampling(answers_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
+        data=Data(
+            path=_data("oreal_prompts.jsonl"),
+            held_out=_data("held_out.jsonl"),
+            prompts_per_step=64,  # [paper]
+            # The SFT models were tuned with the authors' words; where a folder's chat template brings them along,
+            # --set data.system_prompt= (nothing behind it) leaves them in place.
+            system_prompt=SYSTEM_PROMPT,
+            drop_bad_golds=True,  # [ours] a gold that the verifier cannot read teaches nothing
+            # [paper] pass rates 0 to 0.8; [code] data_difficulty_balance_cfg.
+            buckets=((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2)),
+        ),
+        verify=Verify(
+            workers=2,  # [ours]
+            thinking_end=("<conclude>", "**Final Answer**", "</think>"),  # [code] thinking_finish_words
+            judge=_judge(),
+        ),
+        # [paper] one right and one wrong answer of each question, leave-one-out; [code] filter_trajectory, rloo.
+        selection=Selection(advantage="leave_one_out", keep="pair"),
+        # [paper] Eq. 10; [code] threshold_rescale, correct_threshold 0.5.
+        weights=Weights(rescale="threshold", threshold=0.5),
+        # [paper] KL 0.01; [code] positive_loss_factor, negative_loss_factor, kl_coef, pos_mult_adv.
+        loss=Loss(positive_coef=1.0, negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True),
+        # [paper] 5e-7 and 2e-6, cosine to a fifth; [code] actor_lr, token_level_rm_lr, their minima, warmup_steps, wd,
+        # max_grad_norm.
+        optimizer=Optimizer(lr=5e-7, min_lr=1e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0),
+        reward_model=RewardModel(
+            optimizer=Optimizer(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0)
+        ),
+        # [paper] evaluated every 10 steps, best checkpoint; [code] checkpoint_interval 10. [ours] two of them: one of
+        # 7B takes 210 GB with its reward model and both optimizers, one of 32B 920 GB.
+        checkpoint=Checkpoint(every=10, keep=2),
+        evaluation=Evaluation(every=10, max_new_tokens=14000),
+        # [code] selective_recompute 1.0: every layer is computed again in the backward pass.
+        megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    )
+
+
+def _distilled(gpus: int) -> Config:
+    name, model = "oreal_dsr1_distill_qwen_7b", "DeepSeek-R1-Distill-Qwen-7B"
+    config = _oreal(name, model, gpus, _cut_7b(), engine_tensor=1)
+    # [code] its chat template has no system prompt of its own, and none is given.
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, system_prompt=""))
+
+
+def _without_reward_model(config: Config) -> Config:
+    """[code] token_level_rm None, filter_trajectory False, actor_freeze_steps 0."""
+    return dataclasses.replace(
+        config,
+        run=config.run + "_without_reward_model",
+        policy_freeze_steps=0,
+        reward_model=RewardModel(enabled=False),
+        selection=Selection(advantage="leave_one_out", keep="all"),
+    )
+
+
+def _data(name: str) -> str:
+    return os.path.join(os.environ.get("OREAL_DATA", "data"), name)
+
+
+def _judge() -> Judge:
+    """[paper] Qwen2.5-72B-Instruct, asked where the rules say wrong."""
+    named = os.environ.get("OREAL_JUDGE_URLS", "")
+    return Judge(
+        urls=tuple(url.strip() for url in named.split(",") if url.strip()) if named != "none" else (),
+        required=named != "none",
+        model=os.environ.get("OREAL_JUDGE_MODEL", ""),
+        concurrency=8,  # [ours] of each engine: 32 engines ask at most 256 at once
+    )

@@ -1,0 +1,69 @@
+"""What happens between two steps of training: save and evaluate when due, leave when asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from oreal_megatron import checkpoints, heartbeat, ranks
+from oreal_megatron.config import Config, Preempted
+from oreal_megatron.evaluation import evaluate
+from oreal_megatron.mcore import checkpoint
+from oreal_megatron.mcore.saver import Saver
+from oreal_megatron.observe.run import Run
+from oreal_megatron.preemption import Notice
+from oreal_megatron.records import Prompt
+
+
+@dataclass
+class BetweenSteps:
+    """Called with the number of steps done. Collective."""
+
+    config: Config
+    saver: Saver
+    run: Run
+    held_out: Sequence[Prompt]
+    engine: Any
+    verifier: Any
+    notice: Notice
+
+    def begin(self, done: int, saved: bool) -> None:
+        """Before the first step of this start; `saved`: it goes on from the checkpoint of `done`."""
+        self.saved = done if saved else None
+        self._remember(done)
+        self._evaluate_if_due()  # a run may have ended between saving and evaluating
+
+    def __call__(self, done: int) -> None:
+        self._remember(done)
+        with self.run.phase("checkpoint"):
+            self.saver.poll()
+            if due(done, self.config.checkpoint.every, self.config.steps):
+                self.saver.start(done)
+                self.saved = done
+                self.run.forget_dumps(checkpoints.complete(self.saver.folder)[-self.saver.keep :])
+        if any(ranks.gather(bool(self.notice))):
+            raise Preempted(f"asked to leave after step {done}")
+        self._evaluate_if_due()
+
+    def save_last(self) -> None:
+        """The state after the last whole step, where it is not saved yet. Nothing has changed it since: generating
+        reads the weights only, and whoever began to update them has finished the step."""
+        with heartbeat.phase("checkpoint"):
+            self.saver.finish()
+            if self.saved != self.done:
+                self.saver.save(self.done, self.random_state)
+
+    def _remember(self, done: int) -> None:
+        self.done, self.random_state = done, checkpoint.random_state()
+
+    def _evaluate_if_due(self) -> None:
+        done, config = self.done, self.config
+        if self.held_out and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
+            with heartbeat.phase("evaluate"):
+                self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Before the first step, every so many steps, and after the last."""
+    return done in (0, steps) or (every > 0 and done % every == 0)

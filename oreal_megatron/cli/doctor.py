@@ -1,0 +1,105 @@
+"""`oreal doctor [RECIPE]`: is this machine ready? Ends with a table, and code 1 when something must be mended."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from oreal_megatron import settings
+from oreal_megatron.cli import doctor_checks, doctor_runs
+from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK, WARNING, Finding
+from oreal_megatron.config import ConfigError
+
+COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red", ABSENT: "dim"}
+RUNS_LIMIT_S = 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="path/to/file.py:function; its model, data, disk and judges as well")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.path=FOLDER")
+    parser.add_argument("--quick", action="store_true", help="without the real runs, which take half a minute")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = list(look(args))
+    show(found)
+    failed = sum(finding.state == FAILED for finding in found)
+    print(f"{failed} of {len(found)} checks failed" if failed else f"{len(found)} checks, none failed")
+    return 1 if failed else 0
+
+
+def look(args: argparse.Namespace) -> Iterator[Finding]:
+    yield from doctor_checks.software()
+    config = None
+    if args.recipe:
+        try:
+            config = settings.override(settings.from_recipe(args.recipe), args.set)
+        except ConfigError as error:
+            yield Finding("recipe", FAILED, str(error))
+    yield from doctor_checks.machine(Path(config.run if config else "."))
+    if config:
+        # The layout is checked against the world that the recipe was made for, not against this one process.
+        os.environ.setdefault("WORLD_SIZE", str(config.gpus or 1))
+        yield from doctor_checks.inputs(config)
+        yield from doctor_checks.judges(config.verify.judge)
+    if not args.quick:
+        yield from real_runs()
+
+
+def real_runs() -> Iterator[Finding]:
+    """The parts of doctor_runs.py, on all GPUs or in two processes; what did not report has failed."""
+    processes = torch.cuda.device_count() or 2
+    print(f"real runs in {processes} processes, half a minute ...", file=sys.stderr, flush=True)
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    with tempfile.TemporaryDirectory() as folder:
+        doctor_runs.make_model(Path(folder))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*torchrun, "-m", doctor_runs.__name__, folder]
+        try:
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=RUNS_LIMIT_S, env=environment)
+            output, errors = ended.stdout, ended.stderr
+        except subprocess.TimeoutExpired as late:
+            output, errors = (late.stdout or b"").decode(), f"nothing more for {RUNS_LIMIT_S} s"
+    lines = [line.removeprefix(doctor_runs.DONE) for line in output.splitlines() if line.startswith(doctor_runs.DONE)]
+    went_well = dict(line.split(": ", 1) for line in lines)
+    for name in doctor_runs.PARTS:
+        if name in went_well:
+            yield Finding(f"run: {name}", OK, went_well[name])
+        else:
+            yield Finding(f"run: {name}", FAILED, reason(errors), MEND[name])
+            return
+
+
+MEND = {
+    "collective": "ranks do not reach each other: NCCL_DEBUG=INFO shows why; name the network (NCCL_SOCKET_IFNAME)",
+    "generate": "the engine does not work alone either? `vllm serve` with any small model says more",
+    "train": "Megatron-core's or the kernels' fault; the last lines of the message name the call",
+    "hand over": "weights do not reach the engine; --set engine.transport=gather goes through vLLM's own loader",
+}
+
+
+def reason(errors: str) -> str:
+    """The first error among what all ranks wrote, which is the cause of the others."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    causes = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Differ", "Stopped"))]
+    return next(iter(causes), lines[-1] if lines else "ended without a word")
+
+
+def show(found: list[Finding]) -> None:
+    table = Table()
+    for column in ("check", "state", "found", "to mend it"):
+        table.add_column(column, overflow="fold")
+    for finding in found:
+        state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.name, state, escape(finding.found), escape(finding.mend))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)

@@ -1,0 +1,148 @@
+"""What `oreal evaluate` evaluates, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from oreal_megatron import ranks, settings, suites
+from oreal_megatron.cli import build
+from oreal_megatron.config import Config, ConfigError, Engine, Evaluation, Model, Parallel, Sampling
+from oreal_megatron.convert import stream, to_hf
+from oreal_megatron.convert.megatron_folder import MegatronFolder
+
+LONGEST = 16384  # tokens of prompt and response, where no run says it
+
+
+def config_of(model: str, assignments: list[str]) -> Config:
+    """Of a recipe, of the run that a model lies in, or made for a lone Hugging Face folder."""
+    if ".py:" in model:
+        config = settings.from_recipe(model)
+    else:
+        config = dataclasses.replace(_of_run(Path(model)) or _alone(Path(model)), model=_named(Path(model)))
+    # Training's layout is of no use here: every GPU that the engine leaves is another engine.
+    return settings.override(dataclasses.replace(config, parallel=Parallel(), offload=False), assignments)
+
+
+def _of_run(model: Path) -> Config | None:
+    """The configuration of the run folder that holds a policy or checkpoint, so that prompts are the same."""
+    for folder in list(model.absolute().parents)[:3]:
+        file = folder / "config.json"
+        if file.is_file() and "policy_freeze_steps" in (written := json.loads(file.read_text())):
+            return settings.from_dict(written)
+    return None
+
+
+def _alone(model: Path) -> Config:
+    positions = min(_hf(model).get("max_position_embeddings", LONGEST), LONGEST)
+    return Config(engine=Engine(max_model_len=positions), evaluation=Evaluation(max_new_tokens=positions))
+
+
+def _named(model: Path) -> Model:
+    half = torch.cuda.is_available() and _hf(model).get("torch_dtype", _hf(model).get("dtype")) != "float32"
+    return Model(str(model), dtype="bfloat16" if half else "float32")
+
+
+def _hf(model: Path) -> dict[str, Any]:
+    file = model / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def default_folder(model: str) -> Path:
+    parts = Path(model.split(":")[-1]).parts
+    return Path("runs/evaluations") / "_".join(parts[-3:]).strip("_/.")
+
+
+def with_weights(config: Config, model: str, out: Path) -> Config:
+    """A checkpoint becomes a Hugging Face folder in `out`, once. Collective."""
+    source = next((folder for folder in (Path(model), Path(model) / "policy") if is_checkpoint(folder)), None)
+    if source is None:
+        return config
+    folder, refusal = out / "model", ""
+    if ranks.rank() == 0 and not folder.is_dir():
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
+        except ConfigError as error:  # told on all ranks: the others wait for the folder
+            refusal = str(error)
+    if refusal := ranks.gather(refusal)[0]:
+        raise ConfigError(refusal)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file()
+
+
+def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
+    """Write what the answers in `out` depend on; refuse a folder with answers of something else. Collective."""
+    config = inputs.config
+    settings_now = {
+        "model": inputs.folder.fingerprint(),
+        "system_prompt": config.data.system_prompt,
+        "seed": config.seed,
+        "max_model_len": config.engine.max_model_len,
+        "dtype": config.engine_dtype,
+        **{name: dataclasses.asdict(sampling) for name, sampling in modes.items()},
+    }
+    file = out / "settings.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    changed = [key for key in before.keys() & settings_now.keys() if before[key] != settings_now[key]]
+    dist.barrier()
+    if changed:
+        raise ConfigError(
+            f"{out} holds answers with another {', '.join(sorted(changed))}; name another folder with --out"
+        )
+    if ranks.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(before | settings_now, indent=2) + "\n")
+
+
+def report(
+    out: Path,
+    model: str,
+    found: dict[str, tuple[suites.Suite, str]],
+    results: dict[str, dict[str, Any]],
+    overlap: dict[str, list[int]] | None,
+) -> None:
+    """results.json and table.md; the table is printed as well."""
+    whole = {"model": model, "suites": results, "seen_in_training": overlap}
+    (out / "results.json").write_text(json.dumps(whole, indent=2) + "\n")
+    text = table(model, {name: suite.title for name, (suite, _) in found.items()}, results)
+    if overlap is None:
+        text += "\nNot compared with training prompts; --training FILE.jsonl does.\n"
+    for name, numbers in (overlap or {}).items():
+        text += f"\n{name}: training has seen {len(numbers)} of {results[name]['greedy']['problems']} problems.\n"
+    (out / "table.md").write_text(text)
+    print(text + f"\nResponses, results.json and this table: {out}")
+
+
+def table(model: str, titles: dict[str, str], results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: this model's scores with 95 % intervals above the paper's (percent)."""
+    lines = ["| model | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+
+    def line(name: str, cells: list[str]) -> None:
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    for mode, words in (("greedy", "pass@1, greedy"), ("sampled", "avg@{k}")):
+        mine = [scores[mode] for scores in results.values() if mode in scores]
+        if mine:
+            k = mine[0]["answers_per_problem"]
+            line(f"**{model}**, {words.format(k=k)}", [_with_interval(score) for score in mine])
+    if mine:  # sampled
+        line(f"**{model}**, pass@{k}", [f"{100 * max(score['pass_at'].values()):.1f}" for score in mine])
+        line(f"**{model}**, maj@{k}", [f"{100 * score['majority']:.1f}" for score in mine])
+    columns = [suites.PAPER_SUITES.index(name) if name in suites.PAPER_SUITES else None for name in titles]
+    for name, scores in suites.PAPER.items() if any(column is not None for column in columns) else ():
+        line(f"{name} (paper)", ["–" if column is None else f"{scores[column]:.1f}" for column in columns])
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(score: dict[str, Any]) -> str:
+    low, high = (100 * end for end in score["interval"])
+    return f"{100 * score['accuracy']:.1f} ({low:.1f} to {high:.1f})"

@@ -1,0 +1,75 @@
+"""`oreal plan RECIPE`: memory, time and bytes of a run before a GPU is spent, and its ranks rehearsed without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from oreal_megatron import settings
+from oreal_megatron.config import ConfigError
+from oreal_megatron.mapping import architecture
+from oreal_megatron.plan import assumptions, estimate, gpus, published, search, table
+from oreal_megatron.plan.case import Case
+
+UNFIT = 6  # exit code: it would not fit, or its ranks would wait for each other
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        f"exit codes: 0 it fits, 2 a layout that cannot be, {UNFIT} it does not fit or a rehearsal found a fault\n\n"
+        f"assumptions:\n{table.describe_assumptions()}"
+    )
+    parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")
+    parser.add_argument("--gpus", type=int, metavar="N", help="default: as many as the recipe was made for")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--gpu", default="h100-80g", metavar="KIND", help=f"{', '.join(gpus.GPUS)}; default %(default)s"
+    )
+    parser.add_argument("--assume", action="append", default=[], metavar="KEY=VALUE", help="see the list below")
+    parser.add_argument("--search", action="store_true", help="name the layouts that fit, best first")
+    parser.add_argument("--rehearse", action="store_true", help="build and run some ranks of this world without data")
+    parser.add_argument("--ranks", metavar="R,R,...", help="to rehearse; default: two of every kind of group")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan for machines")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of each phase")
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(width=120, soft_wrap=False)
+    case = _case(args, console)
+    made = estimate.make(case)
+    table.show(made, console)
+    said = made.as_dict()
+    if args.search:
+        found = search.best(case)
+        table.show_search(found, console)
+        said["search"] = [{"layout": table.layout(one), "why": search.reason(one)} | one.as_dict() for one in found]
+    sound = made.fits
+    if args.rehearse:
+        from oreal_megatron.cli import rehearsal  # imports Megatron, which takes seconds
+
+        said["rehearsal"] = rehearsal.run(case, args.ranks, console)
+        sound = sound and not said["rehearsal"]["faults"]
+    if args.json:
+        args.json.write_text(json.dumps(said, indent=2, default=float) + "\n")
+    if args.picture:
+        table.draw(made, args.picture)
+    return 0 if sound else UNFIT
+
+
+def _case(args: argparse.Namespace, console: Console) -> Case:
+    config = settings.override(settings.from_recipe(args.recipe), args.set)
+    world = args.gpus or config.gpus
+    if world < 1:
+        raise ConfigError("the recipe does not say how many GPUs it is for; give --gpus N")
+    hf, read = published.config(config.model.path)
+    if not read:
+        table.say(console, f"{config.model.path} is not here; planned with the shapes of the published model")
+    arch = architecture.read(hf)
+    case = Case(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))
+    case.check()
+    return case

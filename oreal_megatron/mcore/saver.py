@@ -1,0 +1,203 @@
+"""Checkpoints are written while training goes on: it waits only until the state is copied off the device.
+
+Megatron plans the files; a thread of this process writes them instead of Megatron's forked processes, which would
+outlive a killed rank and wait for ever for a killed writer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from oreal_megatron import checkpoints, disk, heartbeat, ranks
+from oreal_megatron.config import RunStopped
+from oreal_megatron.mcore import checkpoint
+from oreal_megatron.mcore.cpu import device_layer
+from oreal_megatron.mcore.worker import Trainer
+
+SPARE_BYTES = 16 * 2**20  # of disk, beyond the tensors
+Describe = Callable[[str, Path], None]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that a thread is writing."""
+
+    partial: Path
+    requests: list[AsyncRequest]
+    written: Future[checkpoints.Digests]  # of this rank's files
+
+
+class Saver:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trainers: dict[str, Trainer],
+        keep: int,
+        keep_every: int = 0,
+        describe: Describe = lambda name, path: None,
+    ):
+        """`keep` and `keep_every` as in checkpoints.prune; `describe`, called on the first rank with each model's name
+        and folder, adds what its readers want to know."""
+        self.folder, self.trainers, self.describe = folder, trainers, describe
+        self.keep, self.keep_every = keep, keep_every
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Pending | None = None
+
+    def start(self, step: int, random_state: dict[str, Any] | None = None) -> None:
+        """Copy the state after `step` steps and begin to write it, once the save before it has ended. Collective.
+
+        `random_state` replaces that of this moment. While the disk is full it waits.
+        """
+        self.finish()
+        if ranks.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._wait_for_room()
+        partial = self.folder / (checkpoints.name(step) + checkpoints.PARTIAL)
+        if ranks.rank() == 0:
+            checkpoints.begin(partial, self.trainers)
+        common = {"step": step, "layout": checkpoint.layout()}
+        common["random"] = ranks.gather(random_state or checkpoint.random_state())
+        requests = [_planned(trainer, partial / name, common) for name, trainer in self.trainers.items()]
+        self.pending = Pending(partial, requests, self.thread.submit(_write_all, partial, requests))
+
+    def save(self, step: int, random_state: dict[str, Any] | None = None) -> Path:
+        """Start and finish; the checkpoint's folder. Collective."""
+        self.start(step, random_state)
+        self.finish()
+        return self.folder / checkpoints.name(step)
+
+    def poll(self) -> None:
+        """End the save under way if all ranks have written their part. Collective."""
+        if self.pending and all(ranks.gather(self.pending.written.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the save under way is whole and bears its name. Collective.
+
+        Raises RunStopped, on all ranks, when a part could not be written.
+        """
+        if not self.pending:
+            return
+        while not all(ranks.gather(self.pending.written.done())):  # short collectives: none outlasts its time
+            if self.pending.written.done():  # so that the ranks which are late are those that cannot write
+                heartbeat.beat()
+            time.sleep(0.01)
+        pending, self.pending = self.pending, None
+        digests = _everyones(pending)
+        with device_layer():
+            for request in pending.requests:
+                for finalize in request.finalize_fns:
+                    finalize()
+        if ranks.rank() == 0:
+            disk.with_room(self.folder, self._complete, pending.partial, digests)
+        dist.barrier()
+
+    def _complete(self, partial: Path, digests: checkpoints.Digests) -> None:
+        if partial.exists():  # else only what follows is repeated
+            for name in self.trainers:
+                self.describe(name, partial / name)
+            checkpoints.finish(partial, digests)
+        checkpoints.prune(self.folder, self.keep, self.keep_every)
+
+    def _wait_for_room(self) -> None:
+        """Until the first rank sees room for a checkpoint. Every look is a collective, so that none times out."""
+        needed = sum(ranks.gather(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES
+        told = False
+        while (free := ranks.gather(shutil.disk_usage(self.folder).free)[0]) < needed:
+            if ranks.rank() == 0 and not told:
+                disk.say(
+                    f"a checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has room for {free / 2**20:.0f}; "
+                    "waiting until there is more, nothing is lost"
+                )
+            told = True
+            heartbeat.beat()
+            time.sleep(disk.PAUSE_S)
+        if ranks.rank() == 0 and told:
+            disk.say(f"there is room in {self.folder} again; going on")
+
+
+def _bytes(trainer: Trainer) -> int:
+    """This rank's part of a checkpoint: weights, and their main copy and two moments in float32, each kept once."""
+    parameters = (parameter for chunk in trainer.chunks for parameter in chunk.parameters())
+    held = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in parameters)
+    return held // parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
+    """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
+    filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
+    state = common | {"updates": trainer.updates, "past": dataclasses.asdict(trainer.past)}
+    with device_layer(), trainer.parts.here(*trainer.parts), trainer.readable():
+        request = dist_checkpointing.save(
+            state | checkpoint.sharded(trainer, loading=False), str(folder), async_sharded_save=True
+        )
+        if request.async_fn is None:  # nothing of it is this rank's
+            return request
+        rank, files, results = request.async_fn_args
+        return request._replace(async_fn_args=(rank, _copied(files, request.preload_fn()), results))
+
+
+def _copied(files: list[Any], on_host: list[Any]) -> list[Any]:
+    """What was on the host already is copied as well: training goes on and changes it."""
+    copies = []
+    for (_, _, (_, before)), (path, key, (blobs, after)) in zip(files, on_host, strict=True):
+        pairs = zip(before, after, strict=True)
+        tensors = [(item, new.clone() if new is old else new) for (_, old), (item, new) in pairs]
+        copies.append((path, key, (blobs, tensors)))
+    return copies
+
+
+def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoints.Digests:
+    """Write this rank's files and measure what the disk holds; a full disk is waited for."""
+    digests = {}
+    for request in requests:
+        if request.async_fn is None:
+            continue
+        transforms = request.async_fn.args[0]
+        _, files, results = request.async_fn_args
+        written = {}
+        for number, file in enumerate(files):
+            written[number] = disk.with_room(partial, _write, transforms, number, file)
+            path = Path(file[0])
+            digests[str(path.relative_to(partial))] = checkpoints.digest(path)
+        results.put(written)
+    return digests
+
+
+def _write(transforms: list[Any], number: int, file: Any) -> list[Any]:
+    """One file; Megatron's writer hands its error over like a result."""
+    results, running = queue.Queue(), queue.Queue()
+    running.put(number)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, file, results, running, True)
+    _, written = results.get()
+    if isinstance(written, Exception):
+        raise written
+    return written
+
+
+def _everyones(pending: Pending) -> checkpoints.Digests:
+    """All ranks' digests; a rank that failed alone would leave the others waiting."""
+    error = pending.written.exception()
+    shares = ranks.gather((pending.written.result() if error is None else {}, error and f"{error}"))
+    for rank, (_, failure) in enumerate(shares):
+        if failure:
+            raise RunStopped(
+                f"{pending.partial.name} could not be written on rank {rank}: {failure}. Checkpoints before it are "
+                "whole; mend the file system and resume"
+            )
+    return {name: entry for digests, _ in shares for name, entry in digests.items()}

@@ -1,0 +1,158 @@
+"""Bytes on each rank in each phase, by component; and the largest key-value cache that they leave room for.
+
+Parameters, gradients and optimizer are those of Megatron's DistributedOptimizer as docs/scale.md measures them: in bf16
+2 + 4 bytes a parameter and 12 over the ranks that share it, in fp32 4 + 4 and 8.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from oreal_megatron.plan import activations
+from oreal_megatron.plan.activations import ITEMSIZE
+from oreal_megatron.plan.case import Case
+
+COMPONENTS = (
+    "parameters", "gradients", "optimizer", "activations", "head", "engine weights", "KV cache", "buffers", "reserve"
+)  # fmt: skip
+GATHER_BUCKET = 256 * 2**20  # reshard/gather.py
+Bytes = Counter  # by component
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: the memory of each of its ranks, by phase."""
+
+    number: int
+    phases: dict[str, Bytes]
+
+    @property
+    def fullest(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase].total())
+
+    @property
+    def most(self) -> float:
+        return self.phases[self.fullest].total()
+
+
+def held(case: Case, stage: int, head: str) -> Bytes:
+    """A trained model: parameters, gradients, and its share of main weights and moments."""
+    elements, dtype = case.elements(stage, head), case.config.model.dtype
+    states = 12 if dtype == "bfloat16" else 8
+    sharing = case.data * case.config.parallel.context
+    return Bytes(
+        {"parameters": elements * ITEMSIZE[dtype], "gradients": 4 * elements, "optimizer": states * elements / sharing}
+    )
+
+
+def stages(case: Case) -> list[Stage]:
+    return [Stage(stage, _phases(case, stage)) for stage in range(case.config.parallel.pipeline)]
+
+
+def largest_cache(case: Case, planned: list[Stage]) -> float:
+    """Bytes of key-value cache that fit on every rank, in every phase that has one."""
+    return min(
+        case.usable - memory.total() + memory["KV cache"]
+        for stage in planned
+        for memory in stage.phases.values()
+        if memory["KV cache"]
+    )
+
+
+def _phases(case: Case, stage: int) -> dict[str, Bytes]:
+    config = case.config
+    engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
+    cache = Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
+    awake = engine + cache
+    models = {name: held(case, stage, head) for name, head in case.roles.items()}
+    models["reference"] = Bytes({"parameters": models["reference"]["parameters"]})
+    resident = sum(models.values(), Bytes()) if not config.offload else Bytes()
+    asleep = Bytes() if config.engine.sleep else awake
+
+    def beside(*extra: Bytes, engine: Bytes, model: str = "", only: str = "") -> Bytes:
+        """What is there: all models, or where idle ones are away the one at work."""
+        mine = models.get(model, Bytes())
+        mine = Bytes({only: mine[only]}) if only else mine
+        return _with_reserve(case, engine + (resident if not config.offload else mine), sum(extra, Bytes()))
+
+    scoring = _scoring(case, stage)
+    phases = {
+        "generate": beside(engine=awake),
+        "prove": beside(scoring, engine=awake, model="policy", only="parameters"),
+    }
+    if "reward_model" in models:
+        phases["reward_model"] = beside(
+            _training(case, stage, "scalar", models["reward_model"]), engine=asleep, model="reward_model"
+        )
+    phases["reference"] = beside(scoring, engine=asleep, model="reference")
+    phases["policy"] = beside(_training(case, stage, "lm", models["policy"]), engine=asleep, model="policy")
+    phases["reshard"] = beside(
+        _transfer(case), engine=engine if config.engine.sleep else awake, model="policy", only="parameters"
+    )
+    largest = max(case.roles, key=lambda name: models[name].total())
+    phases["start, save"] = beside(engine=awake, model=largest)
+    return phases
+
+
+def _last(case: Case, stage: int) -> bool:
+    return stage == case.config.parallel.pipeline - 1
+
+
+def _training(case: Case, stage: int, head: str, model: Bytes) -> Bytes:
+    """Of an update: activations at their most, or what AdamW needs when they are gone."""
+    kept = activations.kept(case.arch, case.config, stage, case.longest, case.micro_batches)
+    memory = Bytes({"activations": kept + activations.working(case.arch, case.config, case.longest)})
+    if head == "lm" and _last(case, stage):
+        memory["head"] = activations.head(case.arch, case.config, case.longest)
+    square_roots = model["optimizer"] / 3  # torch's AdamW makes one more tensor of each state's size
+    return memory if memory.total() > square_roots else Bytes({"buffers": square_roots})
+
+
+def _scoring(case: Case, stage: int) -> Bytes:
+    """Of a forward pass without a backward: one layer's work and logits."""
+    memory = Bytes({"activations": activations.working(case.arch, case.config, case.longest)})
+    if _last(case, stage):
+        memory["head"] = activations.head(case.arch, case.config, case.longest)
+    return memory
+
+
+def _transfer(case: Case) -> Bytes:
+    direct = case.config.engine.transport == "direct" and not case.arch.experts
+    return Bytes({"buffers": case.config.engine.buffer_megabytes * 2**20 if direct else 2 * GATHER_BUCKET})
+
+
+def _with_reserve(case: Case, standing: Bytes, passing: Bytes) -> Bytes:
+    assumed = case.assumed
+    communicators = assumed.context_gib + assumed.communicator_gib * groups(case)
+    total = standing + passing
+    total["reserve"] += communicators * 2**30 + assumed.fragments * passing.total()
+    return total
+
+
+def groups(case: Case) -> int:
+    """Process groups that a rank uses: the world, each way of cutting, gradients over data and context, the engine."""
+    cut = case.config.parallel
+    sizes = (case.world, cut.tensor, cut.pipeline, cut.context, case.data, case.model_ranks, case.config.engine.tensor)
+    return sum(size > 1 for size in sizes)
+
+
+def host(case: Case) -> dict[str, float]:
+    """Bytes of the host's memory that a node must have: for idle models, and while a checkpoint is gathered."""
+    cut = case.config.parallel
+    stride = cut.tensor * cut.context * case.data
+    offloaded = gathering = 0.0
+    for first in range(0, case.world, case.node):
+        ranks = range(first, min(first + case.node, case.world))
+        away = [_offloaded(case, rank // stride) for rank in ranks]
+        firsts = [rank for rank in ranks if rank % stride < cut.tensor]  # whose data- and context-parallel rank is 0
+        states = [20 * case.elements(rank // stride, "lm") for rank in firsts]
+        offloaded, gathering = max(offloaded, sum(away)), max(gathering, sum(states))
+    return {"idle models": offloaded if case.config.offload else 0.0, "gathering a checkpoint": gathering}
+
+
+def _offloaded(case: Case, stage: int) -> float:
+    """Copies that a rank keeps on the host; gradients are not copied."""
+    parts = [held(case, stage, head) for name, head in case.roles.items() if name != "reference"]
+    reference = held(case, stage, "lm")["parameters"]
+    return sum(part["parameters"] + part["optimizer"] for part in parts) + reference

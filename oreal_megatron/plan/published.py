@@ -1,0 +1,51 @@
+"""config.json of the models that the recipes name, for planning where their folders are not.
+
+The authors' SFT models have the shapes of the Qwen2.5 bases that they were made from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from oreal_megatron.config import ConfigError
+
+
+def _qwen(layers: int, hidden: int, ffn: int, heads: int, groups: int, positions: int, theta: float) -> dict[str, Any]:
+    return dict(
+        architectures=["Qwen2ForCausalLM"],
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=152064,
+        max_position_embeddings=positions,
+        rope_theta=theta,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+
+
+SIZES = {"7B": (28, 3584, 18944, 28, 4), "32B": (64, 5120, 27648, 40, 8)}
+CONFIGS = {
+    **{f"{name}": _qwen(*SIZES["7B"], 32768, 1e6) for name in ("Qwen2.5-7B", "Qwen2.5-7B-Instruct", "OREAL-7B-SFT")},
+    **{
+        f"{name}": _qwen(*SIZES["32B"], 32768, 1e6) for name in ("Qwen2.5-32B", "Qwen2.5-32B-Instruct", "OREAL-32B-SFT")
+    },
+    "DeepSeek-R1-Distill-Qwen-7B": _qwen(*SIZES["7B"], 131072, 1e4),
+}
+
+
+def config(path: str) -> tuple[dict[str, Any], bool]:
+    """The config.json of a model folder, or of a published model with the folder's name; and whether it was read."""
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return json.loads(file.read_text()), True
+    if (name := Path(path).name) in CONFIGS:
+        return CONFIGS[name], False
+    raise ConfigError(
+        f"{path} is no model folder here, and {name!r} is none of the published models that the plan knows by name "
+        f"({', '.join(CONFIGS)}); put the model's config.json into a folder and name it with --set model.path=FOLDER"
+    )

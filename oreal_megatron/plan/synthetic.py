@@ -1,0 +1,55 @@
+"""A step's samples with lengths like a reasoner's, and ranks with which a rehearsal compares every kind of group."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from oreal_megatron.plan.case import Case
+from oreal_megatron.records import Sample
+
+SPREAD = 0.6  # of the logarithms of lengths
+
+
+def samples(case: Case) -> list[Sample]:
+    """As many as a step keeps, right and wrong in turn; log-normal lengths with the assumed mean.
+
+    For interleaved pipelines all are as long as a micro-batch, so that all micro-batches have one shape.
+    """
+    prompt, mean = int(case.assumed.prompt_tokens), case.assumed.response_tokens
+    longest = min(case.config.sampling.max_new_tokens, case.config.engine.max_model_len - prompt)
+    count = max(round(case.sequences), 2)
+    if case.config.parallel.virtual > 1:
+        count, mean = case.data * case.config.parallel.pipeline, case.config.tokens_per_micro_batch - prompt
+        lengths = [int(mean)] * count
+    else:
+        generator = random.Random(0)
+        drawn = (generator.lognormvariate(math.log(mean) - SPREAD**2 / 2, SPREAD) for _ in range(count))
+        lengths = [max(1, min(longest, round(length))) for length in drawn]
+    signs = [1.0, -1.0] * count
+    return [Sample((1,) * prompt, (2,) * n, sign, sign) for n, sign in zip(lengths, signs, strict=False)]
+
+
+def rank(case: Case, tensor: int, context: int, data: int, pipeline: int) -> int:
+    """Megatron's order of ranks."""
+    cut = case.config.parallel
+    return tensor + cut.tensor * (context + cut.context * (data + case.data * pipeline))
+
+
+def chosen(case: Case) -> list[int]:
+    """The pipelines of the first and of the last rank, whole, and one neighbour of the first rank in every group."""
+    cut = case.config.parallel
+    found = set()
+    for stage in range(cut.pipeline):
+        found |= {rank(case, 0, 0, 0, stage), rank(case, cut.tensor - 1, cut.context - 1, case.data - 1, stage)}
+    sizes = (cut.tensor, cut.context, case.data)
+    for axis, size in enumerate(sizes):
+        if size > 1:
+            found.add(rank(case, *(int(other == axis) for other in range(3)), 0))
+    return sorted(found)
+
+
+def one_replica(case: Case) -> list[int]:
+    """The ranks that hold one replica of the trainer."""
+    cut = case.config.parallel
+    return [rank(case, tensor, 0, 0, stage) for stage in range(cut.pipeline) for tensor in range(cut.tensor)]

@@ -1,0 +1,183 @@
+"""Seconds of each phase of a step, estimated from operations, bytes and what assumptions.py takes for granted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oreal_megatron.plan import memory
+from oreal_megatron.plan.activations import ITEMSIZE
+from oreal_megatron.plan.case import Case
+from oreal_megatron.reshard import gather, plan
+from oreal_megatron.reshard.slices import Layout
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a replica of the engine does in a step."""
+
+    answers: float  # of each replica
+    concurrent: float  # of them at once
+    prefill: float  # seconds
+    decode: float
+    bound: str  # what decides the time of decoding
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill + self.decode
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes of one hand-over of the weights: those of the busiest rank, and over all ranks between nodes."""
+
+    received: float
+    received_between: float
+    all_between: float
+    transport: str
+
+
+def layout(case: Case) -> Layout:
+    cut = case.config.parallel
+    # Context-parallel ranks hold the same weights as data-parallel ones.
+    return Layout(
+        case.arch,
+        cut.tensor,
+        cut.pipeline,
+        cut.virtual,
+        case.config.engine.tensor,
+        case.world,
+        min(case.node, case.world),
+    )
+
+
+def transfer(case: Case) -> Transfer:
+    """From the plan of the direct transport, or the size of what the other one gathers."""
+    cut, itemsize = case.config.parallel, ITEMSIZE[case.config.engine_dtype]
+    if case.config.engine.transport == "direct" and not case.arch.experts:
+        buffer = case.config.engine.buffer_megabytes * 2**20 // 4
+        traffic = plan.make(layout(case), 0, itemsize, buffer).traffic
+        return Transfer(
+            traffic.received.max(), traffic.received_between.max(), traffic.received_between.sum(), "direct"
+        )
+    received = max(
+        gather.received_bytes(
+            case.arch, cut.tensor, cut.pipeline, cut.virtual, stage, ITEMSIZE[case.config.model.dtype]
+        )
+        for stage in range(cut.pipeline)
+    )
+    apart = case.crosses_nodes(cut.pipeline, cut.tensor * cut.context * case.data)
+    between = received * (1 - 1 / cut.pipeline) if apart else 0.0
+    return Transfer(received, between, between * case.world, "gather")
+
+
+def generation(case: Case) -> Generation:
+    """Answers are decoded as many at once as fit; nothing ends before the longest answer has."""
+    config, assumed = case.config, case.assumed
+    answers = config.data.prompts_per_step * config.sampling.answers_per_prompt / case.replicas
+    context = assumed.prompt_tokens + assumed.response_tokens / 2
+    fitting = config.engine.kv_cache_gb * 2**30 / case.cache_token() / context
+    concurrent = max(1.0, min(answers, config.engine.max_num_seqs, fitting))
+    by_volume = answers * assumed.response_tokens / concurrent * token_step(case, concurrent, context)
+    last = config.sampling.max_new_tokens * token_step(case, max(1.0, concurrent * assumed.last_share), context)
+    operations = answers * assumed.prompt_tokens * 2 * matrices(case)
+    prefill = operations / (config.engine.tensor * case.gpu.flops * assumed.prefill_mfu)
+    limit = "cache" if fitting < answers else "max_num_seqs" if config.engine.max_num_seqs < answers else "answers"
+    bound = f"{limit}, {concurrent:.0f} at once" if by_volume > last else "the longest answer"
+    return Generation(answers, concurrent, prefill, max(by_volume, last), bound)
+
+
+def token_step(case: Case, concurrent: float, context: float) -> float:
+    """Seconds in which every running answer gets a token: weights and caches are read once, or multiplied with."""
+    read = case.engine_weights() + concurrent * context * case.cache_token()
+    reading = read / (case.gpu.memory_bytes * case.assumed.memory_share)
+    multiplying = (
+        concurrent * 2 * matrices(case) / case.config.engine.tensor / (case.gpu.flops * case.assumed.train_mfu)
+    )
+    exchanges = 2 * case.arch.layers * case.assumed.all_reduce_us / 1e6 if case.config.engine.tensor > 1 else 0.0
+    return max(reading, multiplying) + exchanges + case.assumed.decode_step_ms / 1e3
+
+
+def matrices(case: Case) -> float:
+    """Parameters that a token is multiplied with: all but the embedding, of experts those that are picked."""
+    arch = case.arch
+    blocks = 3 * arch.hidden * arch.ffn * (arch.experts.per_token if arch.experts else 1)
+    attention = 2 * arch.hidden * arch.head_dim * (arch.heads + arch.kv_groups)
+    return arch.layers * (blocks + attention) + arch.vocab * arch.hidden
+
+
+def forward_operations(case: Case) -> float:
+    """Of a token: two for each parameter, and causal attention to half a mean sequence."""
+    return 2 * matrices(case) + 2 * case.arch.layers * case.arch.heads * case.arch.head_dim * case.sequence_tokens
+
+
+def bubble(case: Case) -> float:
+    """Share of the time in which a pipeline's stages wait for each other."""
+    waiting = case.config.parallel.pipeline - 1
+    return waiting / (case.micro_batches * case.config.parallel.virtual + waiting)
+
+
+def training(case: Case, passes: float) -> float:
+    """Seconds of so many passes forward (a backward is two) over what a step trains on."""
+    operations = case.sequences * case.sequence_tokens * forward_operations(case) * passes
+    computing = operations / (case.world * case.gpu.flops * case.assumed.train_mfu)
+    return (computing + exchanges(case) * passes) / (1 - bubble(case))
+
+
+def exchanges(case: Case) -> float:
+    """Seconds of a pass forward in which a layer's ranks wait for each other: tensor-parallel ones put residuals
+    together twice, context-parallel ones gather keys and values."""
+    cut, arch = case.config.parallel, case.arch
+    values = case.sequences * case.sequence_tokens / case.data * arch.layers / cut.pipeline
+    values *= ITEMSIZE[case.config.model.dtype] / case.assumed.link_share
+    residuals = values / cut.context * 4 * arch.hidden * (1 - 1 / cut.tensor)
+    keys = values * 2 * arch.kv_groups * arch.head_dim / cut.tensor * (1 - 1 / cut.context)
+    return residuals / _link(case, cut.tensor, 1) + keys / _link(case, cut.context, cut.tensor)
+
+
+def _link(case: Case, ranks: int, stride: int) -> float:
+    """Bytes per second between ranks of a group."""
+    return case.gpu.network_bytes if case.crosses_nodes(ranks, stride) else case.gpu.nvlink_bytes
+
+
+def phases(case: Case, moved: Transfer) -> dict[str, float]:
+    """Seconds of each phase of a step in which the policy learns; checkpoints and evaluations are not in it."""
+    again = 1 if case.config.megatron.get("recompute_granularity") == "full" else 0
+    update = training(case, 3 + again) + gradients(case)
+    seconds = {"generate": generation(case).seconds}
+    if case.config.reward_model.enabled:
+        seconds["reward_model"] = update + swap(case, "reward_model")
+    seconds["reference"] = training(case, 1) + swap(case, "reference")
+    seconds["policy"] = update + swap(case, "policy")
+    share = case.assumed.link_share
+    within = (moved.received - moved.received_between) / (case.gpu.nvlink_bytes * share)
+    seconds["reshard"] = max(within, moved.received_between / (case.gpu.network_bytes * share)) + swap(case, "")
+    return seconds
+
+
+def gradients(case: Case) -> float:
+    """Seconds to sum fp32 gradients and to gather the new weights over the ranks that share an optimizer."""
+    cut = case.config.parallel
+    sharing = case.data * cut.context
+    if sharing == 1:
+        return 0.0
+    moved = case.elements(0, "lm") * (4 + ITEMSIZE[case.config.model.dtype]) * (1 - 1 / sharing)
+    return moved / (_link(case, sharing, cut.tensor) * case.assumed.link_share)
+
+
+def swap(case: Case, model: str) -> float:
+    """Seconds to fetch an idle model and to put it away again; for the transfer, the policy's weights."""
+    if not case.config.offload:
+        return 0.0
+    part = memory.held(case, 0, case.roles.get(model, "lm"))
+    moved = part["parameters"] + (part["optimizer"] if model in ("policy", "reward_model") else 0)
+    return 2 * moved / (case.assumed.pcie_gb_s * 1e9)
+
+
+def checkpoint(case: Case) -> tuple[float, float]:
+    """Bytes of a checkpoint with every trained model, and seconds to gather and write it."""
+    states = 12  # main weights and moments; in fp32 the weights are written twice
+    per_element = ITEMSIZE[case.config.model.dtype] + states
+    trained = [head for name, head in case.roles.items() if name != "reference"]
+    written = sum(case.all_elements(head) for head in trained) * per_element
+    gathered = sum(case.elements(0, head) for head in trained) * states
+    return written, gathered / (case.assumed.gloo_gb_s * 1e9) + written / (case.assumed.storage_gb_s * 1e9)

@@ -1,0 +1,84 @@
+"""Real vLLM engines that fail on one rank: asked again they answer what they would have answered, or all ranks stop."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+class Faulty:
+    """vLLM's engine, which lets some results of a step go wrong. Faults are used up from the front."""
+
+    def __init__(self, engine, faults: list[str]):
+        self.engine, self.faults = engine, faults
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def step(self) -> list:
+        outputs = self.engine.step()
+        fault = self.faults.pop(0) if outputs and self.faults else ""
+        if fault == "raise":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more lines")
+        if fault == "fewer":
+            return outputs[1:]
+        if fault == "empty":
+            outputs[0].outputs[0].token_ids = []
+        if fault == "aborted":
+            outputs[0].outputs[0].finish_reason = "abort"
+        return outputs
+
+
+def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list:
+    """What a generation gives, and how many answers were announced here, under each plan of faults by rank."""
+    from oreal_megatron import config as c
+    from oreal_megatron import ranks
+    from oreal_megatron.cli import build
+    from oreal_megatron.mcore import parallel
+    from oreal_megatron.records import Prompt
+    from oreal_megatron.rollout.engine import EngineError
+
+    config = c.Config(
+        model=c.Model(folder),
+        engine=c.Engine(tensor=tensor, max_model_len=64, max_num_seqs=4, kv_cache_gb=0.05, enforce_eager=True),
+        sampling=c.Sampling(answers_per_prompt=2, max_new_tokens=8),
+        verify=c.Verify(workers=1),
+    )
+    parallel.start_process_group()
+    engine, verifier = build.start_engine(build.prepare(config))
+    vllm = engine.llm.llm_engine
+    prompts = [Prompt(i, "", "", None, (4 + i, 5, 6)) for i in range(5)]
+    results = []
+    for plan in plans:
+        engine.llm.llm_engine, announced = Faulty(vllm, list(plan.get(ranks.rank(), []))), []
+        try:
+            rows = engine.generate(prompts, config.sampling, (0, 7), announced.append)
+            results.append(([rollout.tokens for row in rows for rollout in row], [one.key for one in announced]))
+        except EngineError as error:
+            results.append(str(error))
+    engine.llm.llm_engine = vllm
+    verifier.grader.close()
+    engine.close()
+    return results
+
+
+all_faults = pytest.mark.skipif(not os.environ.get("OREAL_ALL_FAULTS"), reason="OREAL_ALL_FAULTS is not set")
+
+
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=all_faults)])
+def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in_processes):
+    both = {rank: ["raise"] for rank in (0, 1)}  # of one replica: one that fails alone leaves the other in vLLM
+    alone = {1: ["raise"]} if tensor == 1 else both
+    plans = [{}, alone, {1: ["fewer"]}, {0: ["empty"]}, {1: ["aborted"], 0: ["fewer"]}, {1: ["fewer"] * 99}, {}]
+    plans += [{rank: ["raise"] * 99 for rank in alone}, {}]
+    first, second = in_processes(2, answers, str(model_folder), tensor, plans)
+    undisturbed, keys = first[0][0], sorted(first[0][1] + second[0][1])
+    assert len(keys) == len(set(keys)) == 10
+    for number in (1, 2, 3, 4, 6, 8):
+        assert first[number][0] == second[number][0] == undisturbed, plans[number]
+        assert sorted(first[number][1] + second[number][1]) == keys, "each answer is announced once"
+    assert first[5] == second[5] and first[5].startswith("step 7: the engine did not answer, 1 retries")
+    assert "rank 1 lacks" in first[5] and "rank 0" not in first[5]
+    assert first[7] == second[7]
+    assert "answers (RuntimeError: CUDA error: an illegal memory access was encountered)" in first[7]

@@ -1,0 +1,136 @@
+"""Steps that are refused: nothing changes on any rank, wherever the nan arose, and training goes on as if undisturbed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+LAYOUTS = {1: {"alone": {}}, 2: {"data parallel": {}, "pipeline parallel": dict(pipeline=2), "tensor": dict(tensor=2)}}
+
+
+def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
+    from megatron.core import parallel_state
+
+    from oreal_megatron import config as c
+    from oreal_megatron.mcore import parallel
+
+    found = {}
+    parallel.start_process_group()
+    for name, layout in layouts.items():
+        for dtype in ("float32", "bfloat16"):
+            optimizer = c.Optimizer(lr=1e-2, warmup_steps=1)
+            config = c.Config(
+                model=c.Model(folder, dtype=dtype),
+                parallel=c.Parallel(**layout),
+                optimizer=optimizer,
+                reward_model=c.RewardModel(optimizer=optimizer),
+                guard=c.Guard(spike_factor=1e-3, spike_window=3),
+            )
+            parallel.start_megatron(config.parallel, seed=0)
+            found[name, dtype] = story(folder, config, samples)
+            parallel_state.destroy_model_parallel()
+    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.stop()
+    return found
+
+
+class Models:
+    def __init__(self, folder: str, config):
+        from oreal_megatron.convert.hf_folder import Folder
+        from oreal_megatron.mapping import architecture
+        from oreal_megatron.mcore import roles
+
+        source = Folder(folder)
+        pieces = (architecture.read(source.config), config, source.tensor)
+        self.policy, self.reference = roles.Policy(*pieces), roles.Reference(*pieces)
+        self.reward_model = roles.TokenRewardModel(*pieces)
+
+    def step(self, batch, spoil=lambda weight: weight) -> dict:
+        weight, metrics = self.reward_model.update(batch)
+        return metrics | self.policy.update(batch, self.reference.score(batch), spoil(weight))
+
+    def state(self) -> list:
+        """Everything that a step changes, on this rank."""
+        from oreal_megatron.mcore import adam
+
+        bits = []
+        for trainer in (self.policy, self.reward_model):
+            bits += [parameter.detach() for chunk in trainer.chunks for parameter in chunk.parameters()]
+            bits += adam.tensors(trainer.optimizer)
+            bits += [state["step"] for inner in adam._inner(trainer.optimizer) for state in inner.state.values()]
+            bits += [torch.tensor([group["lr"] for group in trainer.optimizer.param_groups] + [trainer.updates])]
+        return [value.clone() for value in bits]
+
+
+def story(folder: str, config, samples: list) -> dict:
+    from megatron.core import parallel_state
+
+    from oreal_megatron import ranks
+    from oreal_megatron.algo import pack
+    from oreal_megatron.mcore import parallel
+
+    batches = [pack.batch(samples[4 * i : 4 * i + 4], 60, *parallel.data_parallel()) for i in range(3)]
+    models, twin = Models(folder, config), Models(folder, config)
+    last = ranks.rank() == ranks.world_size() - 1
+    rows = {}
+
+    def refused(name: str, metrics: dict, before: list) -> None:
+        rows[name] = metrics, all(map(torch.equal, before, models.state()))
+
+    models.step(batches[0])
+    before = models.state()
+    first = next(models.reward_model.chunks[0].parameters())
+    mine = parallel_state.is_pipeline_first_stage() and (last or config.parallel.pipeline > 1)
+    hook = first.register_hook(lambda gradient: gradient * math.nan if mine else gradient)
+    refused("gradient of one rank's reward model", models.step(batches[1]), before)
+    hook.remove()
+
+    def spoil(weight: list) -> list:
+        for part in weight if last else ():
+            part[:1] = math.nan
+        return weight
+
+    models.reward_model.update(batches[1])
+    before = models.state()
+    reference = models.reference.score(batches[1])
+    weight = spoil([torch.ones(len(part.labels)) for part in batches[1].micro_batches])
+    refused("token weight of one rank", models.policy.update(batches[1], reference, weight), before)
+
+    models.step(batches[2])
+    twin.step(batches[0]), twin.reward_model.update(batches[1]), twin.step(batches[2])
+    rows["afterwards"] = all(map(torch.equal, models.state(), twin.state()))
+
+    for _ in range(2):
+        models.step(batches[0])
+    before = models.state()
+    refused("spike", models.step(batches[1]), before)
+
+    with torch.no_grad():
+        next(models.policy.chunks[0].parameters()).view(-1)[0] = math.inf if last else 0.0
+    rows["broken"] = models.policy.update(batches[1], reference, weight)
+    return rows
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_a_refused_step_changes_nothing_on_any_rank(world, model_folder, in_processes, make_samples):
+    from oreal_megatron import config as c
+    from oreal_megatron.algo import guard
+
+    found = in_processes(world, stories, str(model_folder), LAYOUTS[world], make_samples(6, seed=8))
+    for name in found[0]:
+        assert all(repr(rank[name]) == repr(found[0][name]) for rank in found), "ranks disagree"
+        rows = found[0][name]
+        metrics, unchanged = rows["gradient of one rank's reward model"]
+        assert unchanged and math.isnan(metrics["reward_model/gradient_norm"]), name
+        assert math.isfinite(metrics["loss/reward_model"]), "only the gradient was spoilt"
+        assert metrics["reward_model/skipped"] == metrics["policy/skipped"] == 1, "no policy learns from its weights"
+        metrics, unchanged = rows["token weight of one rank"]
+        assert unchanged and metrics["policy/skipped"] == metrics["policy/skipped_in_a_row"] == 2, name
+        assert "policy/gradient_norm is nan" in guard.why(metrics)
+        assert rows["afterwards"], f"{name}: what was refused left a trace"
+        metrics, unchanged = rows["spike"]
+        assert unchanged and metrics["reward_model/gradient_norm"] > metrics["reward_model/gradient_norm_limit"], name
+        with pytest.raises(c.RunStopped, match="policy holds weights that are not finite"):
+            guard.check(rows["broken"], c.Guard(), 0)

@@ -1,0 +1,172 @@
+"""Rehearsals without data: sound layouts are found sound, planted errors are named, and what is planned is what is built.
+
+The plan's formulas are compared with three things: what Megatron builds on the meta device, what autograd keeps there as
+on a GPU, and bytes of a real training step on CPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+HF = dict(
+    architectures=["Qwen2ForCausalLM"], num_hidden_layers=4, hidden_size=128, intermediate_size=384,
+    num_attention_heads=8, num_key_value_heads=4, vocab_size=203, max_position_embeddings=2048, rope_theta=1e6,
+)  # fmt: skip
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BLOCK = FULL | {"recompute_method": "block", "recompute_num_layers": 3}
+SELECTIVE = {"recompute_granularity": "selective"}
+# Tensor, pipeline, context, virtual; what is computed again.
+LAYOUTS = (
+    ((2, 2, 1, 1), FULL), ((2, 2, 1, 2), {}), ((2, 1, 2, 1), SELECTIVE), ((4, 1, 1, 1), BLOCK), ((1, 4, 1, 1), {}),
+)  # fmt: skip
+
+
+def case(tensor: int, pipeline: int, context: int, virtual: int, recompute: dict, world: int = 8, **model):
+    from oreal_megatron import config as c
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.plan import assumptions, gpus
+    from oreal_megatron.plan.case import Case
+
+    config = c.Config(
+        model=c.Model(**{"dtype": "bfloat16"} | model),
+        parallel=c.Parallel(tensor, pipeline, virtual, context, sequence=tensor > 1),
+        engine=c.Engine(tensor=2, max_model_len=300, buffer_megabytes=1),
+        sampling=c.Sampling(max_new_tokens=280),
+        data=c.Data(prompts_per_step=8),
+        tokens_per_micro_batch=256,
+        megatron=recompute,
+    )
+    assumed = assumptions.Assumptions(prompt_tokens=16, response_tokens=100)
+    return Case(config, architecture.read(HF), gpus.named("h100-80g"), world, 4, assumed)
+
+
+def every_layout() -> list[dict]:
+    from oreal_megatron.cli import rehearsal
+    from oreal_megatron.plan import activations, memory, synthetic
+
+    results = []
+    for layout, recompute in LAYOUTS:
+        one = case(*layout, recompute)
+        one.check()
+        done = rehearsal.play(one, synthetic.chosen(one))
+        ratios = {part: [] for part in ("parameters", "gradients", "optimizer", "activations")}
+        for rank in done.played:
+            stage = rank.rank // (one.world // one.config.parallel.pipeline)
+            for name, parts in rank.bytes.items():
+                held = memory.held(one, stage, one.roles[name])
+                for part, size in parts.items():
+                    ratios[part].append(held[part] / size)
+            kept = activations.kept_of(one.arch, one.config, stage, rank.tokens)
+            ratios["activations"].append(kept / rank.kept["policy"])
+        tokens = {len(set(rank.tokens)) for rank in done.played}
+        results.append(
+            {"broken": done.broken, "faults": rehearsal.checks(one, done), "ratios": ratios, "tokens": tokens}
+        )
+    return results
+
+
+def planted() -> dict[str, dict]:
+    """Faults that a rehearsal finds when one rank, the second of eight, is otherwise."""
+    from oreal_megatron.cli import rehearsal
+    from oreal_megatron.mcore import rehearse
+    from oreal_megatron.plan import synthetic
+
+    sound = case(2, 2, 1, 1, {})
+    odd, config, cut = 1, sound.config, sound.config.parallel
+    done = rehearsal.play(sound, range(8))
+    wrong = {
+        "another cut": dataclasses.replace(config, parallel=dataclasses.replace(cut, tensor=4, pipeline=1)),
+        "no sequence parallelism": dataclasses.replace(config, parallel=dataclasses.replace(cut, sequence=False)),
+        "smaller micro-batches": dataclasses.replace(config, tokens_per_micro_batch=128),
+        "no reward model": dataclasses.replace(
+            config, reward_model=dataclasses.replace(config.reward_model, enabled=False)
+        ),
+        "no bias": config,
+    }
+    found = {}
+    for error, other in wrong.items():
+        arch = dataclasses.replace(sound.arch, qkv_bias=error != "no bias")
+        other = rehearse.rehearse(arch, other, 8, odd, synthetic.samples(sound))
+        played = [other if one.rank == odd else one for one in done.played]
+        found[error] = rehearsal.checks(sound, dataclasses.replace(done, played=played))
+    uneven = dataclasses.replace(config, parallel=dataclasses.replace(cut, tensor=4, pipeline=1))
+    three_heads = dataclasses.replace(sound.arch, heads=6, kv_groups=3)
+    broken = rehearsal.play(dataclasses.replace(sound, config=uneven, arch=three_heads), [0]).broken
+    return found | {"uneven heads": {"broken": broken}}
+
+
+@pytest.fixture(scope="module")
+def layouts(in_processes) -> list[dict]:
+    return in_processes(1, every_layout)[0]
+
+
+def test_sound_layouts_are_found_sound(layouts):
+    for (layout, _), result in zip(LAYOUTS, layouts, strict=True):
+        assert not result["broken"], layout
+        assert len(result["faults"]) == 6 and not any(result["faults"].values()), (layout, result["faults"])
+    assert max(max(result["tokens"]) for result in layouts) > 1, "micro-batches of different sizes were rehearsed"
+
+
+def test_what_is_planned_is_what_megatron_builds_and_autograd_keeps(layouts):
+    for (layout, recompute), result in zip(LAYOUTS, layouts, strict=True):
+        for part, ratios in result["ratios"].items():
+            off = 0.15 if part == "activations" else 0.03
+            assert ratios and all(abs(ratio - 1) < off for ratio in ratios), (layout, recompute, part, ratios)
+
+
+def test_planted_errors_are_named(in_processes):
+    found = {error: {what.split(":")[0]: said for what, said in checks.items()}
+             for error, checks in in_processes(1, planted)[0].items()}  # fmt: skip
+    assert "process group" in found["another cut"]["process groups"][0] and "on rank 1" in str(found["another cut"])
+    quiet = found["no sequence parallelism"]
+    assert not quiet["process groups"] and "waits in its collective" in quiet["collectives"][0]
+    packed = found["smaller micro-batches"]
+    assert "different numbers of micro-batches" in packed["packing"][0]
+    assert "bytes are sent" in packed["messages between pipeline stages"][0]
+    assert found["no reward model"]["collectives"]
+    bias = found["no bias"]
+    assert "linear_qkv.bias: only" in str(bias["checkpoint"]) and "linear_qkv.bias, which is not there" in str(
+        bias["transfer to the engine"]
+    )
+    assert "rank 0: " in found["uneven heads"]["broken"][0]
+
+
+def real_step(recompute: dict) -> dict[str, float]:
+    """Planned over measured bytes of a reward model that really trains, in fp32 on this machine's CPUs."""
+    import torch
+    import torch.distributed as dist
+
+    from oreal_megatron.algo import pack
+    from oreal_megatron.mapping import tensors
+    from oreal_megatron.mcore import parallel, rehearse, roles
+    from oreal_megatron.plan import activations, memory
+    from oreal_megatron.records import Sample
+
+    parallel.start_process_group()
+    one = case(1, 1, 1, 1, recompute, world=dist.get_world_size(), dtype="float32")
+    parallel.start_megatron(one.config.parallel, seed=0)
+    shapes = {}
+    for entry in tensors.entries(one.arch, 1, 1, 0, "scalar"):
+        shapes |= tensors.hf_shapes(entry, one.arch)
+    model = roles.TokenRewardModel(one.arch, one.config, lambda name: torch.full(shapes[name], 0.01))
+    samples = [Sample((1,) * 6, (2,) * 250, sign, sign) for sign in (1.0, -1.0)] * one.world
+    batch = pack.batch(samples, 256, *parallel.data_parallel())
+    watch = rehearse.Kept(model.parts["parameters"].find())
+    with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
+        model.update(batch)
+    planned = memory.held(one, 0, "scalar")
+    ratios = {part: planned[part] / held.bytes() for part, held in model.parts.items()}
+    ratios["activations"] = activations.kept(one.arch, one.config, 0, 256, 2) / watch.most
+    parallel.stop()
+    return ratios
+
+
+@pytest.mark.parametrize(("world", "recompute"), [(2, {}), (1, FULL)])
+def test_planned_bytes_are_those_of_a_real_step(world, recompute, in_processes):
+    """A CPU keeps more than a GPU: norms in several operations, attention of padded sequences."""
+    for ratios in in_processes(world, real_step, recompute):
+        assert 0.85 < ratios.pop("activations") < 1.15
+        assert ratios.keys() == {"parameters", "gradients", "optimizer"}
+        assert all(0.97 < ratio < 1.03 for ratio in ratios.values()), ratios

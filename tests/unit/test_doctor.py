@@ -1,0 +1,92 @@
+"""The checks of `oreal doctor`, one by one, and a crash in its real runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+
+import pytest
+
+from oreal_megatron import versions
+from oreal_megatron.cli import doctor, doctor_checks, main
+from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK
+from oreal_megatron.config import Checkpoint, Config, RewardModel
+
+
+def states(findings) -> dict[str, str]:
+    return {finding.name: finding.state for finding in findings}
+
+
+@pytest.mark.parametrize(
+    ("inside", "state", "says"),
+    [
+        ("models.py", FAILED, "unrelated package"),  # PyPI's apex is a web library
+        ("multi_tensor_apply", OK, "NVIDIA's"),
+        (None, ABSENT, "not installed"),
+    ],
+)
+def test_pypis_apex_is_not_taken_for_nvidias(inside, state, says, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    if inside:
+        (tmp_path / "apex").mkdir()
+        (tmp_path / "apex/__init__.py").write_text("raise ImportError('not to be imported')")
+        (tmp_path / "apex" / inside).mkdir()
+    importlib.invalidate_caches()
+    finding = doctor_checks.apex()
+    assert finding.state == state and says in finding.found
+    assert ("pip uninstall apex" in finding.mend) == (state == FAILED)
+
+
+def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch):
+    found = states(doctor_checks.software())
+    assert all(found[name] == OK for name in ("Python", "torch", "Megatron-core", "vLLM", "Triton"))
+    monkeypatch.setattr(versions, "MEGATRON", {"megatron-core": ("0.18", "0.19")})
+    finding = next(one for one in doctor_checks.software() if one.name == "Megatron-core")
+    assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
+
+
+def test_room_for_the_checkpoints_is_asked_for(model_folder):
+    config = Config(checkpoint=Checkpoint(keep=2))
+    assert doctor_checks.disk(config, model_folder).state == OK
+    greedy = doctor_checks.disk(dataclasses.replace(config, checkpoint=Checkpoint(keep=10**9)), model_folder)
+    assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
+    weights = (model_folder / "model.safetensors").stat().st_size
+    alone = dataclasses.replace(config, reward_model=RewardModel(enabled=False))
+    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 3 * weights
+    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 3 * weights
+
+
+def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
+    assert doctor_checks.existing(tmp_path / "a/b") == tmp_path
+    assert states(doctor_checks.machine(tmp_path / "a/b"))["clock"] == OK
+
+
+def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch, model_folder):
+    monkeypatch.setenv("WORLD_SIZE", "")  # so that what the command sets is taken back
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
+    recipe = "examples/recipes/oreal.py:oreal_7b_8_gpus"
+    assert main.main(["doctor", "--quick", recipe]) == 1
+    assert "is not a Hugging Face model folder" in " ".join(capsys.readouterr().out.split())
+    small = [f"model.path={model_folder}", "engine.max_model_len=64", "parallel.tensor=1", "parallel.sequence=false"]
+    small += ["model.dtype=float32", "data.held_out="]
+    assert main.main(["doctor", "--quick", recipe, *(word for one in small for word in ("--set", one))]) == 1
+    shown = capsys.readouterr().out
+    assert "oreal_prompts.jsonl does not exist" in shown.replace("\n", "") and "1 of" in shown
+
+
+def test_the_cause_is_told_rather_than_what_followed():
+    errors = "Traceback:\n  File x\nRuntimeError: no room\n\nE1121 failed (exitcode: 1)\nChildFailedError:\n"
+    assert doctor.reason(errors) == "RuntimeError: no room"
+    assert doctor.reason("") == "ended without a word"
+
+
+def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, monkeypatch):
+    """An engine that ends its process without a word."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    found = list(doctor.real_runs())
+    assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
+    assert "vllm" in found[1].mend and "vllm" not in sys.modules

@@ -1,0 +1,137 @@
+"""Which steps are refused and when the run stops; dumps on disk and their comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from oreal_megatron import checkpoints
+from oreal_megatron import config as c
+from oreal_megatron.algo import guard, pack
+from oreal_megatron.cli import replay
+from oreal_megatron.observe import dumps
+
+GOOD = {"loss/total": 1.0, "gradient_norm": 2.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", GOOD)
+def test_a_step_that_is_not_a_number_is_refused(name, bad):
+    assert not guard.refuses(GOOD, math.inf)
+    assert guard.refuses(GOOD | {name: bad}, math.inf)
+
+
+def test_a_spike_is_measured_by_the_median_of_the_steps_that_were_taken():
+    config = c.Guard(spike_factor=3.0, spike_window=3)
+    past = guard.Past()
+    for norm in (1.0, 100.0):
+        past = past.taken(norm, config.spike_window)
+        assert guard.limit(past, config) == math.inf, "before the window is full there is no median"
+    past = past.taken(2.0, config.spike_window)
+    assert guard.limit(past, config) == 6.0
+    assert guard.limit(past.refused(), config) == 6.0
+    assert guard.limit(past.taken(3.0, 3).taken(4.0, 3), config) == 9.0, "the oldest have left the window"
+    assert guard.limit(past, c.Guard()) == math.inf
+    assert guard.refuses(GOOD | {"gradient_norm": 6.1}, 6.0) and not guard.refuses(GOOD | {"gradient_norm": 6.0}, 6.0)
+
+
+def test_refused_steps_are_counted_over_the_run_and_in_a_row():
+    past = guard.Past().refused().refused().taken(1.0, 5).refused()
+    assert past.metrics() == {"skipped": 3, "skipped_in_a_row": 1}
+    assert guard.Past(**json.loads(json.dumps(dataclasses.asdict(past)))).metrics() == past.metrics()
+
+
+def row(model: str, **values: float) -> dict[str, float]:
+    return {f"{model}/{name}": value for name, value in values.items()}
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_reason():
+    config = c.Guard(skips_in_a_row=2)
+    guard.check(row("policy", gradient_norm=math.nan, skipped=7, skipped_in_a_row=1), config, 4)
+    with pytest.raises(c.RunStopped, match="step 5: the policy has refused 2 steps in a row.*gradient_norm is nan"):
+        guard.check(row("policy", gradient_norm=math.nan, skipped=8, skipped_in_a_row=2), config, 5)
+    spike = row("reward_model", gradient_norm=5.0, gradient_norm_limit=4.0, skipped=2, skipped_in_a_row=2)
+    with pytest.raises(c.RunStopped, match="the reward model has refused .* is 5, more than 4"):
+        guard.check(spike, config, 5)
+
+
+def test_broken_weights_stop_the_run_at_once():
+    guard.check(row("policy", largest_weight=1e30), c.Guard(), 0)
+    with pytest.raises(c.RunStopped, match="step 0: the policy holds weights that are not finite"):
+        guard.check(row("policy", largest_weight=math.inf), c.Guard(), 0)
+
+
+@pytest.fixture
+def dumped(tmp_path, make_samples):
+    """A step of two data-parallel ranks, as written and as they had it."""
+    config = c.Config(run=str(tmp_path / "run"))
+    path, samples, shares = tmp_path / "run/dumps" / checkpoints.name(3), make_samples(3), []
+    for rank in range(2):
+        batch = pack.batch(samples, 30, rank, 2)
+        values = [torch.rand(len(part.labels)) for part in batch.micro_batches]
+        dumps.write(path, 3, (rank, 2), batch, values, values, {"loss/total": math.nan}, config)
+        shares.append((batch, values))
+    return path, config, shares
+
+
+def equal(one, other) -> bool:
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)]
+    return all(
+        torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
+    )
+
+
+def test_a_dump_gives_back_what_was_written(dumped):
+    path, config, shares = dumped
+    dump = dumps.read(path)
+    assert (dump.step, dump.shares, dump.config) == (3, 2, config) and math.isnan(dump.metrics["loss/total"])
+    for rank, (batch, values) in enumerate(shares):
+        share = dump.share(rank, 2)
+        assert share.batch.counts == batch.counts
+        assert all(map(equal, share.batch.micro_batches, batch.micro_batches))
+        assert all(map(torch.equal, share.weight, values)) and all(map(torch.equal, share.reference_logp, values))
+    alone = dump.share(0, 1).batch.micro_batches
+    assert len(alone) == sum(len(batch.micro_batches) for batch, _ in shares)
+
+
+def test_what_the_policy_was_not_given_is_not_there(tmp_path, make_samples):
+    batch = pack.batch(make_samples(1), 30, 0, 1)
+    dumps.write(tmp_path / "step_000000", 0, (0, 1), batch, None, None, {}, c.Config())
+    share = dumps.read(tmp_path / "step_000000").share(0, 1)
+    assert share.reference_logp is None and share.weight is None
+
+
+def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
+    path, _, _ = dumped
+    with pytest.raises(c.ConfigError, match="which 3 cannot share evenly"):
+        dumps.read(path).share(0, 3)
+    (path / "share_001.safetensors").write_bytes(b"12345678")
+    with pytest.raises(c.ConfigError, match="share_001.safetensors is missing, damaged"):
+        dumps.read(path).share(1, 2)
+    (path / "step.json").write_text("{}")
+    with pytest.raises(c.ConfigError, match="is not the dump of a step"):
+        dumps.read(path)
+
+
+def test_dumps_go_with_the_checkpoint_before_them_but_refused_steps_stay(tmp_path, make_samples):
+    batch, refused = pack.batch(make_samples(1), 30, 0, 1), {"policy/skipped_in_a_row": 1}
+    for step in range(4):
+        path = tmp_path / "dumps" / checkpoints.name(step)
+        dumps.write(path, step, (0, 1), batch, None, None, refused if step == 1 else {}, c.Config())
+    (tmp_path / "dumps" / checkpoints.name(0) / "step.json").write_text("cut of")
+    dumps.forget(tmp_path, "step_000003")
+    assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]
+
+
+def test_a_replay_compares_numbers_and_what_is_none():
+    before = {"loss": 1.0, "norm": math.nan, "clip": math.inf, "gone": 2.0}
+    same = {"loss": 1.0 + 1e-7, "norm": math.nan, "clip": math.inf, "given/token_weights": 0.0}
+    assert all(row.same for row in replay.compare(before, same, 1e-5))
+    assert not replay.compare(before, same, 0.0)[0].same
+    for name, value in {"loss": 1.1, "norm": 1.0, "clip": 3.0, "new": 1.0, "given/token_weights": 0.1}.items():
+        changed = {row.name: row.same for row in replay.compare(before, same | {name: value}, 1e-5)}
+        assert not changed[name], name

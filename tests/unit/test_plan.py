@@ -1,0 +1,225 @@
+"""`oreal plan`: counts that are known from elsewhere, directions, what the command says and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron import settings
+from oreal_megatron.cli.main import main
+from oreal_megatron.config import ConfigError
+from oreal_megatron.mapping import architecture
+from oreal_megatron.plan import activations, assumptions, estimate, gpus, memory, published, search, synthetic, timing
+from oreal_megatron.plan.case import Case
+from oreal_megatron.plan.estimate import GIB
+
+RECIPES = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+EVERY = [line.split("(")[0][4:] for line in RECIPES.read_text().splitlines() if line.startswith("def oreal_")]
+
+
+def case(recipe: str = "oreal_7b", *changes: str, gpu: str = "h100-80g", world: int = 0) -> Case:
+    config = settings.override(settings.from_recipe(f"{RECIPES}:{recipe}"), list(changes))
+    arch = architecture.read(published.config(config.model.path)[0])
+    return Case(config, arch, gpus.named(gpu), world or config.gpus)
+
+
+def test_published_models_have_as_many_parameters_as_their_cards_say():
+    assert case("oreal_7b").all_elements("lm") == 7_615_616_512  # of Qwen2.5-7B, model.safetensors.index.json
+    assert case("oreal_32b").all_elements("lm") == 32_763_876_352  # of Qwen2.5-32B
+
+
+def test_a_cached_token_of_7b_takes_56_kib():
+    assert case("oreal_7b").cache_token() == 56 * 1024  # 28 layers, 4 groups of 128, keys and values, bf16
+    assert case("oreal_7b", "engine.tensor=2").cache_token() == 28 * 1024
+
+
+@pytest.mark.parametrize("changes", [("parallel.tensor=2",), ("parallel.pipeline=4",), ("parallel.context=2",)])
+def test_however_it_is_cut_all_ranks_together_hold_the_model(changes):
+    """Norms, which tensor-parallel ranks repeat, are the only difference."""
+    one = case("oreal_7b", *changes)
+    cut = one.config.parallel
+    together = sum(one.elements(stage, "lm") for stage in range(cut.pipeline)) * cut.tensor
+    repeated = (2 * one.arch.layers + 1) * one.arch.hidden * (cut.tensor - 1)
+    assert together - repeated == one.all_elements("lm")
+    states = [memory.held(one, stage, "lm")["optimizer"] for stage in range(cut.pipeline)]
+    assert sum(states) * one.world / cut.pipeline == pytest.approx(12 * together)
+
+
+def test_activations_shrink_with_every_way_of_cutting_and_with_recomputation():
+    def kept(*changes: str, megatron: dict = FULL) -> float:
+        one = case("oreal_7b", "parallel.tensor=1", "parallel.sequence=false", *changes)
+        config = dataclasses.replace(one.config, megatron=megatron)
+        return activations.kept(one.arch, config, 0, 16384, 8)
+
+    selective = {"recompute_granularity": "selective"}
+    block = [kept(megatron=FULL | {"recompute_method": "block", "recompute_num_layers": n}) for n in (1, 14, 28)]
+    assert kept(megatron={}) > block[0] > block[1] > block[2] >= kept()
+    assert kept(megatron=selective) < 1.05 * kept(megatron={})  # it trades no memory for lengths, with flash attention
+    tensor = kept("parallel.tensor=4")
+    assert kept() > tensor > kept("parallel.tensor=4", "parallel.sequence=true")
+    assert kept() > kept("parallel.context=2") > 0.45 * kept()
+    one_f_one_b = case("oreal_7b", "parallel.pipeline=4")
+    flight = [activations.in_flight(one_f_one_b.config.parallel, stage, 8) for stage in range(4)]
+    assert flight == [4, 3, 2, 1] and activations.in_flight(one_f_one_b.config.parallel, 0, 2) == 2
+
+
+@pytest.mark.parametrize("recipe", EVERY)
+@pytest.mark.parametrize("gpu", ["h100-80g", "a100-80g"])
+def test_every_recipe_fits_the_gpus_it_was_made_for(recipe, gpu):
+    one = case(recipe, gpu=gpu)
+    one.check()
+    assert memory.largest_cache(one, memory.stages(one)) >= one.config.engine.kv_cache_gb * GIB
+    assert all(stage.most < one.usable for stage in memory.stages(one))
+
+
+def test_the_largest_cache_is_the_largest():
+    stages = memory.stages(case())
+    most = memory.largest_cache(case(), stages) / GIB
+    for size, fits in ((most - 0.01, True), (most + 0.01, False)):
+        made = estimate.make(case("oreal_7b", f"engine.kv_cache_gb={size}"), search.UNPLANNED)
+        assert made.fits is fits and any("engine.kv_cache_gb=" in sentence for sentence in estimate.warnings(made))
+
+
+def test_without_offloading_or_sleep_everything_is_there_at_once():
+    def phase(*changes: str) -> memory.Bytes:
+        return memory.stages(case("oreal_7b", *changes))[0].phases["policy"]
+
+    away, here = phase(), phase("offload=false")
+    assert here["gradients"] == pytest.approx(2 * away["gradients"], rel=0.1) and not here["KV cache"]
+    assert phase("engine.sleep=false")["KV cache"] == 28 * GIB
+
+
+def test_times_point_the_right_way():
+    def seconds(*changes: str, **others) -> dict[str, float]:
+        one = case("oreal_32b", *changes, **others)
+        return timing.phases(one, timing.Transfer(16e9, 4e9, 500e9, "direct"))
+
+    base = seconds()
+    assert seconds(gpu="a100-80g")["policy"] > 2 * base["policy"]
+    assert seconds(gpu="h200")["generate"] < base["generate"]
+    assert seconds("engine.tensor=8")["generate"] < base["generate"]
+    assert seconds(world=64)["policy"] > 1.5 * base["policy"]
+    assert base["reference"] < base["policy"] / 2, "one pass against four"
+
+
+def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
+    two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
+    assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
+    lost = [timing.training(one, 4) * (1 - timing.bubble(one)) for one in (two, four)]
+    assert lost[0] == pytest.approx(lost[1]) and timing.training(two, 4) < timing.training(four, 4)
+    free = dataclasses.replace(two, assumed=assumptions.Assumptions(all_reduce_us=0))
+    assert timing.token_step(free, 8, 1000) == pytest.approx(timing.token_step(two, 8, 1000) - 128 * 15e-6)
+    kept = dataclasses.replace(two, config=dataclasses.replace(two.config, megatron={}, offload=False))
+    again = dataclasses.replace(two, config=dataclasses.replace(two.config, offload=False))
+    moved = timing.Transfer(0, 0, 0, "direct")
+    difference = timing.phases(again, moved)["policy"] - timing.phases(kept, moved)["policy"]
+    assert difference == pytest.approx(timing.training(two, 1))
+
+
+def test_an_update_takes_six_operations_a_parameter_and_token():
+    one = case("oreal_7b")
+    short = dataclasses.replace(one, assumed=assumptions.Assumptions(prompt_tokens=1, response_tokens=1))
+    assert timing.forward_operations(short) == pytest.approx(2 * timing.matrices(one), rel=1e-4)
+    assert timing.matrices(one) == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)
+
+
+def test_the_search_is_sorted_fits_and_beats_the_recipe():
+    one = case("oreal_7b", world=16)
+    found = search.best(one, 4)
+    assert len(found) == 4 and all(made.spare > 0.04 * one.usable for made in found)
+    fastest = min(made.step_seconds for made in search._fitting(one))
+    order = [max(made.step_seconds, search.EQUAL * fastest) for made in found]
+    assert (
+        order == sorted(order)
+        and order[0] == search.EQUAL * fastest
+        and found[0].step_seconds < 1.05 * estimate.make(one).step_seconds
+    )
+    assert len({(made.case.config.parallel, made.case.config.engine.tensor, made.case.config.offload,
+                 str(made.case.config.megatron)) for made in found}) == 4  # fmt: skip
+    assert search.best(dataclasses.replace(case("oreal_32b"), gpu=gpus.named("a100-40g"), world=8)) == []
+
+
+def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
+    one = case("oreal_32b")
+    samples = synthetic.samples(one)
+    mean = sum(len(sample.response_tokens) for sample in samples) / len(samples)
+    assert len(samples) == 77 and abs(mean / one.assumed.response_tokens - 1) < 0.1
+    assert max(map(len, samples)) <= one.config.engine.max_model_len
+    ranks = synthetic.chosen(one)
+    assert ranks == [0, 1, 8, 63, 64, 127]
+    spots = {(rank % 8, rank // 8 % 8, rank // 64) for rank in ranks}
+    for axis in range(3):  # two ranks that differ along one way of cutting only
+        assert any(
+            sum(a != b for a, b in zip(one, two, strict=True)) == 1 and one[axis] != two[axis]
+            for one, two in itertools.combinations(spots, 2)
+        )
+    assert synthetic.one_replica(one) == [*range(8), *range(64, 72)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["parallel.tensor=3", "parallel.sequence=true"], "28 attention heads cannot be shared evenly by 3"),
+        (["parallel.pipeline=3"], "28 layers cannot be shared evenly by 3"),
+        (["engine.tensor=8"], "engine.tensor is 8, which does not divide 28"),
+        (["engine.kv_cache_gb=0.5"], "one sequence of 16384 tokens needs 0.88"),
+        (["engine.max_model_len=40000"], "made for 32768 positions"),
+        (["parallel.context=3"], "tensor x pipeline x context is 12, which does not divide 32 GPUs"),
+        (["parallel.tensor=1"], "parallel.sequence is set"),
+        (["model.path=models/unheard"], "'unheard' is none of the published models"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_told_in_a_sentence(changes, says, capsys):
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert main(["plan", f"{RECIPES}:oreal_7b", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "h1000"], "no GPU is called h1000; known are a100-40g"),
+        (["--assume", "train_mfv=1"], "did you mean 'train_mfu'?"),
+        (["--assume", "train_mfu=fast"], "'fast' is no number"),
+        (["--gpus", "12"], "12 GPUs are no multiple of 8"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_a_sentence(arguments, says, capsys):
+    assert main(["plan", f"{RECIPES}:oreal_7b", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):
+    files = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")]
+    assert main(["plan", f"{RECIPES}:oreal_32b", *files]) == 0
+    said = capsys.readouterr().out
+    for words in ("is not here; planned with", "start, save", "train_mfu 0.4", "rank receives 16.38", "it fits"):
+        assert words in said
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"] and len(written["memory_bytes"]) == 2 and written["transfer_bytes"]["received_between"] > 4e9
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_ends_with_its_own_code(capsys):
+    assert main(["plan", f"{RECIPES}:oreal_7b", "--gpu", "a100-40g"]) == 6
+    said = capsys.readouterr().out
+    assert "it does not fit" in said and "too many; engine.kv_cache_gb=" in said.replace("\n", " ")
+
+
+def test_a_model_folder_that_is_there_is_read(model_folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from oreal_megatron.config import Config, Engine, Model\n"
+        f"def small(): return Config(model=Model({str(model_folder)!r}), engine=Engine(max_model_len=64))\n"
+    )
+    with pytest.raises(ConfigError, match="published"):
+        published.config("somewhere/else")
+    assert main(["plan", f"{recipe}:small"]) == 2
+    assert "does not say how many GPUs" in capsys.readouterr().err
+    assert main(["plan", f"{recipe}:small", "--gpus", "1"]) == 0
+    assert "is not here" not in capsys.readouterr().out

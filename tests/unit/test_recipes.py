@@ -1,0 +1,124 @@
+"""The paper's recipes: their numbers, layouts that fit the models, and what they say about missing inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron import settings
+from oreal_megatron.cli import build
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.mapping import architecture
+
+FILE = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
+GPUS = {
+    "oreal_7b": 32, "oreal_7b_8_gpus": 8, "oreal_7b_without_reward_model": 32,
+    "oreal_7b_without_reward_model_8_gpus": 8, "oreal_dsr1_distill_qwen_7b": 32,
+    "oreal_dsr1_distill_qwen_7b_8_gpus": 8, "oreal_32b": 128, "oreal_32b_32_gpus": 32,
+}  # fmt: skip
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e6,
+    "use_sliding_window": False, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPES = {
+    "7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4),
+    "32b": dict(hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+                num_key_value_heads=8),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in ("OREAL_MODELS", "OREAL_DATA", "OREAL_RUNS", "OREAL_JUDGE_URLS", "OREAL_JUDGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def recipe(name: str) -> Config:
+    return settings.from_recipe(f"{FILE}:{name}")
+
+
+def shape(name: str) -> architecture.Architecture:
+    return architecture.read(QWEN | SHAPES["32b" if "32b" in name else "7b"])
+
+
+def test_all_recipes_are_listed_here():
+    with pytest.raises(ConfigError) as error:
+        recipe("?")
+    assert set(str(error.value).split("known are ")[1].split(", ")) == set(GPUS)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_numbers_are_those_of_the_paper_and_the_released_configuration(name):
+    config, alone = recipe(name), "without_reward_model" in name
+    assert config.gpus == GPUS[name]
+    assert (config.steps, config.policy_freeze_steps, config.reward_model.enabled) == (
+        90,
+        0 if alone else 10,
+        not alone,
+    )
+    assert (config.data.prompts_per_step, config.sampling.answers_per_prompt) == (64, 16)
+    assert (config.sampling.temperature, config.sampling.top_p, config.sampling.max_new_tokens) == (1.0, 0.9, 14000)
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps) == (5e-7, 1e-7, 10)
+    assert alone or (config.reward_model.optimizer.lr, config.reward_model.optimizer.min_lr) == (2e-6, 4e-7)
+    assert (config.loss.kl_coef, config.loss.negative_coef, config.selection.keep) == (
+        0.01,
+        0.5,
+        "all" if alone else "pair",
+    )
+    assert [times for _, _, times in config.data.buckets] == [6, 4, 4, 2] and config.data.buckets[-1][1] == 0.8
+    assert (r"\boxed{}" in config.data.system_prompt) == ("dsr1" not in name)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_layout_cuts_the_model_and_the_world_evenly(name, monkeypatch):
+    config, arch = recipe(name), shape(name)
+    monkeypatch.setenv("WORLD_SIZE", str(config.gpus))
+    arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
+    build._check_choices(config)
+    build._check_world(config, arch)
+    build._check_cache(config, arch)
+    replicas = config.gpus // config.engine.tensor
+    assert config.engine.max_num_seqs * replicas == 1024, "every answer of a step has a place in an engine"
+    assert config.parallel.tensor <= 8 and 8 % config.engine.tensor == 0, "tensor-parallel ranks share a machine"
+
+
+def test_inputs_come_from_the_environment(monkeypatch, model_folder, tmp_path):
+    monkeypatch.setenv("OREAL_MODELS", "/a")
+    monkeypatch.setenv("OREAL_DATA", "/b")
+    monkeypatch.setenv("OREAL_RUNS", "/c")
+    monkeypatch.setenv("OREAL_JUDGE_URLS", "http://x:1, http://y:2,")
+    config = recipe("oreal_7b")
+    assert (config.model.path, config.data.path, config.run) == (
+        "/a/OREAL-7B-SFT",
+        "/b/oreal_prompts.jsonl",
+        "/c/oreal_7b",
+    )
+    assert config.verify.judge.urls == ("http://x:1", "http://y:2")
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        (None, "wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
+        ("none", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
+        ("http://judge:8000", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
+    ],
+)
+def test_a_missing_judge_or_model_is_told_before_anything_is_loaded(judge, says, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    if judge:
+        monkeypatch.setenv("OREAL_JUDGE_URLS", judge)
+    with pytest.raises(ConfigError, match=says):
+        build.prepare(recipe("oreal_7b_8_gpus"))
+
+
+def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
+    monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
+    config = settings.override(
+        recipe("oreal_7b_8_gpus"), [f"model.path={model_folder}", "engine.max_model_len=64", "parallel.tensor=1",
+                                    "parallel.sequence=false"],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="data/oreal_prompts.jsonl does not exist"):
+        build.prepare(config).prompts(config.data.path)

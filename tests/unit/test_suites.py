@@ -1,0 +1,150 @@
+"""Scores of several answers, benchmarks by name, what training has seen, and an evaluation that was interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from oreal_megatron import suites
+from oreal_megatron.algo import statistics
+from oreal_megatron.cli import evaluate, evaluated
+from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.evaluation import summary
+from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
+
+SHARED = Path(__file__).parents[3] / "shared/data"
+
+
+@pytest.mark.parametrize(("answers", "right", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 1, 7), (8, 6, 4)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(answers, right, k):
+    draws = list(itertools.combinations([True] * right + [False] * (answers - right), k))
+    assert statistics.pass_at_k(answers, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_more_answers_than_were_asked_for_cannot_be_estimated():
+    with pytest.raises(ValueError, match="pass@4 cannot be estimated from 2 answers"):
+        statistics.pass_at_k(2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("extracted", "right", "expected"),
+    [
+        (["1", "2", "2"], [True, False, False], False),
+        (["1", "1", "2"], [True, True, False], True),
+        (["1 ", " 1", "2", "2", "1"], [True, True, False, False, True], True),
+        ([None, None, "3"], [False, False, True], True),  # no answer is no vote
+        (["1", "2"], [True, False], True),  # a tie goes to the first
+        (["2", "1"], [False, True], False),
+        ([None], [False], False),
+    ],
+)
+def test_the_majority_decides(extracted, right, expected):
+    assert statistics.majority_is_right(extracted, right) is expected
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    scores = [1.0] * 60 + [0.0] * 40
+    low, high = statistics.bootstrap(scores, seed=0)
+    spread = 1.96 * math.sqrt(0.6 * 0.4 / 100)
+    assert (low, high) == (pytest.approx(0.6 - spread, abs=0.02), pytest.approx(0.6 + spread, abs=0.02))
+    assert statistics.bootstrap(scores, seed=0) == (low, high) and statistics.bootstrap([1.0] * 9, 0) == (1.0, 1.0)
+
+
+def test_a_summary_counts_unknown_and_truncated_answers_as_not_right():
+    def row(problem, verdict, extracted="1", finished=True):
+        return {"problem": problem, "verdict": verdict, "extracted": extracted, "tokens": 10 * (problem + 1),
+                "finished": finished, "method": "exact"}  # fmt: skip
+
+    rows = [row(0, "correct"), row(0, "correct"), row(0, "wrong", "2"), row(0, "unknown", None, False)]
+    rows += [row(1, "wrong"), row(1, "wrong"), row(1, "correct", "2"), row(1, "wrong", None)]
+    scores = summary(rows, seed=0)
+    assert scores["accuracy"] == 3 / 8 and scores["unknown"] == 1 and scores["truncated"] == 1 / 8
+    assert scores["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx((5 / 6 + 1 / 2) / 2), "4": 1.0}
+    assert scores["majority"] == 0.5 and scores["tokens"] == {"mean": 15.0, "median": 10.0, "most": 20.0}
+
+
+def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
+    lines = [{"problem": "a", "answer": "1", "part": "I"}, {"problem": "b", "answer": "2", "part": "II"}]
+    (tmp_path / "aime2025.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    suite, path = suites.find("aime25-1", tmp_path)
+    assert suites.kept(suite, path) == {0} and suites.kept(*suites.find("aime25", tmp_path)) == {0, 1}
+    assert suites.kept(*suites.find(path, Path("elsewhere"))) == {0, 1}
+    for name, says in (("aime26", "known are math500"), ("math500", "does not exist"), ("hub:x", "wanted hub:OWNER")):
+        with pytest.raises(ConfigError, match=says):
+            suites.find(name, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+def test_the_real_benchmarks_have_as_many_problems_as_the_paper():
+    sizes = {"math500": 500, "aime24": 30, "aime25-1": 15, "gsm8k": 1319, "olympiad": 675, "amc23": 40}
+    assert {name: len(suites.kept(*suites.find(name, SHARED))) for name in sizes} == sizes
+
+
+def test_a_problem_is_seen_with_its_words_or_thirteen_of_them_in_a_row():
+    long = "Find the sum of all integer bases b greater than nine for which it divides"
+    training = ["What is 2 + 2?", "Show first. " + long.upper() + ", please."]
+    problems = ["what is $2+2$", "What is 2 + 3?", f"{long} seventeen.", "Find the sum of all integer bases b"]
+    assert suites.seen(problems, training) == [0, 2]
+
+
+def test_the_table_stands_beside_the_papers():
+    score = {"answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5}, "majority": 0.5}
+    more = score | {"answers_per_problem": 4, "accuracy": 0.25, "pass_at": {"1": 0.25, "4": 0.75}}
+    text = evaluated.table("x", {"math500": "MATH-500", "mine": "Mine"}, {
+        name: {"greedy": score, "sampled": more} for name in ("math500", "mine")
+    })  # fmt: skip
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert rows[0] == ["model", "MATH-500", "Mine"] and rows[2][1:] == ["50.0 (40.0 to 60.0)"] * 2
+    assert rows[3][0].endswith("avg@4") and rows[4][1] == "75.0" and ["OREAL-7B (paper)", "91.0", "–"] in rows
+    assert "(paper)" not in evaluated.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
+
+
+class Engine:
+    """Answers with numbers that follow from seed and place; breaks down before a chosen block."""
+
+    def __init__(self, breaks_at: int = -1):
+        self.calls, self.breaks_at = [], breaks_at
+
+    def generate(self, prompts, sampling, seed, finished):
+        if len(self.calls) == self.breaks_at:
+            raise KeyboardInterrupt
+        self.calls.append(seed)
+        rows = [
+            [Rollout(p, slot, k, (1,) * (k + 1), str((seed[1] * 31 + slot * 7 + k) % 3), True)
+             for k in range(sampling.answers_per_prompt)] for slot, p in enumerate(prompts)
+        ]  # fmt: skip
+        for row in rows:
+            for rollout in row:
+                finished(rollout)
+        return rows
+
+
+class Verifier:
+    def submit(self, rollout):
+        pass
+
+    def verdicts(self, rollouts):
+        outcome = {True: Outcome.CORRECT, False: Outcome.WRONG}
+        return [[Verdict(outcome[r.text == "1"], "exact", r.text) for r in row] for row in rollouts]
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK", 4)
+    asked = [Prompt(number, f"q{number}", "1", None, (1,)) for number in range(10)]
+    arguments = ("s.jsonl", asked, "sampled", Sampling(answers_per_prompt=2), Config())
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = evaluate.answer(*arguments, tmp_path / "whole", Engine(), Verifier())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.answer(*arguments, tmp_path / "parts", Engine(breaks_at=2), Verifier())
+    file = tmp_path / "parts/s.sampled.jsonl"
+    file.write_text(file.read_text()[:-30])  # the last line was cut off as well, so its block is asked again
+    again = Engine()
+    assert evaluate.answer(*arguments, tmp_path / "parts", again, Verifier()) == whole
+    assert again.calls == [(0, -5), (0, -9)] and whole["answers_per_problem"] == 2
+    third = Engine()
+    assert evaluate.answer(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
