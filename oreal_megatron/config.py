@@ -55,6 +55,7 @@ class Model:
 
     path: str = ""
     dtype: str = "float32"  # "float32" or "bfloat16"
+    layers: str = "local"  # Megatron's and our modules; or "transformer_engine": its fused ones, where it is installed
     logits_megabytes: int = 1024  # memory that the output layer may fill with logits
     trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
 
@@ -68,7 +69,7 @@ class Parallel:
     virtual: int = 1  # interleaved chunks of layers on each pipeline stage; above 1 it needs pipeline above 1
     context: int = 1  # ranks that share every packed sequence
     sequence: bool = False  # norms and residuals cut by sequence over the tensor-parallel ranks; needs tensor above 1
-    overlap: bool = False  # data-parallel ranks sum gradients while the last micro-batch is still computing
+    overlap: bool = False  # data-parallel ranks sum gradients, and gather weights, while micro-batches compute
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def memory(folder: Folder, dtype: str) -> None:
     record("generate")
     weight, _ = models["reward_model"].update(batch)
     models["policy"].update(batch, models["reference"].score(batch), weight)
-    with models["policy"].parts.here("parameters"):
+    with models["policy"].readable():
         record("reshard")
     print(
         f"\nKiB of tensors on the device, {dtype}, offload=True\n| phase | " + " | ".join(map(" ".join, parts)) + " |"

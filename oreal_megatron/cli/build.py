@@ -29,6 +29,7 @@ from oreal_megatron.reshard.slices import Layout
 from oreal_megatron.verify import judge, rules
 
 CHOICES = {
+    "model.layers": ("local", "transformer_engine"),
     "model.dtype": ("float32", "bfloat16"),
     "engine.dtype": ("", "float32", "bfloat16"),
     "engine.transport": ("direct", "gather"),
@@ -104,6 +105,7 @@ def prepare(config: Config) -> Inputs:
     _check_allocator(config)
     judge.refuse_secrets(config.verify.judge.urls)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
+    arch.check_training(config.parallel.tensor, config.parallel.sequence)
     _check_world(config, arch)
     if config.engine.max_model_len > arch.max_positions:
         raise ConfigError(
@@ -237,7 +239,7 @@ def full_tensors(policy: Any, counted: Counted | None = None) -> Iterator[tuple[
     layout = gather.Layout(
         *parallel.groups(), model.DTYPES[config.model.dtype], model.device(), config.parallel.virtual
     )
-    with policy.parts.here("parameters"):
+    with policy.readable():
         yield from gather.full_tensors(policy.placed(), policy.arch, layout, counted or Counted(ranks.node_size()))
 
 
@@ -254,8 +256,8 @@ def connect(policy: Any, engine: Any) -> HandOver:
         policy.arch, cut.tensor, cut.pipeline, cut.virtual, config.engine.tensor, ranks.world_size(), ranks.node_size()
     )
     buffer = config.engine.buffer_megabytes * 2**20
-    full, here = partial(full_tensors, policy), partial(policy.parts.here, "parameters")
-    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, here)
+    full = partial(full_tensors, policy)
+    made = HandOver(layout, config.engine.transport, buffer, policy.placed, full, engine, policy.readable)
     if ranks.rank() == 0:
         print(f"weights reach the engine by the transport {made.description}", flush=True)
     return made

@@ -46,7 +46,7 @@ def software() -> Iterator[Finding]:
         except ConfigError as error:
             yield Finding(name, FAILED, str(error), f"pip install {_wanted(supported)}")
     yield package("Triton", "triton", "the kernels of GPUs are written in it: pip install triton", needed=True)
-    yield package("Transformer Engine", "transformer-engine", "optional; not used by the models here")
+    yield package("Transformer Engine", "transformer-engine", 'optional; used with model.layers="transformer_engine"')
     yield apex()
     if native.available():
         yield Finding("native kernels", OK, native.LIBRARY.name)

@@ -33,7 +33,7 @@ def convert(
     """Write `out`, cut for `layout`; it loads at any other."""
     arch, head = architecture.read(source.config), architecture.head(source.config)
     check_weights(source, arch, head)
-    arch.check_layout(layout.tensor, layout.pipeline, layout.virtual, trained=False)
+    arch.check_layout(layout.tensor, layout.pipeline, layout.virtual)
     with stream.finished(out, size(source, cast), say) as partial:
         writer = torch_dist.Writer(partial)
         for piece in stream.ahead(_sized(_pieces(source, arch, head, layout, cast))):

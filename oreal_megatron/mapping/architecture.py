@@ -42,13 +42,8 @@ class Architecture:
         share = self.layers // stages
         return range(stage * share, (stage + 1) * share)
 
-    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1, trained: bool = True) -> None:
-        """Refuse layouts that Megatron or the weight mapping cannot cut evenly, or at which it does not train."""
-        if trained and self.experts and tensor > 1:
-            raise ConfigError(
-                f"parallel.tensor is {tensor}, but Megatron-core trains mixtures of experts on tensor-parallel ranks "
-                "only with sequence parallelism, which is not supported; set parallel.tensor to 1"
-            )
+    def check_layout(self, tensor: int, pipeline: int, virtual: int = 1) -> None:
+        """Refuse layouts that Megatron or the weight mapping cannot cut evenly."""
         for what, amount, parts, key in (
             ("attention heads", self.heads, tensor, "tensor"),
             ("feed-forward units", self.ffn, tensor, "tensor"),
@@ -70,6 +65,14 @@ class Architecture:
             raise ConfigError(
                 f"the model's {self.layers} layers cannot be shared evenly by {pipeline} pipeline stages of {virtual} "
                 "chunks each; set parallel.virtual so that the product divides the layers"
+            )
+
+    def check_training(self, tensor: int, sequence: bool) -> None:
+        """Refuse what Megatron does not train."""
+        if self.experts and tensor > 1 and not sequence:
+            raise ConfigError(
+                f"parallel.tensor is {tensor}, but Megatron-core trains mixtures of experts on tensor-parallel ranks "
+                "only with sequence parallelism; set parallel.sequence"
             )
 
 

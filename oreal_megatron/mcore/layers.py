@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import layers as linear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from oreal_kernels import gemm
 from torch import Tensor, nn
 
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore import context
 from oreal_megatron.mcore.varlen import Plan
 
@@ -85,12 +87,26 @@ if not linear._grad_accum_fusion_available:
     linear.fused_weight_gradient_mlp_cuda, linear._grad_accum_fusion_available = WeightGradient, True
 
 
-def layer(qk_norm: bool, experts: int | None = None) -> ModuleSpec:
-    """Megatron's local transformer layer with our norms and core attention; with a number of experts, a mixture."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm, num_experts=experts)
+def layer(arch: Architecture, config: Config) -> ModuleSpec:
+    """Megatron's transformer layer with our norms and core attention, or with Transformer Engine's fused modules."""
+    experts = arch.experts.count if arch.experts else None
+    if config.model.layers == "local":
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        attention = PackedAttention
+    else:
+        if not gpt_layer_specs.HAVE_TE:
+            raise ConfigError(
+                'model.layers is "transformer_engine", but Transformer Engine cannot be imported here; install '
+                'transformer-engine[pytorch], or set model.layers to "local"'
+            )
+        from oreal_megatron.mcore import transformer_engine
+
+        spec = transformer_engine.layer(arch.qk_norm, experts)
+        # Under context parallelism Transformer Engine cuts every sequence by itself, we cut the whole pack.
+        attention = transformer_engine.Attention if config.parallel.context == 1 else PackedAttention
     inner = spec.submodules.self_attention.submodules
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-    inner.core_attention = PackedAttention
-    if qk_norm:
+    inner.core_attention = attention
+    if arch.qk_norm:
         inner.q_layernorm = inner.k_layernorm = RMSNorm
     return spec

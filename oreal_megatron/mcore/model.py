@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.mapping import tensors
+from oreal_megatron.mapping import stored, tensors
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore import experts, layers
 from oreal_megatron.mcore.cpu import device_layer
@@ -116,7 +116,7 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
 
 def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
     stages, stage = _place(config, chunk)
-    layer = layers.layer(arch.qk_norm, arch.experts.count if arch.experts else None)
+    layer = layers.layer(arch, config)
     model = GPTModel(
         megatron,
         TransformerBlockSubmodules([layer] * len(arch.stage_layers(stages, stage)), layer_norm=layers.RMSNorm),
@@ -151,7 +151,7 @@ def placed(
         stages, stage = _place(config, number)
         live, offset = dict(chunk.named_parameters()), arch.stage_layers(stages, stage).start
         for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
-            yield entry, live.pop(_local_name(entry.megatron, offset))
+            yield entry, live.pop(_live_name(entry.megatron, offset, live))
         if live:
             raise RuntimeError(f"Megatron's model has tensors that no mapping entry describes: {', '.join(live)}")
 
@@ -173,11 +173,13 @@ def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, 
             parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE
 
 
-def _local_name(name: str, offset: int) -> str:
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) - offset)
-    return ".".join(parts)
+def _live_name(name: str, offset: int, live: Collection[str]) -> str:
+    """What the stage calls an entry: it counts its own layers, and Transformer Engine's hold the norm before them."""
+    parts = name.split(".", 3)
+    if parts[:2] != ["decoder", "layers"]:
+        return name
+    layer = f"decoder.layers.{int(parts[2]) - offset}."
+    return layer + (parts[3] if layer + parts[3] in live else stored.FUSED.get(parts[3], parts[3]))
 
 
 def unwrapped(model: Any) -> GPTModel:

@@ -68,7 +68,7 @@ class Plan:
 
     def by_borders(self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attend` by a kernel that takes borders, and whose causal mask is aligned to the last key of each segment."""
-        return kernel(query, key[self._key_rows], value[self._key_rows], *self._borders, **_CAUSAL)
+        return kernel(query, key[self._key_rows], value[self._key_rows], *self.borders, **_CAUSAL)
 
     @cached_property
     def _batches(self) -> list[_Batch]:
@@ -88,7 +88,8 @@ class Plan:
         return torch.cat([torch.arange(keys.start, keys.stop) for keys in ranges]).to(self.device)
 
     @cached_property
-    def _borders(self) -> tuple[Tensor, Tensor, int, int]:
+    def borders(self) -> tuple[Tensor, Tensor, int, int]:
+        """Of queries and of keys: [segments + 1] int32 where they begin and end, and the longest."""
         queries = [len(segment.queries) for segment in self.segments]
         keys = [len(segment.keys) for segment in self.segments]
         sums = (torch.tensor([0, *column]).cumsum(0).int().to(self.device) for column in (queries, keys))

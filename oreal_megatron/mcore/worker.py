@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -94,6 +95,7 @@ class Trainer(Scorer):
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=config.parallel.overlap,
+            overlap_param_gather=config.parallel.overlap,
         )
         with device_layer():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
@@ -141,6 +143,7 @@ class Trainer(Scorer):
             self.optimizer.step()
             self.updates += 1
             self.past = self.past.taken(found["gradient_norm"], self.guard.spike_window)
+        # With parallel.overlap, what a replica has not gathered yet counts as it was; its owner counts the new one.
         largest = max(ranks.gather(_largest(_parameters(self.chunks))))
         spikes = {"gradient_norm_limit": limit} if math.isfinite(limit) else {}
         return {**spikes, "largest_weight": largest, "updates": self.updates, **self.past.metrics()}
@@ -149,6 +152,18 @@ class Trainer(Scorer):
         """Refuse a step without looking at it."""
         self.past = self.past.refused()
         return self.past.metrics()
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[None]:
+        """Have the parameters on the device, and whole: for all who read them other than by a forward pass. Collective.
+
+        With `parallel.overlap` a replica has only its own share of an update, until the next forward gathers the rest.
+        """
+        with self.parts.here("parameters"):
+            if self.chunks[0].ddp_config.overlap_param_gather:
+                for chunk in self.chunks:
+                    chunk.start_param_sync(force_sync=True)
+            yield
 
     def _optimizer_tensors(self) -> list[Tensor]:
         """Main weights and moments, less what lies in the parameters' own memory."""
@@ -167,6 +182,7 @@ def _optimizer_config(config: Config, optimizer: Optimizer) -> OptimizerConfig:
         bf16=config.model.dtype == "bfloat16",
         params_dtype=torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
     )
 
 

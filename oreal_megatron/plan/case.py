@@ -117,6 +117,7 @@ class Case:
             if value < 1:
                 raise ConfigError(f"{key} is {value}; wanted at least 1")
         self.arch.check_layout(cut.tensor, cut.pipeline, cut.virtual)
+        self.arch.check_training(cut.tensor, cut.sequence)
         if self.world > self.node and self.world % self.node:
             raise ConfigError(
                 f"{self.world} GPUs are no multiple of {self.node} of a machine; set --gpus or --gpus-per-node"

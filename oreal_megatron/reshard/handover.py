@@ -43,7 +43,7 @@ class HandOver:
         placed: Placed,
         full: Full,
         engine: Any,
-        here: Callable[[], AbstractContextManager] = nullcontext,  # has the trainer's weights on the device
+        here: Callable[[], AbstractContextManager] = nullcontext,  # has the trainer's weights on the device, and whole
     ):
         self.layout, self.buffer_bytes, self.here = layout, buffer_bytes, here
         self.placed, self.full, self.engine = placed, full, engine

@@ -26,7 +26,7 @@ PAIRS = {  # two processes
     "pipeline parallel": (dict(pipeline=2), 60),
     "interleaved pipeline": (dict(pipeline=2, virtual=2), 40),  # an odd number of micro-batches gets an empty one
     "context parallel": (dict(context=2), 60),
-    "overlapping reduction": (dict(overlap=True), 40),
+    "overlapping communication": (dict(overlap=True), 40),
     "full recomputation": (dict(), 60, FULL),
     "selective recomputation": (dict(tensor=2), 60, dict(recompute_granularity="selective")),
     "planted: each rank divides by its own tokens": ({}, 60),
@@ -107,7 +107,8 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
         completed(trainer)
         placed = list(model.placed(chunks, arch, config, head))
         gradients |= whole({entry: live.main_grad for entry, live in placed}, head)
-        weights |= whole({entry: live.detach() for entry, live in placed}, head)
+        with trainer.readable():
+            weights |= whole({entry: live.detach() for entry, live in placed}, head)
     return metrics, gradients, weights
 
 
@@ -210,6 +211,14 @@ def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, ro
     wanted, _ = alone(rollouts)
     for rank in results:
         check(rank, wanted)
+
+
+def test_mixtures_of_experts_give_the_same_gradient(write_model, rollouts, in_processes, tmp_path):
+    folder = write_model(tmp_path / "mixture", "Qwen3Moe")
+    alone = in_processes(1, matrix, [folder], {"one micro-batch": ({}, 10_000)}, rollouts)[0]
+    layouts = {"sequence parallel": PAIRS["sequence parallel"]}
+    for rank in in_processes(2, matrix, [folder], layouts, rollouts):
+        check(rank, {folder: alone["one micro-batch", folder]})
 
 
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):

@@ -101,9 +101,8 @@ def start(trainer: tuple[int, int, int], family: str, tied: bool):
     config = c.Config(parallel=c.Parallel(*trainer))
     chunks = model.build(arch, config, "lm")
     model.load(chunks, arch, config, "lm", weights.__getitem__)
-    always_here = SimpleNamespace(here=lambda *parts: nullcontext())
     placed = partial(model.placed, chunks, arch, config, "lm")
-    policy = SimpleNamespace(config=config, arch=arch, placed=placed, parts=always_here)
+    policy = SimpleNamespace(config=config, arch=arch, placed=placed, readable=nullcontext)
     return policy, weights
 
 

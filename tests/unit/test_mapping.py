@@ -96,7 +96,7 @@ def test_the_round_trip_is_exact_at_every_layout(family, tied, kv_groups):
     arch, weights = architecture.read(hf), filled(published_shapes(hf))
     for tensor, pipeline, virtual in LAYOUTS:
         if virtual == 1 or pipeline > 1:
-            arch.check_layout(tensor, pipeline, virtual, trained=False)
+            arch.check_layout(tensor, pipeline, virtual)
             assert equal(through(arch, weights, tensor, pipeline * virtual), weights)
 
 
@@ -280,9 +280,10 @@ def test_layouts_that_cannot_be_cut_are_refused():
         with pytest.raises(ConfigError, match=sentence):
             arch.check_layout(*layout)
     mixture = architecture.read(ROWS["Mixtral"])
-    mixture.check_layout(1, 2, 2)
+    mixture.check_training(1, sequence=False)
+    mixture.check_training(2, sequence=True)
     with pytest.raises(ConfigError, match="parallel.tensor is 2, but Megatron-core trains mixtures of experts"):
-        mixture.check_layout(2, 1)
+        mixture.check_training(2, sequence=False)
     with pytest.raises(ConfigError, match="3 key-value groups"):
         architecture.read(ROWS["Qwen2"] | {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 16}) \
             .check_layout(2, 1)  # fmt: skip

@@ -36,6 +36,7 @@ def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_bat
     samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
     batches = [pack.batch(samples, budget, rank, ranks, multiple, pad_to, 50.0) for rank in range(ranks)]
     assert len({len(batch.micro_batches) for batch in batches}) == 1 and len(batches[0].micro_batches) % multiple == 0
+    assert all(batch.counts == batches[0].counts for batch in batches) and len(batches[0].micro_batches) > 0
     found = Counter()
     for part in (part for batch in batches for part in batch.micro_batches):
         assert len(part.tokens) % pad_to == 0 and part.borders[0] == 0 and part.borders[-1] == len(part.tokens)

@@ -1,0 +1,85 @@
+"""Weights that are gathered under the next forward: the same training bit by bit, and all who read them see the new ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# parallel.overlap, offload
+CASES = {"plain": (False, False), "overlapping": (True, False), "overlapping, offloaded": (True, True)}
+
+
+def every_case(folder: str, samples: list, scratch: str) -> dict:
+    from megatron.core import parallel_state
+
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.mcore import parallel
+
+    parallel.start_process_group()
+    results = {}
+    for name, (overlap, offload) in CASES.items():
+        parallel.start_megatron(Parallel(overlap=overlap), seed=0)
+        results[name] = story(folder, samples, overlap, offload, Path(scratch) / name)
+        parallel_state.destroy_model_parallel()
+    parallel.start_megatron(Parallel(), seed=0)
+    parallel.stop()
+    return results
+
+
+def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Path) -> dict[str, list]:
+    """What each reader finds after each of three updates."""
+    from oreal_megatron import config as c
+    from oreal_megatron.algo import pack
+    from oreal_megatron.cli import build
+    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mcore import checkpoint, parallel, roles
+    from oreal_megatron.mcore.saver import Saver
+
+    config = c.Config(
+        model=c.Model(folder),
+        parallel=c.Parallel(overlap=overlap),
+        optimizer=c.Optimizer(lr=1e-2, warmup_steps=0),
+        offload=offload,
+    )
+    source = Folder(folder)
+    pieces = (architecture.read(source.config), config, source.tensor)
+    policy, found = roles.Policy(*pieces), {"update": [], "score": [], "hand-over": [], "checkpoint": []}
+    for step, reader in enumerate(("score", "hand-over", "checkpoint")):  # each is the first to read an update
+        batch = pack.batch(samples[step:], 40, *parallel.data_parallel())
+        metrics = policy.imitate(batch)
+        metrics.pop("policy/largest_weight")  # before gathering, old weights of other replicas count as well
+        found["update"].append(metrics)
+        for name in (reader, "score", "hand-over"):
+            if name == "score":
+                found[name] += policy.score(batch)
+            elif name == "hand-over":
+                found[name] += [value.clone() for _, value in build.full_tensors(policy)]
+            else:
+                saved = Saver(scratch, {"policy": policy}, keep=1).save(step)
+                fresh = roles.Policy(*pieces)
+                checkpoint.load(saved, {"policy": fresh})
+                found[name] += [value.clone() for _, value in build.full_tensors(fresh)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(model_folder, in_processes, tmp_path_factory) -> list[dict]:
+    from oreal_megatron.records import Sample
+
+    samples = [Sample((5, 6), tuple(range(7, 9 + place)), 1.0, 1.0) for place in range(12)]
+    return in_processes(2, every_case, str(model_folder), samples, str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.mark.parametrize("reader", ["update", "score", "hand-over", "checkpoint"])
+@pytest.mark.parametrize("case", [name for name in CASES if name != "plain"])
+def test_every_reader_finds_the_new_weights(case, reader, ranks):
+    for rank in ranks:
+        wanted, got = rank["plain"][reader], rank[case][reader]
+        assert len(wanted) == len(got) > 0
+        if reader == "update":
+            assert wanted == got
+        else:
+            assert all(torch.equal(one, two) for one, two in zip(wanted, got, strict=True))
