@@ -48,6 +48,7 @@ TORCHRUN = [
 ]
 RESTARTING = [*TORCHRUN, "-m", "oreal_megatron"]
 HUNG_S, MOST_STARTS = 300.0, 6
+HEADER = ["fault", "after (s)", "exit codes", "steps repeated", "final state", "seconds"]
 JUDGE = """
 import http.server, json, sys
 class Judge(http.server.BaseHTTPRequestHandler):
@@ -297,25 +298,26 @@ def prepare(folder: Path, steps: int) -> list[str]:
     ]
 
 
-def show(outcomes: list[Outcome], title: str, out: Path | None) -> None:
-    table = Table(title=title)
-    header = ("fault", "after (s)", "exit codes", "steps repeated", "final state", "seconds")
-    for name in header:
-        table.add_column(name)
-    lines = [
-        (one.fault, f"{one.moment_s:.1f}", " ".join(map(str, one.exits)), str(one.repeated),
-         one.differs or "equal bit by bit", f"{one.seconds:.0f}")
-        for one in outcomes
-    ]  # fmt: skip
-    for line in lines:
-        table.add_row(*line)
+def cells(one: Outcome) -> list[str]:
+    exits, state = " ".join(map(str, one.exits)), one.differs or "equal bit by bit"
+    return [one.fault, f"{one.moment_s:.1f}", exits, str(one.repeated), state, f"{one.seconds:.0f}"]
+
+
+def keep(outcomes: list[Outcome], out: Path | None) -> None:
+    """The table so far, as Markdown."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [HEADER, ["---"] * len(HEADER), *map(cells, outcomes)]
+        (out / "table.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+
+
+def show(outcomes: list[Outcome], title: str) -> None:
+    table = Table(*HEADER, title=title)
+    for one in outcomes:
+        table.add_row(*cells(one))
     Console(width=120).print(table)
     equal = sum(not one.differs for one in outcomes)
     print(f"{equal} of {len(outcomes)} equal bit by bit, most steps repeated {max(one.repeated for one in outcomes)}")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        marked = "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *lines])
-        (out / "table.md").write_text(marked)
 
 
 def main() -> int:
@@ -343,9 +345,10 @@ def main() -> int:
             Path(f"{run}.log").unlink(missing_ok=True)
             moment_s = chance.uniform(0, length_s)
             outcomes.append(disturb(Job(recipe, settings, run), judge, fault, moment_s, undisturbed.run, chance))
+            keep(outcomes, args.out)
     finally:
         judge.stop()
-    show(outcomes, f"{args.steps} steps, undisturbed {length_s:.0f} s", args.out)
+    show(outcomes, f"{args.steps} steps, undisturbed {length_s:.0f} s")
     return int(any(one.differs for one in outcomes))
 
 

@@ -34,7 +34,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
         made[family + " tied"] = write(root / f"{family}_tied", row | {"tie_word_embeddings": True})
     made["Qwen3Moe as picked"] = write(root / "as_picked", ROWS["Qwen3Moe"] | {"norm_topk_prob": False})
     for family in ("Qwen2", "Qwen3Moe", "Mixtral"):
-        made[family + " reward model"] = write(root / f"{family}_reward", architecture.with_head(ROWS[family], "scalar"))
+        made[family + " reward model"] = write(
+            root / f"{family}_reward", architecture.with_head(ROWS[family], "scalar")
+        )
     return made
 
 

@@ -7,7 +7,6 @@ import traceback
 
 from oreal_megatron.mcore.cpu import PATCHES
 
-
 TIED = "Tensor.cuda"  # only called for a tied embedding on two pipeline stages
 # Without these nothing fails, but Megatron draws from the global generator.
 SILENT = ["manual_seed", "_set_cuda_rng_state"]

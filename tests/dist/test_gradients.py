@@ -17,8 +17,11 @@ import torch
 WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 # Layout, tokens of a micro-batch, further fields of Megatron's.
-CUTS = {"each sequence alone": ({}, 1), "many micro-batches": ({}, 40),
-        "deterministic": ({}, 60, dict(deterministic_mode=True))}  # the last, because the switch stays on
+CUTS = {
+    "each sequence alone": ({}, 1),
+    "many micro-batches": ({}, 40),
+    "deterministic": ({}, 60, dict(deterministic_mode=True)),
+}  # the last, because the switch stays on
 PAIRS = {  # two processes
     "data parallel": ({}, 60),
     "tensor parallel": (dict(tensor=2), 60),
@@ -142,7 +145,9 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
         if entry.cut is tensors.Cut.WHOLE:
             assert all(torch.equal(shard, shards[0]) for shard in shards), f"{entry.megatron} differs between ranks"
         # Without the rows that pad the vocabulary, of which there are more with more ranks.
-        full[head, entry.megatron] = tensors.unshard(entry, shards)[: 80 if entry.cut is tensors.Cut.VOCABULARY else None]
+        full[head, entry.megatron] = tensors.unshard(entry, shards)[
+            : 80 if entry.cut is tensors.Cut.VOCABULARY else None
+        ]
     return {name: value for stage in everyone(full, pipeline_group) for name, value in stage.items()}
 
 

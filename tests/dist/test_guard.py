@@ -1,4 +1,4 @@
-"""Steps that are refused: nothing changes on any rank, wherever the nan arose, and training goes on as if undisturbed."""
+"""Steps that are refused: nothing changes on any rank, wherever the nan arose, and training goes on undisturbed."""
 
 from __future__ import annotations
 

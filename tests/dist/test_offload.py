@@ -9,7 +9,6 @@ import torch
 
 from oreal_megatron.records import Sample
 
-
 CASES = [(dtype, offload) for dtype in ("float32", "bfloat16") for offload in (False, True)]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are gathered under the next forward: the same training bit by bit, and all who read them see the new ones."""
+"""Weights that are gathered under the next forward: the same training bit by bit, and readers see the new ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Rehearsals without data: sound layouts are found sound, planted errors are named, and what is planned is what is built.
+"""Rehearsals without data: sound layouts are found sound, planted errors are named, what is planned is what is built.
 
-The plan's formulas are compared with three things: what Megatron builds on the meta device, what autograd keeps there as
-on a GPU, and bytes of a real training step on CPUs.
+The plan's formulas are compared with three things: what Megatron builds on the meta device, what autograd keeps there
+as on a GPU, and bytes of a real training step on CPUs.
 """
 
 from __future__ import annotations

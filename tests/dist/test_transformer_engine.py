@@ -1,5 +1,6 @@
-"""The layers of Transformer Engine through Megatron's own specification, with stand-ins for its modules, because it does
-not run here: the same parameters under its names, the same numbers, and checkpoints that either kind of layer reads.
+"""The layers of Transformer Engine through Megatron's own specification, with stand-ins for its modules, because it
+does not run here: the same parameters under its names, the same numbers, and checkpoints that either kind of layer
+reads.
 """
 
 from __future__ import annotations

@@ -59,8 +59,7 @@ def start():
             port = probe.getsockname()[1]
         begin = time.monotonic()
         children = [
-            context.Process(target=hanging_job.rank_of_a_test, args=(one, world, port, job))
-            for one in range(world)
+            context.Process(target=hanging_job.rank_of_a_test, args=(one, world, port, job)) for one in range(world)
         ]
         for child in children:
             child.start()
@@ -181,7 +180,11 @@ def time_outs() -> list[float]:
 
     parallel.start_process_group(240.0)
     parallel.start_megatron(Parallel(), 0, 240.0)
-    made = (dist.group.WORLD, parallel_state.get_data_parallel_group(), parallel_state.get_tensor_model_parallel_group())
+    made = (
+        dist.group.WORLD,
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
 
 
