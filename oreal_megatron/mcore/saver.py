@@ -27,7 +27,7 @@ from oreal_megatron.mcore import checkpoint
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.worker import Trainer
 
-SPARE_BYTES = 16 * 2**20  # of disk, beyond the tensors
+SPARE_BYTES = 16 * 2**20  # of disk, beyond the tensors: indices of the files
 Describe = Callable[[str, Path], None]
 
 
@@ -66,7 +66,7 @@ class Saver:
         self.finish()
         if ranks.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._wait_for_room()
+        self._wait_for_room(sum(ranks.gather(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES)
         partial = self.folder / (checkpoints.name(step) + checkpoints.PARTIAL)
         if ranks.rank() == 0:
             checkpoints.begin(partial, self.trainers)
@@ -99,6 +99,7 @@ class Saver:
             time.sleep(0.01)
         pending, self.pending = self.pending, None
         digests = _everyones(pending)
+        self._wait_for_room(SPARE_BYTES)  # Megatron's index of the files does not bear a full disk
         with device_layer():
             for request in pending.requests:
                 for finalize in request.finalize_fns:
@@ -114,14 +115,13 @@ class Saver:
             checkpoints.finish(partial, digests)
         checkpoints.prune(self.folder, self.keep, self.keep_every)
 
-    def _wait_for_room(self) -> None:
-        """Until the first rank sees room for a checkpoint. Every look is a collective, so that none times out."""
-        needed = sum(ranks.gather(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES
+    def _wait_for_room(self, needed: int) -> None:
+        """Until the first rank sees so many bytes. Every look is a collective, so that none times out."""
         told = False
         while (free := ranks.gather(shutil.disk_usage(self.folder).free)[0]) < needed:
             if ranks.rank() == 0 and not told:
                 disk.say(
-                    f"a checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has room for {free / 2**20:.0f}; "
+                    f"a checkpoint needs {needed / 2**20:.0f} MiB more, but {self.folder} has {free / 2**20:.0f}; "
                     "waiting until there is more, nothing is lost"
                 )
             told = True

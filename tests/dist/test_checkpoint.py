@@ -149,3 +149,29 @@ def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in
             assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
         gaps = [(weights[name] - value).square().mean().sqrt().item() for name, value in wanted.items()]
         assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
+
+
+def save_beside_others(layout: tuple, path: str, free: list[int]) -> tuple[str, str]:
+    """Save while the disk is seen to have so much room, look by look, and then enough; what was said, what is wrong."""
+    import contextlib
+    import io
+    from types import SimpleNamespace
+
+    from oreal_megatron import checkpoints, disk
+    from oreal_megatron.mcore import parallel, saver
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
+    disk.PAUSE_S, looks = 0.01, list(free)
+    saver.shutil = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        saved = saver.Saver(Path(path), trainers(*layout)[0], keep=1).save(2)
+    parallel.stop()
+    return said.getvalue(), str(checkpoints.damage(saved) or "")
+
+
+def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folder, in_processes, tmp_path):
+    enough = 2**30
+    for free, waits in (([0, 0], 1), ([enough, 0, 0], 1), ([0, enough, 0], 2), ([enough, enough], 0)):
+        ((said, damage),) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), free)
+        assert said.count("waiting until there is more") == said.count("going on") == waits and not damage

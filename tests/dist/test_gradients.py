@@ -171,7 +171,11 @@ def check(results: dict, wanted: dict) -> None:
             assert distance(wanted_gradients, gradients) > 0.1, "a wrong loss scale would go unseen"
             continue
         assert wanted_metrics["loss/kl"] > 0 and wanted_metrics["policy/gradient_norm"] > 0
-        assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7), name
+        # Where weights are gathered under the next forward, those of other ranks still count as they were.
+        told = [key for key in wanted_metrics if "overlapping" not in name or not key.endswith("largest_weight")]
+        assert metrics.keys() == wanted_metrics.keys()
+        for key in told:
+            assert metrics[key] == pytest.approx(wanted_metrics[key], rel=1e-5, abs=1e-7), (name, key)
         assert distance(wanted_gradients, gradients) < 1e-5, (name, distance(wanted_gradients, gradients))
         assert off(wanted_weights, weights) < 0.02, name
 
