@@ -151,7 +151,7 @@ def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in
         assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
 
 
-def save_beside_others(layout: tuple, path: str, free: list[int]) -> tuple[str, str]:
+def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list[tuple[str, str]]:
     """Save while the disk is seen to have so much room, look by look, and then enough; what was said, what is wrong."""
     import contextlib
     import io
@@ -162,16 +162,21 @@ def save_beside_others(layout: tuple, path: str, free: list[int]) -> tuple[str, 
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
-    disk.PAUSE_S, looks = 0.01, list(free)
+    disk.PAUSE_S, looks = 0.01, []
     saver.shutil = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40))
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        saved = saver.Saver(Path(path), trainers(*layout)[0], keep=1).save(2)
+    saving, results = saver.Saver(Path(path), trainers(*layout)[0], keep=1), []
+    for step, free in enumerate(cases):
+        looks[:] = free
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            saved = saving.save(step)
+        results.append((said.getvalue(), str(checkpoints.damage(saved) or "")))
     parallel.stop()
-    return said.getvalue(), str(checkpoints.damage(saved) or "")
+    return results
 
 
 def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folder, in_processes, tmp_path):
     enough = 2**30
-    for free, waits in (([0, 0], 1), ([enough, 0, 0], 1), ([0, enough, 0], 2), ([enough, enough], 0)):
-        ((said, damage),) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), free)
+    cases = [[0, 0], [enough, 0, 0], [0, enough, 0], [enough, enough]]
+    (results,) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), cases)
+    for (said, damage), waits in zip(results, (1, 1, 2, 0), strict=True):
         assert said.count("waiting until there is more") == said.count("going on") == waits and not damage
