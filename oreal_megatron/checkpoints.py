@@ -62,7 +62,7 @@ def finish(partial: Path, digests: Digests) -> Path:
     measured = {name: dict(zip(("bytes", "sha256"), everything[name], strict=True)) for name in sorted(everything)}
     disk.write_text(partial / MANIFEST, json.dumps({"files": measured}, indent=1) + "\n")
     for folder in sorted({(partial / name).parent for name in everything}):
-        disk.sync_folder(folder)
+        disk.sync(folder)
     path = partial.with_suffix("")
     if path.exists():  # the run went on from an earlier one
         remove(path)

@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def append_line(path: Path, line: str) -> None:
         raise
 
 
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder survive a power cut."""
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import shutil
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 
 AHEAD_BYTES = 512 * 2**20  # read and not yet written; the piece being read and the one being written come on top
@@ -78,21 +78,13 @@ def finished(path: Path, size: int, say: Say, replace: bool = False) -> Iterator
             raise ConfigError(f"{path} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         yield partial
         for file in [*partial.rglob("*"), partial]:
-            _sync(file)
+            disk.sync(file)
     except BaseException:
         shutil.rmtree(partial)
         raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.sync(path.parent)
 
 
 class Cast:
