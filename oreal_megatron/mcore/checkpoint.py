@@ -27,6 +27,7 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+HELD = ("parameters", "optimizer")  # parts of a trainer that a checkpoint holds
 
 # Megatron warns that ranks hold different states, which is how its memory-efficient sharding works.
 logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
@@ -38,7 +39,7 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
     """Restore all trainers in place and return the step to go on with. Collective."""
     with device_layer(), adam.loadable():
         for name, trainer in trainers.items():
-            with trainer.parts.here(*trainer.parts):
+            with trainer.parts.here(*HELD):
                 state = _load(path / name, trainer)
         if len(state["random"]) == ranks.world_size():
             _restore_random_state(state["random"][ranks.rank()])

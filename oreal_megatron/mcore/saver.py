@@ -142,7 +142,7 @@ def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncReq
     """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
     state = common | {"updates": trainer.updates, "past": dataclasses.asdict(trainer.past)}
-    with device_layer(), trainer.parts.here(*trainer.parts), trainer.readable():
+    with device_layer(), trainer.parts.here(*checkpoint.HELD), trainer.readable():
         request = dist_checkpointing.save(
             state | checkpoint.sharded(trainer, loading=False), str(folder), async_sharded_save=True
         )

@@ -30,7 +30,8 @@ def every_case(folder: str, samples: list, scratch: str) -> dict:
 
 
 def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str) -> dict:
-    """Weights after two steps with a checkpoint between, and the bytes on the device while each model computes."""
+    """Weights after two steps with a checkpoint between; the bytes on the device while each model computes, and while
+    it is saved and loaded."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import pack
     from oreal_megatron.cli import build
@@ -52,6 +53,13 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     seen = {"at rest": bytes_here()}
     for name, model in models.items():
         model.chunks[0].register_forward_pre_hook(lambda *_, name=name: seen.update({name: bytes_here()}))
+    sharded, stored = checkpoint.sharded, {}
+
+    def watched(trainer, loading: bool) -> dict:
+        stored[trainer, loading] = bytes_here()
+        return sharded(trainer, loading)
+
+    checkpoint.sharded = watched
     batch = pack.batch(samples, 60, *parallel.data_parallel())
     trainers = {name: models[name] for name in ("policy", "reward_model")}
     for step in range(2):
@@ -59,9 +67,11 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
         models["policy"].update(batch, models["reference"].score(batch), weight)
         if step == 0:
             checkpoint.load(Saver(Path(scratch), trainers, keep=1).save(step), trainers)
+    checkpoint.sharded = sharded
     seen["afterwards"] = bytes_here()
+    stored = [(name, stored[model, loading]) for name, model in trainers.items() for loading in (False, True)]
     weights = {name: tensor.clone() for name, tensor in build.full_tensors(models["policy"])}
-    return {"seen": seen, "weights": weights}
+    return {"seen": seen, "stored": stored, "weights": weights}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +91,7 @@ def test_offloading_changes_no_bit_and_leaves_only_the_model_at_work(dtype, resu
     for name, there in offloaded["seen"].items():
         for model, parts in there.items():
             assert parts == (everything[model] if model == name else dict.fromkeys(parts, 0)), (name, model)
+    for name, there in offloaded["stored"]:
+        for model, parts in there.items():
+            held = everything[model] | {"gradients": 0} if model == name else dict.fromkeys(parts, 0)
+            assert parts == held, (name, model)
