@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(config)
     engine, verifier = build.start_engine(inputs) if wanted.evaluate_every else (None, None)
+    if engine:
+        engine.sleep()
     parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     policy = roles.Policy(inputs.arch, dataclasses.replace(config, optimizer=wanted.optimizer), inputs.folder.tensor)
 
@@ -46,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     def accuracy() -> float:
         hand_over(policy.updates)
-        return evaluate(held_out, engine, verifier, config)[0]["accuracy"]
+        found, _ = evaluate(held_out, engine, verifier, config)
+        engine.sleep()
+        return found["accuracy"]
 
     shown = ranks.rank() == 0
     if shown:

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     watchdog.start(config)
     resumed = checkpoint.choose(folder, trained, args.step, args.resume == "auto") if args.resume else None
     engine, verifier = build.start_engine(inputs, leave.__bool__)
+    engine.sleep()  # the models are built in its room
     parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     pieces = (inputs.arch, config, inputs.folder.tensor)
     policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
@@ -67,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     world = parallel.data_parallel(inputs.arch)
     models = (policy, reference, reward_model)
     with between_steps.saving_when_asked_to_leave():
-        if resumed:
-            hand_over(policy.updates)
+        hand_over(policy.updates)
         between_steps.begin(first, saved=resumed is not None)
         loop.train(config, prompts, engine, verifier, *models, hand_over, record, between_steps, world)
     with heartbeat.phase("checkpoint"):
