@@ -68,19 +68,22 @@ def _phases(case: Case, stage: int) -> dict[str, Bytes]:
     models = {name: held(case, stage, head) for name, head in case.roles.items()}
     weights = Bytes({"parameters": models["policy"]["parameters"]})
     models["reference"] = weights  # is only read
-    everything = sum(models.values(), Bytes())
+    everything, largest = sum(models.values(), Bytes()), max(models.values(), key=Bytes.total)
 
     def phase(engine: Bytes, model: Bytes, passing: Bytes) -> Bytes:
         """The engine, the model at work or all of them, and what is there for a moment."""
         return _with_reserve(case, engine + (model if config.offload else everything), passing)
 
-    phases = {"generate": phase(awake, Bytes(), Bytes()), "prove": phase(awake, weights, scoring)}
+    # Parameters are there twice while Megatron copies them into its buffers, before it makes the optimizer.
+    twice = Bytes({"buffers": max(largest["parameters"] - largest["optimizer"], 0.0)})
+    phases = {"build": phase(asleep, largest, twice)}
+    phases |= {"generate": phase(awake, Bytes(), Bytes()), "prove": phase(awake, weights, scoring)}
     for name in ("reward_model", "reference", "policy"):
         if name in models:
             passing = scoring if name == "reference" else _training(case, stage, case.roles[name], models[name])
             phases[name] = phase(asleep, models[name], passing)
     phases["reshard"] = phase(waking, weights, _transfer(case))
-    phases["start, save"] = phase(awake, max(models.values(), key=Bytes.total), Bytes())
+    phases["save"] = phase(awake, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
     return phases
 
 

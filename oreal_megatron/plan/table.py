@@ -155,6 +155,7 @@ def draw(made: Estimate, path: Path) -> None:
     axes.axhline(made.case.usable / GIB, color="black", linestyle="--", linewidth=1, label="usable")
     axes.set(ylabel="GiB on a rank", title=f"stage {made.fullest.number}: {layout(made)}")
     axes.title.set_fontsize(9)
+    axes.tick_params(axis="x", labelsize=9)
     axes.legend(fontsize=8, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -95,6 +95,23 @@ def test_without_offloading_or_sleep_everything_is_there_at_once():
     assert phase("engine.sleep=false")["KV cache"] == 28 * GIB
 
 
+def test_models_are_built_beside_a_sleeping_engine_and_saved_without_gradients_beside_one_awake():
+    one = case("oreal_7b")
+    phases, policy = memory.stages(one)[0].phases, memory.held(one, 0, "lm")
+    build, save = phases["build"], phases["save"]
+    trained = ("parameters", "gradients", "optimizer")
+    assert not build["KV cache"] and [build[part] for part in trained] == [policy[part] for part in trained]
+    assert policy["parameters"] > policy["optimizer"], "of eight replicas: what they are copied from weighs more"
+    assert build["buffers"] + policy["optimizer"] == pytest.approx(policy["parameters"])
+    assert save["KV cache"] == 28 * GIB and [save[part] for part in trained] == [
+        policy["parameters"], 0, policy["optimizer"]
+    ]  # fmt: skip
+    kept = memory.stages(case("oreal_7b", "offload=false"))[0].phases["save"]
+    assert kept["gradients"] > policy["gradients"]
+    awake = memory.stages(case("oreal_7b", "engine.sleep=false"))[0].phases["build"]
+    assert awake["KV cache"] == 28 * GIB
+
+
 def test_times_point_the_right_way():
     def seconds(*changes: str, **others) -> dict[str, float]:
         one = case("oreal_32b", *changes, **others)
@@ -224,7 +241,8 @@ def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):
     said = capsys.readouterr().out
     for words in (
         "is not here; planned with",
-        "start, save",
+        "build",
+        "save",
         "train_mfu 0.4",
         "rank receives 16.38",
         "90 steps take",
