@@ -14,6 +14,8 @@ import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -21,7 +23,8 @@ from oreal_megatron import config as c
 from oreal_megatron.algo import pack, selection
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.mapping import architecture
-from oreal_megatron.mcore import cpu, parallel, roles
+from oreal_megatron.mcore import checkpoint, cpu, parallel, roles
+from oreal_megatron.mcore.saver import Saver
 from oreal_megatron.records import Batch, MicroBatch, Sample
 
 LONGEST, BUDGET, SAMPLES, ROUNDS = 512, 1024, 32, 7
@@ -131,7 +134,7 @@ def cpu_layer(folder: Folder) -> None:
 
 
 def memory(folder: Folder, dtype: str) -> None:
-    """Tensor bytes on the device while each model computes, with offloading; a part that is away has none."""
+    """Tensor bytes on the device while models compute or are saved, with offloading; a part that is away has none."""
     config = c.Config(model=c.Model(dtype=dtype), offload=True)
     pieces, batch = (architecture.read(folder.config), config, folder.tensor), pack.batch(drawn()[:4], BUDGET, 0, 1)
     models = {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
@@ -149,12 +152,20 @@ def memory(folder: Folder, dtype: str) -> None:
     models["policy"].update(batch, models["reference"].score(batch), weight)
     with models["policy"].readable():
         record("reshard")
+    trained, sharded = {name: models[name] for name in ("reward_model", "policy")}, checkpoint.sharded
+
+    def watched(trainer: roles.Trainer, loading: bool) -> dict[str, Any]:
+        record(next(f"save, {name}" for name, model in trained.items() if model is trainer))
+        return sharded(trainer, loading)
+
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(checkpoint, "sharded", watched):
+        Saver(Path(scratch), trained, keep=1).save(1)
     print(
         f"\nKiB of tensors on the device, {dtype}, offload=True\n| phase | " + " | ".join(map(" ".join, parts)) + " |"
     )
     print("|---" * (len(parts) + 1) + "|")
-    for phase in ("generate", "reward_model", "reference", "policy", "reshard"):
-        print(f"| {phase} | " + " | ".join(f"{size / 1024:.0f}" for size in table[phase]) + " |")
+    for phase, sizes in table.items():
+        print(f"| {phase} | " + " | ".join(f"{size / 1024:.0f}" for size in sizes) + " |")
 
 
 if __name__ == "__main__":
