@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import ranks, settings, suites
+from oreal_megatron import disk, ranks, settings, suites
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Engine, Evaluation, Model, Parallel, Sampling
 from oreal_megatron.convert import stream, to_hf
@@ -32,7 +32,7 @@ def _of_run(model: Path) -> Config | None:
     """The configuration of the run folder that holds a policy or checkpoint, so that prompts are the same."""
     for folder in list(model.absolute().parents)[:3]:
         file = folder / "config.json"
-        if file.is_file() and "policy_freeze_steps" in (written := json.loads(file.read_text())):
+        if file.is_file() and "policy_freeze_steps" in (written := disk.read_object(file)):
             return settings.from_dict(written)
     return None
 
@@ -49,7 +49,7 @@ def _named(model: Path) -> Model:
 
 def _hf(model: Path) -> dict[str, Any]:
     file = model / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return disk.read_object(file) if file.is_file() else {}
 
 
 def default_folder(model: str) -> Path:
@@ -90,7 +90,7 @@ def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
         **{name: dataclasses.asdict(sampling) for name, sampling in modes.items()},
     }
     file = out / "settings.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = disk.read_object(file) if file.is_file() else {}
     changed = [key for key in before.keys() & settings_now.keys() if before[key] != settings_now[key]]
     if changed := ranks.gather(changed)[0]:
         raise ConfigError(

@@ -5,10 +5,10 @@ The authors' SFT models have the shapes of the Qwen2.5 bases that they were made
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 
 
@@ -42,7 +42,7 @@ def config(path: str) -> tuple[dict[str, Any], bool]:
     """The config.json of a model folder, or of a published model with the folder's name; and whether it was read."""
     file = Path(path) / "config.json"
     if file.is_file():
-        return json.loads(file.read_text()), True
+        return disk.read_object(file), True
     if (name := Path(path).name) in CONFIGS:
         return CONFIGS[name], False
     raise ConfigError(

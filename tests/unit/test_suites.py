@@ -13,6 +13,7 @@ import pytest
 from oreal_megatron import suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
+from oreal_megatron.cli.main import main
 from oreal_megatron.config import Config, ConfigError, Sampling
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.evaluation import summary
@@ -116,6 +117,23 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
     other = SimpleNamespace(config=Config(seed=3), folder=inputs.folder)
     with pytest.raises(ConfigError, match="another seed"):
         evaluated.claim(tmp_path, other, {"greedy": Sampling(temperature=0.0)})
+
+
+@pytest.mark.parametrize("text", ["", "[1]"])
+def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsys):
+    run, recipe = tmp_path / "run", tmp_path / "recipe.py"
+    (run / "policy").mkdir(parents=True)
+    recipe.write_text(f"from oreal_megatron.config import *\ndef lone(): return Config(model=Model({str(run)!r}))\n")
+    (run / "config.json").write_text(text)
+    told = []
+    for words in (["evaluate", str(run)], ["evaluate", str(run / "policy")], ["plan", f"{recipe}:lone", "--gpus", "1"]):
+        assert main([*words, *["--suite", "math500"] * (words[0] == "evaluate")]) == 2
+        told.append(capsys.readouterr().err)
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {})
+    for sentence in (*told, str(refused.value)):
+        assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
 
 
 class Engine:
