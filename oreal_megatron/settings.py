@@ -61,6 +61,8 @@ def override(config: Config, assignments: list[str]) -> Config:
 
 def from_dict(data: dict[str, Any], kind: type = Config, where: str = "") -> Any:
     """The dataclass tree of a JSON object, as written by `dataclasses.asdict`."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration key {where[:-1]} is {data!r}; wanted a section")
     hints = typing.get_type_hints(kind)
     for key in data:
         if key not in hints:

@@ -76,6 +76,11 @@ def test_a_bad_override_says_why(assignment, says):
         settings.override(c.Config(), [assignment])
 
 
+def test_a_value_where_a_section_was_written_is_named():
+    with pytest.raises(c.ConfigError, match="verify.judge is 3; wanted a section"):
+        settings.from_dict({"verify": {"judge": 3}})
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
