@@ -8,11 +8,14 @@ are functions of the step and the seed, so the step restores them. saver.py writ
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from oreal_megatron import checkpoints, disk, ranks, safe_load
 from oreal_megatron.algo import guard
@@ -28,6 +31,7 @@ SHARDING = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 HELD = ("parameters", "optimizer")  # parts of a trainer that a checkpoint holds
+COMMON = ("step", "layout", "random", "updates", "past", "optimizer")  # what it holds besides tensors
 
 # Megatron warns that ranks hold different states, which is how its memory-efficient sharding works.
 logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
@@ -78,6 +82,8 @@ def choose(folder: Path, models: list[str], step: int | None, damaged_too: bool)
 
 def check(path: Path) -> None:
     """Refuse a folder that is not a Megatron distributed checkpoint, or that would run code when it is loaded."""
+    if not path.is_dir():
+        raise ConfigError(f"{path.parent} holds no {path.name}: the run that saved it trained none")
     marker = path / "metadata.json"
     if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
         raise ConfigError(
@@ -103,13 +109,45 @@ def _described(cut: dict[str, int]) -> str:
 
 def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
     check(path)
-    state = dist_checkpointing.load(sharded(trainer, loading=True), str(path))
+    wanted = sharded(trainer, loading=True)
+    _refuse_foreign(path, trainer, wanted)
+    state = dist_checkpointing.load(wanted, str(path))
     for key, chunk in _named(trainer).items():
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
     trainer.updates, trainer.past = state["updates"], guard.Past(**state["past"])
     return state
+
+
+def _refuse_foreign(path: Path, trainer: Trainer, wanted: dict[str, Any]) -> None:
+    """Refuse, on all ranks, a sound checkpoint that is of another model or lacks a part. Collective."""
+    held = {key: tensor.global_shape for key, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()}
+    asked = {tensor.key: tensor for tensor in _tensors(wanted)}
+    known = set().union(*ranks.gather(list(asked)))  # by any pipeline stage
+    faults = [f"it has no {key}" for key in asked if key not in held]
+    faults += [
+        f"its {key} has shape {tuple(held[key])}, where {tuple(tensor.global_shape)} is wanted"
+        for key, tensor in asked.items()
+        if key in held and held[key] != tensor.global_shape and not tensor.allow_shape_mismatch  # a padded vocabulary
+    ]
+    faults += [f"it has a {key}, which is not wanted" for key in held if key not in known]
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    faults += [f"it has no {part}" for part in COMMON if part not in common]
+    if fault := next(filter(None, ranks.gather(faults[0] if faults else "")), ""):
+        raise ConfigError(
+            f"{path} is no checkpoint that {trainer.config.model.path} can go on from: {fault}. Name the model that it "
+            "was trained from, or begin a new run"
+        )
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """What is wanted of a checkpoint; a factory stands for several tensors, such as gate and up."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from _tensors(value.build())
+        elif isinstance(value, ShardedTensor):
+            yield value
 
 
 def sharded(trainer: Trainer, loading: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Policy(Trainer):
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, self.language_model = _language_model(arch, config, read)
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
-        self.arch, self.config = arch, config
+        self.arch = arch
 
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
         """One OREAL step on the batch (paper, Eq. 11); refused where `weight` is None, as the reward model's was."""
@@ -81,7 +81,6 @@ class TokenRewardModel(Trainer):
         model.load(stage, arch, config, "scalar", _with_fresh_head(arch, config, read))
         head = partial(heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
-        self.config = config
 
     def update(self, batch: Batch) -> tuple[list[Tensor] | None, dict[str, float]]:
         """One step; returns the token weights it believed in before the step, from the same forward pass, on the last

@@ -101,7 +101,7 @@ class Trainer(Scorer):
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
-        self.updates, self.guard, self.past = 0, config.guard, guard.Past()
+        self.config, self.updates, self.past = config, 0, guard.Past()
         super().__init__(wrapped, head)
         megatron = self.chunks[0].config
         megatron.finalize_model_grads_func = _sum_gradients
@@ -134,7 +134,7 @@ class Trainer(Scorer):
 
     def _step(self, found: dict[str, float], learning_rate: float) -> dict[str, float]:
         """Take the step that was found, unless it is refused."""
-        limit = guard.limit(self.past, self.guard)
+        limit = guard.limit(self.past, self.config.guard)
         if guard.refuses(found, limit):
             self.past = self.past.refused()
         else:
@@ -142,7 +142,7 @@ class Trainer(Scorer):
                 group["lr"] = learning_rate
             self.optimizer.step()
             self.updates += 1
-            self.past = self.past.taken(found["gradient_norm"], self.guard.spike_window)
+            self.past = self.past.taken(found["gradient_norm"], self.config.guard.spike_window)
         # With parallel.overlap, what a replica has not gathered yet counts as it was; its owner counts the new one.
         largest = max(ranks.gather(_largest(_parameters(self.chunks))))
         spikes = {"gradient_norm_limit": limit} if math.isfinite(limit) else {}

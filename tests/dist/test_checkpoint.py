@@ -180,3 +180,65 @@ def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folde
     (results,) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), cases)
     for (said, damage), waits in zip(results, (1, 1, 2, 0), strict=True):
         assert said.count("waiting until there is more") == said.count("going on") == waits and not damage
+
+
+def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str]:
+    """Why the first model's trainers cannot go on from sound checkpoints of others, or from parts of their own."""
+    from oreal_megatron.config import ConfigError
+    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore.saver import Saver
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folders[0], 1, 2)[1].parallel, seed=0)
+    made = {Path(folder).name: trainers(folder, 1, 2, reward_model=False)[0] for folder in folders}
+    own = made[Path(folders[0]).name]
+    saved = {name: Saver(Path(path) / name, models, keep=1).save(1) for name, models in made.items()}
+
+    def refusal(where: Path, models: list[str]) -> str:
+        try:
+            step = checkpoint.load(checkpoint.choose(where, models, None, False), own)
+        except ConfigError as error:
+            return str(error)
+        return f"step {step}"
+
+    told = {name: refusal(where.parent, ["policy"]) for name, where in saved.items()}
+    told["reward model"] = refusal(saved["own"].parent, ["policy", "reward_model"])
+    if parallel.data_parallel()[0] == 0 and parallel.share():
+        (saved["own"] / "policy/common.pt").write_bytes((Path(converted) / "common.pt").read_bytes())
+    torch.distributed.barrier()
+    for name, where in {"nothing common": saved["own"] / "policy", "weights alone": Path(converted)}.items():
+        try:
+            checkpoint._load(where, own["policy"])
+        except ConfigError as error:
+            told[name] = str(error)
+    parallel.stop()
+    return told
+
+
+def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, in_processes, tmp_path):
+    from oreal_megatron.config import Parallel
+    from oreal_megatron.convert import stream, to_megatron
+    from oreal_megatron.convert.hf_folder import Folder
+
+    folders = [
+        write_model(tmp_path / "own", "Qwen2"),
+        write_model(tmp_path / "deeper", "Qwen2", num_hidden_layers=6),
+        write_model(tmp_path / "unbiased", "Llama"),
+        write_model(tmp_path / "normed", "Qwen3", head_dim=16),
+    ]
+    converted = tmp_path / "converted"
+    to_megatron.convert(Folder(folders[0]), converted, Parallel(), stream.Cast(None), print, lambda count: None)
+    saved = str(tmp_path / "saved")
+    for told in in_processes(2, load_foreign, folders, str(converted), saved):
+        assert told.pop("own") == "step 1"
+        assert told.pop("reward model").endswith("holds no reward_model: the run that saved it trained none")
+        wanted = {
+            "deeper": "has shape (6, 64), where (4, 64) is wanted",
+            "unbiased": "it has no decoder.layers.self_attention.linear_qkv.bias",
+            "normed": "it has no decoder.layers.self_attention.linear_qkv.bias",
+            "nothing common": "it has no step",
+            "weights alone": "it has no optimizer.state.param.",
+        }
+        assert told.keys() == wanted.keys()
+        for name, sentence in told.items():
+            assert wanted[name] in sentence and f"{folders[0]} can go on from" in sentence, sentence
