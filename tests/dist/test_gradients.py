@@ -225,7 +225,7 @@ def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, ro
 def test_mixtures_of_experts_give_the_same_gradient(write_model, rollouts, in_processes, tmp_path):
     folder = write_model(tmp_path / "mixture", "Qwen3Moe")
     alone = in_processes(1, matrix, [folder], {"one micro-batch": ({}, 10_000)}, rollouts)[0]
-    layouts = {"sequence parallel": PAIRS["sequence parallel"]}
+    layouts = {name: PAIRS[name] for name in ("data parallel", "sequence parallel")}
     for rank in in_processes(2, matrix, [folder], layouts, rollouts):
         check(rank, {folder: alone["one micro-batch", folder]})
 
