@@ -77,13 +77,14 @@ def print_table(found: dict[str, Any]) -> None:
 def _caption(found: dict[str, Any]) -> str:
     """What the table does not hold, in sentences."""
     on, steps, sync = found.get("hardware"), found["steps"], found.get("sync")
-    where = f"{on['gpus']} ranks on {on['nodes']} machines ({on['device']})" if on else "hardware not recorded"
+    plural = "s" if on and on["nodes"] > 1 else ""
+    where = f"{on['gpus']} ranks on {on['nodes']} machine{plural} ({on['device']})" if on else "hardware not recorded"
     lines = [f"{where}; means of {steps['counted']} of {steps['logged']} steps, from step {steps['first']}"]
     if "bubble" in found:
         dealt = f"; operations dealt unevenly: {found['idle_training']:.1%}" if "idle_training" in found else ""
         lines.append(f"pipeline bubble of training: {found['bubble']:.1%} at best{dealt}")
     if sync:
-        rate = f", {sync['gigabytes_per_second']:.2f} GB/s" if "gigabytes_per_second" in sync else ""
+        rate = f", {sync['gigabytes_per_second']:.3g} GB/s" if "gigabytes_per_second" in sync else ""
         received = sync["received_bytes"] / 1e6
         lines.append(f"sync: {sync['seconds']:.3f} s, {received:.1f} MB received by the busiest rank{rate}")
     if on and "peak_tflops" not in on:

@@ -151,6 +151,11 @@ def test_an_update_takes_six_operations_a_parameter_and_token():
     assert matrices == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)
 
 
+def test_planned_speed_counts_prompts_as_the_speed_report_does():
+    made = estimate.make(case(), search.UNPLANNED)
+    assert made.tokens_per_gpu_second * made.step_seconds * 32 == pytest.approx(64 * 16 * (400 + 5000))
+
+
 def test_the_search_is_sorted_fits_and_beats_the_recipe():
     one = case("oreal_7b", world=16)
     found = search.best(one, 4)

@@ -127,21 +127,24 @@ def rollouts() -> list[list[Rollout]]:
 
 
 def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_the_step_s():
-    meter = speed.Meter(c.Config(), tiny(), 1e9)
+    began, meter = time.monotonic(), speed.Meter(c.Config(), tiny(), 1e9)
     with meter.phase("generate"):
         time.sleep(0.05)
         heartbeat.beat()
         time.sleep(0.1)  # in a collective
-    assert 0.05 <= meter.alone["generate"] < 0.1 and meter.seconds["generate"] >= 0.15
+    assert 0.05 <= meter.alone["generate"] <= meter.seconds["generate"] - 0.1
     with meter.phase("evaluate"):
-        time.sleep(0.3)
+        time.sleep(0.1)
     found = meter.step({}, rollouts())
-    assert found["seconds/evaluate"] >= 0.3 > found["seconds/step"] >= found["seconds/generate"]
+    assert time.monotonic() - began - 0.1 >= found["seconds/step"] >= found["seconds/generate"]
+    assert found["seconds/evaluate"] >= 0.1
     assert found["speed/tokens_per_second_per_gpu/step"] == pytest.approx(22 / found["seconds/step"])
     assert not any("policy" in name or "bubble" in name for name in found), "nothing was trained"
     assert sum(value for name, value in found.items() if "share" in name) == pytest.approx(1)
     again = meter.step({}, [])
-    assert "seconds/generate" not in again and again["seconds/step"] < 0.1, "every step is measured anew"
+    assert "seconds/generate" not in again and again["seconds/step"] < found["seconds/step"], (
+        "every step is measured anew"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,7 @@ def test_the_report_prints_several_runs_and_those_that_were_not_evaluated(tmp_pa
     for words in (
         "16 ranks on 2 machines (NVIDIA H200)",
         "30.0%",
-        "2.00 GB/s",
+        "2 GB/s",
         "hardware not recorded",
         "not evaluated",
     ):
