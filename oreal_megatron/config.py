@@ -71,6 +71,11 @@ class Parallel:
     sequence: bool = False  # norms and residuals cut by sequence over the tensor-parallel ranks; needs tensor above 1
     overlap: bool = False  # data-parallel ranks sum gradients, and gather weights, while micro-batches compute
 
+    def bubble(self, micro_batches: int) -> float:
+        """Share of a pass over so many micro-batches in which pipeline stages wait for each other, at best."""
+        waiting = self.pipeline - 1
+        return waiting / (micro_batches * self.virtual + waiting)
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -57,10 +57,7 @@ def train(
                 guard.check(metrics, config.guard, step)  # broken weights go nowhere
             with run.phase("reshard"):
                 metrics |= hand_over(policy.updates)
-
-            generated = sum(len(rollout.tokens) for row in rollouts for rollout in row)
-            trained = dict.fromkeys(("reference", "reward_model", "policy"), sum(len(sample) for sample in samples))
-            run.log(step, metrics, {"generate": generated, **trained}, rollouts, verdicts)
+            run.log(step, metrics, rollouts, verdicts)
             after_step(step + 1)
 
 

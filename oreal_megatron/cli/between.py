@@ -73,10 +73,10 @@ class BetweenSteps:
     def _evaluate_if_due(self) -> None:
         done, config = self.done, self.config
         if self.held_out and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
-            with heartbeat.phase("evaluate"):
+            with self.run.phase("evaluate"):
                 self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
             if done and self.run.best(done):
-                with heartbeat.phase("checkpoint"):
+                with self.run.phase("checkpoint"):
                     self.keep_best()
 
 

@@ -1,4 +1,4 @@
-"""`oreal report RUN ...`: what runs reached, as a table and a learning curve."""
+"""`oreal report RUN ...`: how fast runs were and what they reached, as tables and a learning curve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from oreal_megatron.observe import report
+from oreal_megatron.observe import report, speed_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     records = [report.read(path) for path in args.runs]
+    speeds = [speed_report.summary(record) for record in records]
+    for speed in filter(None, speeds):
+        speed_report.print_table(speed)
     report.print_table(records)
     if args.picture:
         report.draw(records, args.picture)
@@ -26,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if args.summary:
         seconds = time.time() - args.started if args.started else records[0].seconds
         args.summary.write_text(
-            json.dumps(report.summary(records[0]) | {"seconds": round(seconds, 1)}, indent=2) + "\n"
+            json.dumps(report.summary(records[0]) | {"seconds": round(seconds, 1), "speed": speeds[0]}, indent=2) + "\n"
         )
         print(f"summary: {args.summary}")
     return 0

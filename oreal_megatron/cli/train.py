@@ -16,8 +16,9 @@ from oreal_megatron.algo import sampler
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import to_hf
-from oreal_megatron.observe import watchdog
+from oreal_megatron.observe import report, speed_report, watchdog
 from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
+from oreal_megatron.plan import gpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     hand_over = build.connect(policy, engine)
     first = checkpoint.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read, parallel.share())
+    record = Run(config, first, inputs_read, parallel.share(), inputs.arch, _peak(config))
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
     keep_best = partial(save_policy, inputs, policy, Path(config.run) / "best")
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     with heartbeat.phase("checkpoint"):
         saver.finish()
         save_policy(inputs, policy, Path(config.run) / "policy")
+    if ranks.rank() == 0:
+        speed_report.leave(report.read(Path(config.run)))
     verifier.grader.close()
     with heartbeat.phase("stop"):
         parallel.stop(engine)
@@ -97,6 +100,11 @@ def save_policy(inputs: build.Inputs, policy: Any, path: Path) -> None:
     else:
         for _ in tensors:  # take part in the collectives
             pass
+
+
+def _peak(config: Config) -> float | None:
+    """Operations per second of this rank's GPU, where its data sheet is known."""
+    return gpus.peak(torch.cuda.get_device_name(), config.model.dtype) if torch.cuda.is_available() else None
 
 
 def _config(args: argparse.Namespace) -> Config:

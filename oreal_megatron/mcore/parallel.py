@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from oreal_megatron.config import ConfigError, Parallel, Watchdog
+from oreal_megatron.mapping import operations
 from oreal_megatron.mapping.architecture import Architecture
 from oreal_megatron.mcore.cpu import device_layer
 
@@ -88,15 +89,7 @@ def data_parallel(arch: Architecture | None = None) -> tuple[int, int, int, int,
     multiple = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
     shares = parallel_state.get_context_parallel_world_size()
     pad_to = parallel_state.get_tensor_model_parallel_world_size() * (2 * shares if shares > 1 else 1)
-    return place, replicas, multiple, pad_to, even_tokens(arch) if arch else math.inf
-
-
-def even_tokens(arch: Architecture) -> float:
-    """The length at which a sequence's causal attention costs as many operations as its matrix products."""
-    attention, groups = arch.heads * arch.head_dim, arch.kv_groups * arch.head_dim
-    ffn = arch.ffn * (arch.experts.per_token if arch.experts else 1)
-    matrices = arch.hidden * (2 * attention + 2 * groups + 3 * ffn + arch.vocab / arch.layers)
-    return matrices / attention  # per token and layer: 2 x matrices, and 4 x attention x (length / 2)
+    return place, replicas, multiple, pad_to, operations.even_tokens(arch) if arch else math.inf
 
 
 def share() -> tuple[int, int] | None:

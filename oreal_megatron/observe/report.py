@@ -23,6 +23,7 @@ class Record:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    starts: frozenset[int]  # steps that were the first after a start
 
     @property
     def seconds(self) -> float:
@@ -39,6 +40,7 @@ def read(path: Path) -> Record:
         disk.read_object(path / "environment.json"),
         read_rows(path / "metrics.jsonl"),
         read_rows(path / "evaluations.jsonl"),
+        frozenset({0, *(int(file.stem.rsplit("_", 1)[1]) for file in path.glob("config_before_step_*.json"))}),
     )
 
 
@@ -63,14 +65,11 @@ def print_table(records: list[Record]) -> None:
     for column in ("run", "seed", "reward model", "before", "after", "gain", "steps", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for record in records:
-        first, last = _ends(record)
         table.add_row(
             record.name,
             str(record.config["seed"]),
             "yes" if record.config["reward_model"]["enabled"] else "no",
-            _with_interval(first),
-            _with_interval(last),
-            f"{100 * (last['accuracy'] - first['accuracy']):+.1f} points",
+            *(_reached(record) if record.evaluations else ("not evaluated", "", "")),
             str(len(record.metrics)),
             f"{record.seconds:.0f}",
         )
@@ -106,6 +105,13 @@ def _ends(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     if not record.evaluations:
         raise ConfigError(f"run {record.name} has no held-out evaluation; set data.held_out in its recipe")
     return record.evaluations[0], record.evaluations[-1]
+
+
+def _reached(record: Record) -> tuple[str, str, str]:
+    """Accuracy before and after, and the gain."""
+    first, last = _ends(record)
+    gain = f"{100 * (last['accuracy'] - first['accuracy']):+.1f} points"
+    return _with_interval(first), _with_interval(last), gain
 
 
 def _with_interval(row: dict[str, Any]) -> str:

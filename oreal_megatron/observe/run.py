@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from oreal_megatron import checkpoints, disk, heartbeat, ranks, verify, versions
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.observe import dumps
+from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.observe import dumps, speed
 from oreal_megatron.observe.dumps import Values
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.records import Batch, Rollout, Verdict
@@ -32,14 +32,16 @@ class Run:
         first_step: int = 0,
         inputs: dict[str, str] | None = None,
         share: tuple[int, int] | None = (0, 1),  # of every batch, which this rank dumps, and of how many; None: none
+        arch: Architecture | None = None,  # of the policy, to count operations
+        peak: float | None = None,  # operations per second of a GPU, where they are known
     ):
         self.config, self.first_step, self.path, self.share = config, first_step, Path(config.run), share
         self.writes = ranks.rank() == 0
-        self.seconds: dict[str, float] = {}
+        self.meter = speed.Meter(config, arch, peak)
         if not self.writes:
             return
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-        write_header(config, inputs or {}, first_step)
+        write_header(config, inputs or {}, first_step, peak)
         self._forget_from(first_step)
         self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
 
@@ -48,6 +50,7 @@ class Run:
         """The step numbers still to do, under a progress bar."""
         bar = Bar(f"oreal {self.path.name}", self.config.steps, self.writes, self.first_step)
         with bar as self.bar:
+            self.meter.start()
             yield self._numbers()
 
     def _numbers(self) -> Iterator[int]:
@@ -55,31 +58,21 @@ class Run:
             heartbeat.step(step)
             yield step
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Measure the seconds of one phase of the step, on this rank."""
-        start = time.perf_counter()
-        with heartbeat.phase(name):
-            yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return self.meter.phase(name)
 
     def log(
         self,
         step: int,
         metrics: dict[str, float],
-        tokens: dict[str, int],
         rollouts: Sequence[Sequence[Rollout]],
         verdicts: Sequence[Sequence[Verdict]],
     ) -> None:
-        """Write one step; `tokens` counts those processed in a phase, for tokens per second."""
-        seconds, self.seconds = self.seconds, {}
+        """Write one step, and how fast it was. Collective."""
+        row = {"step": step, **metrics, **self.meter.step(metrics, rollouts)}
         if not self.writes:
             return
-        times = {f"seconds/{name}": value for name, value in seconds.items()}
-        rates = {
-            f"tokens_per_second/{name}": count / seconds[name] for name, count in tokens.items() if name in seconds
-        }
-        row = {"step": step, **metrics, **times, "seconds/step": sum(seconds.values()), **rates}
         self._write_rollouts(step, rollouts, verdicts)
         append_row(self.path / "metrics.jsonl", row)
         self._draw(step, row)
@@ -89,6 +82,7 @@ class Run:
         """Dump what the step was trained on, and say so where a model refused it."""
         path = self.path / "dumps" / checkpoints.name(step)
         if self.share:
+            self.meter.trains_on(batch)
             try:
                 dumps.write(path, step, self.share, batch, reference_logp, weight, metrics, self.config)
             except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
@@ -154,11 +148,12 @@ def refuse_existing(config: Config) -> None:
         raise ConfigError(f"run folder {path} exists already; {first}, or name another with --set run=FOLDER")
 
 
-def write_header(config: Config, inputs: dict[str, str], first_step: int = 0) -> None:
+def write_header(config: Config, inputs: dict[str, str], first_step: int = 0, peak: float | None = None) -> None:
     """config.json and environment.json; what an earlier start of the run wrote is kept beside them."""
     path = Path(config.run)
     path.mkdir(parents=True, exist_ok=True)
     environment = versions.environment() | {"verifier": verify.VERSION, "inputs": inputs}
+    environment["hardware"] = speed.hardware(peak)
     for name, content in (("config", dataclasses.asdict(config)), ("environment", environment)):
         file = path / f"{name}.json"
         if file.exists():

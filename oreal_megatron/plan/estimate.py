@@ -49,10 +49,10 @@ class Estimate:
 
     @property
     def tokens_per_gpu_second(self) -> float:
-        """Generated tokens by the time of whole steps, as NeMo-RL counts."""
+        """Tokens of all answers with their prompts by the time of whole steps, as NeMo-RL counts."""
         config = self.case.config
         answers = config.data.prompts_per_step * config.sampling.answers_per_prompt
-        return answers * self.case.assumed.response_tokens / self.step_seconds / self.case.world
+        return answers * self.case.sequence_tokens / self.step_seconds / self.case.world
 
     def as_dict(self) -> dict[str, Any]:
         return {

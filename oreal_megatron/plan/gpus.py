@@ -20,17 +20,18 @@ class Gpu:
     memory_bytes: float  # per second
     nvlink_bytes: float  # per second and direction
     network_bytes: float  # per second and direction, between nodes
+    device: str  # what CUDA calls it
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 40, 312e12, 1.555e12, 300e9, 25e9),
-        Gpu("a100-80g", 80, 312e12, 2.039e12, 300e9, 25e9),
-        Gpu("h100-80g", 80, 989e12, 3.35e12, 450e9, 50e9),
-        Gpu("h200", 141, 989e12, 4.8e12, 450e9, 50e9),
-        Gpu("h20", 96, 148e12, 4.0e12, 450e9, 50e9),
-        Gpu("b200", 180, 2250e12, 7.7e12, 900e9, 50e9),
+        Gpu("a100-40g", 40, 312e12, 1.555e12, 300e9, 25e9, "NVIDIA A100-SXM4-40GB"),
+        Gpu("a100-80g", 80, 312e12, 2.039e12, 300e9, 25e9, "NVIDIA A100-SXM4-80GB"),
+        Gpu("h100-80g", 80, 989e12, 3.35e12, 450e9, 50e9, "NVIDIA H100 80GB HBM3"),
+        Gpu("h200", 141, 989e12, 4.8e12, 450e9, 50e9, "NVIDIA H200"),
+        Gpu("h20", 96, 148e12, 4.0e12, 450e9, 50e9, "NVIDIA H20"),
+        Gpu("b200", 180, 2250e12, 7.7e12, 900e9, 50e9, "NVIDIA B200"),
     )
 }
 
@@ -39,3 +40,9 @@ def named(name: str) -> Gpu:
     if name not in GPUS:
         raise ConfigError(f"no GPU is called {name}; known are {', '.join(GPUS)}")
     return GPUS[name]
+
+
+def peak(device: str, dtype: str) -> float | None:
+    """Operations per second of the device that CUDA calls so; None where no data sheet above says it."""
+    found = [gpu.flops for gpu in GPUS.values() if gpu.device == device]
+    return found[0] if found and dtype == "bfloat16" else None

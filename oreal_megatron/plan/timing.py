@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from oreal_megatron.mapping import operations
 from oreal_megatron.plan import memory
 from oreal_megatron.plan.activations import ITEMSIZE
 from oreal_megatron.plan.case import Case
@@ -80,9 +81,9 @@ def generation(case: Case) -> Generation:
     steps = max(longest, tokens / concurrent)
     bandwidth = case.gpu.memory_bytes * assumed.memory_share
     reading = (steps * case.engine_weights() + tokens * context * case.cache_token()) / bandwidth
-    operations = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
-    multiplying = tokens * 2 * matrices(case) / operations
-    prefill = answers * assumed.prompt_tokens * 2 * matrices(case) / operations
+    rate = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
+    multiplying = tokens * 2 * operations.matrices(case.arch) / rate
+    prefill = answers * assumed.prompt_tokens * 2 * operations.matrices(case.arch) / rate
     bound = "the longest answer" if steps == longest else f"{concurrent:.0f} answers at once"
     return Generation(answers, concurrent, prefill, max(reading, multiplying) + steps * between_steps(case), bound)
 
@@ -93,29 +94,15 @@ def between_steps(case: Case) -> float:
     return exchanges + case.assumed.decode_step_ms / 1e3
 
 
-def matrices(case: Case) -> float:
-    """Parameters that a token is multiplied with: all but the embedding, of experts those that are picked."""
-    arch = case.arch
-    blocks = 3 * arch.hidden * arch.ffn * (arch.experts.per_token if arch.experts else 1)
-    attention = 2 * arch.hidden * arch.head_dim * (arch.heads + arch.kv_groups)
-    return arch.layers * (blocks + attention) + arch.vocab * arch.hidden
-
-
-def forward_operations(case: Case) -> float:
-    """Of a token: two for each parameter, and causal attention to half a mean sequence."""
-    return 2 * matrices(case) + 2 * case.arch.layers * case.arch.heads * case.arch.head_dim * case.sequence_tokens
-
-
 def bubble(case: Case) -> float:
-    """Share of the time in which a pipeline's stages wait for each other."""
-    waiting = case.config.parallel.pipeline - 1
-    return waiting / (case.micro_batches * case.config.parallel.virtual + waiting)
+    """Share of an update in which a pipeline's stages wait for each other."""
+    return case.config.parallel.bubble(case.micro_batches)
 
 
 def training(case: Case, passes: float) -> float:
     """Seconds of so many passes forward (a backward is two) over what a step trains on."""
-    operations = case.sequences * case.sequence_tokens * forward_operations(case) * passes
-    computing = operations / (case.world * case.gpu.flops * case.assumed.train_mfu)
+    forward = operations.forward(case.arch, [case.sequence_tokens], case.sequence_tokens)
+    computing = case.sequences * forward * passes / (case.world * case.gpu.flops * case.assumed.train_mfu)
     return (computing + exchanges(case) * passes) / (1 - bubble(case))
 
 

@@ -87,7 +87,7 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
 def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, dict, dict]:
     from oreal_megatron.algo import pack, selection
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
+    from oreal_megatron.mapping import architecture, operations
     from oreal_megatron.mcore import model, parallel, roles
 
     source = Folder(folder)
@@ -98,7 +98,7 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     rank, ranks, *rest = parallel.data_parallel(arch)
     batch = pack.batch(samples, config.tokens_per_micro_batch, rank, ranks, *rest)
     if planted:
-        share = pack._deal(samples, ranks, parallel.even_tokens(arch))[rank]
+        share = pack._deal(samples, ranks, operations.even_tokens(arch))[rank]
         batch = dataclasses.replace(batch, counts=selection.counts(share))
     weight, metrics = judge.update(batch)
     reference_logp = reference.score(batch)

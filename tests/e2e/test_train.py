@@ -60,7 +60,7 @@ def oreal(*arguments: str, processes: int = 2, expected: int = 0) -> str:
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     """Lines of a run, without what a clock wrote."""
     read = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in read]
+    return [{k: v for k, v in row.items() if "second" not in k and not k.startswith("speed/")} for row in read]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["data parallel", "tensor parallel"])
@@ -103,6 +103,16 @@ def test_a_run_leaves_everything_behind(trained):
     assert held == pytest.approx(doctor_checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
     environment = json.loads((run / "environment.json").read_text())["imported"]
     assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
+
+
+def test_a_run_says_how_fast_it_was(trained):
+    found = json.loads((trained / "oreal/speed.json").read_text())
+    assert {"device", "gpus", "nodes"} == found["hardware"].keys() and found["hardware"]["nodes"] == 1
+    assert found["steps"] == {"logged": 4, "counted": 3, "first": 1} and found["bubble"] == 0
+    phases = found["phases"]
+    assert all(phases[name]["tflops_per_second_per_gpu"] > 0 for name in ("reward_model", "reference", "policy"))
+    assert "mfu" not in phases["policy"], "no peak is known of a CPU"
+    assert 0 <= phases["generate"]["idle"] < 1 and phases["other"]["share"] < 0.5
 
 
 def test_the_policy_is_a_hugging_face_folder_that_moved(trained):

