@@ -6,7 +6,7 @@
 # was. Everything is written under runs/smollm2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-steps=48
+steps=40
 while [ $# -gt 0 ]; do
     case $1 in
         --steps) steps=${2:?"smollm2: --steps needs a number"}; shift 2 ;;

@@ -25,7 +25,7 @@ def oreal() -> Config:
     """OREAL with the token-level reward model, from the fine-tuned policy."""
     return Config(
         run=f"{FOLDER}/oreal",
-        steps=48,
+        steps=40,
         policy_freeze_steps=3,
         tokens_per_micro_batch=1024,
         # Three models, two optimizers and the engine in 12 GB; half precision makes the engine twice as fast on a CPU.
