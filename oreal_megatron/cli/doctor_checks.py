@@ -48,6 +48,7 @@ def software() -> Iterator[Finding]:
     yield package("Triton", "triton", "the kernels of GPUs are written in it: pip install triton", needed=True)
     yield package("Transformer Engine", "transformer-engine", 'optional; used with model.layers="transformer_engine"')
     yield apex()
+    yield Finding("optimizer", OK, "torch's AdamW, also where Transformer Engine or apex bring a FusedAdam")
     if native.available():
         yield Finding("native kernels", OK, native.LIBRARY.name)
     else:
