@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,8 +69,7 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
 
 
 def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch, model_folder):
-    monkeypatch.setenv("WORLD_SIZE", "")  # so that what the command sets is taken back
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # of pods; what the command sets is taken back
     monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
     recipe = "examples/recipes/oreal.py:oreal_7b_8_gpus"
     assert main.main(["doctor", "--quick", recipe]) == 1
@@ -91,6 +92,27 @@ def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, mon
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PET_NNODES", "4")  # as Kubeflow sets it; the runs are of this machine alone
+    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 100)
     found = list(doctor.real_runs())
     assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
     assert "vllm" in found[1].mend and "vllm" not in sys.modules
+
+
+HANGS = """
+import os, pathlib, sys, time
+pathlib.Path(__file__).with_name(f"{os.getpid()}.pid").touch()
+print("started", flush=True)
+print("waiting for nobody", file=sys.stderr, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_real_run_that_hangs_is_ended_with_its_processes(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 10)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output, errors = doctor._run([*torchrun, str(tmp_path / "hangs.py")], dict(os.environ))
+    assert "started" in output and "waiting for nobody" in errors
+    pids = [file.stem for file in tmp_path.glob("*.pid")]
+    assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)
