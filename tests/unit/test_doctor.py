@@ -112,6 +112,7 @@ def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch,
     small = [f"model.path={model_folder}", "engine.max_model_len=64", "parallel.tensor=1", "parallel.sequence=false"]
     small += ["model.dtype=float32", "data.held_out="]
     assert main.main(["doctor", "--quick", recipe, *(word for one in small for word in ("--set", one))]) == 1
+    assert os.environ["WORLD_SIZE"] == "8"  # the recipe's
     shown = capsys.readouterr().out
     assert "oreal_prompts.jsonl does not exist" in shown.replace("\n", "") and "1 of" in shown
 
