@@ -65,7 +65,8 @@ def _phases(case: Case, stage: int) -> dict[str, Bytes]:
     config, scoring = case.config, _scoring(case, stage)
     engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
     awake = engine + Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
-    asleep, waking = (Bytes(), engine) if config.engine.sleep else (awake, awake)
+    resident = Bytes({"buffers": case.assumed.asleep_gib * 2**30})  # vLLM's sleep frees weights and cache only
+    asleep, waking = (resident, engine) if config.engine.sleep else (awake, awake)
     models = {name: held(case, stage, head) for name, head in case.roles.items()}
     weights = Bytes({"parameters": models["policy"]["parameters"]})
     models["reference"] = weights  # is only read
