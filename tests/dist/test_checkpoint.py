@@ -110,6 +110,35 @@ def test_resume_is_exact(
         assert torch.equal(random_numbers, random_again)
 
 
+class FusedAdam(torch.optim.AdamW):
+    """In the place of Transformer Engine's."""
+
+    def __init__(self, *args, adam_w_mode: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def optimizer_made(folder: str) -> list[str]:
+    import megatron.core.optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from oreal_megatron.mcore import adam, parallel
+
+    # What Megatron's imports leave behind where Transformer Engine is installed.
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = False, True
+    megatron.core.optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, 1)[1].parallel, seed=0)
+    models, _ = trainers(folder, 1, reward_model=False)
+    made = adam._inner(models["policy"].optimizer)
+    models["policy"].optimizer.state_dict()  # reads `step` where torch's AdamW keeps it
+    parallel.stop()
+    return [type(inner).__name__ for inner in made]
+
+
+def test_transformer_engine_does_not_change_the_optimizer(model_folder, in_processes):
+    assert in_processes(1, optimizer_made, str(model_folder)) == [["AdamW"]]
+
+
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
