@@ -14,7 +14,7 @@ from oreal_megatron import suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.config import Config, ConfigError, Judge, Sampling, Verify
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.evaluation import summary
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
@@ -78,7 +78,7 @@ def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
     suite, path = suites.find("aime25-1", tmp_path)
     assert suites.kept(suite, path) == {0} and suites.kept(*suites.find("aime25", tmp_path)) == {0, 1}
     assert suites.kept(*suites.find(path, Path("elsewhere"))) == {0, 1}
-    for name, says in (("aime26", "known are math500"), ("math500", "does not exist"), ("hub:x", "wanted hub:OWNER")):
+    for name, says in (("aime26", "known are math500"), ("gsm8k", "does not exist"), ("hub:x", "wanted hub:OWNER")):
         with pytest.raises(ConfigError, match=says):
             suites.find(name, tmp_path)
 
@@ -110,13 +110,46 @@ def test_the_table_stands_beside_the_papers():
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)})
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)}, {})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()}, {})
     with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
-        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)})
-    other = SimpleNamespace(config=Config(seed=3), folder=inputs.folder)
-    with pytest.raises(ConfigError, match="another seed"):
-        evaluated.claim(tmp_path, other, {"greedy": Sampling(temperature=0.0)})
+        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)}, {})
+    for config, says in (
+        (Config(seed=3), "seed"),
+        (Config(verify=Verify(thinking_end=("</s>",))), "thinking_end"),
+        (Config(verify=Verify(judge=Judge(urls=("http://x",)))), "judge"),
+    ):
+        with pytest.raises(ConfigError, match=f"another {says}"):
+            evaluated.claim(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
+
+
+def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_path, model_folder):
+    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+
+    def claim(path, *problems):
+        evaluated.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
+
+    claim("a/test.jsonl", ("q", "1"), ("r", "2"))
+    claim("a/test.jsonl", ("q", "1"), ("r", "2"))
+    claim("a/other.jsonl", ("s", "1"))
+    for path, edited in (("b/test.jsonl", ("s", "1")), ("a/test.jsonl", ("q", "3")), ("a/test.jsonl", ("q2", "1"))):
+        with pytest.raises(ConfigError, match="another suite test; name another folder with --out"):
+            claim(path, edited, ("r", "2"))
+
+
+def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
+    score = {"problems": 4, "answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5},
+             "majority": 0.5}  # fmt: skip
+    evaluated.report(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
+    evaluated.report(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
+    evaluated.report(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
+    written, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
+    assert written["suites"]["mine.jsonl"]["greedy"] == score == written["suites"]["math500"]["sampled"]
+    assert written["suites"]["math500"]["greedy"]["accuracy"] == 0.75 and written["seen_in_training"] == {
+        "math500": [3]
+    }
+    assert "| 75.0 (40.0 to 60.0) | 50.0 (40.0 to 60.0) |" in table and "avg@1 | 50.0 (40.0 to 60.0) | – |" in table
+    assert "math500: training has seen 1 of 4" in table and "mine.jsonl: not compared" in table
 
 
 @pytest.mark.parametrize("text", ["", "[1]"])
@@ -131,7 +164,7 @@ def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsy
         told.append(capsys.readouterr().err)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
-        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {})
+        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {}, {})
     for sentence in (*told, str(refused.value)):
         assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
 
@@ -178,6 +211,6 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_pa
     file.write_text(file.read_text()[:-30])  # the last line was cut off as well, so its block is asked again
     again = Engine()
     assert evaluate.answer(*arguments, tmp_path / "parts", again, Verifier()) == whole
-    assert again.calls == [(0, -5), (0, -9)] and whole["answers_per_problem"] == 2
+    assert again.calls == [(0, -5), (0, -9)] and len(whole) == 20
     third = Engine()
     assert evaluate.answer(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
