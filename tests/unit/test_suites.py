@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from oreal_megatron import suites
+from oreal_megatron import prompts, suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
 from oreal_megatron.cli.main import main
@@ -81,6 +81,17 @@ def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
     for name, says in (("aime26", "known are math500"), ("gsm8k", "does not exist"), ("hub:x", "wanted hub:OWNER")):
         with pytest.raises(ConfigError, match=says):
             suites.find(name, tmp_path)
+
+
+def test_a_suite_that_is_not_there_comes_from_the_hub(tmp_path, monkeypatch):
+    fetched = tmp_path / "fetched.jsonl"
+    fetched.write_text('{"problem": "a", "answer": 70}\n{"question": "b", "answer": "2"}\n')
+    asked = []
+    monkeypatch.setattr(suites, "_fetched", lambda name: asked.append(name) or str(fetched))
+    found = {name: suites.find(name, tmp_path) for name in ("math500", "aime25-1", "aime25")}
+    assert asked == [suites.SUITES[name].hub for name in found]
+    assert all(suites.kept(*suite) == {0, 1} for suite in found.values()), "the file on the hub is the part alone"
+    assert [line["gold_answer"] for line in prompts.read_problems(str(fetched))] == ["70", "2"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -214,3 +225,35 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_pa
     assert again.calls == [(0, -5), (0, -9)] and len(whole) == 20
     third = Engine()
     assert evaluate.answer(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
+
+
+def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, monkeypatch, model_folder):
+    from oreal_megatron.cli import build
+    from oreal_megatron.mcore import parallel
+
+    data, recipe, rated = tmp_path / "data.jsonl", tmp_path / "recipe.py", tmp_path / "rated.jsonl"
+    lines = [{"question": f"q{number}", "gold_answer": "1", "source": "s"} for number in range(10)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe.write_text(
+        "from oreal_megatron.config import *\n"
+        f"def lone(): return Config(model=Model({str(model_folder)!r}), data=Data({str(data)!r}),\n"
+        "    parallel=Parallel(tensor=8, pipeline=2), engine=Engine(max_model_len=64))\n"
+    )
+    engines = [Engine(breaks_at=1), Engine(), Engine()]
+    verifier = Verifier()
+    verifier.grader = SimpleNamespace(close=lambda: None)
+    started = iter(engines)
+    monkeypatch.setattr(evaluate, "BLOCK", 4)
+    monkeypatch.setattr(build, "start_engine", lambda inputs: (next(started), verifier))
+    for name in ("start_process_group", "stop"):
+        monkeypatch.setattr(parallel, name, lambda *args: None)
+    monkeypatch.setattr(evaluate.watchdog, "start", lambda config: None)
+    words = ["evaluate", f"{recipe}:lone", "--samples", "4", "--rate", str(rated)]
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    assert main(words) == 0 and [len(engine.calls) for engine in engines] == [1, 2, 0]
+    first = [json.loads(line) for line in rated.read_text().splitlines()]
+    assert [line | {"pass_rate": None} for line in first] == [line | {"pass_rate": None} for line in lines]
+    assert {line["pass_rate"] for line in first} <= {0.25, 0.5} and len(first) == 10
+    data.write_text(data.read_text().replace("q3", "q33"))
+    assert main(words) == 2, "other prompts are not given these rates"
