@@ -94,7 +94,7 @@ def benchmark(args: argparse.Namespace) -> int:
         raise ConfigError(f"two of the suites {', '.join(found)} have one name, and would share a file of responses")
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(dataclasses.replace(config, run=str(out)))
-    config = evaluated.with_weights(config, args.model, out)
+    config = evaluated.with_cache(evaluated.with_weights(config, args.model, out))
     inputs = build.prepare(config)
     whole = {name: problems(inputs, *suite) for name, suite in found.items()}
     asked = {name: mine[: args.problems or None] for name, mine in whole.items()}

@@ -15,10 +15,12 @@ from oreal_megatron import disk, ranks, settings, suites
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Engine, Evaluation, Model, Parallel, Sampling
 from oreal_megatron.convert import stream, to_hf
+from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.records import Prompt
 
 LONGEST = 16384  # tokens of prompt and response, where no run says it
+MARGIN_GB = 10.0  # of a GPU, that a cache which fills it leaves for activations, CUDA graphs and fragments
 
 
 def config_of(model: str, assignments: list[str]) -> Config:
@@ -42,7 +44,8 @@ def _of_run(model: Path) -> Config | None:
 
 def _alone(model: Path) -> Config:
     positions = min(_hf(model).get("max_position_embeddings", LONGEST), LONGEST)
-    return Config(engine=Engine(max_model_len=positions), evaluation=Evaluation(max_new_tokens=positions))
+    engine = Engine(max_model_len=positions, kv_cache_gb=0.0 if torch.cuda.is_available() else Engine.kv_cache_gb)
+    return Config(engine=engine, evaluation=Evaluation(max_new_tokens=positions))
 
 
 def _named(model: Path) -> Model:
@@ -75,6 +78,25 @@ def with_weights(config: Config, model: str, out: Path) -> Config:
     if refusal := ranks.gather(refusal)[0]:
         raise ConfigError(refusal)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def with_cache(config: Config) -> Config:
+    """A cache of 0, which a lone folder has on a GPU, becomes what the weights leave of its memory. Collective."""
+    if config.engine.kv_cache_gb:
+        return config
+    files = Folder(config.model.path).weight_files
+    weights = sum(file.stat().st_size for file in files) / config.engine.tensor / 2**30
+    free = min(ranks.gather(torch.cuda.mem_get_info()[0])) / 2**30
+    cache = free - weights - MARGIN_GB
+    if cache <= 0:
+        raise ConfigError(
+            f"{config.model.path} takes {weights:.1f} GB of each GPU, and {free:.1f} GB are free, of which "
+            f"{MARGIN_GB:g} are left for activations; cut it over several GPUs with --set engine.tensor=N"
+        )
+    if ranks.rank() == 0:
+        print(f"engine.kv_cache_gb is {cache:.1f}: {free:.1f} GB are free on each GPU, the weights take {weights:.1f}, "
+              f"and {MARGIN_GB:g} are left for activations", flush=True)  # fmt: skip
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kv_cache_gb=cache))
 
 
 def is_checkpoint(folder: Path) -> bool:

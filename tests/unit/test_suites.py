@@ -257,3 +257,19 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
     assert {line["pass_rate"] for line in first} <= {0.25, 0.5} and len(first) == 10
     data.write_text(data.read_text().replace("q3", "q33"))
     assert main(words) == 2, "other prompts are not given these rates"
+
+
+def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkeypatch, capsys):
+    assert evaluated.with_cache(evaluated.config_of(str(model_folder), [])).engine.kv_cache_gb == 1.0, "on a CPU"
+    monkeypatch.setattr(evaluated.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evaluated.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    named = evaluated.config_of(str(model_folder), ["engine.kv_cache_gb=3"])
+    assert evaluated.with_cache(named).engine.kv_cache_gb == 3
+    file = SimpleNamespace(stat=lambda: SimpleNamespace(st_size=62 * 2**30))
+    monkeypatch.setattr(evaluated, "Folder", lambda path: SimpleNamespace(weight_files=[file]))
+    alone = evaluated.config_of(str(model_folder), [])
+    with pytest.raises(ConfigError, match="takes 62.0 GB of each GPU, and 70.0 GB are free"):
+        evaluated.with_cache(alone)
+    halved = evaluated.with_cache(evaluated.config_of(str(model_folder), ["engine.tensor=2"]))
+    assert halved.engine.kv_cache_gb == 70 - 31 - evaluated.MARGIN_GB
+    assert "engine.kv_cache_gb is 29.0: 70.0 GB are free" in capsys.readouterr().out
