@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,24 +20,14 @@ def evaluate(
     engine: Any,
     verifier: Any,
     config: Config,
-    sampling: Sampling | None = None,
-    answered: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float], list[float | None]]:
-    """Mean accuracy over all answers (greedy, one each, unless told otherwise), and each problem's pass rate.
-
-    In the accuracy an UNKNOWN verdict is not right, and is counted; a pass rate leaves it out (None when nothing is
-    known). `answered` is called for every answer of this replica.
-    """
-    sampling = sampling or greedy(config)
-    _, verdicts = ask(prompts, engine, verifier, sampling, (config.seed, -1), answered)
-    outcomes = [[verdict.outcome for verdict in row] for row in verdicts]
-    rates = [_pass_rate(row) for row in outcomes]
-    answers = len(prompts) * sampling.answers_per_prompt
-    correct = sum(row.count(Outcome.CORRECT) for row in outcomes)
+) -> dict[str, float]:
+    """Accuracy of one greedy answer to each problem. An UNKNOWN verdict is not right, and is counted."""
+    _, verdicts = ask(prompts, engine, verifier, greedy(config), (config.seed, -1))
+    outcomes = [verdict.outcome for row in verdicts for verdict in row]
+    correct, answers = outcomes.count(Outcome.CORRECT), len(outcomes)
     low, high = wilson_interval(correct, answers)
-    unknown = sum(row.count(Outcome.UNKNOWN) for row in outcomes)
-    result = {"accuracy": correct / answers, "low": low, "high": high, "answers": answers, "unknown": unknown}
-    return result, rates
+    unknown = outcomes.count(Outcome.UNKNOWN)
+    return {"accuracy": correct / answers, "low": low, "high": high, "answers": answers, "unknown": unknown}
 
 
 def greedy(config: Config) -> Sampling:
@@ -54,15 +44,9 @@ def ask(
     verifier: Any,
     sampling: Sampling,
     seed: tuple[int, int],
-    answered: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[Rollout]], list[list[Verdict]]]:
-    """[P, K] answers and verdicts, on every rank. `answered` is called for every answer of this replica."""
-
-    def finished(rollout: Rollout) -> None:
-        verifier.submit(rollout)
-        answered()
-
-    rollouts = engine.generate(prompts, sampling, seed, finished)
+    """[P, K] answers and verdicts, on every rank."""
+    rollouts = engine.generate(prompts, sampling, seed, verifier.submit)
     return rollouts, verifier.verdicts(rollouts)
 
 
@@ -71,9 +55,7 @@ def summary(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
 
     An UNKNOWN verdict is not right, and is counted. avg@k is the mean over all answers; its interval is of problems.
     """
-    problems: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        problems.setdefault(row["problem"], []).append(row)
+    problems = _by_problem(rows)
     right = [[row["verdict"] == Outcome.CORRECT.value for row in mine] for mine in problems.values()]
     answers = min(map(len, right))
     shares = [sum(mine) / len(mine) for mine in right]
@@ -101,9 +83,21 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _pass_rate(outcomes: Sequence[Outcome]) -> float | None:
-    known = len(outcomes) - outcomes.count(Outcome.UNKNOWN)
-    return outcomes.count(Outcome.CORRECT) / known if known else None
+def pass_rates(rows: Sequence[dict[str, Any]]) -> dict[int, float | None]:
+    """Share of right answers to each problem among those with a known verdict; None where nothing is known."""
+    rates = {}
+    for problem, mine in _by_problem(rows).items():
+        verdicts = [row["verdict"] for row in mine]
+        known = len(verdicts) - verdicts.count(Outcome.UNKNOWN.value)
+        rates[problem] = verdicts.count(Outcome.CORRECT.value) / known if known else None
+    return rates
+
+
+def _by_problem(rows: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    problems: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["problem"], []).append(row)
+    return problems
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -35,13 +35,15 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int
 def read_problems(path: str) -> list[dict[str, Any]]:
     """Lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
 
-    Benchmarks call the first two `problem` and `answer`, which is understood as well.
+    Benchmarks call the first two `problem` and `answer`, which is understood as well, and so is a number as an answer.
     """
     problems = []
     for number, line in _lines(path):
         for ours, theirs in (("question", "problem"), ("gold_answer", "answer")):
             if ours not in line and theirs in line:
                 line[ours] = line[theirs]
+        if type(line.get("gold_answer")) in (int, float):  # of AIME, and no bool
+            line["gold_answer"] = str(line["gold_answer"])
         _require(path, number, line, "question", str)
         _require(path, number, line, "gold_answer", str)
         rate = line.get("pass_rate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +14,21 @@ from oreal_megatron.config import ConfigError
 
 @dataclass(frozen=True)
 class Suite:
-    """A JSONL file of problems; `part` keeps those with one value of a field."""
+    """A JSONL file of problems; `part` keeps those with one value of a field. `hub`: where the suite itself lies."""
 
     title: str
     file: str
     part: tuple[str, str] | None = None
+    hub: str = ""
 
 
 SUITES = {
-    "math500": Suite("MATH-500", "math500.jsonl"),
+    "math500": Suite("MATH-500", "math500.jsonl", hub="hub:HuggingFaceH4/MATH-500:test.jsonl"),
     "aime24": Suite("AIME 2024", "aime2024.jsonl"),
-    "aime25-1": Suite("AIME 2025 I", "aime2025.jsonl", ("part", "I")),
+    "aime25-1": Suite("AIME 2025 I", "aime2025.jsonl", ("part", "I"), "hub:opencompass/AIME2025:aime2025-I.jsonl"),
     "livemath": Suite("LiveMathBench", "livemathbench.jsonl"),
     "olympiad": Suite("OlympiadBench", "olympiadbench_math_en.jsonl"),
-    "aime25": Suite("AIME 2025", "aime2025.jsonl"),
+    "aime25": Suite("AIME 2025", "aime2025.jsonl", hub="hub:math-ai/aime25:test.jsonl"),
     "amc23": Suite("AMC 2023", "amc23.jsonl"),
     "gsm8k": Suite("GSM8K", "gsm8k_test.jsonl"),
 }
@@ -52,21 +54,33 @@ def find(name: str, folder: Path) -> tuple[Suite, str]:
 
     `hub:OWNER/DATASET:FILE.jsonl` is fetched from the Hugging Face hub.
     """
+    suite = named(name)
     if name.startswith("hub:"):
-        return Suite(name, name), _fetched(name)
+        return suite, _fetched(name)
     if name.endswith(".jsonl"):
-        return Suite(Path(name).stem, name), name
+        return suite, name
+    path = folder / suite.file
+    if path.is_file():
+        return suite, str(path)
+    if not suite.hub:
+        raise ConfigError(
+            f"suite {name}: {path} does not exist; put its problems there, or name their folder with --data"
+        )
+    return dataclasses.replace(suite, part=None), _fetched(suite.hub)
+
+
+def named(name: str) -> Suite:
+    """The suite of a name, wherever its problems are."""
+    if name.startswith("hub:"):
+        return Suite(name, name)
+    if name.endswith(".jsonl"):
+        return Suite(Path(name).stem, name)
     if name not in SUITES:
         raise ConfigError(
             f"there is no suite {name!r}; known are {', '.join(SUITES)}, a path to a JSONL file with question and "
             "answer, and hub:OWNER/DATASET:FILE.jsonl"
         )
-    path = folder / SUITES[name].file
-    if not path.is_file():
-        raise ConfigError(
-            f"suite {name}: {path} does not exist; put its problems there, or name their folder with --data"
-        )
-    return SUITES[name], str(path)
+    return SUITES[name]
 
 
 def _fetched(name: str) -> str:

@@ -47,7 +47,7 @@ ANSWERS_PER_STEP = 64 * 16  # [paper] questions x answers; [code] gen_global_bat
 
 
 def oreal_7b() -> Config:
-    """OREAL-7B from OREAL-7B-SFT on 32 GPUs ([paper]: 90 steps in 9 hours on 32 A100)."""
+    """OREAL-7B from OREAL-7B-SFT on 32 GPUs ([code]: 90 steps in 9 hours on 32 A100)."""
     return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_cut_7b(), engine_tensor=1)
 
 
@@ -75,7 +75,7 @@ def oreal_dsr1_distill_qwen_7b_8_gpus() -> Config:
 
 
 def oreal_32b() -> Config:
-    """OREAL-32B from OREAL-32B-SFT on 128 GPUs ([paper])."""
+    """OREAL-32B from OREAL-32B-SFT on 128 GPUs ([code])."""
     return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_cut_32b(), engine_tensor=4)
 
 

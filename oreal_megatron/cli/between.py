@@ -74,7 +74,7 @@ class BetweenSteps:
         done, config = self.done, self.config
         if self.held_out and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
             with self.run.phase("evaluate"):
-                self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config)[0])
+                self.run.log_evaluation(done, evaluate(self.held_out, self.engine, self.verifier, config))
             if done and self.run.best(done):
                 with self.run.phase("checkpoint"):
                     self.keep_best()

@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron import disk, heartbeat, prompts, ranks, settings, suites
+from oreal_megatron import disk, heartbeat, prompts, ranks, suites
 from oreal_megatron.cli import build, evaluated
 from oreal_megatron.config import Config, ConfigError, Sampling
-from oreal_megatron.evaluation import ask, evaluate, greedy, summary
+from oreal_megatron.evaluation import ask, greedy, pass_rates, summary
 from oreal_megatron.observe import watchdog
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.run import read_rows, rollout_line
@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, metavar="K", help="K sampled answers a problem besides the greedy one; 16 with --rate"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/evaluations/NAME; goes on from there")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="default: runs/evaluations/NAME, with --rate OUT.jsonl.answers; goes on from there",
+    )
     parser.add_argument("--training", metavar="FILE.jsonl", help="prompts that the suites must not hold")
     parser.add_argument("--rate", metavar="OUT.jsonl", help="sample the training prompts and write them with pass_rate")
 
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def rate(args: argparse.Namespace) -> int:
     """Pass rates of the recipe's training prompts under its model, into a file that it can train on."""
-    config = settings.override(settings.from_recipe(args.model), args.set)
+    config, out = evaluated.config_of(args.model, args.set), args.out or Path(args.rate + ".answers")
     inputs = build.prepare(config)
     if not Path(args.rate).resolve().parent.is_dir():
         raise ConfigError(f"--rate {args.rate}: its folder does not exist")
@@ -57,17 +62,19 @@ def rate(args: argparse.Namespace) -> int:
 
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(config)
-    engine, verifier = build.start_engine(inputs)
     sampling = dataclasses.replace(config.sampling, answers_per_prompt=args.samples or 16)
-    answers = len(asked[engine.replica :: engine.replicas]) * sampling.answers_per_prompt
-    with heartbeat.phase("evaluate"), Bar("answers", answers, ranks.rank() == 0) as bar:
-        result, rates = evaluate(asked, engine, verifier, config, sampling, bar.advance)
+    evaluated.claim(out, inputs, {"rating": sampling}, {config.data.path: asked})
+    engine, verifier = build.start_engine(inputs)
+    with heartbeat.phase("evaluate"):
+        rows = answer(config.data.path, asked, "rating", sampling, config, out, engine, verifier)
     if ranks.rank() == 0:
-        lines = prompts.read_problems(config.data.path)
-        rated = [lines[prompt.id] | {"pass_rate": rate} for prompt, rate in zip(asked, rates, strict=True)]
-        Path(args.rate).write_text("".join(json.dumps(line) + "\n" for line in rated))
-        print(f"accuracy {result['accuracy']:.1%} (95 % interval {result['low']:.1%} to {result['high']:.1%}) "
-              f"of {result['answers']} answers, {result['unknown']} unknown")  # fmt: skip
+        lines, rates = prompts.read_problems(config.data.path), pass_rates(rows)
+        rated = [lines[prompt.id] | {"pass_rate": rates[number]} for number, prompt in enumerate(asked)]
+        disk.write_text(Path(args.rate), "".join(json.dumps(line) + "\n" for line in rated))
+        result = summary(rows, config.seed)
+        low, high = result["interval"]
+        print(f"accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) "
+              f"of {len(rows)} answers, {result['unknown']} unknown; all of them: {out}")  # fmt: skip
     verifier.grader.close()
     with heartbeat.phase("stop"):
         parallel.stop(engine)
@@ -87,31 +94,35 @@ def benchmark(args: argparse.Namespace) -> int:
         raise ConfigError(f"two of the suites {', '.join(found)} have one name, and would share a file of responses")
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(dataclasses.replace(config, run=str(out)))
-    config = evaluated.with_weights(config, args.model, out)
+    config = evaluated.with_cache(evaluated.with_weights(config, args.model, out))
     inputs = build.prepare(config)
-    asked = {name: problems(inputs, *suite, args.problems) for name, suite in found.items()}
+    whole = {name: problems(inputs, *suite) for name, suite in found.items()}
+    asked = {name: mine[: args.problems or None] for name, mine in whole.items()}
     modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, args.samples)} if args.samples else {})
-    evaluated.claim(out, inputs, modes)
+    evaluated.claim(out, inputs, modes, whole)
     engine, verifier = build.start_engine(inputs)
     with heartbeat.phase("evaluate"):
         results = {
-            name: {mode: answer(name, asked[name], mode, modes[mode], config, out, engine, verifier) for mode in modes}
+            name: {
+                mode: summary(answer(name, asked[name], mode, sampling, config, out, engine, verifier), config.seed)
+                for mode, sampling in modes.items()
+            }
             for name in found
         }
     if ranks.rank() == 0:
         training = args.training or (config.data.path if Path(config.data.path).is_file() else "")
-        evaluated.report(out, args.model, found, results, overlap(asked, training))
+        evaluated.report(out, args.model, results, overlap(asked, training))
     verifier.grader.close()
     with heartbeat.phase("stop"):
         parallel.stop(engine)
     return 0
 
 
-def problems(inputs: build.Inputs, suite: suites.Suite, path: str, first: int) -> list[Prompt]:
+def problems(inputs: build.Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
     """A suite's problems as training would render them."""
     read = inputs.rendered(path)
     wanted = suites.kept(suite, path)
-    return [prompt for prompt in read if prompt.id in wanted][: first or None]
+    return [prompt for prompt in read if prompt.id in wanted]
 
 
 def sampled(config: Config, samples: int) -> Sampling:
@@ -121,8 +132,8 @@ def sampled(config: Config, samples: int) -> Sampling:
 
 def answer(
     name: str, asked: list[Prompt], mode: str, sampling: Sampling, config: Config, out: Path, engine: Any, verifier: Any
-) -> dict[str, Any]:
-    """The scores of one suite in one mode; blocks of problems that are written down already are not asked again."""
+) -> list[dict[str, Any]]:
+    """Lines of all answers to one suite in one mode; blocks of problems that are written down are not asked again."""
     file = out / f"{Path(name).stem}.{mode}.jsonl"
     rows = sound_blocks(file, len(asked), sampling.answers_per_prompt)
     done = {row["problem"] for row in rows}
@@ -141,7 +152,7 @@ def answer(
                         lines.writelines(json.dumps(row) + "\n" for row in fresh)
                 rows += fresh
             bar.advance(len(block))
-    return summary([row for row in rows if row["problem"] < len(asked)], config.seed)
+    return [row for row in rows if row["problem"] < len(asked)]
 
 
 def sound_blocks(file: Path, problems: int, answers: int) -> list[dict[str, Any]]:

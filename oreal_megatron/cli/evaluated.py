@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from oreal_megatron import disk, ranks, settings, suites
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Engine, Evaluation, Model, Parallel, Sampling
 from oreal_megatron.convert import stream, to_hf
+from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
+from oreal_megatron.records import Prompt
 
 LONGEST = 16384  # tokens of prompt and response, where no run says it
+MARGIN_GB = 10.0  # of a GPU, that a cache which fills it leaves for activations, CUDA graphs and fragments
 
 
 def config_of(model: str, assignments: list[str]) -> Config:
@@ -39,7 +44,8 @@ def _of_run(model: Path) -> Config | None:
 
 def _alone(model: Path) -> Config:
     positions = min(_hf(model).get("max_position_embeddings", LONGEST), LONGEST)
-    return Config(engine=Engine(max_model_len=positions), evaluation=Evaluation(max_new_tokens=positions))
+    engine = Engine(max_model_len=positions, kv_cache_gb=0.0 if torch.cuda.is_available() else Engine.kv_cache_gb)
+    return Config(engine=engine, evaluation=Evaluation(max_new_tokens=positions))
 
 
 def _named(model: Path) -> Model:
@@ -74,11 +80,30 @@ def with_weights(config: Config, model: str, out: Path) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
 
 
+def with_cache(config: Config) -> Config:
+    """A cache of 0, which a lone folder has on a GPU, becomes what the weights leave of its memory. Collective."""
+    if config.engine.kv_cache_gb:
+        return config
+    files = Folder(config.model.path).weight_files
+    weights = sum(file.stat().st_size for file in files) / config.engine.tensor / 2**30
+    free = min(ranks.gather(torch.cuda.mem_get_info()[0])) / 2**30
+    cache = free - weights - MARGIN_GB
+    if cache <= 0:
+        raise ConfigError(
+            f"{config.model.path} takes {weights:.1f} GB of each GPU, and {free:.1f} GB are free, of which "
+            f"{MARGIN_GB:g} are left for activations; cut it over several GPUs with --set engine.tensor=N"
+        )
+    if ranks.rank() == 0:
+        print(f"engine.kv_cache_gb is {cache:.1f}: {free:.1f} GB are free on each GPU, the weights take {weights:.1f}, "
+              f"and {MARGIN_GB:g} are left for activations", flush=True)  # fmt: skip
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kv_cache_gb=cache))
+
+
 def is_checkpoint(folder: Path) -> bool:
     return (folder / "metadata.json").is_file()
 
 
-def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
+def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling], whole: dict[str, list[Prompt]]) -> None:
     """Write what the answers in `out` depend on; refuse a folder with answers of something else. Collective."""
     config = inputs.config
     settings_now = {
@@ -87,6 +112,9 @@ def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
         "seed": config.seed,
         "max_model_len": config.engine.max_model_len,
         "dtype": config.engine_dtype,
+        "thinking_end": list(config.verify.thinking_end),
+        "judge": config.verify.judge.model or bool(config.verify.judge.urls),
+        **{f"suite {Path(name).stem}": digest(mine) for name, mine in whole.items()},  # its answers are in files STEM.*
         **{name: dataclasses.asdict(sampling) for name, sampling in modes.items()},
     }
     file = out / "settings.json"
@@ -101,20 +129,25 @@ def claim(out: Path, inputs: build.Inputs, modes: dict[str, Sampling]) -> None:
         file.write_text(json.dumps(before | settings_now, indent=2) + "\n")
 
 
-def report(
-    out: Path,
-    model: str,
-    found: dict[str, tuple[suites.Suite, str]],
-    results: dict[str, dict[str, Any]],
-    overlap: dict[str, list[int]] | None,
-) -> None:
-    """results.json and table.md; the table is printed as well."""
-    whole = {"model": model, "suites": results, "seen_in_training": overlap}
-    (out / "results.json").write_text(json.dumps(whole, indent=2) + "\n")
-    text = table(model, {name: suite.title for name, (suite, _) in found.items()}, results)
-    if overlap is None:
-        text += "\nNot compared with training prompts; --training FILE.jsonl does.\n"
-    for name, numbers in (overlap or {}).items():
+def digest(problems: list[Prompt]) -> str:
+    """Of questions and gold answers: others under the same name would be given these answers' scores."""
+    text = json.dumps([(prompt.question, prompt.gold) for prompt in problems])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def report(out: Path, model: str, results: dict[str, dict[str, Any]], overlap: dict[str, list[int]] | None) -> None:
+    """results.json and table.md, with what earlier calls left in them; the table is printed as well."""
+    file = out / "results.json"
+    before = disk.read_object(file) if file.is_file() else {"suites": {}, "seen_in_training": {}}
+    seen = {name: numbers for name, numbers in (before["seen_in_training"] or {}).items() if name not in results}
+    seen |= overlap or {}
+    results = before["suites"] | {name: before["suites"].get(name, {}) | mine for name, mine in results.items()}
+    whole = {"model": model, "suites": results, "seen_in_training": seen}
+    disk.write_text(file, json.dumps(whole, indent=2) + "\n")
+    text = table(model, {name: suites.named(name).title for name in results}, results)
+    if unseen := [name for name in results if name not in seen]:
+        text += f"\n{', '.join(unseen)}: not compared with training prompts; --training FILE.jsonl does.\n"
+    for name, numbers in seen.items():
         text += f"\n{name}: training has seen {len(numbers)} of {results[name]['greedy']['problems']} problems.\n"
     (out / "table.md").write_text(text)
     print(text + f"\nResponses, results.json and this table: {out}")
@@ -128,17 +161,21 @@ def table(model: str, titles: dict[str, str], results: dict[str, dict[str, Any]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
 
     for mode, words in (("greedy", "pass@1, greedy"), ("sampled", "avg@{k}")):
-        mine = [scores[mode] for scores in results.values() if mode in scores]
-        if mine:
-            k = mine[0]["answers_per_problem"]
-            line(f"**{model}**, {words.format(k=k)}", [_with_interval(score) for score in mine])
-    if mine:  # sampled
-        line(f"**{model}**, pass@{k}", [f"{100 * max(score['pass_at'].values()):.1f}" for score in mine])
-        line(f"**{model}**, maj@{k}", [f"{100 * score['majority']:.1f}" for score in mine])
+        mine = [scores.get(mode) for scores in results.values()]
+        if any(mine):
+            k = next(filter(None, mine))["answers_per_problem"]
+            line(f"**{model}**, {words.format(k=k)}", [_cell(score, _with_interval) for score in mine])
+    if any(mine):  # sampled
+        line(f"**{model}**, pass@{k}", [_cell(x, lambda x: f"{100 * max(x['pass_at'].values()):.1f}") for x in mine])
+        line(f"**{model}**, maj@{k}", [_cell(x, lambda x: f"{100 * x['majority']:.1f}") for x in mine])
     columns = [suites.PAPER_SUITES.index(name) if name in suites.PAPER_SUITES else None for name in titles]
     for name, scores in suites.PAPER.items() if any(column is not None for column in columns) else ():
         line(f"{name} (paper)", ["–" if column is None else f"{scores[column]:.1f}" for column in columns])
     return "\n".join(lines) + "\n"
+
+
+def _cell(score: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -> str:
+    return text(score) if score else "–"
 
 
 def _with_interval(score: dict[str, Any]) -> str:

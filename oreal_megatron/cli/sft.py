@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     def accuracy() -> float:
         hand_over(policy.updates)
-        found, _ = evaluate(held_out, engine, verifier, config)
+        found = evaluate(held_out, engine, verifier, config)
         engine.sleep()
         return found["accuracy"]
 

@@ -92,11 +92,22 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
             raise ConfigError(
                 f"config.megatron: {key} follows from the model and the other sections; set those instead"
             )
+    if config.megatron.get("deterministic_mode"):
+        _let_libraries_be_deterministic()
     try:
         with device_layer():
             return TransformerConfig(**fixed, **{**NEED_APEX_OR_TE, **config.megatron})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _let_libraries_be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
+    if os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
+        raise ConfigError(
+            "deterministic_mode is set, and so is NVTE_ALLOW_NONDETERMINISTIC_ALGO="
+            f"{os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO']}; Megatron refuses both together, so unset the latter"
+        )
 
 
 def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
@@ -107,7 +118,6 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
     with device_layer():
         megatron = transformer_config(arch, config)
         if megatron.deterministic_mode:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
             torch.use_deterministic_algorithms(True)
         experts.prepare()
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from oreal_megatron.cli import main
-from oreal_megatron.config import Config, Sampling
-from oreal_megatron.evaluation import evaluate, wilson_interval
+from oreal_megatron.config import Config
+from oreal_megatron.evaluation import evaluate, pass_rates, wilson_interval
 from oreal_megatron.observe.run import Run
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
@@ -38,11 +38,11 @@ def test_an_unknown_verdict_is_left_out_of_the_pass_rate_but_is_not_right():
             return [[Verdict(outcome, "") for outcome in row] for row in outcomes]
 
     asked = [Prompt(i, "q", "1", None, (1,)) for i in range(2)]
-    answered = []
-    sampling = Sampling(answers_per_prompt=4)
-    result, rates = evaluate(asked, Engine(), Verifier(), Config(), sampling, lambda: answered.append(1))
-    assert rates == [0.5, None] and len(answered) == 8
+    result = evaluate(asked, Engine(), Verifier(), Config())
     assert result["accuracy"] == 1 / 8 and result["unknown"] == 6
+    verdicts = [["correct", "wrong", "unknown", "unknown"], ["unknown"] * 4]
+    rows = [{"problem": number, "verdict": verdict} for number, row in enumerate(verdicts) for verdict in row]
+    assert pass_rates(rows) == {0: 0.5, 1: None}
 
 
 def test_report_draws_and_sums_up(tmp_path, capsys):

@@ -324,6 +324,20 @@ def test_megatron_fields_are_checked(model_folder, fields, says):
     model.transformer_config(arch, config_for(model_folder, megatron={"recompute_granularity": "selective"}))
 
 
+def test_deterministic_mode_tells_transformer_engine_or_says_that_it_was_told_otherwise(model_folder, monkeypatch):
+    from oreal_megatron.mcore import model
+
+    arch = architecture.read(json.loads((model_folder / "config.json").read_text()))
+    config = config_for(model_folder, megatron={"deterministic_mode": True})
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    with pytest.raises(c.ConfigError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; Megatron refuses"):
+        model.transformer_config(arch, config)
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO")
+    model.transformer_config(arch, config)
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+
+
 def test_the_launcher_gives_the_exit_code_and_no_stack_trace(recipe):
     command = [sys.executable, "-m", "oreal_megatron", "--processes", "2", "train", f"{recipe}:good"]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

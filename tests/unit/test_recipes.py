@@ -62,12 +62,19 @@ def test_the_numbers_are_those_of_the_paper_and_the_released_configuration(name)
     assert (config.sampling.temperature, config.sampling.top_p, config.sampling.max_new_tokens) == (1.0, 0.9, 14000)
     assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps) == (5e-7, 1e-7, 10)
     assert alone or (config.reward_model.optimizer.lr, config.reward_model.optimizer.min_lr) == (2e-6, 4e-7)
-    assert (config.loss.kl_coef, config.loss.negative_coef, config.selection.keep) == (
-        0.01,
-        0.5,
-        "all" if alone else "pair",
-    )
-    assert [times for _, _, times in config.data.buckets] == [6, 4, 4, 2] and config.data.buckets[-1][1] == 0.8
+    for optimizer in (config.optimizer, config.reward_model.optimizer):
+        assert (optimizer.weight_decay, optimizer.clip_grad) == (0.01, 1.0)
+    assert alone or config.reward_model.optimizer.warmup_steps == 10
+    loss = config.loss
+    assert (loss.kl_coef, loss.kl_kind, loss.positive_coef, loss.negative_coef) == (0.01, "k3", 1.0, 0.5)
+    assert loss.advantage_on_positives and config.selection.advantage == "leave_one_out"
+    assert config.selection.keep == ("all" if alone else "pair")
+    assert (config.weights.rescale, config.weights.threshold) == ("threshold", 0.5)
+    assert config.verify.thinking_end == ("<conclude>", "**Final Answer**", "</think>")
+    assert (config.engine.max_model_len, config.seed, config.checkpoint.every, config.evaluation.every) == (
+        16384, 0, 10, 10,
+    )  # fmt: skip
+    assert config.data.buckets == ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
     assert (r"\boxed{}" in config.data.system_prompt) == ("dsr1" not in name)
 
 

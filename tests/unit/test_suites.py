@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from oreal_megatron import suites
+from oreal_megatron import prompts, suites
 from oreal_megatron.algo import statistics
 from oreal_megatron.cli import evaluate, evaluated
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import Config, ConfigError, Sampling
+from oreal_megatron.config import Config, ConfigError, Judge, Sampling, Verify
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.evaluation import summary
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
@@ -78,9 +78,20 @@ def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
     suite, path = suites.find("aime25-1", tmp_path)
     assert suites.kept(suite, path) == {0} and suites.kept(*suites.find("aime25", tmp_path)) == {0, 1}
     assert suites.kept(*suites.find(path, Path("elsewhere"))) == {0, 1}
-    for name, says in (("aime26", "known are math500"), ("math500", "does not exist"), ("hub:x", "wanted hub:OWNER")):
+    for name, says in (("aime26", "known are math500"), ("gsm8k", "does not exist"), ("hub:x", "wanted hub:OWNER")):
         with pytest.raises(ConfigError, match=says):
             suites.find(name, tmp_path)
+
+
+def test_a_suite_that_is_not_there_comes_from_the_hub(tmp_path, monkeypatch):
+    fetched = tmp_path / "fetched.jsonl"
+    fetched.write_text('{"problem": "a", "answer": 70}\n{"question": "b", "answer": "2"}\n')
+    asked = []
+    monkeypatch.setattr(suites, "_fetched", lambda name: asked.append(name) or str(fetched))
+    found = {name: suites.find(name, tmp_path) for name in ("math500", "aime25-1", "aime25")}
+    assert asked == [suites.SUITES[name].hub for name in found]
+    assert all(suites.kept(*suite) == {0, 1} for suite in found.values()), "the file on the hub is the part alone"
+    assert [line["gold_answer"] for line in prompts.read_problems(str(fetched))] == ["70", "2"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -110,13 +121,46 @@ def test_the_table_stands_beside_the_papers():
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)})
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)}, {})
+    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()}, {})
     with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
-        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)})
-    other = SimpleNamespace(config=Config(seed=3), folder=inputs.folder)
-    with pytest.raises(ConfigError, match="another seed"):
-        evaluated.claim(tmp_path, other, {"greedy": Sampling(temperature=0.0)})
+        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)}, {})
+    for config, says in (
+        (Config(seed=3), "seed"),
+        (Config(verify=Verify(thinking_end=("</s>",))), "thinking_end"),
+        (Config(verify=Verify(judge=Judge(urls=("http://x",)))), "judge"),
+    ):
+        with pytest.raises(ConfigError, match=f"another {says}"):
+            evaluated.claim(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
+
+
+def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_path, model_folder):
+    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+
+    def claim(path, *problems):
+        evaluated.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
+
+    claim("a/test.jsonl", ("q", "1"), ("r", "2"))
+    claim("a/test.jsonl", ("q", "1"), ("r", "2"))
+    claim("a/other.jsonl", ("s", "1"))
+    for path, edited in (("b/test.jsonl", ("s", "1")), ("a/test.jsonl", ("q", "3")), ("a/test.jsonl", ("q2", "1"))):
+        with pytest.raises(ConfigError, match="another suite test; name another folder with --out"):
+            claim(path, edited, ("r", "2"))
+
+
+def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
+    score = {"problems": 4, "answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5},
+             "majority": 0.5}  # fmt: skip
+    evaluated.report(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
+    evaluated.report(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
+    evaluated.report(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
+    written, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
+    assert written["suites"]["mine.jsonl"]["greedy"] == score == written["suites"]["math500"]["sampled"]
+    assert written["suites"]["math500"]["greedy"]["accuracy"] == 0.75 and written["seen_in_training"] == {
+        "math500": [3]
+    }
+    assert "| 75.0 (40.0 to 60.0) | 50.0 (40.0 to 60.0) |" in table and "avg@1 | 50.0 (40.0 to 60.0) | – |" in table
+    assert "math500: training has seen 1 of 4" in table and "mine.jsonl: not compared" in table
 
 
 @pytest.mark.parametrize("text", ["", "[1]"])
@@ -131,7 +175,7 @@ def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsy
         told.append(capsys.readouterr().err)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
-        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {})
+        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {}, {})
     for sentence in (*told, str(refused.value)):
         assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
 
@@ -178,6 +222,54 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_pa
     file.write_text(file.read_text()[:-30])  # the last line was cut off as well, so its block is asked again
     again = Engine()
     assert evaluate.answer(*arguments, tmp_path / "parts", again, Verifier()) == whole
-    assert again.calls == [(0, -5), (0, -9)] and whole["answers_per_problem"] == 2
+    assert again.calls == [(0, -5), (0, -9)] and len(whole) == 20
     third = Engine()
     assert evaluate.answer(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
+
+
+def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, monkeypatch, model_folder):
+    from oreal_megatron.cli import build
+    from oreal_megatron.mcore import parallel
+
+    data, recipe, rated = tmp_path / "data.jsonl", tmp_path / "recipe.py", tmp_path / "rated.jsonl"
+    lines = [{"question": f"q{number}", "gold_answer": "1", "source": "s"} for number in range(10)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe.write_text(
+        "from oreal_megatron.config import *\n"
+        f"def lone(): return Config(model=Model({str(model_folder)!r}), data=Data({str(data)!r}),\n"
+        "    parallel=Parallel(tensor=8, pipeline=2), engine=Engine(max_model_len=64))\n"
+    )
+    engines = [Engine(breaks_at=1), Engine(), Engine()]
+    verifier = Verifier()
+    verifier.grader = SimpleNamespace(close=lambda: None)
+    started = iter(engines)
+    monkeypatch.setattr(evaluate, "BLOCK", 4)
+    monkeypatch.setattr(build, "start_engine", lambda inputs: (next(started), verifier))
+    for name in ("start_process_group", "stop"):
+        monkeypatch.setattr(parallel, name, lambda *args: None)
+    monkeypatch.setattr(evaluate.watchdog, "start", lambda config: None)
+    words = ["evaluate", f"{recipe}:lone", "--samples", "4", "--rate", str(rated)]
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    assert main(words) == 0 and [len(engine.calls) for engine in engines] == [1, 2, 0]
+    first = [json.loads(line) for line in rated.read_text().splitlines()]
+    assert [line | {"pass_rate": None} for line in first] == [line | {"pass_rate": None} for line in lines]
+    assert {line["pass_rate"] for line in first} <= {0.25, 0.5} and len(first) == 10
+    data.write_text(data.read_text().replace("q3", "q33"))
+    assert main(words) == 2, "other prompts are not given these rates"
+
+
+def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkeypatch, capsys):
+    assert evaluated.with_cache(evaluated.config_of(str(model_folder), [])).engine.kv_cache_gb == 1.0, "on a CPU"
+    monkeypatch.setattr(evaluated.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evaluated.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    named = evaluated.config_of(str(model_folder), ["engine.kv_cache_gb=3"])
+    assert evaluated.with_cache(named).engine.kv_cache_gb == 3
+    file = SimpleNamespace(stat=lambda: SimpleNamespace(st_size=62 * 2**30))
+    monkeypatch.setattr(evaluated, "Folder", lambda path: SimpleNamespace(weight_files=[file]))
+    alone = evaluated.config_of(str(model_folder), [])
+    with pytest.raises(ConfigError, match="takes 62.0 GB of each GPU, and 70.0 GB are free"):
+        evaluated.with_cache(alone)
+    halved = evaluated.with_cache(evaluated.config_of(str(model_folder), ["engine.tensor=2"]))
+    assert halved.engine.kv_cache_gb == 70 - 31 - evaluated.MARGIN_GB
+    assert "engine.kv_cache_gb is 29.0: 70.0 GB are free" in capsys.readouterr().out
