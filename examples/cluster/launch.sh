@@ -122,33 +122,52 @@ if [ -n "$hosts" ] && [ "$nodes" -gt 1 ]; then
     again=(bash examples/cluster/launch.sh --recipe "$recipe" --gpus "$gpus" --gpus-per-node "$per_node"
         --max-restarts "$restarts" "${meet[@]}")
     if [ -z "$doctor" ]; then again+=(--no-doctor); fi
-    mapfile -t carried < <(env | grep -E '^(OREAL|NCCL|GLOO|TORCH|PET|PYTHON|OMP)')
-    trap 'for host in "${names[@]}"; do ssh "$host" "cd ${PWD@Q} && kill -TERM \$(cat ${logs@Q}/$host/pid)"; done' TERM INT
-    children=()
-    for host in "${names[@]}"; do
-        ssh "$host" "cd ${PWD@Q} && env ${carried[*]@Q} OREAL_HOST=$host ${again[*]@Q} -- ${words[*]@Q}" &
-        children+=($!)
+    # Settings go along, but not what is one machine's own.
+    carried=()
+    for variable in $(compgen -e); do
+        case $variable in
+            CUDA_VISIBLE_DEVICES | VLLM_HOST_IP | PET_LOCAL_ADDR | PET_NODE_RANK) ;;
+            OREAL* | NCCL* | GLOO* | TORCH* | PYTORCH* | PET_* | PYTHON* | OMP_* | CUDA_* | VLLM_* | HF_* | TRITON_* | \
+                NVTE_* | LD_LIBRARY_PATH) carried+=("$variable=${!variable}") ;;
+        esac
     done
-    worst=0
-    for child in "${children[@]}"; do
-        code=0
-        wait "$child" || code=$?
-        while kill -0 "$child" 2> /dev/null; do  # the signal ended the wait, not the child
-            code=0
-            wait "$child" || code=$?
+    ends=$(mktemp --directory)  # one file for every code that a machine ended with
+    reach() {  # a machine's part; when its end is final, the others, which would wait for it in vain, are asked to leave
+        local code=0
+        # Through ssh's input: command lines, and with them the judge's key, are seen by everybody (ps).
+        ssh "$1" bash <<< "cd ${PWD@Q} && export ${carried[*]@Q} OREAL_HOST=$1 \
+            && exec ${again[*]@Q} -- ${words[*]@Q} < /dev/null" || code=$?
+        touch "$ends/$code"
+        case $code in 2 | 3) kill -TERM $$ ;; esac
+    }
+    leave() {
+        for host in "${names[@]}"; do  # some have ended, and some are not that far yet
+            ssh "$host" bash <<< "cd ${logs@Q}/$host && for second in {1..20}; do [ -s pid ] && break; sleep 1; done
+                kill -TERM \$(cat pid)" 2> /dev/null || true
         done
-        if [ "$code" -gt "$worst" ]; then worst=$code; fi
+    }
+    trap leave TERM INT
+    for host in "${names[@]}"; do
+        rm -f "$logs/$host/pid"  # of an earlier start
+        mkdir -p "$logs/$host"
+        reach "$host" &
     done
-    exit "$worst"
+    while [ -n "$(jobs -rp)" ]; do wait || true; done  # a signal ends the wait, not the machines
+    for code in 2 3 1 5 4 $(cd "$ends" && printf '%s\n' * | sort -rn); do  # the cause before what follows from it
+        if [ -e "$ends/$code" ]; then rm -r "$ends"; exit "$code"; fi
+    done
 fi
 
 # -- this machine's part ----------------------------------------------------------------------------------------------
 host=${OREAL_HOST:-$(hostname)}
 mkdir -p "$logs/$host"
+trap 'exit 4' TERM INT USR1  # before there is anything to save
+echo $$ > "$logs/$host/pid"  # of the supervisor too, which takes this shell's place
+# Kubeflow sets those of its pods, which are not those of our processes.
+unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 if command -v nvidia-smi > /dev/null; then
     seen=$(nvidia-smi --list-gpus | wc -l)
     [ "$seen" -ge "$per_node" ] || bad "$host has $seen GPUs, $per_node are wanted; name fewer with --gpus-per-node"
 fi
 if [ -n "$doctor" ]; then "${quick[@]}" || bad "oreal doctor found what must be mended on $host"; fi
-echo $$ > "$logs/$host/pid"  # of the supervisor, which takes this shell's place
 exec env "${settings[@]}" "${supervisor[@]}" "$logs/$host" "${train[@]}"

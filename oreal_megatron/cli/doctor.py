@@ -22,6 +22,7 @@ from oreal_megatron.config import ConfigError
 
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red", ABSENT: "dim"}
 RUNS_LIMIT_S = 300
+LEAVE_S = 60  # torchrun gives its processes half of it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +49,9 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
             yield Finding("recipe", FAILED, str(error))
     yield from doctor_checks.machine(Path(config.run if config else "."))
     if config:
-        # The layout is checked against the world that the recipe was made for, not against this one process.
-        os.environ.setdefault("WORLD_SIZE", str(config.gpus or 1))
+        # The layout is checked against the world that the recipe was made for, not against this one process, nor
+        # against the number of pods, which Kubeflow puts there.
+        os.environ["WORLD_SIZE"] = str(config.gpus or 1)
         yield from doctor_checks.inputs(config)
         yield from doctor_checks.judges(config.verify.judge)
     if not args.quick:
@@ -60,16 +62,14 @@ def real_runs() -> Iterator[Finding]:
     """The parts of doctor_runs.py, on all GPUs or in two processes; what did not report has failed."""
     processes = torch.cuda.device_count() or 2
     print(f"real runs in {processes} processes, half a minute ...", file=sys.stderr, flush=True)
-    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    # Without what a scheduler set for its own: with PET_NNODES=4 torchrun would wait for three more machines.
+    others = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in others and not key.startswith("PET_")}
     with tempfile.TemporaryDirectory() as folder:
         doctor_runs.make_model(Path(folder))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [*torchrun, "-m", doctor_runs.__name__, folder]
-        try:
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=RUNS_LIMIT_S, env=environment)
-            output, errors = ended.stdout, ended.stderr
-        except subprocess.TimeoutExpired as late:
-            output, errors = (late.stdout or b"").decode(), f"nothing more for {RUNS_LIMIT_S} s"
+        output, errors = _run(command, environment)
     lines = [line.removeprefix(doctor_runs.DONE) for line in output.splitlines() if line.startswith(doctor_runs.DONE)]
     went_well = dict(line.split(": ", 1) for line in lines)
     for name in doctor_runs.PARTS:
@@ -78,6 +78,21 @@ def real_runs() -> Iterator[Finding]:
         else:
             yield Finding(f"run: {name}", FAILED, reason(errors), MEND[name])
             return
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Output and errors; what hangs is ended, the errors then hold its last lines."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        return process.communicate(timeout=RUNS_LIMIT_S)
+    except subprocess.TimeoutExpired as late:
+        output, errors = ((text or b"").decode(errors="replace") for text in (late.stdout, late.stderr))
+    process.terminate()  # torchrun ends its processes then; killed, it would leave them on the GPUs
+    try:
+        process.communicate(timeout=LEAVE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return output, f"not done after {RUNS_LIMIT_S} s; its last words: " + " | ".join(errors.strip().splitlines()[-3:])
 
 
 MEND = {

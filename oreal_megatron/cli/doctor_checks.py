@@ -15,10 +15,15 @@ from pathlib import Path
 
 import torch
 from oreal_kernels import native
+from packaging.version import Version
 
 from oreal_megatron import checkpoints, versions
 from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError, Judge
+from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.plan import memory
+from oreal_megatron.plan.case import Case
+from oreal_megatron.plan.gpus import GPUS
 
 OK, WARNING, FAILED, ABSENT = "ok", "warning", "FAILED", "absent"
 SKEW_S, SHARED_MEMORY_GB = 5.0, 1.0
@@ -46,8 +51,10 @@ def software() -> Iterator[Finding]:
         except ConfigError as error:
             yield Finding(name, FAILED, str(error), f"pip install {_wanted(supported)}")
     yield package("Triton", "triton", "the kernels of GPUs are written in it: pip install triton", needed=True)
+    yield package("transformers", "transformers", "pip install transformers", needed=True)
     yield package("Transformer Engine", "transformer-engine", 'optional; used with model.layers="transformer_engine"')
     yield apex()
+    yield Finding("optimizer", OK, "torch's AdamW, also where Transformer Engine or apex bring a FusedAdam")
     if native.available():
         yield Finding("native kernels", OK, native.LIBRARY.name)
     else:
@@ -58,7 +65,8 @@ def software() -> Iterator[Finding]:
 def accelerator() -> Iterator[Finding]:
     """torch, its CUDA and NCCL, and whether the GPUs answer and are free."""
     cuda = torch.version.cuda
-    yield Finding("torch", OK, f"{torch.__version__}, built for {'CUDA ' + cuda if cuda else 'CPUs'}")
+    found = package("torch", "torch", "pip install torch", needed=True)
+    yield dataclasses.replace(found, found=f"{found.found}, built for {'CUDA ' + cuda if cuda else 'CPUs'}")
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
         if driver and not cuda:
@@ -80,8 +88,13 @@ def accelerator() -> Iterator[Finding]:
 
 
 def package(name: str, distribution: str, mend: str, needed: bool = False) -> Finding:
-    version = versions.installed(distribution)
-    return Finding(name, OK, version) if version else Finding(name, FAILED if needed else ABSENT, "not installed", mend)
+    version, first = versions.installed(distribution), versions.AT_LEAST.get(distribution, "0")
+    if not version:
+        return Finding(name, FAILED if needed else ABSENT, "not installed", mend)
+    if Version(version) < Version(first):
+        mend = f"pip install '{distribution}>={first}'"
+        return Finding(name, FAILED, f"{version} is installed; supported is {first} and newer", mend)
+    return Finding(name, OK, version)
 
 
 def apex() -> Finding:
@@ -98,11 +111,9 @@ def apex() -> Finding:
 
 def machine(run: Path) -> Iterator[Finding]:
     """Shared memory, and the clock against that of the run folder's file system."""
-    memory = shutil.disk_usage("/dev/shm").total / 2**30
-    mend = (
-        "" if memory >= SHARED_MEMORY_GB else "NCCL and vLLM talk through it; in a container give it more (--shm-size)"
-    )
-    yield Finding("shared memory", WARNING if mend else OK, f"{memory:.1f} GiB in /dev/shm", mend)
+    size = shutil.disk_usage("/dev/shm").total / 2**30
+    mend = "" if size >= SHARED_MEMORY_GB else "NCCL and vLLM talk through it; in a container give it more (--shm-size)"
+    yield Finding("shared memory", WARNING if mend else OK, f"{size:.1f} GiB in /dev/shm", mend)
     folder = existing(run)
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -117,11 +128,13 @@ def machine(run: Path) -> Iterator[Finding]:
 
 
 def disk(config: Config, weights: Path) -> Finding:
-    """Room for the checkpoints that are kept and the one being written, less those that are there already."""
+    """Room for the checkpoints that are kept and the one being written, less those that are there already, and for the
+    exported policies in best/ and policy/, which are replaced only when a new one is complete."""
     there = len(checkpoints.complete(Path(config.run) / "checkpoints"))
     count = max(config.checkpoint.keep + 1 - there, 1)
-    needed, free = count * checkpoint_bytes(config, weights), shutil.disk_usage(existing(Path(config.run))).free
-    found = f"{free / 1e9:.0f} GB free, {count} more checkpoints take {needed / 1e9:.0f} GB"
+    needed = count * checkpoint_bytes(config, weights) + 2 * weight_bytes(weights)
+    free = shutil.disk_usage(existing(Path(config.run))).free
+    found = f"{free / 1e9:.0f} GB free, {count} more checkpoints, best/ and policy/ take {needed / 1e9:.0f} GB"
     mend = "" if free > needed else "free some, name another run folder (--set run=...), or lower checkpoint.keep"
     return Finding("disk", FAILED if mend else OK, found, mend)
 
@@ -131,9 +144,22 @@ def checkpoint_bytes(config: Config, weights: Path) -> float:
 
     `weights` holds the starting policy in as many bytes a weight as config.model.dtype says.
     """
-    held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
     times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 12) / 4}[config.model.dtype]
-    return held * times * (1 + config.reward_model.enabled)
+    return weight_bytes(weights) * times * (1 + config.reward_model.enabled)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def host_memory(config: Config, arch: Architecture) -> Finding:
+    """What `oreal plan` says a machine must have, against what this one has."""
+    world = config.gpus or 1
+    case = Case(config, arch, next(iter(GPUS.values())), world, min(world, 8))
+    needed, there = sum(memory.host(case).values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    mend = "" if there > needed else "take machines with more, or recipes for more of them; `oreal plan` shows for what"
+    found = f"{there / 1e9:.0f} GB, {needed / 1e9:.0f} GB are needed"
+    return Finding("host memory", FAILED if mend else OK, found, mend)
 
 
 def existing(path: Path) -> Path:
@@ -159,6 +185,7 @@ def inputs(config: Config) -> Iterator[Finding]:
         except ConfigError as error:
             yield Finding(name, FAILED, str(error))
     yield disk(config, read.folder.path)
+    yield host_memory(config, read.arch)
 
 
 def judges(config: Judge) -> list[Finding]:

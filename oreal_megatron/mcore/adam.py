@@ -1,6 +1,6 @@
-"""Three repairs for loading megatron-core 0.16.1's DistributedOptimizer when torch's AdamW is underneath, as it is
-wherever neither Transformer Engine nor apex is installed. Without the third, a resumed run trains with the wrong bias
-correction and nothing complains: all parameters share one `step` tensor, which then advances once per parameter.
+"""torch's AdamW under megatron-core 0.16.1's DistributedOptimizer, and three repairs for loading it. Without the third,
+a resumed run trains with the wrong bias correction and nothing complains: all parameters share one `step` tensor, which
+then advances once per parameter.
 """
 
 from __future__ import annotations
@@ -9,10 +9,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import megatron.core.optimizer
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+
+def use_torch() -> None:
+    """Call it before an optimizer is made. Where Transformer Engine or apex can be imported Megatron takes their
+    FusedAdam instead, without a word: another optimizer and another checkpoint, of which nothing is proved here."""
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
@@ -28,11 +36,7 @@ def tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """A fresh AdamW has no state, and state_dict() asserts that it has, when saving before the first update and when
-    loading: fill in the zeros that its first step would. With Transformer Engine or apex, saving too wants a state."""
-    if HAVE_APEX_OR_TE:
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            part.init_state_fn(part.optimizer, part.config)
-        return
+    loading: fill in the zeros that its first step would."""
     for inner in _inner(optimizer):
         for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
             if not inner.state[parameter]:
@@ -56,8 +60,7 @@ def loadable() -> Iterator[None]:
             if name in tensors and name != "step":
                 target.copy_(tensors[name])
 
-    if not HAVE_APEX_OR_TE:
-        DistributedOptimizer._set_main_param_and_optimizer_states = copy_present
+    DistributedOptimizer._set_main_param_and_optimizer_states = copy_present
     try:
         yield
     finally:
@@ -66,8 +69,6 @@ def loadable() -> Iterator[None]:
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter a `step` tensor of its own again."""
-    if HAVE_APEX_OR_TE:
-        return
     for inner in _inner(optimizer):
         for state in inner.state.values():
             state["step"] = state["step"].clone()

@@ -1,7 +1,8 @@
 """Idle models leave the device: their storages are emptied in place and filled again, so that every view stays valid,
 parameters' of Megatron's flat buffers and the optimizer's of both.
 
-On a GPU, copies go to pinned memory on a stream of their own, and the host waits for none of them.
+On a GPU, copies go to pinned memory on a stream of their own, and the host waits for none of them. torch rounds every
+piece of pinned memory up to a power of two, so a copy is cut into such pieces.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+SMALLEST = 2**16  # bytes of a piece of pinned memory that must be a power of two
+
 
 class Part:
     """Some of a model's memory, such as its parameters: on the device, or away."""
@@ -19,7 +22,7 @@ class Part:
     def __init__(self, find: Callable[[], Iterable[Tensor]], kept: bool = True):
         """`find` gives the tensors, several of which may share a storage; not `kept`: what they hold may be lost."""
         self.find, self.kept = find, kept
-        self._away: list[tuple[torch.UntypedStorage, int, Tensor | None]] | None = None
+        self._away: list[tuple[torch.UntypedStorage, int, list[Tensor]]] | None = None
 
     @property
     def is_away(self) -> bool:
@@ -31,16 +34,16 @@ class Part:
 
     def leave(self) -> None:
         self._away = [
-            (storage, storage.nbytes(), _to_host(storage) if self.kept else None) for storage in _storages(self.find())
+            (storage, storage.nbytes(), _to_host(storage) if self.kept else []) for storage in _storages(self.find())
         ]
         for storage, _, _ in self._away:
             storage.resize_(0)
 
     def come_back(self) -> None:
-        for storage, size, copy in self._away or []:
+        for storage, size, copies in self._away or []:
             storage.resize_(size)
-            if copy is not None:
-                _from_host(copy, storage)
+            if copies:
+                _from_host(copies, storage)
         self._away = None
 
 
@@ -73,18 +76,30 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _to_host(storage: torch.UntypedStorage) -> Tensor:
-    held = _bytes_of(storage)
-    copy = torch.empty(len(held), dtype=torch.uint8, pin_memory=held.is_cuda)
-    with _stream(held):
-        copy.copy_(held, non_blocking=True)
-    return copy
+def _sizes(size: int) -> list[int]:
+    """Powers of two that add up to `size`, largest first; the rest, below SMALLEST, is whatever is left."""
+    sizes = []
+    while size >= SMALLEST:
+        sizes.append(1 << (size.bit_length() - 1))
+        size -= sizes[-1]
+    return [*sizes, size] if size else sizes
 
 
-def _from_host(copy: Tensor, storage: torch.UntypedStorage) -> None:
+def _to_host(storage: torch.UntypedStorage) -> list[Tensor]:
+    held = _bytes_of(storage)
+    sizes = _sizes(len(held))
+    copies = [torch.empty(size, dtype=torch.uint8, pin_memory=held.is_cuda) for size in sizes]
+    with _stream(held):
+        for copy, piece in zip(copies, held.split(sizes), strict=True):
+            copy.copy_(piece, non_blocking=True)
+    return copies
+
+
+def _from_host(copies: list[Tensor], storage: torch.UntypedStorage) -> None:
     held = _bytes_of(storage)
     with _stream(held):
-        held.copy_(copy, non_blocking=True)
+        for copy, piece in zip(copies, held.split([len(copy) for copy in copies]), strict=True):
+            piece.copy_(copy, non_blocking=True)
     if held.is_cuda:
         torch.cuda.current_stream().wait_stream(_streams[held.device])
 

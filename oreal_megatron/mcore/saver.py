@@ -20,10 +20,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch import Tensor
 
 from oreal_megatron import checkpoints, disk, heartbeat, ranks
 from oreal_megatron.config import RunStopped
-from oreal_megatron.mcore import checkpoint
+from oreal_megatron.mcore import adam, checkpoint
 from oreal_megatron.mcore.cpu import device_layer
 from oreal_megatron.mcore.worker import Trainer
 
@@ -146,20 +147,27 @@ def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncReq
         request = dist_checkpointing.save(
             state | checkpoint.sharded(trainer, loading=False), str(folder), async_sharded_save=True
         )
-        if request.async_fn is None:  # nothing of it is this rank's
-            return request
-        rank, files, results = request.async_fn_args
-        return request._replace(async_fn_args=(rank, _copied(files, request.preload_fn()), results))
+        if request.async_fn is not None:  # else nothing of it is this rank's
+            _, files, _ = request.async_fn_args
+            files[:] = _copied(request.preload_fn(), _changing(trainer))  # in place: Megatron's writer holds them too
+        return request
 
 
-def _copied(files: list[Any], on_host: list[Any]) -> list[Any]:
-    """What was on the host already is copied as well: training goes on and changes it."""
-    copies = []
-    for (_, _, (_, before)), (path, key, (blobs, after)) in zip(files, on_host, strict=True):
-        pairs = zip(before, after, strict=True)
-        tensors = [(item, new.clone() if new is old else new) for (_, old), (item, new) in pairs]
-        copies.append((path, key, (blobs, tensors)))
-    return copies
+def _changing(trainer: Trainer) -> set[int]:
+    """Storages whose content changes while training goes on."""
+    models = [tensor for chunk in trainer.chunks for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
+    return {tensor.untyped_storage()._cdata for tensor in [*models, *adam.tensors(trainer.optimizer)]}
+
+
+def _copied(files: list[Any], changing: set[int]) -> list[Any]:
+    """Tensors that are still in a changing storage are cloned; Megatron has copied the others, views and a GPU's."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage()._cdata in changing else tensor
+
+    return [
+        (path, key, (blobs, [(item, own(tensor)) for item, tensor in tensors])) for path, key, (blobs, tensors) in files
+    ]
 
 
 def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoints.Digests:

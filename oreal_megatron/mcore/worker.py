@@ -97,6 +97,7 @@ class Trainer(Scorer):
             overlap_grad_reduce=config.parallel.overlap,
             overlap_param_gather=config.parallel.overlap,
         )
+        adam.use_torch()
         with device_layer():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)

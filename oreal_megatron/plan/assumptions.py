@@ -26,6 +26,7 @@ class Assumptions:
     gloo_gb_s: float = 1.0  # GB/s of a rank that gathers optimizer states for a checkpoint
     storage_gb_s: float = 5.0  # GB/s of all nodes together, written
     engine_gib: float = 3.0  # of vLLM beside weights and cache: activations, sampler, CUDA graphs
+    asleep_gib: float = 1.5  # of these, what stays while it sleeps: CUDA graphs, NCCL, input buffers
     context_gib: float = 0.6  # CUDA context and libraries
     communicator_gib: float = 0.25  # of each process group that is used
     fragments: float = 0.08  # of the trainer's passing memory: held by torch's allocator, used by nobody

@@ -6,6 +6,7 @@ Parameters, gradients and optimizer are those of Megatron's DistributedOptimizer
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def _phases(case: Case, stage: int) -> dict[str, Bytes]:
     config, scoring = case.config, _scoring(case, stage)
     engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
     awake = engine + Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
-    asleep, waking = (Bytes(), engine) if config.engine.sleep else (awake, awake)
+    resident = Bytes({"buffers": case.assumed.asleep_gib * 2**30})  # vLLM's sleep frees weights and cache only
+    asleep, waking = (resident, engine) if config.engine.sleep else (awake, awake)
     models = {name: held(case, stage, head) for name, head in case.roles.items()}
     weights = Bytes({"parameters": models["policy"]["parameters"]})
     models["reference"] = weights  # is only read
@@ -137,10 +139,25 @@ def host(case: Case) -> dict[str, float]:
     for first in range(0, case.world, case.node):
         ranks = range(first, min(first + case.node, case.world))
         away = [_offloaded(case, rank // stride) for rank in ranks]
-        firsts = [rank for rank in ranks if rank % stride < cut.tensor]  # whose data- and context-parallel rank is 0
-        states = [20 * case.elements(rank // stride, "lm") for rank in firsts]
-        offloaded, gathering = max(offloaded, sum(away)), max(gathering, sum(states))
+        # Those whose data- and context-parallel rank is 0 gather; each model at the same time on all ranks.
+        models = zip(*(_gathering(case, rank // stride, rank % stride < cut.tensor) for rank in ranks), strict=True)
+        offloaded, gathering = max(offloaded, sum(away)), max(gathering, *map(sum, models))
     return {"idle models": offloaded if case.config.offload else 0.0, "gathering a checkpoint": gathering}
+
+
+def _gathering(case: Case, stage: int, first: bool) -> list[float]:
+    """Of a rank at most, while each trained model in turn is gathered.
+
+    Megatron puts main weights and moments of its own shard in order, 12 bytes an element over all ranks. The first rank
+    gathers one kind after the other, 12 bytes, and holds up to 12 more: that kind in parts and put together, twice; or
+    then its copy of all. Of models before it are left the copies, and the weights.
+    """
+    elements = [case.elements(stage, head) for name, head in case.roles.items() if name != "reference"]
+    shards = [12 * count / (case.data * case.config.parallel.context) for count in elements]
+    if not first:
+        return shards
+    pending = itertools.accumulate(((12 + ITEMSIZE[case.config.model.dtype]) * count for count in elements), initial=0)
+    return [before + 24 * count + shard for before, count, shard in zip(pending, elements, shards, strict=False)]
 
 
 def _offloaded(case: Case, stage: int) -> float:

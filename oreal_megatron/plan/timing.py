@@ -126,7 +126,7 @@ def phases(case: Case, moved: Transfer) -> dict[str, float]:
     """Seconds of each phase of a step in which the policy learns; checkpoints and evaluations are not in it."""
     again = 1 if case.config.megatron.get("recompute_granularity") == "full" else 0
     update = training(case, 3 + again) + gradients(case)
-    seconds = {"generate": generation(case).seconds}
+    seconds = {"generate": generation(case).seconds, "prove": proving(case)}
     if case.config.reward_model.enabled:
         seconds["reward_model"] = update + swap(case, "reward_model")
     seconds["reference"] = training(case, 1) + swap(case, "reference")
@@ -135,6 +135,13 @@ def phases(case: Case, moved: Transfer) -> dict[str, float]:
     within = (moved.received - moved.received_between) / (case.gpu.nvlink_bytes * share)
     seconds["reshard"] = max(within, moved.received_between / (case.gpu.network_bytes * share)) + swap(case, "")
     return seconds
+
+
+def proving(case: Case) -> float:
+    """Seconds to score the first tokens of a few answers with the policy; its share of a pass is that of its tokens."""
+    engine, assumed = case.config.engine, case.assumed
+    scored = engine.proof_answers * case.replicas * (assumed.prompt_tokens + engine.proof_tokens)
+    return training(case, 1) * scored / (case.sequences * case.sequence_tokens) + swap(case, "")
 
 
 def gradients(case: Case) -> float:

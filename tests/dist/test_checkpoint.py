@@ -110,6 +110,35 @@ def test_resume_is_exact(
         assert torch.equal(random_numbers, random_again)
 
 
+class FusedAdam(torch.optim.AdamW):
+    """In the place of Transformer Engine's."""
+
+    def __init__(self, *args, adam_w_mode: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def optimizer_made(folder: str) -> list[str]:
+    import megatron.core.optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from oreal_megatron.mcore import adam, parallel
+
+    # What Megatron's imports leave behind where Transformer Engine is installed.
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE = False, True
+    megatron.core.optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, 1)[1].parallel, seed=0)
+    models, _ = trainers(folder, 1, reward_model=False)
+    made = adam._inner(models["policy"].optimizer)
+    models["policy"].optimizer.state_dict()  # reads `step` where torch's AdamW keeps it
+    parallel.stop()
+    return [type(inner).__name__ for inner in made]
+
+
+def test_transformer_engine_does_not_change_the_optimizer(model_folder, in_processes):
+    assert in_processes(1, optimizer_made, str(model_folder)) == [["AdamW"]]
+
+
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
@@ -149,6 +178,71 @@ def test_a_checkpoint_loads_at_another_layout(tensor, pipeline, model_folder, in
             assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
         gaps = [(weights[name] - value).square().mean().sqrt().item() for name, value in wanted.items()]
         assert max(gaps) < 0.02 * 1e-2  # of a learning rate, as in test_gradients
+
+
+def saved_and_counted(folder: str, path: str) -> dict[str, int]:
+    """Bytes of tensors that a rank makes for a checkpoint of two models: at most, while it is written, at the end."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore.saver import Saver
+
+    class Held(TorchDispatchMode):
+        now = most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given = storages((args, kwargs))
+            for key, storage in storages(result).items():
+                if key not in given:
+                    self._count(storage.nbytes())
+                    weakref.finalize(storage, self._count, -storage.nbytes())
+            return result
+
+        def _count(self, size: int) -> None:
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def storages(tree) -> dict:
+        tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+    parallel.start_process_group()
+    parallel.start_megatron(pieces(folder, 1)[1].parallel, seed=0)
+    saver = Saver(Path(path), trainers(folder, 1, 1, "bfloat16")[0], keep=1)
+    with Held() as held:
+        saver.start(1)
+    counted = {"most": held.most, "pending": held.now}
+    saver.finish()
+    parallel.stop()
+    return counted | {"left": held.now}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_planned_host_memory_is_that_of_a_checkpoint(processes, model_folder, in_processes, tmp_path):
+    from oreal_megatron.plan import gpus, memory
+    from oreal_megatron.plan.case import Case
+
+    architecture, config, _ = pieces(str(model_folder), 1, 1, "bfloat16")
+    case = Case(config, architecture, gpus.named("h100-80g"), processes)
+    counted = in_processes(processes, saved_and_counted, str(model_folder), str(tmp_path))
+    planned = memory.host(case)["gathering a checkpoint"]
+    assert sum(rank["most"] for rank in counted) == pytest.approx(planned, rel=0.01)
+    held = 14 * (case.elements(0, "lm") + case.elements(0, "scalar"))  # weights, main weights and moments, once
+    assert [rank["pending"] for rank in counted] == pytest.approx([held, 0][:processes], rel=0.02, abs=0.02 * held)
+    assert all(rank["left"] < 0.02 * held for rank in counted)
+
+
+def test_only_what_training_goes_on_to_change_is_copied():
+    from oreal_megatron.mcore import saver
+
+    changing, copied = torch.zeros(3), torch.zeros(3)
+    files = [("path", "key", ([], [("a", changing), ("b", copied)]))]
+    ((_, _, (_, tensors)),) = saver._copied(files, {changing.untyped_storage()._cdata})
+    assert tensors[0][1].data_ptr() != changing.data_ptr() and tensors[1][1] is copied
 
 
 def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list[tuple[str, str]]:

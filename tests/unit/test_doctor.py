@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import shutil
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from oreal_megatron import versions
 from oreal_megatron.cli import doctor, doctor_checks, main
-from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK
+from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK, WARNING
 from oreal_megatron.config import Checkpoint, Config, RewardModel
+from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.mapping import architecture
 
 
 def states(findings) -> dict[str, str]:
@@ -46,7 +52,34 @@ def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch
     assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
 
 
-def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path):
+def test_every_package_is_compared_with_what_setup_asks_for(monkeypatch):
+    setup = (Path(__file__).parent.parent.parent / "setup.py").read_text()
+    assert all(f'"{name}>={first}"' in setup for name, first in versions.AT_LEAST.items())
+    first, stop = versions.VLLM["vllm"]
+    assert f'"vllm>={first},<{stop}"' in setup and f'"megatron-core=={versions.MEGATRON["megatron-core"][0]}"' in setup
+    monkeypatch.setattr(versions, "AT_LEAST", dict.fromkeys(versions.AT_LEAST, "99"))
+    found = states(doctor_checks.software())
+    assert all(found[name] == FAILED for name in ("torch", "Triton", "transformers"))
+
+
+def test_a_machine_that_will_not_do_is_told(tmp_path, monkeypatch):
+    assert states(doctor_checks.machine(Path("/proc/runs")))["run folder"] == FAILED  # where nobody can write
+    now = time.time()
+    monkeypatch.setattr(doctor_checks.time, "time", lambda: now + 60)
+    small = shutil.disk_usage("/")._replace(total=64 * 2**20)  # a container's
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path: small)
+    assert states(doctor_checks.machine(tmp_path)) == {"shared memory": WARNING, "clock": WARNING}
+
+
+def test_host_memory_is_compared_with_the_plan(model_folder, monkeypatch):
+    arch = architecture.read(Folder(str(model_folder)).config)
+    config = Config(gpus=8)
+    assert doctor_checks.host_memory(config, arch).state == OK
+    monkeypatch.setattr(doctor_checks.memory, "host", lambda case: {"idle models": 1e15})
+    assert doctor_checks.host_memory(config, arch).state == FAILED
+
+
+def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path, monkeypatch):
     config = Config(run=str(tmp_path), checkpoint=Checkpoint(keep=2))
     assert "3 more checkpoints" in doctor_checks.disk(config, model_folder).found
     for step in (10, 20):
@@ -55,6 +88,10 @@ def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path):
     assert resumed.state == OK and "1 more checkpoints" in resumed.found
     greedy = doctor_checks.disk(dataclasses.replace(config, checkpoint=Checkpoint(keep=10**9)), model_folder)
     assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
+    weights = doctor_checks.weight_bytes(model_folder)
+    room = shutil.disk_usage(tmp_path)._replace(free=8 * weights + weights)  # one checkpoint, not best/ and policy/
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path: room)
+    assert doctor_checks.disk(config, model_folder).state == FAILED
     weights = (model_folder / "model.safetensors").stat().st_size
     alone = dataclasses.replace(config, reward_model=RewardModel(enabled=False))
     assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 4 * weights
@@ -67,8 +104,7 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
 
 
 def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch, model_folder):
-    monkeypatch.setenv("WORLD_SIZE", "")  # so that what the command sets is taken back
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # of pods; what the command sets is taken back
     monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
     recipe = "examples/recipes/oreal.py:oreal_7b_8_gpus"
     assert main.main(["doctor", "--quick", recipe]) == 1
@@ -91,6 +127,27 @@ def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, mon
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PET_NNODES", "4")  # as Kubeflow sets it; the runs are of this machine alone
+    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 100)
     found = list(doctor.real_runs())
     assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
     assert "vllm" in found[1].mend and "vllm" not in sys.modules
+
+
+HANGS = """
+import os, pathlib, sys, time
+pathlib.Path(__file__).with_name(f"{os.getpid()}.pid").touch()
+print("started", flush=True)
+print("waiting for nobody", file=sys.stderr, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_real_run_that_hangs_is_ended_with_its_processes(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 10)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output, errors = doctor._run([*torchrun, str(tmp_path / "hangs.py")], dict(os.environ))
+    assert "started" in output and "waiting for nobody" in errors
+    pids = [file.stem for file in tmp_path.glob("*.pid")]
+    assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)

@@ -109,7 +109,8 @@ def machines(path) -> Path:
         case $1 in -c) [[ $2 == *megatron.core* ]] || exec {sys.executable} "$@"; exit 0 ;; esac
         trap "echo stopped >> $LOG/$OREAL_HOST; exit 4" TERM
         echo "$@" >> "$LOG/$OREAL_HOST"
-        if [ -n "$SLOW" ]; then for i in {{1..200}}; do sleep 0.1; done; fi
+        env > "$LOG/environment_$OREAL_HOST"
+        if [[ $SLOW == *$OREAL_HOST* ]]; then for i in {{1..200}}; do sleep 0.1; done; fi
         [ "$OREAL_HOST" = a ] || exit "$CODE"''')  # fmt: skip
     return path
 
@@ -126,17 +127,41 @@ def start(folder: Path, **variables: str) -> subprocess.Popen:
 
 
 def test_listed_hosts_are_started_and_the_worst_end_counts(machines):
-    process = start(machines, CODE="5")
+    process = start(machines, CODE="5", WORLD_SIZE="2", RANK="1")  # as Kubeflow sets them, for pods
     assert process.wait(30) == 5, process.stderr.read()
     assert sorted((machines / "hosts").read_text().split()) == ["a", "b"]
     for host in "ab":
         words = (machines / host).read_text()
         assert "--processes 4" in words and "--nodes 2 --rendezvous a:29400" in words
+        seen = (machines / f"environment_{host}").read_text().splitlines()
+        assert not any(line.startswith(("WORLD_SIZE", "RANK")) for line in seen)
         assert f"--logs {machines}/runs/logs/oreal_7b_8_gpus/{host} train" in words and "--set run=a b" in words
 
 
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_final_end_outranks_a_lost_rank_and_ends_the_other_hosts(machines, code):
+    """The other host would wait for its rendezvous, and call it a lost machine: "start it again"."""
+    started = time.monotonic()
+    process = start(machines, SLOW="a", CODE=str(code))
+    assert process.wait(30) == code and time.monotonic() - started < 15, process.stderr.read()
+    assert "stopped" in (machines / "a").read_text() and "stopped" not in (machines / "b").read_text()
+
+
+def test_settings_go_along_and_no_command_line_shows_them(machines):
+    carried = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "VLLM_LOGGING_LEVEL": "a 'b'", "OREAL_JUDGE_API_KEY": "secret"}
+    # This ssh, unlike a real one, starts in the environment it was called from: hand it an empty one.
+    ssh = 'echo "$@" >> "$LOG/seen"; exec env -i PATH="$PATH" LOG="$LOG" SLOW= CODE=0 bash -c "$2"'
+    program(machines, "ssh", ssh)
+    process = start(machines, **carried, CUDA_VISIBLE_DEVICES="0")
+    assert process.wait(30) == 0, process.stderr.read()
+    environment = (machines / "environment_b").read_text().splitlines()
+    assert all(f"{name}={value}" in environment for name, value in carried.items())
+    assert not any(line.startswith("CUDA_VISIBLE_DEVICES") for line in environment)
+    assert "secret" not in (machines / "seen").read_text()
+
+
 def test_a_signal_reaches_every_listed_host(machines):
-    process = start(machines, SLOW="yes")
+    process = start(machines, SLOW="ab")
     pids = [machines / f"runs/logs/oreal_7b_8_gpus/{host}/pid" for host in "ab"]
     waited = time.monotonic() + 20
     while not all((machines / host).exists() for host in "ab") and time.monotonic() < waited:
@@ -147,12 +172,30 @@ def test_a_signal_reaches_every_listed_host(machines):
     assert all("stopped" in (machines / host).read_text() for host in "ab")
 
 
-@pytest.mark.parametrize(("code", "back"), [(0, False), (2, False), (3, False), (4, True), (5, True)])
-def test_slurm_takes_back_what_should_be_started_again(path, code, back):
-    program(path, "srun", f"exit {code}")
+@pytest.mark.parametrize(
+    ("codes", "code", "back"),
+    [
+        ("0 0", 0, False),
+        ("2 5", 2, False),
+        ("5 3", 3, False),
+        ("4 4", 4, True),
+        ("5 4", 5, True),
+        ("5 killed", 5, True),
+    ],
+)
+def test_slurm_takes_back_what_should_be_started_again(path, codes, code, back):
+    """One machine's part ends with each of the codes; srun with the largest, as Slurm's does."""
+    program(path, "part", '[ "$1" != killed ] || kill -KILL $PPID; exit "$1"')
+    program(
+        path,
+        "srun",
+        f"""while [[ $1 == --* ]]; do shift; done; most=0
+        for code in {codes}; do "$@" $code; ended=$?; [ $ended -le $most ] || most=$ended; done; exit $most""",
+    )
     program(path, "scontrol", f'echo "$@" > {path}/called')
-    body = "source examples/slurm/run.sh; run_and_requeue bash x"
-    result = subprocess.run(["bash", "-c", body], cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "51"}, timeout=20)
+    body = "source examples/slurm/run.sh; run_and_requeue part"
+    environment = os.environ | {"SLURM_JOB_ID": "51", "OREAL_RUNS": str(path)}
+    result = subprocess.run(["bash", "-c", body], cwd=ROOT, env=environment, timeout=20)
     assert result.returncode == code
     assert (path / "called").exists() == back and (not back or (path / "called").read_text() == "requeue 51\n")
 

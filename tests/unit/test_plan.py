@@ -102,7 +102,8 @@ def test_models_are_built_beside_a_sleeping_engine_and_saved_without_gradients_b
     trained = ("parameters", "gradients", "optimizer")
     assert not build["KV cache"] and [build[part] for part in trained] == [policy[part] for part in trained]
     assert policy["parameters"] > policy["optimizer"], "of eight replicas: what they are copied from weighs more"
-    assert build["buffers"] + policy["optimizer"] == pytest.approx(policy["parameters"])
+    resident = one.assumed.asleep_gib * GIB
+    assert build["buffers"] - resident + policy["optimizer"] == pytest.approx(policy["parameters"])
     assert save["KV cache"] == 28 * GIB and [save[part] for part in trained] == [
         policy["parameters"], 0, policy["optimizer"]
     ]  # fmt: skip
@@ -110,6 +111,28 @@ def test_models_are_built_beside_a_sleeping_engine_and_saved_without_gradients_b
     assert kept["gradients"] > policy["gradients"]
     awake = memory.stages(case("oreal_7b", "engine.sleep=false"))[0].phases["build"]
     assert awake["KV cache"] == 28 * GIB
+
+
+def test_a_sleeping_engine_keeps_what_is_neither_weights_nor_cache():
+    """Of every phase in which it sleeps, and of none in which it is awake: that has all that it needs."""
+    one = case("oreal_7b")
+    less = dataclasses.replace(one, assumed=assumptions.Assumptions(asleep_gib=0))
+    phases, without = memory.stages(one)[0].phases, memory.stages(less)[0].phases
+    more = {name: memory.total() - without[name].total() for name, memory in phases.items()}
+    asleep = ("build", "reward_model", "reference", "policy")
+    assert more == pytest.approx({name: 1.5 * GIB if name in asleep else 0.0 for name in phases})
+    assert not phases["policy"]["engine weights"] and not phases["policy"]["KV cache"]
+
+
+def test_proving_fetches_the_weights_and_scores_a_few_tokens():
+    one = case("oreal_7b")
+    moved = timing.Transfer(0, 0, 0, "direct")
+    fetched = 2 * memory.held(one, 0, "lm")["parameters"] / 25e9
+    shorter = timing.phases(one, moved)["prove"]
+    assert fetched < shorter < 1.25 * fetched, "2 answers of each replica, 64 tokens of each"
+    assert timing.phases(case("oreal_7b", "engine.proof_tokens=128"), moved)["prove"] > shorter
+    kept = timing.phases(case("oreal_7b", "offload=false"), moved)["prove"]
+    assert kept == pytest.approx(shorter - fetched)
 
 
 def test_times_point_the_right_way():
