@@ -30,6 +30,7 @@ from oreal_megatron.mcore import cpu
 BACKEND = "cpu:fake,meta:fake"
 UNANSWERED = ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_")  # torch has no meta kernel
 INPUT_ONLY = ("gather_",)  # the first rank alone has outputs
+ROOT = {"broadcast_": 2, "gather_": 3, "scatter_": 3, "reduce_": 3}  # its place among the arguments
 _NEW_GROUP = dist.new_group
 
 _device._device_constructors()  # remembers torch's factories at its first call, which must not find the stand-ins
@@ -42,6 +43,8 @@ class Call(NamedTuple):
     group: tuple[int, ...]  # global ranks
     sizes: tuple[int, ...]  # bytes of each tensor
     peer: int = -1  # global rank, of a message
+    dtypes: tuple[str, ...] = ()
+    root: int = -1  # of the group, of a broadcast and its like
 
 
 class Record(TorchDispatchMode):
@@ -99,11 +102,14 @@ def _name_backend(group: Any) -> None:
 def _call(operation: str, args: tuple) -> Call:
     group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
     ranks = tuple(dist.get_process_group_ranks(group))
-    tensors = args[1] if operation in INPUT_ONLY else args
-    sizes = tuple(tensor.nbytes for tensor in _tensors(tensors))
+    if operation == "barrier":
+        return Call(operation, ranks, ())
+    tensors = list(_tensors(args[1] if operation in INPUT_ONLY else args))
+    sizes, dtypes = tuple(tensor.nbytes for tensor in tensors), tuple(str(tensor.dtype) for tensor in tensors)
     if operation in ("send", "recv_"):
-        return Call(operation, ranks, sizes, ranks[args[2]])
-    return Call(operation, ranks, () if operation == "barrier" else sizes)
+        return Call(operation, ranks, sizes, ranks[args[2]], dtypes)
+    root = args[ROOT[operation]] if operation in ROOT else -1
+    return Call(operation, ranks, sizes, dtypes=dtypes, root=root)  # torch shows no reduction's kind to Python
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -184,7 +184,8 @@ def _members(group: tuple[int, ...] | None) -> str:
 def _said(call: Call | None) -> str:
     if call is None:
         return "the end"
-    return f"{call.operation} of {_bytes(call.sizes)} over {_members(call.group)}"
+    how = (*sorted(set(call.dtypes)), f"from root {call.root}" if call.root >= 0 else "")
+    return " ".join(filter(None, (call.operation, "of", _bytes(call.sizes), *how, "over", _members(call.group))))
 
 
 def _bytes(sizes: tuple[int, ...] | None) -> str:

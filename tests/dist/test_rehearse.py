@@ -133,6 +133,34 @@ def test_planted_errors_are_named(in_processes):
     assert "rank 0: " in found["uneven heads"]["broken"][0]
 
 
+def recorded() -> dict[str, list]:
+    """The same call on two ranks, and with another root or type."""
+    import torch
+    import torch.distributed as dist
+
+    from oreal_megatron.mcore import nowhere
+
+    calls = {
+        "broadcast": lambda: dist.broadcast(torch.zeros(2), 0),
+        "root": lambda: dist.broadcast(torch.zeros(2), 1),
+        "sum": lambda: dist.all_reduce(torch.zeros(2)),
+        "type": lambda: dist.all_reduce(torch.zeros(2, dtype=torch.int32)),
+    }
+    found = {}
+    for rank in (0, 1):
+        with nowhere.rank_of(2, rank) as record:
+            for name, call in calls.items():
+                call()
+                found.setdefault(name, []).append(tuple(record.calls[-1]))
+    return found
+
+
+def test_a_call_is_told_from_one_of_another_root_or_type(in_processes):
+    found = in_processes(1, recorded)[0]
+    assert all(one == two for one, two in found.values())
+    assert len({one for one, _ in found.values()}) == len(found)
+
+
 def real_steps() -> list[dict[str, float]]:
     """Planned over measured bytes of reward models that really train, in fp32 on this machine's CPUs."""
     import torch.distributed as dist

@@ -15,6 +15,8 @@ class Call(NamedTuple):
     group: tuple[int, ...]
     sizes: tuple[int, ...] = (8,)
     peer: int = -1
+    dtypes: tuple[str, ...] = ("torch.float32",)
+    root: int = -1
 
 
 class Shard(NamedTuple):
@@ -44,6 +46,8 @@ def test_collectives_that_meet_are_sound_however_they_interleave():
         ([TP0], "which is at its 1, the end"),
         ([TP0._replace(sizes=(16,)), DP0], "allreduce_ of [16] bytes"),
         ([TP0._replace(operation="broadcast_"), DP0], "broadcast_"),
+        ([TP0._replace(root=1), DP0], "from root 1"),
+        ([TP0._replace(dtypes=("torch.int64",)), DP0], "torch.int64"),
     ],
 )
 def test_ranks_that_would_wait_for_ever_are_named(second, says):
