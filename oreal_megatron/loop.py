@@ -65,5 +65,5 @@ def same_policy(config: Config, engine: Any, policy: Any, rollouts: Any, cut: tu
     """Compare engine's and trainer's version, and their log-probs of a few sampled tokens; stops the run on a gap."""
     proof.check_versions(rollouts, engine.version, policy.updates, step)
     batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
-    gap, tokens = zip(*ranks.gather(proof.difference(policy.score(batch), batch)), strict=True)
-    return proof.check(max(gap), sum(tokens), config.proof_tolerance, policy.updates, step)
+    found = ranks.gather(proof.difference(policy.score(batch), batch, config.proof_tolerance))
+    return proof.check(found, config.proof_tolerance, policy.updates, step)

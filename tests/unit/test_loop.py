@@ -203,6 +203,35 @@ def test_one_answer_of_a_bad_replica_does_not_drown_among_good_ones(tmp_path):
         run_loop(tmp_path, config, [], OneBadReplica([]))
 
 
+class Rounded(FakeEngine):
+    """Its answers are of twenty tokens; the first so many log-probs of one of them are off by 3 nats."""
+
+    off = 1
+
+    def generate(self, prompts, sampling, seed, finished):
+        rows = super().generate(prompts, sampling, seed, finished)
+        for row in rows:
+            row[:] = [dataclasses.replace(one, tokens=(7,) * 20, logprobs=(-1.0,) * 20) for one in row]
+        rows[1][0] = dataclasses.replace(rows[1][0], logprobs=(-4.0,) * self.off + (-1.0,) * (20 - self.off))
+        return rows
+
+
+def test_a_single_token_far_off_as_half_precision_has_them_does_not_stop_the_run(tmp_path):
+    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.1))
+    run_loop(tmp_path, config, [], Rounded([]))
+    (row, *_) = (json.loads(line) for line in (Path(config.run) / "metrics.jsonl").open())
+    assert row["proof/logprob_gap"] == pytest.approx(0.15) and row["proof/capped_gap"] == pytest.approx(0.02)
+
+
+def test_several_tokens_off_do(tmp_path):
+    class Wrong(Rounded):
+        off = 6
+
+    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.1))
+    with pytest.raises(PoliciesDiffer, match=r"differ by 0\.9 nats"):
+        run_loop(tmp_path, config, [], Wrong([]))
+
+
 def test_an_engine_that_was_not_handed_the_newest_weights_stops_the_run(tmp_path):
     class Deaf(FakeEngine):
         version = property(lambda self: 0, lambda self, value: None)
