@@ -77,9 +77,7 @@ def print_table(found: dict[str, Any]) -> None:
 def _caption(found: dict[str, Any]) -> str:
     """What the table does not hold, in sentences."""
     on, steps, sync = found.get("hardware"), found["steps"], found.get("sync")
-    plural = "s" if on and on["nodes"] > 1 else ""
-    where = f"{on['gpus']} ranks on {on['nodes']} machine{plural} ({on['device']})" if on else "hardware not recorded"
-    lines = [f"{where}; means of {steps['counted']} of {steps['logged']} steps, from step {steps['first']}"]
+    lines = [f"{_where(on)}; means of {steps['counted']} of {steps['logged']} steps, from step {steps['first']}"]
     if "bubble" in found:
         dealt = f"; operations dealt unevenly: {found['idle_training']:.1%}" if "idle_training" in found else ""
         lines.append(f"pipeline bubble of training: {found['bubble']:.1%} at best{dealt}")
@@ -90,6 +88,13 @@ def _caption(found: dict[str, Any]) -> str:
     if on and "peak_tflops" not in on:
         lines.append("MFU: the peak of this device in this precision is not known")
     return "\n".join(lines)
+
+
+def _where(on: dict[str, Any] | None) -> str:
+    if not on:
+        return "hardware not recorded"
+    counts = (f"{on[key]} {word}{'s' * (on[key] > 1)}" for key, word in (("gpus", "rank"), ("nodes", "machine")))
+    return f"{' on '.join(counts)} ({on['device']})"
 
 
 def _counted(record: Record) -> list[Row]:
