@@ -22,7 +22,7 @@ class Preempted(RunStopped):
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeConfig:
     """LLM judge behind an OpenAI-compatible API, asked where the rules say WRONG. No URL: no judge."""
 
     urls: tuple[str, ...] = ()
@@ -38,30 +38,30 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Verify:
+class VerifyConfig:
     """How answers are graded."""
 
     workers: int = 2  # grading processes of each rank that holds rollouts
     timeout_s: float = 2.0  # per answer, enforced by killing the worker
-    memory_mb: int = 1024  # per worker
+    memory_mib: int = 1024  # per worker
     thinking_end: tuple[str, ...] = ("</think>",)  # the answer is looked for after the last of these
     unknown_limit: float = 0.2  # the run stops when a larger share of a step's verdicts is UNKNOWN
-    judge: Judge = field(default_factory=Judge)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The starting policy, a Hugging Face folder; reward model and reference start from it as well."""
 
     path: str = ""
     dtype: str = "float32"  # "float32" or "bfloat16"
     layers: str = "local"  # Megatron's and our modules; or "transformer_engine": its fused ones, where it is installed
-    logits_megabytes: int = 1024  # memory that the output layer may fill with logits
+    logits_mib: int = 1024  # memory that the output layer may fill with logits
     trust_remote_code: bool = False  # run the Python code of a tokenizer that brings some
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelConfig:
     """How Megatron cuts the models; data-parallel size is what remains of the world."""
 
     tensor: int = 1
@@ -78,48 +78,50 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineConfig:
     """The colocated vLLM engine: replicas of `tensor` consecutive ranks each."""
 
     tensor: int = 1
     max_model_len: int = 16384  # prompt and response, tokens
     max_num_seqs: int = 256
-    kv_cache_gb: float = 1.0  # per rank
+    kv_cache_gib: float = 1.0  # per rank
     dtype: str = ""  # of its weights; empty: as the model's. bfloat16 engines serve a float32 trainer
     transport: str = "direct"  # how weights reach it; "gather": full tensors, through vLLM's own loader
-    buffer_megabytes: int = 512  # extra memory of the direct transport, per rank
+    buffer_mib: int = 512  # extra memory of the direct transport, per rank
     sleep: bool = True  # give its memory to the trainer while it trains, where the platform can (a CPU cannot)
     enforce_eager: bool = False
     retries: int = 1  # how often a step's answers that an engine failed to give are asked for again
-    proof_answers: int = 2  # answers of each replica whose log-probs are compared with the trainer's, every step
-    proof_tokens: int = 64  # at most so many tokens of each
-    proof_tolerance: float | None = None  # nats, mean |difference| of an answer; None: 1e-4 in float32, 0.1 in bfloat16
+    parity_rollouts: int = 2  # answers of each replica whose log-probs are compared with the trainer's, every step
+    parity_tokens: int = 64  # at most so many tokens of each
+    parity_tolerance_nats: float | None = (
+        None  # nats, mean |difference| of an answer; None: 1e-4 in float32, 0.1 in bfloat16
+    )
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How answers are sampled (papers.md, section 1.7)."""
 
-    answers_per_prompt: int = 16
+    rollouts_per_prompt: int = 16
     temperature: float = 1.0
     top_p: float = 0.9
     max_new_tokens: int = 14000
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Prompts: JSONL with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
 
     path: str = ""
     held_out: str = ""  # JSONL of problems to evaluate on; empty: no evaluation
     prompts_per_step: int = 64
     system_prompt: str = ""
-    drop_bad_golds: bool = False  # leave out prompts whose gold answer the verifier cannot equate with itself
+    drop_unreadable_golds: bool = False  # leave out prompts whose gold answer the verifier cannot equate with itself
     buckets: tuple[tuple[float, float, int], ...] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectionConfig:
     """Which answers are trained on, and their advantage."""
 
     advantage: str = "leave_one_out"  # or "group_normalised"
@@ -127,7 +129,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsConfig:
     """How reward-model scores become token weights (paper, Eq. 10)."""
 
     rescale: str = "threshold"  # or "top_share"
@@ -136,7 +138,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """Coefficients of the policy loss (paper, Eq. 11; values of the authors' configuration)."""
 
     positive_coef: float = 1.0
@@ -147,7 +149,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
     lr: float = 5e-7
@@ -160,33 +162,33 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardModelConfig:
     """The token-level reward model; disabled, every token weighs 1."""
 
     enabled: bool = True
     score_at: str = "token"  # "token": after reading the token (paper, w(s_<=t)); "before": authors' code
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=2e-6, min_lr=4e-7))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
 
 
 @dataclass(frozen=True)
-class Guard:
+class GuardConfig:
     """Steps that are not taken: loss, score or gradient is not finite, or the gradient is a spike."""
 
-    skips_in_a_row: int = 5  # of one model, at which the run stops
+    max_consecutive_skips: int = 5  # of one model, at which the run stops
     spike_factor: float = 0.0  # a gradient norm above so many times the running median is a spike; 0: none is
     spike_window: int = 20  # steps taken that the median is of; until there are so many, nothing is a spike
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     every: int = 10  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints kept
     keep_every: int = 0  # steps; checkpoints at multiples of it stay as well; 0: none
 
 
 @dataclass(frozen=True)
-class Watchdog:
-    """Seconds that a rank may go without a beat before the job ends with exit code 5 (observe/watchdog.py).
+class WatchdogConfig:
+    """Seconds that a rank may go without a beat before the job ends with exit code 5 (runtime/watchdog.py).
 
     Beats are engine steps, micro-batches, graded answers, and the borders of phases. A rank that waits for others in a
     collective is not counted as long as one of them goes on.
@@ -206,14 +208,14 @@ class Watchdog:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     every: int = 10  # steps; 0: never during training
     problems: int = 0  # the first so many held-out problems; 0: all of them
     max_new_tokens: int = 14000
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisedConfig:
     """`oreal sft`: cross entropy on demonstrations (JSONL with question and response)."""
 
     path: str = ""
@@ -221,7 +223,7 @@ class Supervised:
     samples_per_step: int = 128
     evaluate_every: int = 0  # steps; 0: never (no engine is started)
     stop_at_accuracy: float = 1.0  # stop once greedy held-out accuracy reaches it; needs evaluate_every
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5, min_lr=1e-6))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6))
 
 
 @dataclass(frozen=True)
@@ -235,22 +237,22 @@ class Config:
     policy_freeze_steps: int = 10  # the first steps train the reward model alone
     tokens_per_micro_batch: int = 16384  # sequences are packed up to this; a longer one stands alone
     offload: bool = False  # idle models leave the device: parameters, gradients and optimizer state
-    model: Model = field(default_factory=Model)
-    parallel: Parallel = field(default_factory=Parallel)
-    engine: Engine = field(default_factory=Engine)
-    sampling: Sampling = field(default_factory=Sampling)
-    data: Data = field(default_factory=Data)
-    verify: Verify = field(default_factory=Verify)
-    selection: Selection = field(default_factory=Selection)
-    weights: Weights = field(default_factory=Weights)
-    loss: Loss = field(default_factory=Loss)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    reward_model: RewardModel = field(default_factory=RewardModel)
-    guard: Guard = field(default_factory=Guard)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    watchdog: Watchdog = field(default_factory=Watchdog)
-    supervised: Supervised = field(default_factory=Supervised)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     megatron: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields, passed through
 
     @property
@@ -259,9 +261,9 @@ class Config:
         return self.policy_freeze_steps if self.reward_model.enabled else 0
 
     @property
-    def proof_tolerance(self) -> float:
-        if self.engine.proof_tolerance is not None:
-            return self.engine.proof_tolerance
+    def parity_tolerance_nats(self) -> float:
+        if self.engine.parity_tolerance_nats is not None:
+            return self.engine.parity_tolerance_nats
         return 1e-4 if self.model.dtype == self.engine_dtype == "float32" else 0.1
 
     @property

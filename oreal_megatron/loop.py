@@ -1,69 +1,89 @@
-"""OREAL on one page (arXiv 2502.06781, Algorithm 1). Nouns are records, verbs are rooms.
+"""OREAL on one page (arXiv 2502.06781, Algorithm 1). Nouns are records; every function called belongs to a package.
 
-Every rank runs this loop. It is the same with fakes: tests/unit/test_loop.py.
+Every rank runs this loop. tests/unit/test_loop.py runs it with fakes. Shape letters: records.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from oreal_megatron import ranks
-from oreal_megatron.algo import guard, pack, proof, selection
+from oreal_megatron.algo import guard, logprob_parity, packing, selection
 from oreal_megatron.config import Config
-from oreal_megatron.observe.run import Run
+from oreal_megatron.protocols import (
+    Dataset,
+    Metrics,
+    PolicyTrainer,
+    RewardModelTrainer,
+    RolloutEngine,
+    RunRecorder,
+    Scorer,
+    StepHooks,
+    Verifier,
+    WeightSync,
+)
+from oreal_megatron.records import PackingSpec, Rollout
+from oreal_megatron.runtime import distributed
 
 
 def train(
     config: Config,
-    prompts: Any,  # .take(step) -> [P] Prompt
-    engine: Any,  # .generate(...) -> [P, K] Rollout, .sleep() until the next hand-over
-    verifier: Any,  # .submit(rollout), .verdicts(rollouts) -> [P, K] Verdict
-    policy: Any,  # .score(batch), .update(batch, reference log-probs, token weights)
-    reference: Any,  # .score(batch)
-    reward_model: Any,  # .update(batch) -> token weights, metrics
-    hand_over: Callable[[int], dict[str, float]],  # the policy's weights, by version -> the engine that lacks them
-    run: Run,
-    after_step: Callable[[int], None],  # evaluate and save when due
-    data_parallel: tuple = (0, 1),  # this rank, ranks, and what else pack.batch takes
+    dataset: Dataset,
+    engine: RolloutEngine,
+    verifier: Verifier,
+    policy: PolicyTrainer,
+    reference: Scorer,
+    reward_model: RewardModelTrainer,
+    weight_sync: WeightSync,
+    run: RunRecorder,
+    hooks: StepHooks,
+    packing_spec: PackingSpec,
 ) -> None:
-    cut = (config.tokens_per_micro_batch, *data_parallel)
+    """Train the policy for the steps that remain of the run. Collective."""
     with run.steps() as steps:
         for step in steps:
             seed = (config.seed, step)
-            asked = prompts.take(step)  # [P]
+            prompts = dataset.take(step)  # [P]
             with run.phase("generate"):
-                rollouts = engine.generate(asked, config.sampling, seed, verifier.submit)  # [P, K]
-            with run.phase("verify"):  # what generation did not overlap
+                rollouts = engine.generate(prompts, config.sampling, seed, verifier.submit)  # [P, K]
+            with run.phase("verify"):  # grading that did not overlap with generation
                 verdicts = verifier.verdicts(rollouts)  # [P, K]
-            with run.phase("prove"):  # before anything is trained on them
-                metrics = same_policy(config, engine, policy, rollouts, cut, step)
+            with run.phase("parity"):  # before anything is trained on these rollouts
+                metrics = check_logprob_parity(config, engine, policy, rollouts, packing_spec, step)
             engine.sleep()
 
-            samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one right, one wrong a prompt
+            samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] a correct, an incorrect one
             metrics |= selection.summary(rollouts, verdicts, samples)
             if samples:
-                batch = pack.batch(samples, *cut)  # with the counts of the whole step
+                batch = packing.batch(samples, packing_spec)  # with the token counts of the whole step
                 with run.phase("reward_model"):
-                    weight, learned = reward_model.update(batch)  # what it believed before this update
-                metrics |= learned
+                    token_weights, reward_metrics = reward_model.update(batch)  # weights from before this update
+                metrics |= reward_metrics
                 reference_logp = None
                 if step >= config.frozen_steps:
                     with run.phase("reference"):
                         reference_logp = reference.score(batch)
                     with run.phase("policy"):
-                        metrics |= policy.update(batch, reference_logp, weight)
-                run.keep(step, batch, reference_logp, weight, metrics)  # for `oreal replay`
-                guard.check(metrics, config.guard, step)  # broken weights go nowhere
-            with run.phase("reshard"):
-                metrics |= hand_over(policy.updates)
+                        metrics |= policy.update(batch, reference_logp, token_weights)
+                run.dump(step, batch, reference_logp, token_weights, metrics)  # for `oreal replay`
+                guard.check(metrics, config.guard, step)  # stops the run before broken weights reach the engine
+            with run.phase("weight_sync"):
+                metrics |= weight_sync.sync(policy.updates)
             run.log(step, metrics, rollouts, verdicts)
-            after_step(step + 1)
+            hooks.after_step(step + 1)
 
 
-def same_policy(config: Config, engine: Any, policy: Any, rollouts: Any, cut: tuple, step: int) -> dict[str, float]:
-    """Compare engine's and trainer's version, and their log-probs of a few sampled tokens; stops the run on a gap."""
-    proof.check_versions(rollouts, engine.version, policy.updates, step)
-    batch = pack.batch(proof.samples(rollouts, config.engine.proof_tokens), *cut)
-    found = ranks.gather(proof.difference(policy.score(batch), batch, config.proof_tolerance))
-    return proof.check(found, config.proof_tolerance, policy.updates, step)
+def check_logprob_parity(
+    config: Config,
+    engine: RolloutEngine,
+    policy: PolicyTrainer,
+    rollouts: Sequence[Sequence[Rollout]],
+    packing_spec: PackingSpec,
+    step: int,
+) -> Metrics:
+    """Compare versions and log-probs of engine and trainer on a few sampled tokens; raise LogprobMismatch on a gap."""
+    logprob_parity.check_versions(rollouts, engine.version, policy.updates, step)
+    samples = logprob_parity.samples(rollouts, config.engine.parity_tokens)
+    batch = packing.batch(samples, packing_spec)
+    gap = logprob_parity.difference(policy.score(batch), batch, config.parity_tolerance_nats)
+    gaps = distributed.all_gather_object(gap)
+    return logprob_parity.check(gaps, config.parity_tolerance_nats, policy.updates, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class Outcome(enum.Enum):
     """What the verifier says of one answer. UNKNOWN is not wrong: it never becomes a reward."""
 
     CORRECT = "correct"
-    WRONG = "wrong"
+    INCORRECT = "incorrect"
     UNKNOWN = "unknown"
 
 
@@ -80,8 +81,8 @@ class Counts:
 
     sequences: int
     action_tokens: int
-    right_tokens: int
-    wrong_tokens: int
+    correct_tokens: int
+    incorrect_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,10 @@ class MicroBatch:
 
     tokens: torch.Tensor  # [S] int64, prompt then response of each sequence, then filler
     positions: torch.Tensor  # [S] int64, from 0 in every sequence
-    borders: tuple[int, ...]  # of the sequences within S, the filler being one of them
+    sequence_offsets: tuple[int, ...]  # cumulative lengths within S; padding counts as one more sequence
     action_index: torch.Tensor  # [T] int64, the row of S that predicts each action token
     labels: torch.Tensor  # [T] int64, the action tokens
-    cu_seqlens: torch.Tensor  # [B+1] int64, borders of the sequences within T
+    action_offsets: torch.Tensor  # [B+1] int64, cumulative action tokens of the sequences, within T
     reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the filler of an empty micro-batch
     advantage: torch.Tensor  # [B] float32
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine was not asked
@@ -103,6 +104,18 @@ class MicroBatch:
         return dataclasses.replace(
             self, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PackingSpec:
+    """How a step's samples are packed into micro-batches (algo/packing.py); the same on all ranks but for `rank`."""
+
+    tokens_per_micro_batch: int
+    rank: int = 0  # data-parallel rank
+    ranks: int = 1  # data-parallel ranks
+    micro_batch_multiple: int = 1  # interleaved pipelines need a multiple of their stages
+    token_multiple: int = 1  # sequence and context parallelism share the tokens of a micro-batch evenly
+    even_tokens: float = math.inf  # sequence length at which attention costs as much as the matrix products
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def write_model() -> Callable[[Path, str], str]:
     def write(folder: Path, family: str, **changes: Any) -> str:
         from safetensors.torch import save_file
 
-        from oreal_megatron.mapping import architecture, tensors
+        from oreal_megatron.models import architecture, tensors
 
         hf = json.loads((ROOT / "tests/families.json").read_text())[family] | changes
         arch, generator, weights = architecture.read(hf), torch.Generator().manual_seed(8), {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oreal_megatron.mapping import tensors
-from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.models import tensors
+from oreal_megatron.models.architecture import Architecture
 
 
 def numbered(arch: Architecture, dtype: torch.dtype = torch.int64) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 
 def ours() -> Callable[[dict], bool]:
-    from oreal_megatron.verify import rules
+    from oreal_megatron.math_equality import rules
 
     return lambda row: rules.grade_text(row["gold"], row["pred"]).outcome == "correct"
 

@@ -2,7 +2,7 @@
 
     python tools/compile_kernels.py [--architectures 80 90 100] [--json FILE]
 
-The launch options are those that the kernels run with (oreal_kernels/launch.py). Exit code 1 if a kernel spills
+The launch options are those that the kernels run with (oreal_kernels/triton_launch.py). Exit code 1 if a kernel spills
 registers or wants more shared memory than a thread block of the architecture may have.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import triton
-from oreal_kernels import launch
+from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine_kernel
 from oreal_kernels.linear_statistics import linear_statistics_kernel
 from oreal_kernels.oreal_loss import terms_kernel
@@ -91,7 +91,7 @@ def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
 
 
 def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: int) -> dict:
-    options = dict(launch.TABLES[architecture][name])
+    options = dict(triton_launch.TABLES[architecture][name])
     runtime = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
     constants = {**constants, **options}
     types = signature(kernel, constants, dtypes)
@@ -136,7 +136,9 @@ def faults(rows: list[dict]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", type=int, nargs="+", default=list(launch.TABLES), choices=launch.TABLES)
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=list(triton_launch.TABLES), choices=triton_launch.TABLES
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from oreal_megatron.convert.hf_folder import FolderWriter
-from oreal_megatron.mapping import architecture, tensors
+from oreal_megatron.models import architecture, tensors
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,

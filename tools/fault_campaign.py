@@ -294,7 +294,7 @@ def prepare(folder: Path, steps: int) -> list[str]:
         f"checkpoint.every={steps // 4}",
         f"evaluation.every={steps // 2}",
         "data.prompts_per_step=32",
-        "sampling.answers_per_prompt=8",
+        "sampling.rollouts_per_prompt=8",
         "verify.timeout_s=60",
     ]
 

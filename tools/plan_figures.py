@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from oreal_megatron import settings
-from oreal_megatron.mapping import architecture
+from oreal_megatron.models import architecture
 from oreal_megatron.plan import estimate, gpus, published
-from oreal_megatron.plan.case import Case
 from oreal_megatron.plan.estimate import GIB
+from oreal_megatron.plan.scenario import Scenario
 
 RECIPES = Path(__file__).parent.parent / "examples/recipes/oreal.py"
 COLUMNS = ("recipe", "GPUs", "fullest phase", "GiB left", "largest KV cache, GiB", "s/step", "of them generating",
@@ -30,7 +30,7 @@ def main() -> None:
 def row(recipe: str, gpu: str) -> str:
     config = settings.from_recipe(f"{RECIPES}:{recipe}")
     arch = architecture.read(published.config(config.model.path)[0])
-    made = estimate.make(Case(config, arch, gpus.named(gpu), config.gpus))
+    made = estimate.make(Scenario(config, arch, gpus.named(gpu), config.gpus))
     return (
         f"| `{recipe}` | {config.gpus} {gpu} | {made.fullest.fullest} | {made.spare / GIB:.1f} "
         f"| {made.largest_cache / GIB:.0f} | {made.step_seconds:.0f} | {made.seconds['generate']:.0f} "

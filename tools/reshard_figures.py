@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 
-from oreal_megatron.mapping import architecture
-from oreal_megatron.reshard import plan
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.models import architecture
+from oreal_megatron.reshard import planner
+from oreal_megatron.reshard.overlaps import ReshardLayout
 
 SIZES = {"7B": (28, 3584, 18944, 28, 4), "32B": (64, 5120, 27648, 40, 8)}
 # Model, trainer's tensor, pipeline and data parallelism, ranks of a replica of the engine.
@@ -38,13 +38,13 @@ def architecture_of(size: str) -> architecture.Architecture:
 
 def row(size: str, tensor: int, pipeline: int, data: int, engine: int) -> str:
     world = tensor * pipeline * data
-    layout = Layout(architecture_of(size), tensor, pipeline, 1, engine, world, NODE)
+    layout = ReshardLayout(architecture_of(size), tensor, pipeline, 1, engine, world, NODE)
     start = time.process_time()
-    made = plan.make(layout, world - 1, ITEMSIZE, BATCH_BYTES)
+    made = planner.make(layout, world - 1, ITEMSIZE, BATCH_BYTES)
     seconds = time.process_time() - start
     traffic = made.traffic
     wire = max(((traffic.received - traffic.received_between) / 450e9).max(), (traffic.received_between / 50e9).max())
-    total = sum(part.rows * part.columns for part in plan.slices(layout)) * ITEMSIZE / 1e9
+    total = sum(part.rows * part.columns for part in planner.slices(layout)) * ITEMSIZE / 1e9
     gathered = total * (1 - 1 / tensor) + total / tensor * (1 - 1 / pipeline)
     return (
         f"| {size} | {tensor} x {pipeline} x {data} | {engine} x {world // engine} "

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from oreal_megatron.mapping import architecture, tensors
-from oreal_megatron.reshard import plan, vllm_layout
+from oreal_megatron.models import architecture, tensors
+from oreal_megatron.reshard import planner, vllm_layout
+from oreal_megatron.reshard.byte_counter import ByteCounter
 from oreal_megatron.reshard.checksum import Checksums
-from oreal_megatron.reshard.counted import Counted
-from oreal_megatron.reshard.direct import Direct
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.reshard.direct_transport import Direct
+from oreal_megatron.reshard.overlaps import ReshardLayout
 
 REPEATS = 20
 
@@ -49,17 +49,17 @@ def process(rank: int) -> None:
         dict(architectures=["Qwen2ForCausalLM"], num_hidden_layers=64, hidden_size=64, intermediate_size=96,
              num_attention_heads=4, num_key_value_heads=2, vocab_size=256, max_position_embeddings=512, rope_theta=1e6)
     )  # fmt: skip
-    layout = Layout(arch, 2, 1, 1, 1, 2, 1)
+    layout = ReshardLayout(arch, 2, 1, 1, 1, 2, 1)
     held = {entry.megatron: torch.randn(entry.shard_shape(2)) for entry in tensors.entries(arch, 2, 1, 0, "lm")}
     for name, full in held.items():
         if "norm" in name:  # replicated
             full.fill_(1)
     live = {name: torch.empty(shape) for name, shape in vllm_layout.shapes(arch, 1).items()}
-    made = measured("plan, once", lambda: plan.make(layout, rank, 4, 2**20))
+    made = measured("plan, once", lambda: planner.make(layout, rank, 4, 2**20))
     direct = measured("views, once", lambda: Direct(made, held, live))
     checksums = measured("views for the proof, once", lambda: Checksums(layout, made, rank, held, live))
-    direct.run(Counted(1))
-    measured("transfer", lambda: direct.run(Counted(1)), REPEATS)
+    direct.run(ByteCounter(1))
+    measured("transfer", lambda: direct.run(ByteCounter(1)), REPEATS)
     wrong = measured("proof", checksums.differing, REPEATS)
     if rank == 0:
         slices = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in made.batches)

@@ -20,12 +20,12 @@ from unittest import mock
 import torch
 
 from oreal_megatron import config as c
-from oreal_megatron.algo import pack, selection
+from oreal_megatron.algo import packing, selection
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mapping import architecture
-from oreal_megatron.mcore import checkpoint, cpu, parallel, roles
-from oreal_megatron.mcore.saver import Saver
-from oreal_megatron.records import Batch, MicroBatch, Sample
+from oreal_megatron.mcore import checkpoint_state, cpu_shim, parallel, trained_models
+from oreal_megatron.mcore.checkpoint_saver import Saver
+from oreal_megatron.models import architecture
+from oreal_megatron.records import Batch, MicroBatch, PackingSpec, Sample
 
 LONGEST, BUDGET, SAMPLES, ROUNDS = 512, 1024, 32, 7
 
@@ -33,7 +33,7 @@ LONGEST, BUDGET, SAMPLES, ROUNDS = 512, 1024, 32, 7
 def main() -> None:
     torch.set_num_threads(1)
     parallel.start_process_group()
-    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.start_megatron(c.ParallelConfig(), seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = small_model(Path(scratch) / "model")
         packing(folder)
@@ -72,20 +72,24 @@ def padded(samples: list[Sample]) -> Batch:
 
 def rows(group: list[Sample]) -> MicroBatch:
     width = len(group[0])
-    whole = pack.micro_batch(
+    whole = packing.micro_batch(
         [Sample((*s.prompt_tokens, *s.response_tokens, *[0] * (width - len(s))), (), 0.0, 0.0) for s in group]
     )
-    real = pack.micro_batch(group)
-    shift = torch.tensor([row * width - real.borders[row] for row in range(len(group))])
-    index = real.action_index + shift.repeat_interleave(real.cu_seqlens.diff())
+    real = packing.micro_batch(group)
+    shift = torch.tensor([row * width - real.sequence_offsets[row] for row in range(len(group))])
+    index = real.action_index + shift.repeat_interleave(real.action_offsets.diff())
     return dataclasses.replace(
-        real, tokens=whole.tokens, positions=whole.positions, borders=whole.borders, action_index=index
+        real,
+        tokens=whole.tokens,
+        positions=whole.positions,
+        sequence_offsets=whole.sequence_offsets,
+        action_index=index,
     )
 
 
 def policy_step(folder: Folder, batch: Batch) -> Callable[[], object]:
     pieces = (architecture.read(folder.config), c.Config(), folder.tensor)
-    policy, weight = roles.Policy(*pieces), roles.NoRewardModel().update(batch)[0]
+    policy, weight = trained_models.Policy(*pieces), trained_models.NoRewardModel().update(batch)[0]
     reference = policy.score(batch)
     return lambda: policy.update(batch, reference, weight)
 
@@ -101,9 +105,9 @@ def seconds(steps: list[Callable[[], object]]) -> list[float]:
     return [min(taken) for taken in times]
 
 
-def packing(folder: Folder) -> None:
+def show_packing(folder: Folder) -> None:
     samples = drawn()
-    tokens, batches = sum(map(len, samples)), [pack.batch(samples, BUDGET, 0, 1), padded(samples)]
+    tokens, batches = sum(map(len, samples)), [packing.batch(samples, PackingSpec(BUDGET)), padded(samples)]
     times = seconds([policy_step(folder, batch) for batch in batches])
     for name, batch, taken in zip(("packed", "padded"), batches, times, strict=True):
         there = sum(len(part.tokens) for part in batch.micro_batches)
@@ -112,20 +116,20 @@ def packing(folder: Folder) -> None:
 
 
 def cpu_layer(folder: Folder) -> None:
-    """How often the stand-ins of mcore/cpu.py are called in a step, times what one costs beyond what it stands for."""
-    step, calls, saved = policy_step(folder, pack.batch(drawn(), BUDGET, 0, 1)), [], dict(cpu.PATCHES)
+    """How often the stand-ins of mcore/cpu_shim.py are called in a step, times its extra cost."""
+    step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(cpu_shim.PATCHES)
 
     def counted(stand_in: Callable) -> Callable:
         return lambda *args, **kwargs: calls.append(1) or stand_in(*args, **kwargs)
 
     try:
         for name, (owner, attribute, stand_in) in saved.items():
-            cpu.PATCHES[name] = (owner, attribute, counted(stand_in))
+            cpu_shim.PATCHES[name] = (owner, attribute, counted(stand_in))
         step()
     finally:
-        cpu.PATCHES.update(saved)
+        cpu_shim.PATCHES.update(saved)
     (taken,) = seconds([step])
-    rounds, made = 2000, cpu.PATCHES["zeros"][2]
+    rounds, made = 2000, cpu_shim.PATCHES["zeros"][2]
     bare, through = (
         min(timeit.repeat("f(1, device='cpu')", number=rounds, globals={"f": f})) / rounds for f in (torch.zeros, made)
     )
@@ -135,10 +139,11 @@ def cpu_layer(folder: Folder) -> None:
 
 def memory(folder: Folder, dtype: str) -> None:
     """Tensor bytes on the device while models compute or are saved, with offloading; a part that is away has none."""
-    config = c.Config(model=c.Model(dtype=dtype), offload=True)
-    pieces, batch = (architecture.read(folder.config), config, folder.tensor), pack.batch(drawn()[:4], BUDGET, 0, 1)
-    models = {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
-    models["reference"] = roles.Reference(*pieces)
+    config = c.Config(model=c.ModelConfig(dtype=dtype), offload=True)
+    pieces = (architecture.read(folder.config), config, folder.tensor)
+    batch = packing.batch(drawn()[:4], PackingSpec(BUDGET))
+    models = {"policy": trained_models.Policy(*pieces), "reward_model": trained_models.TokenRewardModel(*pieces)}
+    models["reference"] = trained_models.Reference(*pieces)
     parts = [(name, part) for name, model in models.items() for part in model.parts]
     table: dict[str, list[int]] = {}
 
@@ -151,14 +156,14 @@ def memory(folder: Folder, dtype: str) -> None:
     weight, _ = models["reward_model"].update(batch)
     models["policy"].update(batch, models["reference"].score(batch), weight)
     with models["policy"].readable():
-        record("reshard")
-    trained, sharded = {name: models[name] for name in ("reward_model", "policy")}, checkpoint.sharded
+        record("weight_sync")
+    trained, sharded = {name: models[name] for name in ("reward_model", "policy")}, checkpoint_state.sharded
 
-    def watched(trainer: roles.Trainer, loading: bool) -> dict[str, Any]:
+    def watched(trainer: trained_models.Trainer, loading: bool) -> dict[str, Any]:
         record(next(f"save, {name}" for name, model in trained.items() if model is trainer))
         return sharded(trainer, loading)
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(checkpoint, "sharded", watched):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(checkpoint_state, "sharded", watched):
         Saver(Path(scratch), trained, keep=1).save(1)
     print(
         f"\nKiB of tensors on the device, {dtype}, offload=True\n| phase | " + " | ".join(map(" ".join, parts)) + " |"

@@ -46,7 +46,7 @@ def golds(folder: Path, grader: Grader) -> None:
         print(f"golds of {name}: {same} of {len(answers)} equal themselves")
 
 
-def hostile(folder: Path, settings: config.Verify) -> None:
+def hostile(folder: Path, settings: config.VerifyConfig) -> None:
     """Each string bare and in a box, in workers that stand in an empty folder where a payload leaves its marker."""
     answers = rows(folder, "evil_answers")
     with tempfile.TemporaryDirectory() as empty:
@@ -66,7 +66,7 @@ def hostile(folder: Path, settings: config.Verify) -> None:
     print(f"  marker files {markers}, child processes {children}, largest worker {memory:.0f} MB")
 
 
-def _print_hostile(verdicts: list[tuple[dict, Verdict]], settings: config.Verify, wall: float) -> None:
+def _print_hostile(verdicts: list[tuple[dict, Verdict]], settings: config.VerifyConfig, wall: float) -> None:
     late = sum(verdict.seconds > settings.timeout_s + 0.5 for _, verdict in verdicts)
     fooled = sum(_accepted(verdict) and row["expect"].startswith("reject") for row, verdict in verdicts)
     unknown = sum(verdict.outcome is Outcome.UNKNOWN for _, verdict in verdicts)
@@ -77,7 +77,7 @@ def _print_hostile(verdicts: list[tuple[dict, Verdict]], settings: config.Verify
     )
 
 
-def step(folder: Path, settings: config.Verify) -> None:
+def step(folder: Path, settings: config.VerifyConfig) -> None:
     """1,024 responses as a policy writes them: golds of MATH-500 behind some reasoning, and hostile answers."""
     chance = random.Random(0)
     right = [
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="with math500.jsonl ... and evil_answers.jsonl")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    folder, settings = args.folder.resolve(), config.Verify(workers=args.workers)
+    folder, settings = args.folder.resolve(), config.VerifyConfig(workers=args.workers)
     with Grader(settings) as grader:
         golds(folder, grader)
     step(folder, settings)

@@ -15,21 +15,21 @@ import dataclasses
 import os
 
 from oreal_megatron.config import (
-    Checkpoint,
+    CheckpointConfig,
     Config,
-    Data,
-    Engine,
-    Evaluation,
-    Judge,
-    Loss,
-    Model,
-    Optimizer,
-    Parallel,
-    RewardModel,
-    Sampling,
-    Selection,
-    Verify,
-    Weights,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    JudgeConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    SelectionConfig,
+    VerifyConfig,
+    WeightsConfig,
 )
 
 # [paper] Fig. A4 sends a long system prompt about the habits of a good solver, the box and the length; in our words.
@@ -84,17 +84,17 @@ def oreal_32b_32_gpus() -> Config:
     return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_cut_32b(), engine_tensor=4)
 
 
-def _cut_7b() -> Parallel:
+def _cut_7b() -> ParallelConfig:
     """[code] tp_size 4. One replica never leaves its machine."""
-    return Parallel(tensor=4, sequence=True)
+    return ParallelConfig(tensor=4, sequence=True)
 
 
-def _cut_32b() -> Parallel:
+def _cut_32b() -> ParallelConfig:
     """[code] tp_size 8. [ours] two stages: policy and engine share a GPU while the run starts."""
-    return Parallel(tensor=8, pipeline=2, sequence=True)
+    return ParallelConfig(tensor=8, pipeline=2, sequence=True)
 
 
-def _oreal(name: str, model: str, gpus: int, parallel: Parallel, engine_tensor: int) -> Config:
+def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_tensor: int) -> Config:
     return Config(
         run=os.path.join(os.environ.get("OREAL_RUNS", "runs"), name),
         gpus=gpus,
@@ -106,50 +106,50 @@ def _oreal(name: str, model: str, gpus: int, parallel: Parallel, engine_tensor: 
         tokens_per_micro_batch=16384,
         offload=True,
         # [code] dtype auto: that of the model's files.
-        model=Model(os.path.join(os.environ.get("OREAL_MODELS", "models"), model), dtype="bfloat16"),
+        model=ModelConfig(os.path.join(os.environ.get("OREAL_MODELS", "models"), model), dtype="bfloat16"),
         parallel=parallel,
-        engine=Engine(
+        engine=EngineConfig(
             tensor=engine_tensor,
             max_model_len=16384,  # [paper] maximum length; [code] gen_max_length
             # [ours] every answer of a step has its place. An answer of full length takes 0.94 GB of 7B on one GPU, and
             # 1.07 GB of 32B on each of four; while a run starts, cache, engine and one model share the GPU.
             max_num_seqs=ANSWERS_PER_STEP // (gpus // engine_tensor),
-            kv_cache_gb=28.0,
+            kv_cache_gib=28.0,
         ),
         # [paper] 16 answers a question; [code] temperature 1.0, gen_top_p 0.9, gen_top_k 0 (off), gen_max_new 14000.
-        sampling=Sampling(answers_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
-        data=Data(
+        sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
+        data=DataConfig(
             path=_data("oreal_prompts.jsonl"),
             held_out=_data("held_out.jsonl"),
             prompts_per_step=64,  # [paper]
             # The SFT models were tuned with the authors' words; where a folder's chat template brings them along,
             # --set data.system_prompt= (nothing behind it) leaves them in place.
             system_prompt=SYSTEM_PROMPT,
-            drop_bad_golds=True,  # [ours] a gold that the verifier cannot read teaches nothing
+            drop_unreadable_golds=True,  # [ours] a gold that the verifier cannot read teaches nothing
             # [paper] pass rates 0 to 0.8; [code] data_difficulty_balance_cfg.
             buckets=((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2)),
         ),
-        verify=Verify(
+        verify=VerifyConfig(
             workers=2,  # [ours]
             thinking_end=("<conclude>", "**Final Answer**", "</think>"),  # [code] thinking_finish_words
             judge=_judge(),
         ),
         # [paper] one right and one wrong answer of each question, leave-one-out; [code] filter_trajectory, rloo.
-        selection=Selection(advantage="leave_one_out", keep="pair"),
+        selection=SelectionConfig(advantage="leave_one_out", keep="pair"),
         # [paper] Eq. 10; [code] threshold_rescale, correct_threshold 0.5.
-        weights=Weights(rescale="threshold", threshold=0.5),
+        weights=WeightsConfig(rescale="threshold", threshold=0.5),
         # [paper] KL 0.01; [code] positive_loss_factor, negative_loss_factor, kl_coef, pos_mult_adv.
-        loss=Loss(positive_coef=1.0, negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True),
+        loss=LossConfig(positive_coef=1.0, negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True),
         # [paper] 5e-7 and 2e-6, cosine to a fifth; [code] actor_lr, token_level_rm_lr, their minima, warmup_steps, wd,
         # max_grad_norm.
-        optimizer=Optimizer(lr=5e-7, min_lr=1e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0),
-        reward_model=RewardModel(
-            optimizer=Optimizer(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0)
+        optimizer=OptimizerConfig(lr=5e-7, min_lr=1e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0),
+        reward_model=RewardModelConfig(
+            optimizer=OptimizerConfig(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0)
         ),
         # [paper] evaluated every 10 steps, best checkpoint; [code] checkpoint_interval 10. [ours] two of them: one of
         # 7B takes 210 GB with its reward model and both optimizers, one of 32B 920 GB.
-        checkpoint=Checkpoint(every=10, keep=2),
-        evaluation=Evaluation(every=10, max_new_tokens=14000),
+        checkpoint=CheckpointConfig(every=10, keep=2),
+        evaluation=EvaluationConfig(every=10, max_new_tokens=14000),
         # [code] selective_recompute 1.0: every layer is computed again in the backward pass.
         megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     )
@@ -168,8 +168,8 @@ def _without_reward_model(config: Config) -> Config:
         config,
         run=config.run + "_without_reward_model",
         policy_freeze_steps=0,
-        reward_model=RewardModel(enabled=False),
-        selection=Selection(advantage="leave_one_out", keep="all"),
+        reward_model=RewardModelConfig(enabled=False),
+        selection=SelectionConfig(advantage="leave_one_out", keep="all"),
     )
 
 
@@ -177,10 +177,10 @@ def _data(name: str) -> str:
     return os.path.join(os.environ.get("OREAL_DATA", "data"), name)
 
 
-def _judge() -> Judge:
+def _judge() -> JudgeConfig:
     """[paper] Qwen2.5-72B-Instruct, asked where the rules say wrong."""
     named = os.environ.get("OREAL_JUDGE_URLS", "")
-    return Judge(
+    return JudgeConfig(
         urls=tuple(url.strip() for url in named.split(",") if url.strip()) if named != "none" else (),
         required=named != "none",
         model=os.environ.get("OREAL_JUDGE_MODEL", ""),

@@ -3,18 +3,18 @@
 import dataclasses
 
 from oreal_megatron.config import (
-    Checkpoint,
+    CheckpointConfig,
     Config,
-    Data,
-    Engine,
-    Evaluation,
-    Model,
-    Optimizer,
-    RewardModel,
-    Sampling,
-    Supervised,
-    Verify,
-    Weights,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    SupervisedConfig,
+    VerifyConfig,
+    WeightsConfig,
 )
 
 FOLDER = "runs/smollm2"
@@ -29,26 +29,26 @@ def oreal() -> Config:
         policy_freeze_steps=3,
         tokens_per_micro_batch=1024,
         # Three models, two optimizers and the engine in 12 GB; half precision makes the engine twice as fast on a CPU.
-        model=Model(f"{FOLDER}/sft/policy", logits_megabytes=128),
-        engine=Engine(
+        model=ModelConfig(f"{FOLDER}/sft/policy", logits_mib=128),
+        engine=EngineConfig(
             dtype="bfloat16",
             max_model_len=256,
             max_num_seqs=128,
-            kv_cache_gb=0.75,
-            buffer_megabytes=64,
+            kv_cache_gib=0.75,
+            buffer_mib=64,
             enforce_eager=True,
         ),
-        sampling=Sampling(answers_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=64),
+        sampling=SamplingConfig(rollouts_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=64),
         # Not rated: no problem comes twice in so few steps, so to rate them would cost as much as to train on them.
-        data=Data(
+        data=DataConfig(
             f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=32, system_prompt=SYSTEM_PROMPT
         ),
-        verify=Verify(workers=1),
-        weights=Weights(threshold=0.25),  # as in the quickstart: so few steps leave the reward model in doubt
-        optimizer=Optimizer(lr=3e-5, min_lr=3e-6, warmup_steps=3),
-        reward_model=RewardModel(optimizer=Optimizer(lr=5e-5, min_lr=5e-6, warmup_steps=3)),
-        checkpoint=Checkpoint(every=8, keep=1),
-        evaluation=Evaluation(every=8, max_new_tokens=64),
+        verify=VerifyConfig(workers=1),
+        weights=WeightsConfig(threshold=0.25),  # as in the quickstart: so few steps leave the reward model in doubt
+        optimizer=OptimizerConfig(lr=3e-5, min_lr=3e-6, warmup_steps=3),
+        reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-5, min_lr=5e-6, warmup_steps=3)),
+        checkpoint=CheckpointConfig(every=8, keep=1),
+        evaluation=EvaluationConfig(every=8, max_new_tokens=64),
     )
 
 
@@ -57,15 +57,17 @@ def sft() -> Config:
     return dataclasses.replace(
         oreal(),
         run=f"{FOLDER}/sft",
-        model=Model(f"{FOLDER}/start", logits_megabytes=128),
-        data=Data(held_out=f"{FOLDER}/problems.jsonl", system_prompt=SYSTEM_PROMPT),  # the held-out ones stay unseen
-        evaluation=Evaluation(problems=100, max_new_tokens=64),
-        supervised=Supervised(
+        model=ModelConfig(f"{FOLDER}/start", logits_mib=128),
+        data=DataConfig(
+            held_out=f"{FOLDER}/problems.jsonl", system_prompt=SYSTEM_PROMPT
+        ),  # the held-out ones stay unseen
+        evaluation=EvaluationConfig(problems=100, max_new_tokens=64),
+        supervised=SupervisedConfig(
             path=f"{FOLDER}/demonstrations.jsonl",
             steps=40,
             samples_per_step=32,
             evaluate_every=5,
             stop_at_accuracy=0.3,
-            optimizer=Optimizer(lr=1e-4, min_lr=1e-5, warmup_steps=3),
+            optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-5, warmup_steps=3),
         ),
     )

@@ -57,7 +57,7 @@ class Head:
             cu_seqlens=torch.tensor([0, half, rows], device=device),
             reward=torch.tensor([1.0, -1.0], device=device),
             advantage=torch.tensor([0.8, -0.8], device=device),
-            right_tokens=half, wrong_tokens=rows - half, action_tokens=rows, positive_coef=1.0, negative_coef=0.5,
+            correct_tokens=half, incorrect_tokens=rows - half, action_tokens=rows, positive_coef=1.0, negative_coef=0.5,
             kl_coef=0.01, kl_kind="k3", advantage_on_positives=True,
         )  # fmt: skip
 

@@ -37,7 +37,7 @@ class Loss:
             cu_seqlens=torch.arange(sequences + 1, device=device) * tokens,
             reward=outcome,
             advantage=0.8 * outcome,
-            right_tokens=total // 2, wrong_tokens=total // 2, action_tokens=total, positive_coef=1.0,
+            correct_tokens=total // 2, incorrect_tokens=total // 2, action_tokens=total, positive_coef=1.0,
             negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True,
         )  # fmt: skip
 
@@ -80,12 +80,12 @@ class Loss:
             right, wrong = rescale(right), rescale(1 - right)
             positive = (entropies[0, -count:] * right).sum() * advantage
             if reward > 0:
-                positives.append(positive / terms.right_tokens * terms.positive_coef)
+                positives.append(positive / terms.correct_tokens * terms.positive_coef)
                 negatives.append(torch.zeros_like(positive))
             else:
                 ratio = torch.exp(logp - logp.detach())
                 positives.append(torch.zeros_like(positive))
-                negatives.append(-torch.sum(ratio * (advantage * wrong)) / terms.wrong_tokens * terms.negative_coef)
+                negatives.append(-torch.sum(ratio * (advantage * wrong)) / terms.incorrect_tokens * terms.negative_coef)
             distance = reference - logp
             unbiased = torch.exp(distance) - distance - 1
             penalties.append((terms.kl_coef * unbiased).sum() / terms.action_tokens)

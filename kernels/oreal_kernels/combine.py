@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, launch
+from oreal_kernels import backend, triton_launch
 
 
 class Combined(NamedTuple):
@@ -72,6 +72,6 @@ def combine(parts: Tensor) -> Combined:
     if backend.choose(parts) != "triton" or not rows:
         return reference(parts)
     out = torch.empty(7, rows, dtype=torch.float32, device=parts.device)
-    options = launch.options("combine", parts.device)
+    options = triton_launch.options("combine", parts.device)
     combine_kernel[(triton.cdiv(rows, options["BLOCK"]),)](parts, out, rows, PARTS=len(parts), **options)
     return Combined(out[:4], *out[4:])

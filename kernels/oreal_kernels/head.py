@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_kernels import backend, collective, gemm, launch, plan
+from oreal_kernels import backend, chunk_plan, collective, gemm, triton_launch
 from oreal_kernels.combine import Combined, combine
 from oreal_kernels.linear_statistics import linear_statistics
 from oreal_kernels.row_gradient import row_gradient
@@ -71,13 +71,13 @@ class Head:
     group: dist.ProcessGroup | None
     logits_dtype: torch.dtype
 
-    def plan(self, mode: str, budget_bytes: int) -> plan.Plan:
+    def plan(self, mode: str, budget_bytes: int) -> chunk_plan.Plan:
         # From what all ranks know, not from this rank's share: they must exchange the same chunks.
         share = -(-self.vocabulary // collective.size(self.group))
         sizes = {self.logits_dtype: self.logits_dtype.itemsize, self.weight.dtype: self.weight.dtype.itemsize}
         row_bytes = share * sum(sizes.values())  # logits, and gradients where those are of another dtype
-        on, hidden = plan.machine(self.weight.device), self.weight.shape[1]
-        return plan.choose(len(self.label_column), hidden, share, row_bytes, budget_bytes, mode, on)
+        on, hidden = chunk_plan.machine(self.weight.device), self.weight.shape[1]
+        return chunk_plan.choose(len(self.label_column), hidden, share, row_bytes, budget_bytes, mode, on)
 
     def logits(self, x: Tensor, rows: slice, buffer: Tensor | None = None) -> Tensor:
         """[n, V'], in a buffer of an earlier chunk when given."""
@@ -94,7 +94,7 @@ class Head:
     def fuses(self, x: Tensor) -> bool:
         """Whether statistics without logits are the faster way, for a forward that no backward follows: its
         logits would have to be these very ones."""
-        narrow = x.dtype.itemsize == 2 and x.shape[1] <= launch.FUSED_FORWARD_MAX_HIDDEN
+        narrow = x.dtype.itemsize == 2 and x.shape[1] <= triton_launch.FUSED_FORWARD_MAX_HIDDEN
         # With a soft cap the kernel would spill registers on sm_90.
         return narrow and not self.softcap and backend.choose(x) == "triton"
 

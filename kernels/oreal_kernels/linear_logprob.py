@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_kernels import collective
+from oreal_kernels.chunk_plan import Plan
 from oreal_kernels.combine import Combined, combine
 from oreal_kernels.head import (
     BUDGET_BYTES,
@@ -24,7 +25,6 @@ from oreal_kernels.head import (
     take,
 )  # fmt: skip
 from oreal_kernels.logprob_from_logits import reference as from_logits
-from oreal_kernels.plan import Plan
 
 
 def reference(

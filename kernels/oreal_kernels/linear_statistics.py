@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import launch
+from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine
 from oreal_kernels.row_statistics import reference as row_statistics_reference
 from oreal_kernels.softcap import scaled_kernel
@@ -95,8 +95,8 @@ def linear_statistics(
     logits_dtype: torch.dtype,
 ) -> Tensor:
     """[4, N] fp32, on a GPU (or in Triton's interpreter)."""
-    rows, options = len(hidden), launch.options("linear_statistics", hidden.device)
-    parts = max(1, columns // launch.COLUMNS_PER_PART)
+    rows, options = len(hidden), triton_launch.options("linear_statistics", hidden.device)
+    parts = max(1, columns // triton_launch.COLUMNS_PER_PART)
     width = triton.cdiv(triton.cdiv(columns, parts), options["BLOCK_COLUMNS"]) * options["BLOCK_COLUMNS"]
     out = torch.empty(parts, 4, rows, dtype=torch.float32, device=hidden.device)
     linear_statistics_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]) * parts,)](

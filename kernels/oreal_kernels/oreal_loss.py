@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, launch, native
+from oreal_kernels import backend, native, triton_launch
 from oreal_kernels.token_weights import owners
 
 KL_KINDS = {"k1": 1, "k1_reversed": -1, "k2": 2, "k3": 3}
@@ -33,8 +33,8 @@ class Terms:
     cu_seqlens: Tensor  # [B + 1] int64
     reward: Tensor  # [B] > 0: right
     advantage: Tensor  # [B]
-    right_tokens: int  # of the whole step, over all ranks
-    wrong_tokens: int
+    correct_tokens: int  # of the whole step, over all ranks
+    incorrect_tokens: int
     action_tokens: int
     positive_coef: float
     negative_coef: float
@@ -50,8 +50,8 @@ class Terms:
     def scales(self) -> tuple[float, float, float]:
         """What multiplies the sums of right, wrong and all tokens."""
         return (
-            self.positive_coef / max(self.right_tokens, 1),
-            self.negative_coef / max(self.wrong_tokens, 1),
+            self.positive_coef / max(self.correct_tokens, 1),
+            self.negative_coef / max(self.incorrect_tokens, 1),
             self.kl_coef / max(self.action_tokens, 1),
         )
 
@@ -158,7 +158,7 @@ def policy_terms(logp: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
             leaf = logp.requires_grad_()
             loss, sums = reference(leaf, terms)
             return torch.autograd.grad(loss, leaf)[0], sums
-    kernel_options = launch.options("policy_terms", logp.device)
+    kernel_options = triton_launch.options("policy_terms", logp.device)
     programs = triton.cdiv(len(logp), kernel_options["BLOCK"])
     slope = torch.empty_like(logp)
     sums = torch.empty(programs, len(SUMS), dtype=torch.float32, device=logp.device)

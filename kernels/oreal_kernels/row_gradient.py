@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, launch, native
+from oreal_kernels import backend, native, triton_launch
 from oreal_kernels.softcap import scaled, scaled_kernel
 
 
@@ -113,9 +113,9 @@ def row_gradient(
         return native.row_gradient(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
     if served_by == "reference" or not logits.numel():
         return reference(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
-    parts = max(1, logits.shape[1] // launch.COLUMNS_PER_PART)
+    parts = max(1, logits.shape[1] // triton_launch.COLUMNS_PER_PART)
     gradient_kernel[(len(logits) * parts,)](
         logits, out, label_column, inverse_temperature, *rest,
         columns, logits.shape[1], logits.stride(0), out.stride(0),
-        PARTS=parts, SOFTCAP=softcap, **launch.options("gradient", logits.device),
+        PARTS=parts, SOFTCAP=softcap, **triton_launch.options("gradient", logits.device),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, launch, native
+from oreal_kernels import backend, native, triton_launch
 from oreal_kernels.combine import combine
 from oreal_kernels.softcap import scaled, scaled_kernel
 
@@ -94,10 +94,10 @@ def row_statistics(
     if served_by == "reference" or not len(logits):
         return reference(logits, label_column, inverse_temperature, softcap, columns)
     # By columns alone, so that a row's result does not depend on how many other rows there are.
-    parts = max(1, columns // launch.COLUMNS_PER_PART)
+    parts = max(1, columns // triton_launch.COLUMNS_PER_PART)
     out = torch.empty(parts, 4, len(logits), dtype=torch.float32, device=logits.device)
     statistics_kernel[(len(logits) * parts,)](
         logits, label_column, inverse_temperature, out, len(logits), columns, logits.stride(0),
-        PARTS=parts, SOFTCAP=softcap, **launch.options("statistics", logits.device),
+        PARTS=parts, SOFTCAP=softcap, **triton_launch.options("statistics", logits.device),
     )  # fmt: skip
     return out[0] if parts == 1 else combine(out).statistics

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, launch, native
+from oreal_kernels import backend, native, triton_launch
 
 
 def owners(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -68,7 +68,7 @@ def token_weights(scores: Tensor, cu_seqlens: Tensor, right: Tensor, threshold: 
         return reference(scores, cu_seqlens, right, threshold)
     weights = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
     means = torch.empty(len(right), dtype=torch.float32, device=scores.device)
-    kernel_options = launch.options("token_weights", scores.device)
+    kernel_options = triton_launch.options("token_weights", scores.device)
     weights_kernel[(len(right),)](
         scores, cu_seqlens, right.to(torch.uint8), weights, means, threshold, **kernel_options
     )

@@ -13,7 +13,7 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     """
     count = len(rewards)
     if count < 2:
-        raise ValueError(f"leave-one-out needs at least 2 answers per prompt, got {count}; raise answers_per_prompt")
+        raise ValueError(f"leave-one-out needs at least 2 answers per prompt, got {count}; raise rollouts_per_prompt")
     total = sum(rewards)
     return [reward - (total - reward) / (count - 1) for reward in rewards]
 

@@ -11,30 +11,30 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from oreal_megatron.config import Guard, RunStopped
+from oreal_megatron.config import GuardConfig, RunStopped
 
 MODELS = ("reward_model", "policy")  # the second refuses what the first did
 
 
 @dataclass(frozen=True)
-class Past:
+class GuardState:
     """What is remembered of one model's steps. Its checkpoint carries it, so that a resumed run decides alike."""
 
     skipped: int = 0  # in the whole run
     in_a_row: int = 0  # up to now
     norms: tuple[float, ...] = ()  # gradient norms of the newest steps taken, oldest first; at most guard.spike_window
 
-    def taken(self, norm: float, window: int) -> Past:
+    def taken(self, norm: float, window: int) -> GuardState:
         return dataclasses.replace(self, in_a_row=0, norms=(*self.norms, norm)[-window:])
 
-    def refused(self) -> Past:
+    def refused(self) -> GuardState:
         return dataclasses.replace(self, skipped=self.skipped + 1, in_a_row=self.in_a_row + 1)
 
     def metrics(self) -> dict[str, float]:
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row}
 
 
-def limit(past: Past, config: Guard) -> float:
+def limit(past: GuardState, config: GuardConfig) -> float:
     """The gradient norm above which a step is a spike: none without a factor, nor until the window is full."""
     if not config.spike_factor or len(past.norms) < config.spike_window:
         return math.inf
@@ -61,7 +61,7 @@ def why(metrics: dict[str, float]) -> str:
     return ", ".join(bad)
 
 
-def check(metrics: dict[str, float], config: Guard, step: int) -> None:
+def check(metrics: dict[str, float], config: GuardConfig, step: int) -> None:
     """Stop the run where a model is broken, or has refused too many steps in a row."""
     for model in MODELS:
         who = f"step {step}: the {model.replace('_', ' ')}"
@@ -71,9 +71,9 @@ def check(metrics: dict[str, float], config: Guard, step: int) -> None:
                 "engine; resume from the last checkpoint. If it happens again at this step, it is not the machine: "
                 "look at the step with `oreal replay`, lower the learning rate or clip harder"
             )
-        if metrics.get(f"{model}/skipped_in_a_row", 0) >= config.skips_in_a_row:
+        if metrics.get(f"{model}/skipped_in_a_row", 0) >= config.max_consecutive_skips:
             raise RunStopped(
-                f"{who} has refused {config.skips_in_a_row} steps in a row, this one because {why(metrics)}. "
+                f"{who} has refused {config.max_consecutive_skips} steps in a row, this one because {why(metrics)}. "
                 "Its weights are as they were; look at the step with `oreal replay`, then resume with another learning "
                 "rate, other data or other settings of guard"
             )

@@ -19,22 +19,22 @@ from __future__ import annotations
 import oreal_kernels
 from torch import Tensor
 
-from oreal_megatron.config import Loss
+from oreal_megatron.config import LossConfig
 from oreal_megatron.records import Counts, MicroBatch
 
 
 def terms(
-    reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: Loss
+    reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: LossConfig
 ) -> oreal_kernels.Terms:
     """All of a micro-batch's loss that does not depend on the policy."""
     return oreal_kernels.Terms(
         reference_logp=reference_logp_T,
         weight=weight_T,
-        cu_seqlens=micro_batch.cu_seqlens,
+        cu_seqlens=micro_batch.action_offsets,
         reward=micro_batch.reward,
         advantage=micro_batch.advantage,
-        right_tokens=counts.right_tokens,
-        wrong_tokens=counts.wrong_tokens,
+        correct_tokens=counts.correct_tokens,
+        incorrect_tokens=counts.incorrect_tokens,
         action_tokens=counts.action_tokens,
         positive_coef=config.positive_coef,
         negative_coef=config.negative_coef,
@@ -47,7 +47,7 @@ def terms(
 def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[str, Tensor]:
     """The parts of the loss, and what else one wants to see of a step; they add up over micro-batches."""
     of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
-    right, wrong, tokens = (max(n, 1) for n in (counts.right_tokens, counts.wrong_tokens, counts.action_tokens))
+    right, wrong, tokens = (max(n, 1) for n in (counts.correct_tokens, counts.incorrect_tokens, counts.action_tokens))
     return {
         "loss/total": total.detach(),
         "loss/positive": -of["right"] / right,
@@ -62,7 +62,7 @@ def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[s
 
 def reward_model(score_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy of sigmoid(mean token score) against right or wrong (paper, Eq. 12), over all sequences."""
-    total, hits = oreal_kernels.reward_loss(score_T, micro_batch.cu_seqlens, micro_batch.reward, counts.sequences)
+    total, hits = oreal_kernels.reward_loss(score_T, micro_batch.action_offsets, micro_batch.reward, counts.sequences)
     mean = score_T.detach().sum() / max(
         counts.action_tokens, 1
     )  # an infinite score shows, whatever the loss makes of it

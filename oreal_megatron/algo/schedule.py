@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from oreal_megatron.config import Optimizer
+from oreal_megatron.config import OptimizerConfig
 
 
-def learning_rate(update: int, updates: int, config: Optimizer) -> float:
+def learning_rate(update: int, updates: int, config: OptimizerConfig) -> float:
     """Rate of update number `update` (from 0) out of `updates`: linear warm-up, then cosine from lr to min_lr."""
     if update < config.warmup_steps:
         return config.lr * (update + 1) / config.warmup_steps

@@ -6,16 +6,16 @@ import random
 from collections.abc import Sequence
 
 from oreal_megatron.algo import advantages
-from oreal_megatron.config import Selection
+from oreal_megatron.config import SelectionConfig
 from oreal_megatron.records import Counts, Outcome, Rollout, Sample, Verdict
 
-REWARD = {Outcome.CORRECT: 1.0, Outcome.WRONG: -1.0}
+REWARD = {Outcome.CORRECT: 1.0, Outcome.INCORRECT: -1.0}
 
 
 def samples(
     rollouts: Sequence[Sequence[Rollout]],  # [P, K]
     verdicts: Sequence[Sequence[Verdict]],  # [P, K]
-    config: Selection,
+    config: SelectionConfig,
     seed: tuple[int, int],
 ) -> list[Sample]:
     """Keep prompts with 0 < pass rate < 1, and of each one correct and one wrong answer (paper, Algorithm 1).
@@ -34,7 +34,7 @@ def samples(
     return kept
 
 
-def _of_one_prompt(known: list[tuple[Rollout, float]], config: Selection, seed: tuple[int, int]) -> list[Sample]:
+def _of_one_prompt(known: list[tuple[Rollout, float]], config: SelectionConfig, seed: tuple[int, int]) -> list[Sample]:
     rewards = [reward for _, reward in known]
     if len(set(rewards)) < 2:  # all right, all wrong, or nothing known: no signal
         return []
@@ -73,12 +73,12 @@ def summary(
         "reward/solvable_prompts": sum(any(v.outcome is Outcome.CORRECT for v in row) for row in verdicts),
         "verify/unknown": outcomes.count(Outcome.UNKNOWN),
         "verify/seconds_sum": sum(verdict.seconds for row in verdicts for verdict in row),
-        "rollout/answers": len(flat),
+        "rollout/count": len(flat),
         "rollout/response_tokens_mean": sum(lengths) / max(len(lengths), 1),
         "rollout/response_tokens_max": max(lengths, default=0),
         "rollout/truncated_share": sum(not rollout.finished for rollout in flat) / max(len(flat), 1),
-        "batch/kept_samples": len(kept),
-        "batch/kept_prompts": sum(
-            {Outcome.CORRECT, Outcome.WRONG} <= {verdict.outcome for verdict in row} for row in verdicts
+        "batch/samples": len(kept),
+        "batch/mixed_prompts": sum(
+            {Outcome.CORRECT, Outcome.INCORRECT} <= {verdict.outcome for verdict in row} for row in verdicts
         ),
     }

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from oreal_megatron.config import Parallel
-from oreal_megatron.convert import compare, stream, to_hf, to_megatron
+from oreal_megatron.config import ParallelConfig
+from oreal_megatron.convert import compare_checkpoints, stream, to_hf, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.observe.progress import Bar
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_megatron(args: argparse.Namespace) -> int:
     source, cast = Folder(args.source, tokenizer=False), stream.Cast(DTYPES[args.dtype])
-    layout = Parallel(args.tp, args.pp, args.vpp)
+    layout = ParallelConfig(args.tp, args.pp, args.vpp)
     with _Bytes("to-megatron", to_megatron.size(source, cast)) as bar:
         to_megatron.convert(source, args.out, layout, cast, _say, bar.advance)
     return _done(args.out, cast)
@@ -63,13 +63,13 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    a, b = compare.open_folder(args.a), compare.open_folder(args.b)
+    a, b = compare_checkpoints.open_folder(args.a), compare_checkpoints.open_folder(args.b)
     with _Bytes("check", sum(tensor.stat().st_size for tensor in args.a.iterdir() if tensor.is_file())) as bar:
-        difference = compare.first_difference(a, b, bar.advance)
+        difference = compare_checkpoints.first_difference(a, b, bar.advance)
     if difference is None and args.logits is not None:
-        from oreal_megatron.cli import logits  # imports transformers and Megatron, which takes seconds
+        from oreal_megatron.session import compare_logits  # imports transformers and Megatron, which takes seconds
 
-        difference = logits.difference(a, b, args.logits)
+        difference = compare_logits.difference(a, b, args.logits)
     print(f"different: {difference}" if difference else f"equal: {args.a} and {args.b}")
     return DIFFERENT if difference else EQUAL
 

@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from oreal_megatron import settings
-from oreal_megatron.cli import doctor_checks, doctor_runs
-from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK, WARNING, Finding
 from oreal_megatron.config import ConfigError
+from oreal_megatron.doctor import checks, real_runs
+from oreal_megatron.doctor.checks import ABSENT, FAILED, OK, WARNING, Finding
 
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red", ABSENT: "dim"}
 RUNS_LIMIT_S = 300
@@ -40,25 +40,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def look(args: argparse.Namespace) -> Iterator[Finding]:
-    yield from doctor_checks.software()
+    yield from checks.software()
     config = None
     if args.recipe:
         try:
             config = settings.override(settings.from_recipe(args.recipe), args.set)
         except ConfigError as error:
             yield Finding("recipe", FAILED, str(error))
-    yield from doctor_checks.machine(Path(config.run if config else "."))
+    yield from checks.machine(Path(config.run if config else "."))
     if config:
         # The layout is checked against the world that the recipe was made for, not against this one process, nor
         # against the number of pods, which Kubeflow puts there.
         os.environ["WORLD_SIZE"] = str(config.gpus or 1)
-        yield from doctor_checks.inputs(config)
-        yield from doctor_checks.judges(config.verify.judge)
+        yield from checks.inputs(config)
+        yield from checks.judges(config.verify.judge)
     if not args.quick:
-        yield from real_runs()
+        yield from run_real_parts()
 
 
-def real_runs() -> Iterator[Finding]:
+def run_real_parts() -> Iterator[Finding]:
     """The parts of doctor_runs.py, on all GPUs or in two processes; what did not report has failed."""
     processes = torch.cuda.device_count() or 2
     print(f"real runs in {processes} processes, half a minute ...", file=sys.stderr, flush=True)
@@ -66,13 +66,13 @@ def real_runs() -> Iterator[Finding]:
     others = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in others and not key.startswith("PET_")}
     with tempfile.TemporaryDirectory() as folder:
-        doctor_runs.make_model(Path(folder))
+        real_runs.make_model(Path(folder))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*torchrun, "-m", doctor_runs.__name__, folder]
+        command = [*torchrun, "-m", real_runs.__name__, folder]
         output, errors = _run(command, environment)
-    lines = [line.removeprefix(doctor_runs.DONE) for line in output.splitlines() if line.startswith(doctor_runs.DONE)]
+    lines = [line.removeprefix(real_runs.DONE) for line in output.splitlines() if line.startswith(real_runs.DONE)]
     went_well = dict(line.split(": ", 1) for line in lines)
-    for name in doctor_runs.PARTS:
+    for name in real_runs.PARTS:
         if name in went_well:
             yield Finding(f"run: {name}", OK, went_well[name])
         else:
@@ -99,7 +99,7 @@ MEND = {
     "collective": "ranks do not reach each other: NCCL_DEBUG=INFO shows why; name the network (NCCL_SOCKET_IFNAME)",
     "generate": "the engine does not work alone either? `vllm serve` with any small model says more",
     "train": "Megatron-core's or the kernels' fault; the last lines of the message name the call",
-    "hand over": "weights do not reach the engine; --set engine.transport=gather goes through vLLM's own loader",
+    "weight sync": "weights do not reach the engine; --set engine.transport=gather goes through vLLM's own loader",
 }
 
 

@@ -9,10 +9,9 @@ import sys
 import time
 import warnings
 
-from oreal_megatron import ranks
 from oreal_megatron.config import ConfigError, Preempted, RunStopped
-from oreal_megatron.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
-from oreal_megatron.observe import watchdog
+from oreal_megatron.runtime import distributed, watchdog
+from oreal_megatron.runtime.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 
 COMMANDS = {
     "train": "run OREAL with a recipe, or go on with a run folder",
@@ -29,9 +28,9 @@ COMMANDS = {
 
 def complain(command: str, error: Exception) -> None:
     """Say the sentence once: other ranks wait a moment, and speak only if they are not ended with the first."""
-    if ranks.rank():
+    if distributed.rank():
         time.sleep(3)
-        command = f"{command} (rank {ranks.rank()})"
+        command = f"{command} (rank {distributed.rank()})"
     print(f"oreal {command}: {error}", file=sys.stderr, flush=True)
 
 
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = next((word for word in arguments if word in COMMANDS), None)
     args = parser(chosen).parse_args(arguments)
     if args.processes and "LOCAL_RANK" not in os.environ:
-        from oreal_megatron.cli.launch import launch
+        from oreal_megatron.runtime.launcher import launch
 
         return launch(args, arguments[arguments.index(chosen) :])
     try:

@@ -10,17 +10,17 @@ from rich.console import Console
 
 from oreal_megatron import settings
 from oreal_megatron.config import ConfigError
-from oreal_megatron.exit_codes import UNFIT
-from oreal_megatron.mapping import architecture
-from oreal_megatron.plan import assumptions, estimate, gpus, published, search, table
-from oreal_megatron.plan.case import Case
+from oreal_megatron.models import architecture
+from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, search
+from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.runtime.exit_codes import UNFIT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         f"exit codes: 0 it fits, 2 a layout that cannot be, {UNFIT} it does not fit or a rehearsal found a fault\n\n"
-        f"assumptions:\n{table.describe_assumptions()}"
+        f"assumptions:\n{report_tables.describe_assumptions()}"
     )
     parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")
@@ -44,34 +44,36 @@ def run(args: argparse.Namespace) -> int:
         made = estimate.make(case)
     except ConfigError:
         if args.search:  # the layout cannot be, but others can
-            table.show_search(search.best(case), console)
+            report_tables.show_search(search.best(case), console)
         raise
-    table.show(made, console)
+    report_tables.show(made, console)
     said = made.as_dict()
     if args.search:
         found = search.best(case)
-        table.show_search(found, console)
-        said["search"] = [{"layout": table.layout(one), "why": search.reason(one)} | one.as_dict() for one in found]
+        report_tables.show_search(found, console)
+        said["search"] = [
+            {"layout": report_tables.layout(one), "why": search.reason(one)} | one.as_dict() for one in found
+        ]
     sound = made.fits
     if args.rehearse:
-        from oreal_megatron.cli import rehearsal  # imports Megatron, which takes seconds
+        from oreal_megatron.plan import rehearsal  # imports Megatron, which takes seconds
 
         said["rehearsal"] = rehearsal.run(case, args.ranks, console)
         sound = sound and not said["rehearsal"]["faults"]
     if args.json:
         args.json.write_text(json.dumps(said, indent=2, default=float) + "\n")
     if args.picture:
-        table.draw(made, args.picture)
+        report_tables.draw(made, args.picture)
     return 0 if sound else UNFIT
 
 
-def _case(args: argparse.Namespace, console: Console) -> Case:
+def _case(args: argparse.Namespace, console: Console) -> Scenario:
     config = settings.override(settings.from_recipe(args.recipe), args.set)
     world = args.gpus or config.gpus
     if world < 1:
         raise ConfigError("the recipe does not say how many GPUs it is for; give --gpus N")
     hf, read = published.config(config.model.path)
     if not read:
-        table.say(console, f"{config.model.path} is not here; planned with the shapes of the published model")
+        report_tables.say(console, f"{config.model.path} is not here; planned with the shapes of the published model")
     arch = architecture.read(hf)
-    return Case(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))
+    return Scenario(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from oreal_megatron import checkpoints, ranks
-from oreal_megatron.cli import build
 from oreal_megatron.observe import dumps
 from oreal_megatron.observe.dumps import Dump, Share, Values
+from oreal_megatron.runtime import checkpoint_folders, distributed
+from oreal_megatron.session import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,28 +27,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     dump = dumps.read(Path(args.dump))
     config = dataclasses.replace(dump.config, run=args.resume or dump.config.run)
-    inputs = build.prepare(config)
+    inputs = prepare.prepare(config)
 
-    from oreal_megatron.mcore import checkpoint, model, parallel, roles  # imports Megatron, which takes seconds
+    from oreal_megatron.mcore import (  # imports Megatron, which takes seconds
+        checkpoint_state,
+        gpt_model,
+        parallel,
+        trained_models,
+    )
 
     names = ["policy"] + ["reward_model"] * config.reward_model.enabled
     folder = Path(config.run) / "checkpoints"
-    steps = [step for step in map(checkpoints.step_of, checkpoints.complete(folder)) if step <= dump.step]
+    steps = [step for step in map(checkpoint_folders.step_of, checkpoint_folders.complete(folder)) if step <= dump.step]
     played = _steps(dump, max(steps, default=0))
     parallel.start_process_group()
-    start = checkpoint.choose(folder, names, max(steps), damaged_too=False) if steps else None
+    start = checkpoint_state.choose(folder, names, max(steps), damaged_too=False) if steps else None
     parallel.start_megatron(config.parallel, config.seed)
-    shares = [step.share(*parallel.data_parallel()[:2]) for step in played]  # refuses what is damaged
+    spec = parallel.packing_spec(config.tokens_per_micro_batch)
+    shares = [step.share(spec.rank, spec.ranks) for step in played]  # refuses what is damaged
     pieces = (inputs.arch, config, inputs.folder.tensor)
-    policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
-    reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
+    policy, reference = trained_models.Policy(*pieces), trained_models.Reference(*pieces)
+    reward_model = (
+        trained_models.TokenRewardModel(*pieces) if config.reward_model.enabled else trained_models.NoRewardModel()
+    )
     if start:
-        checkpoint.load(start, dict(zip(names, (policy, reward_model), strict=False)))
+        checkpoint_state.load(start, dict(zip(names, (policy, reward_model), strict=False)))
     for step, share in zip(played, shares, strict=True):
-        again = _again(step, share.to(model.device()), policy, reference, reward_model)
+        again = _again(step, share.to(gpt_model.device()), policy, reference, reward_model)
     source = str(start) if start else f"the starting model {config.model.path}"
     table = compare(dump.metrics, again, args.tolerance)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         print_table(table, f"step {dump.step}, from {source}, steps {', '.join(str(step.step) for step in played)}")
     parallel.stop()
     return 0 if all(row.same for row in table) else 1
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _steps(dump: Dump, first: int) -> list[Dump]:
     """The dumped steps from `first` up to this one. A step that had nothing to learn from has no dump."""
-    earlier = [dump.path.with_name(checkpoints.name(step)) for step in range(first, dump.step)]
+    earlier = [dump.path.with_name(checkpoint_folders.name(step)) for step in range(first, dump.step)]
     return [*(dumps.read(path) for path in earlier if path.is_dir()), dump]
 
 
@@ -67,7 +75,7 @@ def _again(dump: Dump, share: Share, policy: Any, reference: Any, reward_model: 
     if "policy/skipped" in dump.metrics:
         gaps["given/reference_logp"] = _gap(share.reference_logp, reference.score(share.batch))
         metrics |= policy.update(share.batch, share.reference_logp, share.weight)
-    return metrics | {name: max(ranks.gather(gap)) for name, gap in gaps.items()}
+    return metrics | {name: max(distributed.all_gather_object(gap)) for name, gap in gaps.items()}
 
 
 def _gap(given: Values, now: Values) -> float:

@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from oreal_megatron import heartbeat, prompts, ranks, settings, supervised
-from oreal_megatron.algo.sampler import Sampler
-from oreal_megatron.cli import build
+from oreal_megatron import settings
 from oreal_megatron.cli.train import save_policy
 from oreal_megatron.config import ConfigError
-from oreal_megatron.evaluation import evaluate
-from oreal_megatron.observe import watchdog
-from oreal_megatron.observe.run import append_row, refuse_existing, write_header
+from oreal_megatron.data import problems
+from oreal_megatron.data.sampler import Sampler
+from oreal_megatron.evaluation.score import evaluate
+from oreal_megatron.observe.run_folder import append_row, refuse_existing, write_header
+from oreal_megatron.runtime import distributed, heartbeat, watchdog
+from oreal_megatron.session import prepare
+from oreal_megatron.training import supervised
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = settings.override(settings.from_recipe(args.recipe), args.set)
-    inputs = build.prepare(config)
+    inputs = prepare.prepare(config)
     wanted = config.supervised
-    demonstrations = prompts.load_demonstrations(
+    demonstrations = problems.load_demonstrations(
         wanted.path, inputs.tokenizer, config.data.system_prompt, inputs.arch.max_positions
     )
     held_out = inputs.held_out() if wanted.evaluate_every else []
@@ -33,26 +35,28 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
     refuse_existing(config)
 
-    from oreal_megatron.mcore import model, parallel, roles
+    from oreal_megatron.mcore import gpt_model, parallel, trained_models
 
-    model.transformer_config(inputs.arch, config)
+    gpt_model.transformer_config(inputs.arch, config)
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(config)
-    engine, verifier = build.start_engine(inputs) if wanted.evaluate_every else (None, None)
+    engine, verifier = prepare.start_engine(inputs) if wanted.evaluate_every else (None, None)
     if engine:
         engine.sleep()
     parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
-    policy = roles.Policy(inputs.arch, dataclasses.replace(config, optimizer=wanted.optimizer), inputs.folder.tensor)
+    policy = trained_models.Policy(
+        inputs.arch, dataclasses.replace(config, optimizer=wanted.optimizer), inputs.folder.tensor
+    )
 
-    hand_over = build.connect(policy, engine) if engine else None
+    weight_sync = prepare.connect(policy, engine) if engine else None
 
     def accuracy() -> float:
-        hand_over(policy.updates)
+        weight_sync.sync(policy.updates)
         found = evaluate(held_out, engine, verifier, config)
         engine.sleep()
         return found["accuracy"]
 
-    shown = ranks.rank() == 0
+    shown = distributed.rank() == 0
     if shown:
         write_header(config, inputs.fingerprints())
     sampler = Sampler(demonstrations, wanted.samples_per_step, config.seed)
@@ -61,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         if shown:
             append_row(Path(config.run) / "metrics.jsonl", {"step": step, **metrics})
 
-    steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, parallel.data_parallel(inputs.arch))
+    spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
+    steps = supervised.imitate(config, sampler, policy, accuracy, log, shown, spec)
     with heartbeat.phase("checkpoint"):
         save_policy(inputs, policy, Path(config.run) / "policy")
     if shown:

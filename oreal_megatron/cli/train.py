@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import checkpoints, disk, heartbeat, loop, preemption, ranks, settings
-from oreal_megatron.algo import sampler
-from oreal_megatron.cli import build
+from oreal_megatron import loop, settings
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import to_hf
-from oreal_megatron.observe import report, speed_report, watchdog
-from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
+from oreal_megatron.data import sampler
+from oreal_megatron.evaluation import score
+from oreal_megatron.observe import report, speed_report
+from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existing
 from oreal_megatron.plan import gpus
+from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat, preemption, watchdog
+from oreal_megatron.session import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,46 +38,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     leave = preemption.Notice().listen()
     config = _config(args)
-    inputs = build.prepare(config)
+    inputs = prepare.prepare(config)
     prompts = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
     held_out = inputs.held_out()
 
-    from oreal_megatron.cli.between import BetweenSteps  # imports Megatron, which takes seconds
-    from oreal_megatron.mcore import checkpoint, model, parallel, roles
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.training.hooks import TrainingHooks  # imports Megatron, which takes seconds
 
     folder, trained = Path(config.run) / "checkpoints", ["policy"] + ["reward_model"] * config.reward_model.enabled
-    model.transformer_config(inputs.arch, config)  # refuses what Megatron would, before anything is loaded
+    gpt_model.transformer_config(inputs.arch, config)  # refuses what Megatron would, before anything is loaded
     inputs_read = inputs.fingerprints()
     _check_resumable(args.resume, folder, inputs_read)
 
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(config)
-    resumed = checkpoint.choose(folder, trained, args.step, args.resume == "auto") if args.resume else None
-    engine, verifier = build.start_engine(inputs, leave.__bool__)
+    resumed = checkpoint_state.choose(folder, trained, args.step, args.resume == "auto") if args.resume else None
+    engine, verifier = prepare.start_engine(inputs, leave.__bool__)
     engine.sleep()  # the models are built in its room
     parallel.start_megatron(config.parallel, config.seed, config.watchdog.collective_s)
     pieces = (inputs.arch, config, inputs.folder.tensor)
-    policy, reference = roles.Policy(*pieces), roles.Reference(*pieces)
-    reward_model = roles.TokenRewardModel(*pieces) if config.reward_model.enabled else roles.NoRewardModel()
+    policy, reference = trained_models.Policy(*pieces), trained_models.Reference(*pieces)
+    reward_model = (
+        trained_models.TokenRewardModel(*pieces) if config.reward_model.enabled else trained_models.NoRewardModel()
+    )
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
-    hand_over = build.connect(policy, engine)
-    first = checkpoint.load(resumed, trainers) if resumed else 0
+    weight_sync = prepare.connect(policy, engine)
+    first = checkpoint_state.load(resumed, trainers) if resumed else 0
     record = Run(config, first, inputs_read, parallel.share(), inputs.arch, _peak(config))
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
-    saver = Saver(folder, trainers, *kept, describe=partial(build.describe, inputs))
+    saver = Saver(folder, trainers, *kept, describe=partial(prepare.describe, inputs))
     keep_best = partial(save_policy, inputs, policy, Path(config.run) / "best")
-    between_steps = BetweenSteps(config, saver, record, held_out, engine, verifier, leave, keep_best)
-    world = parallel.data_parallel(inputs.arch)
+    evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
+    between_steps = TrainingHooks(config, saver, record, evaluate, leave, keep_best)
+    spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
     models = (policy, reference, reward_model)
     with between_steps.saving_when_asked_to_leave():
-        hand_over(policy.updates)
+        weight_sync.sync(policy.updates)
         between_steps.begin(first, saved=resumed is not None)
-        loop.train(config, prompts, engine, verifier, *models, hand_over, record, between_steps, world)
+        loop.train(config, prompts, engine, verifier, *models, weight_sync, record, between_steps, spec)
     with heartbeat.phase("checkpoint"):
         saver.finish()
         save_policy(inputs, policy, Path(config.run) / "policy")
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         speed_report.leave(report.read(Path(config.run)))
     verifier.grader.close()
     with heartbeat.phase("stop"):
@@ -84,17 +89,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_resumable(resume: str | None, folder: Path, inputs_read: dict[str, str]) -> None:
-    found = checkpoints.complete(folder)
+    found = checkpoint_folders.complete(folder)
     if resume and resume != "auto" and not found:
         raise ConfigError(f"{folder} holds no finished checkpoint to resume from")
     if found:
         refuse_changed(folder.parent, inputs_read)
 
 
-def save_policy(inputs: build.Inputs, policy: Any, path: Path) -> None:
+def save_policy(inputs: prepare.Inputs, policy: Any, path: Path) -> None:
     """The policy as a Hugging Face folder, written by the first rank. Collective."""
-    tensors = build.full_tensors(policy)
-    if ranks.rank() == 0:
+    tensors = prepare.full_tensors(policy)
+    if distributed.rank() == 0:
         dtype = getattr(torch, inputs.config.model.dtype)
         to_hf.save(path, inputs.folder.path, inputs.folder.config, dtype, tensors)
     else:
@@ -122,8 +127,8 @@ def _config(args: argparse.Namespace) -> Config:
     elif (Path(config.run) / "config.json").is_file():
         now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
         changed = settings.differences(_written(Path(config.run)), now)
-        if changed and ranks.rank() == 0:
-            disk.say(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
+        if changed and distributed.rank() == 0:
+            files.say(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
     return config
 
 
@@ -132,4 +137,4 @@ def _written(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.json")
-    return disk.read_object(file)
+    return files.read_object(file)

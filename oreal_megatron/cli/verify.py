@@ -21,7 +21,7 @@ from oreal_megatron import config
 from oreal_megatron.records import Outcome, Verdict
 from oreal_megatron.verify import VERSION
 from oreal_megatron.verify.grader import Grader, JudgesDown
-from oreal_megatron.verify.pool import PoolBroken
+from oreal_megatron.verify.worker_pool import PoolBroken
 
 WINDOW = 1000  # lines under way at once: memory stays small for a file of any length
 SHOWN_KINDS = 12  # with more, only those with an error are listed
@@ -32,7 +32,7 @@ console = Console(stderr=True, soft_wrap=True)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `oreal verify`."""
-    defaults = config.Verify()
+    defaults = config.VerifyConfig()
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="lines with `gold` and `pred` (or `response`)")
     parser.add_argument(
         "output", type=Path, metavar="OUT.jsonl", help="the same lines with verdict, method, extracted, seconds"
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if (complaint := _complaint(args)) is not None:
         _say(complaint)
         return BAD_INPUT
-    judge = config.Judge(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
-    settings = config.Verify(workers=args.workers, timeout_s=args.timeout, judge=judge)
+    judge = config.JudgeConfig(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
+    settings = config.VerifyConfig(workers=args.workers, timeout_s=args.timeout, judge=judge)
     summary = Summary()
     try:
         with (
@@ -191,7 +191,7 @@ class Summary:
             return
         kind = self.kinds[str(line.fields.get("kind", "all"))]
         kind["pairs"] += 1
-        kind["right"] += outcome is (Outcome.CORRECT if label else Outcome.WRONG)
+        kind["right"] += outcome is (Outcome.CORRECT if label else Outcome.INCORRECT)
         kind["false accepts"] += outcome is Outcome.CORRECT and not label
         kind["false rejects"] += outcome is not Outcome.CORRECT and bool(label)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
-from oreal_megatron.mapping.tensors import Entry
+from oreal_megatron.models.tensors import Entry
+from oreal_megatron.runtime import files
 
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
               "vocab*", "merges.txt", "added_tokens.json", "*.py")  # fmt: skip
@@ -39,7 +39,7 @@ class Folder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return disk.read_object(self.path / "config.json")
+        return files.read_object(self.path / "config.json")
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -47,7 +47,7 @@ class Folder:
         index = self.path / "model.safetensors.index.json"
         if not index.is_file():
             return sorted(self.path.glob("*.safetensors"))
-        places = disk.read_object(index).get("weight_map")
+        places = files.read_object(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ConfigError(f"{index} has no weight_map that says which file each tensor is in")
         names = sorted(set(places.values()))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
 from oreal_megatron.convert import hf_folder, torch_dist
-from oreal_megatron.mapping import architecture, stored, tensors
-from oreal_megatron.mapping.tensors import Cut, Entry
+from oreal_megatron.models import architecture, tensors, torch_dist_keys
+from oreal_megatron.models.tensors import Cut, Entry
+from oreal_megatron.runtime import files
 
 DESCRIPTION = "hf"
 NOT_WEIGHTS = ("optimizer.", "_extra_state")  # what a training checkpoint holds besides
@@ -54,7 +54,7 @@ class MegatronFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return disk.read_object(self.path / DESCRIPTION / "config.json")
+        return files.read_object(self.path / DESCRIPTION / "config.json")
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -66,25 +66,25 @@ class MegatronFolder:
 
     def hf(self, entry: Entry) -> dict[str, Tensor]:
         """The Hugging Face tensors of a mapping entry."""
-        return tensors.to_hf(entry, self.arch, self.reader.tensor(*stored.place(entry)))
+        return tensors.to_hf(entry, self.arch, self.reader.tensor(*torch_dist_keys.place(entry)))
 
     def tensor(self, name: str) -> Tensor:
         """One Hugging Face tensor; reads the whole Megatron tensor that it is part of."""
         return self.hf(self._entry_of[name])[name]
 
     def dtype(self, entry: Entry) -> torch.dtype:
-        return self.reader.dtype(stored.place(entry).key)
+        return self.reader.dtype(torch_dist_keys.place(entry).key)
 
     def _check(self) -> None:
         """Every tensor of the model is there with its shape, and no other."""
         wanted = set()
         for entry in self.entries:
-            place = stored.place(entry)
+            place = torch_dist_keys.place(entry)
             key = place.key
             wanted.add(key)
             if key not in self.reader.tensors:
                 raise ConfigError(f"{self.path} has no tensor {key}; does {DESCRIPTION}/config.json belong to it?")
-            found, asked = self.reader.shape(key), stored.stack(self.arch, place) + entry.shape
+            found, asked = self.reader.shape(key), torch_dist_keys.stack(self.arch, place) + entry.shape
             if entry.cut is Cut.VOCABULARY:  # padded for whatever layout it was written at
                 asked = (max((self.arch.vocab, *found[:1])), *asked[1:])
             if found != asked:

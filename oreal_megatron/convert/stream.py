@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import files
 
 AHEAD_BYTES = 512 * 2**20  # read and not yet written; the piece being read and the one being written come on top
 BLOCK_BYTES = 128 * 2**20  # rows of vocabulary tensors that are handled at once
@@ -78,13 +78,13 @@ def finished(path: Path, size: int, say: Say, replace: bool = False) -> Iterator
             raise ConfigError(f"{path} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         yield partial
         for file in [*partial.rglob("*"), partial]:
-            disk.sync(file)
+            files.sync(file)
     except BaseException:
         shutil.rmtree(partial)
         raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
-    disk.sync(path.parent)
+    files.sync(path.parent)
 
 
 class Cast:

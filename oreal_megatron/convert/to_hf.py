@@ -13,7 +13,7 @@ from torch import Tensor
 from oreal_megatron.convert import stream
 from oreal_megatron.convert.hf_folder import FolderWriter, copy_side_files
 from oreal_megatron.convert.megatron_folder import DESCRIPTION, MegatronFolder, with_dtype
-from oreal_megatron.mapping import architecture, tensors
+from oreal_megatron.models import architecture, tensors
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

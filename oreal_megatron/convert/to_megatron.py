@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import ConfigError, Parallel
+from oreal_megatron.config import ConfigError, ParallelConfig
 from oreal_megatron.convert import megatron_folder, stream, torch_dist
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mapping import architecture, stored, tensors
-from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.mapping.tensors import Cut, Entry
+from oreal_megatron.models import architecture, tensors, torch_dist_keys
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.models.tensors import Cut, Entry
 
 
 class Piece(NamedTuple):
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 def convert(
-    source: Folder, out: Path, layout: Parallel, cast: stream.Cast, say: stream.Say, advance: stream.Advance
+    source: Folder, out: Path, layout: ParallelConfig, cast: stream.Cast, say: stream.Say, advance: stream.Advance
 ) -> None:
     """Write `out`, cut for `layout`; it loads at any other."""
     arch, head = architecture.read(source.config), architecture.head(source.config)
@@ -39,7 +39,7 @@ def convert(
         for piece in stream.ahead(_sized(_pieces(source, arch, head, layout, cast))):
             _write(writer, piece, arch)
             advance(piece.tensor.nbytes)
-        for key in stored.extra_states(arch):
+        for key in torch_dist_keys.extra_states(arch):
             writer.object(0, key, [None])
         writer.close()
         dtype = cast.of(source.dtype(next(tensors.entries(arch, 1, 1, 0, head)).hf[0]))
@@ -79,7 +79,9 @@ def _check_surplus(source: Folder, arch: Architecture, name: str) -> None:
     raise ConfigError(f"{source.path} has a tensor {name}, which no {arch.family} model has; it would be lost")
 
 
-def _pieces(source: Folder, arch: Architecture, head: str, layout: Parallel, cast: stream.Cast) -> Iterator[Piece]:
+def _pieces(
+    source: Folder, arch: Architecture, head: str, layout: ParallelConfig, cast: stream.Cast
+) -> Iterator[Piece]:
     parts = layout.pipeline * layout.virtual
     for part in range(parts):
         first = part % layout.pipeline * layout.tensor  # the stage's first rank
@@ -116,6 +118,6 @@ def _sized(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:
 
 
 def _write(writer: torch_dist.Writer, piece: Piece, arch: Architecture) -> None:
-    place = stored.place(piece.entry)
-    shape, start = stored.stack(arch, place) + piece.entry.shape, place.index + piece.start
+    place = torch_dist_keys.place(piece.entry)
+    shape, start = torch_dist_keys.stack(arch, place) + piece.entry.shape, place.index + piece.start
     writer.tensor(piece.rank, place.key, shape, start, piece.tensor[(None,) * len(place.index)])

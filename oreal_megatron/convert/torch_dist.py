@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from oreal_megatron import disk, safe_load
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import files, safe_load
 
 MARKER = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
           "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
@@ -63,7 +63,7 @@ class Reader:
     def __init__(self, path: Path):
         self.path, self.opened, self.pieces = path, {}, {}
         marker = path / "metadata.json"
-        if not marker.is_file() or disk.read_object(marker).get("sharded_backend") != "torch_dist":
+        if not marker.is_file() or files.read_object(marker).get("sharded_backend") != "torch_dist":
             raise ConfigError(f"{path} is not a Megatron distributed checkpoint (torch_dist)")
         read = safe_load.metadata(path)
         self.tensors = {key: value for key, value in read.state_dict_metadata.items() if hasattr(value, "chunks")}

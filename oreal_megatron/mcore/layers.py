@@ -13,9 +13,9 @@ from oreal_kernels import gemm
 from torch import Tensor, nn
 
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.mcore import context
-from oreal_megatron.mcore.varlen import Plan
+from oreal_megatron.mcore import context_parallel
+from oreal_megatron.mcore.varlen_attention import AttentionPlan
+from oreal_megatron.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Packed:
     """
 
     positions: Tensor  # [S / cp] int64, each token's place in its sequence
-    plan: Plan
+    plan: AttentionPlan
     qkv_format: ClassVar[str] = "sbhd"
     cp_group: ClassVar[None] = None
 
@@ -66,7 +66,7 @@ class PackedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *other: Any, packed_seq_params: Packed, **more: Any
     ) -> Tensor:
         """[S, 1, heads * d] from queries [S, 1, heads, d], keys and values [S, 1, groups, d]."""
-        key, value = context.gathered(torch.stack([key.squeeze(1), value.squeeze(1)], 1)).unbind(1)
+        key, value = context_parallel.gathered(torch.stack([key.squeeze(1), value.squeeze(1)], 1)).unbind(1)
         attended = packed_seq_params.plan.attend(query.squeeze(1), key, value)
         return attended.flatten(1)[:, None]
 

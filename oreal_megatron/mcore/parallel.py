@@ -12,13 +12,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
-from oreal_megatron.config import ConfigError, Parallel, Watchdog
-from oreal_megatron.mapping import operations
-from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.mcore.cpu import device_layer
+from oreal_megatron.config import ConfigError, ParallelConfig, WatchdogConfig
+from oreal_megatron.mcore.cpu_shim import device_layer
+from oreal_megatron.models import flops
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.records import PackingSpec
 
 
-def start_process_group(timeout_s: float = Watchdog.collective_s) -> None:
+def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
     """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
@@ -52,7 +53,7 @@ def _start() -> str:
     return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"  # counted by each machine for itself
 
 
-def start_megatron(config: Parallel, seed: int, timeout_s: float = Watchdog.collective_s) -> None:
+def start_megatron(config: ParallelConfig, seed: int, timeout_s: float = WatchdogConfig.collective_s) -> None:
     """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
     with device_layer():
         virtual = config.virtual if config.virtual > 1 else None
@@ -76,20 +77,23 @@ def stop(engine: Any = None) -> None:
         dist.destroy_process_group()
 
 
-def data_parallel(arch: Architecture | None = None) -> tuple[int, int, int, int, float]:
-    """What pack.batch wants to know after the budget: this rank's place among the data-parallel replicas, their number,
-    what micro-batches and their tokens must be multiples of, and where attention costs as much as matrix products.
+def packing_spec(tokens_per_micro_batch: int, arch: Architecture | None = None) -> PackingSpec:
+    """Return how this rank packs samples. Without `arch`, attention is taken to cost nothing.
 
     Megatron's interleaved schedule takes micro-batches in groups of as many as there are pipeline stages. Tokens are
     shared by context-parallel ranks in two chunks each, and these by tensor-parallel ranks when sequence-parallel.
-    Without `arch`, attention is taken to cost nothing.
     """
-    place, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
-    multiple = parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1
-    shares = parallel_state.get_context_parallel_world_size()
-    pad_to = parallel_state.get_tensor_model_parallel_world_size() * (2 * shares if shares > 1 else 1)
-    return place, replicas, multiple, pad_to, operations.even_tokens(arch) if arch else math.inf
+    context_ranks = parallel_state.get_context_parallel_world_size()
+    chunks = 2 * context_ranks if context_ranks > 1 else 1
+    return PackingSpec(
+        tokens_per_micro_batch,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=parallel_state.get_data_parallel_world_size(),
+        micro_batch_multiple=parallel_state.get_pipeline_model_parallel_world_size() if interleaved else 1,
+        token_multiple=parallel_state.get_tensor_model_parallel_world_size() * chunks,
+        even_tokens=flops.even_tokens(arch) if arch else math.inf,
+    )
 
 
 def share() -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Transformer Engine in Megatron's layer: its linear layers, those after a norm fused with it, and its attention.
 
 Imported only where it is installed and asked for. Parameters keep the names of the fused modules; checkpoints are those
-of the local layers, whose norms are stored under the same names (mapping/stored.py).
+of the local layers, whose norms are stored under the same names (models/torch_dist_keys.py).
 """
 
 from __future__ import annotations

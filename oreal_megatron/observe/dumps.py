@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oreal_megatron import disk, settings
+from oreal_megatron import settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.records import Batch, Counts, MicroBatch
+from oreal_megatron.runtime import files
 
 PER_TOKEN = ("reference_logp", "weight")  # [T] each, of what the policy's step was given beside the batch
 Values = list[Tensor] | None
@@ -44,7 +45,7 @@ def write(
     tensors, (rank, shares) = {}, share
     for number, micro_batch in enumerate(batch.micro_batches):
         held = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
-        held["borders"] = torch.tensor(micro_batch.borders)
+        held["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
         given = zip(PER_TOKEN, (reference_logp, weight), strict=True)
         held |= {name: values[number] for name, values in given if values}
         tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in held.items()}
@@ -108,7 +109,7 @@ class Dump:
 def read(path: Path) -> Dump:
     """A dumped step, its tensors still on disk."""
     try:
-        whole = disk.read_object(path / "step.json")
+        whole = files.read_object(path / "step.json")
         counts, config = Counts(**whole["counts"]), settings.from_dict(whole["config"])
         return Dump(path, whole["step"], whole["shares"], counts, whole["metrics"], config)
     except (ValueError, KeyError, TypeError) as error:
@@ -135,4 +136,4 @@ def _share(path: Path, share: int) -> Path:
 
 def _micro_batch(part: dict[str, Any]) -> MicroBatch:
     fields = {field.name: part[field.name] for field in dataclasses.fields(MicroBatch)}
-    return MicroBatch(**fields | {"borders": tuple(part["borders"].tolist())})
+    return MicroBatch(**fields | {"sequence_offsets": tuple(part["sequence_offsets"].tolist())})

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
-from oreal_megatron.observe.run import read_rows
+from oreal_megatron.observe.run_folder import read_rows
+from oreal_megatron.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ def read(path: Path) -> Record:
             raise ConfigError(f"{path} is not a run folder: it has no {name}")
     return Record(
         str(path),
-        disk.read_object(path / "config.json"),
-        disk.read_object(path / "environment.json"),
+        files.read_object(path / "config.json"),
+        files.read_object(path / "environment.json"),
         read_rows(path / "metrics.jsonl"),
         read_rows(path / "evaluations.jsonl"),
         frozenset({0, *(int(file.stem.rsplit("_", 1)[1]) for file in path.glob("config_before_step_*.json"))}),

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from oreal_megatron import heartbeat, ranks
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config
-from oreal_megatron.mapping import operations
-from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.models import flops
+from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, MicroBatch, Rollout
+from oreal_megatron.runtime import distributed, heartbeat
 
 # Forward passes that a phase costs, a backward pass being two; what is computed again for it is not counted.
 PASSES = {"reward_model": 3, "reference": 1, "policy": 3}
 HEADS = {"reward_model": "scalar", "reference": "lm", "policy": "lm"}
 WAITED_FOR = ("generate", "verify")  # phases in which a rank does its part alone, and then waits for the others
-PARTS = {"generate": ("generate",), "verify": ("verify",), "training": tuple(PASSES), "sync": ("reshard",)}
+PARTS = {"generate": ("generate",), "verify": ("verify",), "training": tuple(PASSES), "sync": ("weight_sync",)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Meter:
             if torch.cuda.is_available():  # this stream alone: copies of idle models may go on
                 torch.cuda.current_stream().synchronize()
             if name in WAITED_FOR:  # nothing beats while it waits
-                self.alone[name] = self.alone.get(name, 0.0) + heartbeat.here.beat_at - began
+                self.alone[name] = self.alone.get(name, 0.0) + heartbeat.progress.beat_at - began
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def trains_on(self, batch: Batch) -> None:
@@ -72,7 +72,7 @@ class Meter:
 
     def step(self, metrics: dict[str, float], rollouts: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         """Metrics of the step that ends now, where the next one begins. Collective."""
-        alone, shares = zip(*ranks.gather((self.alone, self.work)), strict=True)
+        alone, shares = zip(*distributed.all_gather_object((self.alone, self.work)), strict=True)
         seconds = self.seconds | {"step": time.monotonic() - self.began - self.seconds.get("evaluate", 0.0)}
         self.start()
         shares = [share for share in shares if share]
@@ -82,12 +82,14 @@ class Meter:
         tokens = {"generate": answers, **dict.fromkeys(models, trained), "step": answers}
         computed = {name: _operations(name, shares) for name in models} if self.arch else {}
         found = {f"seconds/{name}": value for name, value in seconds.items()}
-        found |= rates(seconds, tokens, computed, ranks.world_size(), self.peak)
+        found |= rates(seconds, tokens, computed, distributed.world_size(), self.peak)
         found |= shares_of_step(seconds) | idle(seconds, alone, [share.forward.get("lm", 0.0) for share in shares])
         if shares:
             found["speed/bubble"] = self.config.parallel.bubble(shares[0].micro_batches)
-        if metrics.get("reshard/received_bytes") and seconds.get("reshard"):
-            found["reshard/gigabytes_per_second"] = metrics["reshard/received_bytes"] / seconds["reshard"] / 1e9
+        if metrics.get("weight_sync/received_bytes") and seconds.get("weight_sync"):
+            found["weight_sync/gigabytes_per_second"] = (
+                metrics["weight_sync/received_bytes"] / seconds["weight_sync"] / 1e9
+            )
         return found
 
 
@@ -95,14 +97,14 @@ def work(batch: Batch, arch: Architecture | None) -> Work:
     """Filler is not counted, and the head at action tokens alone, which are all that it is computed for."""
     lengths = [length for part in batch.micro_batches for length in _lengths(part)]
     rows = sum(len(part.labels) for part in batch.micro_batches)
-    forward = {head: operations.forward(arch, lengths, rows, head) for head in ("lm", "scalar")} if arch else {}
+    forward = {head: flops.forward(arch, lengths, rows, head) for head in ("lm", "scalar")} if arch else {}
     return Work(len(batch.micro_batches), sum(lengths), forward)
 
 
 def _lengths(part: MicroBatch) -> list[int]:
     """Tokens of each sequence, those that follow being filler."""
     sequences = int(part.reward.count_nonzero())
-    return [stop - start for start, stop in pairwise(part.borders)][:sequences]
+    return [stop - start for start, stop in pairwise(part.sequence_offsets)][:sequences]
 
 
 def _computed(config: Config, metrics: dict[str, float], seconds: dict[str, float]) -> list[str]:
@@ -159,6 +161,6 @@ def waiting(each: Sequence[float]) -> float | None:
 def hardware(peak: float | None) -> dict[str, Any]:
     """What a run ran on, to be written beside its figures."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {os.cpu_count()} cores"
-    nodes = -(-ranks.world_size() // ranks.node_size())
+    nodes = -(-distributed.world_size() // distributed.node_size())
     known = {"peak_tflops": peak / 1e12} if peak else {}
-    return {"device": gpu, "gpus": ranks.world_size(), "nodes": nodes, **known}
+    return {"device": gpu, "gpus": distributed.world_size(), "nodes": nodes, **known}

@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from oreal_megatron import disk
 from oreal_megatron.observe.report import Record
 from oreal_megatron.observe.speed import PARTS
+from oreal_megatron.runtime import files
 
 Row = dict[str, Any]  # of metrics.jsonl
-PHASES = ("generate", "verify", "prove", "reward_model", "reference", "policy", "reshard", "checkpoint")
+PHASES = ("generate", "verify", "parity", "reward_model", "reference", "policy", "weight_sync", "checkpoint")
 RATES = ("tokens_per_second_per_gpu", "tflops_per_second_per_gpu", "mfu", "idle")
 DEFINITIONS = {
     "steps": "means over the steps counted: neither frozen ones nor the first after a start, where others are left",
@@ -49,7 +49,7 @@ def summary(record: Record) -> dict[str, Any]:
             "phases": phases | {"other": {"seconds": other, "share": other / step}, "step": _phase(rows, "step", step)},
             "idle_training": _weighted(rows, "speed/idle/training", PARTS["training"]),
             "bubble": _weighted(rows, "speed/bubble", PARTS["training"]),
-            "sync": _sync([row for row in rows if "reshard/received_bytes" in row]),
+            "sync": _sync([row for row in rows if "weight_sync/received_bytes" in row]),
             "definitions": DEFINITIONS,
         }
     )
@@ -58,7 +58,7 @@ def summary(record: Record) -> dict[str, Any]:
 def leave(record: Record) -> None:
     """At the end of a run: speed.json in its folder, and the table."""
     if found := summary(record):
-        disk.write_text(Path(record.name) / "speed.json", json.dumps(found, indent=2) + "\n")
+        files.write_text(Path(record.name) / "speed.json", json.dumps(found, indent=2) + "\n")
         print_table(found)
 
 
@@ -114,9 +114,9 @@ def _phase(rows: Sequence[Row], name: str, step: float) -> dict[str, float]:
 def _sync(rows: Sequence[Row]) -> dict[str, float] | None:
     if not rows:
         return None
-    received = sum(row["reshard/received_bytes"] for row in rows) / len(rows)
-    rate = _weighted(rows, "reshard/gigabytes_per_second", ["reshard"])
-    return _known({"seconds": _mean(rows, "reshard"), "received_bytes": received, "gigabytes_per_second": rate})
+    received = sum(row["weight_sync/received_bytes"] for row in rows) / len(rows)
+    rate = _weighted(rows, "weight_sync/gigabytes_per_second", ["weight_sync"])
+    return _known({"seconds": _mean(rows, "weight_sync"), "received_bytes": received, "gigabytes_per_second": rate})
 
 
 def _mean(rows: Sequence[Row], phase: str) -> float:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oreal_megatron.config import Config, Parallel
-from oreal_megatron.mapping.architecture import Architecture
+from oreal_megatron.config import Config, ParallelConfig
+from oreal_megatron.models.architecture import Architecture
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -25,12 +25,12 @@ class Rows:
     residual: float  # in norms and residuals, which sequence parallelism cuts as well
 
     @classmethod
-    def of(cls, tokens: float, cut: Parallel) -> Rows:
+    def of(cls, tokens: float, cut: ParallelConfig) -> Rows:
         own = tokens / cut.context
         return cls(tokens, own, own / (cut.tensor if cut.sequence else 1))
 
 
-def of_layer(arch: Architecture, cut: Parallel, rows: Rows, itemsize: int, attention: bool = True) -> float:
+def of_layer(arch: Architecture, cut: ParallelConfig, rows: Rows, itemsize: int, attention: bool = True) -> float:
     """Kept by one layer of which nothing is computed again; without `attention`, its core is."""
     queries, keys = arch.heads * arch.head_dim / cut.tensor, arch.kv_groups * arch.head_dim / cut.tensor
     ffn = arch.ffn / cut.tensor * (arch.experts.per_token if arch.experts else 1)
@@ -45,7 +45,7 @@ def of_layer(arch: Architecture, cut: Parallel, rows: Rows, itemsize: int, atten
     return norms + rotary + core + gate
 
 
-def in_flight(cut: Parallel, stage: int, micro_batches: int) -> float:
+def in_flight(cut: ParallelConfig, stage: int, micro_batches: int) -> float:
     """Micro-batches, as many layers each as the rank holds, whose activations wait for their backward at once.
 
     Stock schedules of Megatron-core: 1F1B, and interleaved, where a chunk's activations are a share of them.
@@ -98,4 +98,4 @@ def head(arch: Architecture, config: Config, tokens: int) -> float:
     cut, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
     own = Rows.of(tokens, cut).own
     logits = 2 * itemsize * own * arch.padded_vocab(cut.tensor) / cut.tensor
-    return min(logits, config.model.logits_megabytes * 2**20) + 3 * own * arch.hidden * itemsize
+    return min(logits, config.model.logits_mib * 2**20) + 3 * own * arch.hidden * itemsize

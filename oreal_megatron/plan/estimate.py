@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from oreal_megatron.plan import memory, timing
-from oreal_megatron.plan.case import Case
+from oreal_megatron.plan.scenario import Scenario
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Estimate:
-    case: Case
+    case: Scenario
     stages: list[memory.Stage]
     largest_cache: float  # bytes
     host: dict[str, float]  # bytes on a machine
@@ -51,7 +51,7 @@ class Estimate:
     def tokens_per_gpu_second(self) -> float:
         """Tokens of all answers with their prompts by the time of whole steps, as NeMo-RL counts."""
         config = self.case.config
-        answers = config.data.prompts_per_step * config.sampling.answers_per_prompt
+        answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt
         return answers * self.case.sequence_tokens / self.step_seconds / self.case.world
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Estimate:
             },
             "host_bytes": self.host,
             "kv_cache": {
-                "bytes": self.case.config.engine.kv_cache_gb * GIB,
+                "bytes": self.case.config.engine.kv_cache_gib * GIB,
                 "largest_bytes": self.largest_cache,
                 "bytes_per_token": self.case.cache_token(),
             },
@@ -86,7 +86,7 @@ class Estimate:
         }
 
 
-def make(case: Case, transfer: timing.Transfer | None = None) -> Estimate:
+def make(case: Scenario, transfer: timing.Transfer | None = None) -> Estimate:
     """Estimate a case, or refuse it with a ConfigError; the transfer, the slow part, may be given."""
     case.check()
     stages = memory.stages(case)
@@ -135,7 +135,7 @@ def _remedy(estimate: Estimate, parts: memory.Bytes) -> str:
     if parts["KV cache"]:
         needed = case.cache_token() * config.engine.max_model_len / GIB
         if room > needed:
-            return f"engine.kv_cache_gb={int(room)} would leave room"
+            return f"engine.kv_cache_gib={int(room)} would leave room"
         if not config.offload:
             return "offload=true takes idle models off the GPU"
         return "more pipeline stages or data-parallel ranks hold less of a model each"

@@ -1,6 +1,6 @@
 """Whether what ranks would say to each other fits together; sentences about what does not.
 
-Pure functions of what mcore/rehearse.py recorded and of reshard's plans. Only what was rehearsed is compared: of a
+Pure functions of what mcore/rehearse_rank.py recorded and of reshard's plans. Only what was rehearsed is compared: of a
 group the members that were, of a message both ends.
 """
 
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from oreal_megatron.reshard import pieces, plan, vllm_layout
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.reshard import planner, shards, vllm_layout
+from oreal_megatron.reshard.overlaps import ReshardLayout
 
 if TYPE_CHECKING:
-    from oreal_megatron.mcore.nowhere import Call
-    from oreal_megatron.mcore.rehearse import Rehearsed, Shard
+    from oreal_megatron.mcore.fake_world import Call
+    from oreal_megatron.mcore.rehearse_rank import Rehearsed, Shard
 
 PEERS = 8  # whose plans are made as well; each takes a third of a second at 128 ranks
 MESSAGES = ("send", "recv_")
@@ -127,16 +127,16 @@ def _overlap(one: Shard, two: Shard) -> bool:
     )
 
 
-def handover(layout: Layout, ranks: Sequence[Rehearsed], itemsize: int, batch_bytes: int) -> Iterator[str]:
+def handover(layout: ReshardLayout, ranks: Sequence[Rehearsed], itemsize: int, batch_bytes: int) -> Iterator[str]:
     """The transfers to the engine: among these ranks, and between the first of them and some of its peers, both ends
     agree; every slice lies in a tensor of the trainer's real model, or of the engine's layout."""
-    plans = {one.rank: plan.make(layout, one.rank, itemsize, batch_bytes) for one in ranks}
+    plans = {one.rank: planner.make(layout, one.rank, itemsize, batch_bytes) for one in ranks}
     for one in ranks:
         yield from _outside(one, plans[one.rank], layout)
     first = plans[ranks[0].rank]
     peers = {move.peer for batch in first.batches for move in (*batch.sends, *batch.receives)} - plans.keys()
     spread = sorted(peers)[:: max(len(peers) // PEERS, 1)]
-    plans |= {peer: plan.make(layout, peer, itemsize, batch_bytes) for peer in spread}
+    plans |= {peer: planner.make(layout, peer, itemsize, batch_bytes) for peer in spread}
     sends, receives = ({rank: _moves(made, way) for rank, made in plans.items()} for way in ("sends", "receives"))
     known = {one.rank for one in ranks}
     for source, destination in itertools.permutations(plans, 2):
@@ -144,7 +144,7 @@ def handover(layout: Layout, ranks: Sequence[Rehearsed], itemsize: int, batch_by
             yield from _differing(sends[source][destination], receives[destination][source], source, destination)
 
 
-def _moves(made: plan.Plan, way: str) -> dict[int, list[tuple]]:
+def _moves(made: planner.TransferPlan, way: str) -> dict[int, list[tuple]]:
     """(batch, rows, columns) of every slice, by peer."""
     found: dict[int, list[tuple]] = defaultdict(list)
     for number, batch in enumerate(made.batches):
@@ -153,7 +153,7 @@ def _moves(made: plan.Plan, way: str) -> dict[int, list[tuple]]:
     return found
 
 
-def _outside(one: Rehearsed, made: plan.Plan, layout: Layout) -> Iterator[str]:
+def _outside(one: Rehearsed, made: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
     """Slices that lie in no tensor of the trainer's real model, or of the engine's layout."""
     engine = vllm_layout.shapes(layout.arch, layout.engine)
     for batch in made.batches:
@@ -166,7 +166,7 @@ def _outside(one: Rehearsed, made: plan.Plan, layout: Layout) -> Iterator[str]:
                 return
 
 
-def _not_in(spot: pieces.Spot, rows: int, columns: int, shapes: dict[str, tuple[int, ...]]) -> str:
+def _not_in(spot: shards.Offset, rows: int, columns: int, shapes: dict[str, tuple[int, ...]]) -> str:
     shape = shapes.get(spot.tensor)
     if shape is None:
         return f"the transfer to the engine reads or writes {spot.tensor}, which is not there"

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from oreal_megatron.plan import activations
 from oreal_megatron.plan.activations import ITEMSIZE
-from oreal_megatron.plan.case import Case
+from oreal_megatron.plan.scenario import Scenario
 
 COMPONENTS = (
     "parameters", "gradients", "optimizer", "activations", "head", "engine weights", "KV cache", "buffers", "reserve"
 )  # fmt: skip
-GATHER_BUCKET = 256 * 2**20  # reshard/gather.py
+GATHER_BUCKET = 256 * 2**20  # reshard/gather_transport.py
 Bytes = Counter  # by component
 
 
@@ -37,7 +37,7 @@ class Stage:
         return self.phases[self.fullest].total()
 
 
-def held(case: Case, stage: int, head: str) -> Bytes:
+def held(case: Scenario, stage: int, head: str) -> Bytes:
     """A trained model: parameters, gradients, and its share of main weights and moments."""
     elements, dtype = case.elements(stage, head), case.config.model.dtype
     states = 12 if dtype == "bfloat16" else 8
@@ -47,11 +47,11 @@ def held(case: Case, stage: int, head: str) -> Bytes:
     )
 
 
-def stages(case: Case) -> list[Stage]:
+def stages(case: Scenario) -> list[Stage]:
     return [Stage(stage, _phases(case, stage)) for stage in range(case.config.parallel.pipeline)]
 
 
-def largest_cache(case: Case, planned: list[Stage]) -> float:
+def largest_cache(case: Scenario, planned: list[Stage]) -> float:
     """Bytes of key-value cache that fit on every rank, in every phase that has one."""
     return min(
         case.usable - memory.total() + memory["KV cache"]
@@ -61,10 +61,10 @@ def largest_cache(case: Case, planned: list[Stage]) -> float:
     )
 
 
-def _phases(case: Case, stage: int) -> dict[str, Bytes]:
+def _phases(case: Scenario, stage: int) -> dict[str, Bytes]:
     config, scoring = case.config, _scoring(case, stage)
     engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
-    awake = engine + Bytes({"KV cache": config.engine.kv_cache_gb * 2**30})
+    awake = engine + Bytes({"KV cache": config.engine.kv_cache_gib * 2**30})
     resident = Bytes({"buffers": case.assumed.asleep_gib * 2**30})  # vLLM's sleep frees weights and cache only
     asleep, waking = (resident, engine) if config.engine.sleep else (awake, awake)
     models = {name: held(case, stage, head) for name, head in case.roles.items()}
@@ -79,21 +79,21 @@ def _phases(case: Case, stage: int) -> dict[str, Bytes]:
     # Parameters are there twice while Megatron copies them into its buffers, before it makes the optimizer.
     twice = Bytes({"buffers": max(largest["parameters"] - largest["optimizer"], 0.0)})
     phases = {"build": phase(asleep, largest, twice)}
-    phases |= {"generate": phase(awake, Bytes(), Bytes()), "prove": phase(awake, weights, scoring)}
+    phases |= {"generate": phase(awake, Bytes(), Bytes()), "parity": phase(awake, weights, scoring)}
     for name in ("reward_model", "reference", "policy"):
         if name in models:
             passing = scoring if name == "reference" else _training(case, stage, case.roles[name], models[name])
             phases[name] = phase(asleep, models[name], passing)
-    phases["reshard"] = phase(waking, weights, _transfer(case))
+    phases["weight_sync"] = phase(waking, weights, _transfer(case))
     phases["save"] = phase(awake, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
     return phases
 
 
-def _last(case: Case, stage: int) -> bool:
+def _last(case: Scenario, stage: int) -> bool:
     return stage == case.config.parallel.pipeline - 1
 
 
-def _training(case: Case, stage: int, head: str, model: Bytes) -> Bytes:
+def _training(case: Scenario, stage: int, head: str, model: Bytes) -> Bytes:
     """Of an update: activations at their most, or what AdamW needs when they are gone."""
     kept = activations.kept(case.arch, case.config, stage, case.longest, case.micro_batches)
     memory = Bytes({"activations": kept + activations.working(case.arch, case.config, case.longest)})
@@ -103,7 +103,7 @@ def _training(case: Case, stage: int, head: str, model: Bytes) -> Bytes:
     return memory if memory.total() > square_roots else Bytes({"buffers": square_roots})
 
 
-def _scoring(case: Case, stage: int) -> Bytes:
+def _scoring(case: Scenario, stage: int) -> Bytes:
     """Of a forward pass without a backward: one layer's work and logits."""
     memory = Bytes({"activations": activations.working(case.arch, case.config, case.longest)})
     if _last(case, stage):
@@ -111,12 +111,12 @@ def _scoring(case: Case, stage: int) -> Bytes:
     return memory
 
 
-def _transfer(case: Case) -> Bytes:
+def _transfer(case: Scenario) -> Bytes:
     direct = case.config.engine.transport == "direct" and not case.arch.experts
-    return Bytes({"buffers": case.config.engine.buffer_megabytes * 2**20 if direct else 2 * GATHER_BUCKET})
+    return Bytes({"buffers": case.config.engine.buffer_mib * 2**20 if direct else 2 * GATHER_BUCKET})
 
 
-def _with_reserve(case: Case, standing: Bytes, passing: Bytes) -> Bytes:
+def _with_reserve(case: Scenario, standing: Bytes, passing: Bytes) -> Bytes:
     assumed = case.assumed
     communicators = assumed.context_gib + assumed.communicator_gib * groups(case)
     total = standing + passing
@@ -124,14 +124,14 @@ def _with_reserve(case: Case, standing: Bytes, passing: Bytes) -> Bytes:
     return total
 
 
-def groups(case: Case) -> int:
+def groups(case: Scenario) -> int:
     """Process groups that a rank uses: the world, each way of cutting, gradients over data and context, the engine."""
     cut = case.config.parallel
     sizes = (case.world, cut.tensor, cut.pipeline, cut.context, case.data, case.model_ranks, case.config.engine.tensor)
     return sum(size > 1 for size in sizes)
 
 
-def host(case: Case) -> dict[str, float]:
+def host(case: Scenario) -> dict[str, float]:
     """Bytes of the host's memory that a node must have: for idle models, and while a checkpoint is gathered."""
     cut = case.config.parallel
     stride = cut.tensor * cut.context * case.data
@@ -145,7 +145,7 @@ def host(case: Case) -> dict[str, float]:
     return {"idle models": offloaded if case.config.offload else 0.0, "gathering a checkpoint": gathering}
 
 
-def _gathering(case: Case, stage: int, first: bool) -> list[float]:
+def _gathering(case: Scenario, stage: int, first: bool) -> list[float]:
     """Of a rank at most, while each trained model in turn is gathered.
 
     Megatron puts main weights and moments of its own shard in order, 12 bytes an element over all ranks. The first rank
@@ -160,7 +160,7 @@ def _gathering(case: Case, stage: int, first: bool) -> list[float]:
     return [before + 24 * count + shard for before, count, shard in zip(pending, elements, shards, strict=False)]
 
 
-def _offloaded(case: Case, stage: int) -> float:
+def _offloaded(case: Scenario, stage: int) -> float:
     """Copies that a rank keeps on the host; gradients are not copied."""
     parts = [held(case, stage, head) for name, head in case.roles.items() if name != "reference"]
     reference = held(case, stage, "lm")["parameters"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron import disk
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import files
 
 
 def _qwen(layers: int, hidden: int, ffn: int, heads: int, groups: int, positions: int, theta: float) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def config(path: str) -> tuple[dict[str, Any], bool]:
     """The config.json of a model folder, or of a published model with the folder's name; and whether it was read."""
     file = Path(path) / "config.json"
     if file.is_file():
-        return disk.read_object(file), True
+        return files.read_object(file), True
     if (name := Path(path).name) in CONFIGS:
         return CONFIGS[name], False
     raise ConfigError(

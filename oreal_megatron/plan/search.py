@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.plan import estimate, memory, timing
-from oreal_megatron.plan.case import Case
 from oreal_megatron.plan.estimate import GIB, Estimate
+from oreal_megatron.plan.scenario import Scenario
 
 CUTS = (1, 2, 4, 8)
 RECOMPUTE = {
@@ -21,7 +21,7 @@ EQUAL = 1.03
 UNPLANNED = timing.Transfer(0.0, 0.0, 0.0, "direct")
 
 
-def best(case: Case, count: int = 5) -> list[Estimate]:
+def best(case: Scenario, count: int = 5) -> list[Estimate]:
     """The fastest layouts that fit with a margin, empty when none does. Those that are hardly slower than the fastest
     count as equal, and of equals the one that is cut least is better."""
     found = list(_fitting(case))
@@ -45,12 +45,12 @@ def reason(one: Estimate) -> str:
     )
 
 
-def _cut(case: Case) -> tuple[int, int, int, int]:
+def _cut(case: Scenario) -> tuple[int, int, int, int]:
     cut = case.config.parallel
     return cut.context, cut.pipeline, cut.tensor, case.config.engine.tensor
 
 
-def _fitting(case: Case) -> Iterator[Estimate]:
+def _fitting(case: Scenario) -> Iterator[Estimate]:
     options = (CUTS, CUTS, (1, 2, 4), CUTS, RECOMPUTE.values(), {True, case.config.offload})
     for tensor, pipeline, context, engine, recompute, offload in itertools.product(*options):
         if max(tensor, engine) > case.node or tensor * pipeline * context > case.world:
@@ -64,19 +64,21 @@ def _fitting(case: Case) -> Iterator[Estimate]:
             yield estimate.make(filled, UNPLANNED)
 
 
-def _case(case: Case, tensor: int, pipeline: int, context: int, engine: int, recompute: dict, offload: bool) -> Case:
+def _case(
+    case: Scenario, tensor: int, pipeline: int, context: int, engine: int, recompute: dict, offload: bool
+) -> Scenario:
     config = case.config
     cut = dataclasses.replace(
         config.parallel, tensor=tensor, pipeline=pipeline, context=context, virtual=1, sequence=tensor > 1
     )
-    answers = config.data.prompts_per_step * config.sampling.answers_per_prompt * engine / case.world
+    answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt * engine / case.world
     served = dataclasses.replace(config.engine, tensor=engine, max_num_seqs=math.ceil(answers))
     kept = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
     changed = dataclasses.replace(config, parallel=cut, engine=served, megatron=kept | recompute, offload=offload)
     return dataclasses.replace(case, config=changed)
 
 
-def _filled(case: Case) -> Case | None:
+def _filled(case: Scenario) -> Scenario | None:
     """The same with the largest cache that leaves a margin, in whole GiB; None when that is too small."""
     stages = memory.stages(case)
     margin = case.assumed.thin * case.usable
@@ -84,5 +86,5 @@ def _filled(case: Case) -> Case | None:
     training = max(parts.total() for stage in stages for parts in stage.phases.values() if not parts["KV cache"])
     if cache * GIB < case.cache_token() * case.config.engine.max_model_len or training > case.usable - margin:
         return None
-    engine = dataclasses.replace(case.config.engine, kv_cache_gb=float(cache))
+    engine = dataclasses.replace(case.config.engine, kv_cache_gib=float(cache))
     return dataclasses.replace(case, config=dataclasses.replace(case.config, engine=engine))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import random
 
-from oreal_megatron.plan.case import Case
+from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.records import Sample
 
 SPREAD = 0.6  # of the logarithms of lengths
 
 
-def samples(case: Case) -> list[Sample]:
+def samples(case: Scenario) -> list[Sample]:
     """As many as a step keeps, right and wrong in turn; log-normal lengths with the assumed mean. No more than make a
     pipeline busy: further micro-batches would repeat what the first ones say.
 
@@ -27,7 +27,7 @@ def samples(case: Case) -> list[Sample]:
     return [Sample((1,) * prompt, (2,) * n, sign, sign) for n, sign in zip(lengths, signs, strict=False)]
 
 
-def _drawn(case: Case, count: int) -> list[int]:
+def _drawn(case: Scenario, count: int) -> list[int]:
     """Lengths of responses."""
     generator, middle = random.Random(0), math.log(case.assumed.response_tokens) - SPREAD**2 / 2
     longest = min(
@@ -36,13 +36,13 @@ def _drawn(case: Case, count: int) -> list[int]:
     return [max(1, min(longest, round(generator.lognormvariate(middle, SPREAD)))) for _ in range(count)]
 
 
-def rank(case: Case, tensor: int, context: int, data: int, pipeline: int) -> int:
+def rank(case: Scenario, tensor: int, context: int, data: int, pipeline: int) -> int:
     """Megatron's order of ranks."""
     cut = case.config.parallel
     return tensor + cut.tensor * (context + cut.context * (data + case.data * pipeline))
 
 
-def chosen(case: Case) -> list[int]:
+def chosen(case: Scenario) -> list[int]:
     """The pipelines of the first and of the last rank, whole, and one neighbour of the first rank in every group."""
     cut = case.config.parallel
     found = set()
@@ -55,7 +55,7 @@ def chosen(case: Case) -> list[int]:
     return sorted(found)
 
 
-def one_replica(case: Case) -> list[int]:
+def one_replica(case: Scenario) -> list[int]:
     """The ranks that hold one replica of the trainer."""
     cut = case.config.parallel
     return [rank(case, tensor, 0, 0, stage) for stage in range(cut.pipeline) for tensor in range(cut.tensor)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oreal_megatron.mapping import operations
+from oreal_megatron.models import flops
 from oreal_megatron.plan import memory
 from oreal_megatron.plan.activations import ITEMSIZE
-from oreal_megatron.plan.case import Case
-from oreal_megatron.reshard import plan
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.reshard import planner
+from oreal_megatron.reshard.overlaps import ReshardLayout
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Transfer:
     transport: str
 
 
-def layout(case: Case) -> Layout:
+def layout(case: Scenario) -> ReshardLayout:
     cut = case.config.parallel
     # Context-parallel ranks hold the same weights as data-parallel ones.
-    return Layout(
+    return ReshardLayout(
         case.arch,
         cut.tensor,
         cut.pipeline,
@@ -51,12 +51,12 @@ def layout(case: Case) -> Layout:
     )
 
 
-def transfer(case: Case) -> Transfer:
+def transfer(case: Scenario) -> Transfer:
     """From the plan of the direct transport; the other one gathers on every rank what it does not hold."""
     cut, itemsize = case.config.parallel, ITEMSIZE[case.config.engine_dtype]
     if case.config.engine.transport == "direct" and not case.arch.experts:
-        buffer = case.config.engine.buffer_megabytes * 2**20 // 4
-        traffic = plan.make(layout(case), 0, itemsize, buffer).traffic
+        buffer = case.config.engine.buffer_mib * 2**20 // 4
+        traffic = planner.make(layout(case), 0, itemsize, buffer).traffic
         return Transfer(
             traffic.received.max(), traffic.received_between.max(), traffic.received_between.sum(), "direct"
         )
@@ -69,44 +69,44 @@ def transfer(case: Case) -> Transfer:
     return Transfer(others + stages[least] * (1 - 1 / cut.tensor), between, between * case.world, "gather")
 
 
-def generation(case: Case) -> Generation:
+def generation(case: Scenario) -> Generation:
     """Every token step reads the weights once, every token the keys and values before it; some answer is as long as
     may be, so there are at least as many steps."""
     config, assumed = case.config, case.assumed
-    answers = config.data.prompts_per_step * config.sampling.answers_per_prompt / case.replicas
+    answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt / case.replicas
     context = assumed.prompt_tokens + assumed.response_tokens / 2
-    fitting = config.engine.kv_cache_gb * 2**30 / case.cache_token() / context
+    fitting = config.engine.kv_cache_gib * 2**30 / case.cache_token() / context
     concurrent = max(1.0, min(answers, config.engine.max_num_seqs, fitting))
     tokens, longest = answers * assumed.response_tokens, config.sampling.max_new_tokens
     steps = max(longest, tokens / concurrent)
     bandwidth = case.gpu.memory_bytes * assumed.memory_share
     reading = (steps * case.engine_weights() + tokens * context * case.cache_token()) / bandwidth
     rate = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
-    multiplying = tokens * 2 * operations.matrices(case.arch) / rate
-    prefill = answers * assumed.prompt_tokens * 2 * operations.matrices(case.arch) / rate
+    multiplying = tokens * 2 * flops.matrices(case.arch) / rate
+    prefill = answers * assumed.prompt_tokens * 2 * flops.matrices(case.arch) / rate
     bound = "the longest answer" if steps == longest else f"{concurrent:.0f} answers at once"
     return Generation(answers, concurrent, prefill, max(reading, multiplying) + steps * between_steps(case), bound)
 
 
-def between_steps(case: Case) -> float:
+def between_steps(case: Scenario) -> float:
     """Seconds of every token step that neither reads nor multiplies."""
     exchanges = 2 * case.arch.layers * case.assumed.all_reduce_us / 1e6 if case.config.engine.tensor > 1 else 0.0
     return exchanges + case.assumed.decode_step_ms / 1e3
 
 
-def bubble(case: Case) -> float:
+def bubble(case: Scenario) -> float:
     """Share of an update in which a pipeline's stages wait for each other."""
     return case.config.parallel.bubble(case.micro_batches)
 
 
-def training(case: Case, passes: float) -> float:
+def training(case: Scenario, passes: float) -> float:
     """Seconds of so many passes forward (a backward is two) over what a step trains on."""
-    forward = operations.forward(case.arch, [case.sequence_tokens], case.sequence_tokens)
+    forward = flops.forward(case.arch, [case.sequence_tokens], case.sequence_tokens)
     computing = case.sequences * forward * passes / (case.world * case.gpu.flops * case.assumed.train_mfu)
     return (computing + exchanges(case) * passes) / (1 - bubble(case))
 
 
-def exchanges(case: Case) -> float:
+def exchanges(case: Scenario) -> float:
     """Seconds of a pass forward in which a layer's ranks wait for each other: tensor-parallel ones put residuals
     together twice, context-parallel ones gather keys and values."""
     cut, arch = case.config.parallel, case.arch
@@ -117,34 +117,34 @@ def exchanges(case: Case) -> float:
     return residuals / _link(case, cut.tensor, 1) + keys / _link(case, cut.context, cut.tensor)
 
 
-def _link(case: Case, ranks: int, stride: int) -> float:
+def _link(case: Scenario, ranks: int, stride: int) -> float:
     """Bytes per second between ranks of a group."""
     return case.gpu.network_bytes if case.crosses_nodes(ranks, stride) else case.gpu.nvlink_bytes
 
 
-def phases(case: Case, moved: Transfer) -> dict[str, float]:
+def phases(case: Scenario, moved: Transfer) -> dict[str, float]:
     """Seconds of each phase of a step in which the policy learns; checkpoints and evaluations are not in it."""
     again = 1 if case.config.megatron.get("recompute_granularity") == "full" else 0
     update = training(case, 3 + again) + gradients(case)
-    seconds = {"generate": generation(case).seconds, "prove": proving(case)}
+    seconds = {"generate": generation(case).seconds, "parity": proving(case)}
     if case.config.reward_model.enabled:
         seconds["reward_model"] = update + swap(case, "reward_model")
     seconds["reference"] = training(case, 1) + swap(case, "reference")
     seconds["policy"] = update + swap(case, "policy")
     share = case.assumed.link_share
     within = (moved.received - moved.received_between) / (case.gpu.nvlink_bytes * share)
-    seconds["reshard"] = max(within, moved.received_between / (case.gpu.network_bytes * share)) + swap(case, "")
+    seconds["weight_sync"] = max(within, moved.received_between / (case.gpu.network_bytes * share)) + swap(case, "")
     return seconds
 
 
-def proving(case: Case) -> float:
+def proving(case: Scenario) -> float:
     """Seconds to score the first tokens of a few answers with the policy; its share of a pass is that of its tokens."""
     engine, assumed = case.config.engine, case.assumed
-    scored = engine.proof_answers * case.replicas * (assumed.prompt_tokens + engine.proof_tokens)
+    scored = engine.parity_rollouts * case.replicas * (assumed.prompt_tokens + engine.parity_tokens)
     return training(case, 1) * scored / (case.sequences * case.sequence_tokens) + swap(case, "")
 
 
-def gradients(case: Case) -> float:
+def gradients(case: Scenario) -> float:
     """Seconds to sum fp32 gradients and to gather the new weights over the ranks that share an optimizer."""
     cut = case.config.parallel
     sharing = case.data * cut.context
@@ -154,7 +154,7 @@ def gradients(case: Case) -> float:
     return moved / (_link(case, sharing, cut.tensor) * case.assumed.link_share)
 
 
-def swap(case: Case, model: str) -> float:
+def swap(case: Scenario, model: str) -> float:
     """Seconds to fetch an idle model and to put it away again; for the transfer, the policy's weights."""
     if not case.config.offload:
         return 0.0
@@ -163,7 +163,7 @@ def swap(case: Case, model: str) -> float:
     return 2 * moved / (case.assumed.pcie_gb_s * 1e9)
 
 
-def checkpoint(case: Case) -> tuple[float, float]:
+def checkpoint(case: Scenario) -> tuple[float, float]:
     """Bytes of a checkpoint with every trained model, and seconds to gather and write it."""
     states = 12  # main weights and moments; in fp32 the weights are written twice
     per_element = ITEMSIZE[case.config.model.dtype] + states

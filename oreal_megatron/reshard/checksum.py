@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oreal_megatron.reshard import vllm_layout
-from oreal_megatron.reshard.pieces import Spot, cut, matrix
-from oreal_megatron.reshard.plan import Plan
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.reshard.overlaps import ReshardLayout
+from oreal_megatron.reshard.planner import TransferPlan
+from oreal_megatron.reshard.shards import Offset, cut, matrix
 
 CHUNK_WORDS = 2**24  # of a slice at a time: 64 MiB of products
 
@@ -37,7 +37,7 @@ class Term(NamedTuple):
     down: Tensor  # [r] int64
 
 
-class Weights:
+class WeightChecksums:
     """Weights of the positions in matrices of elements of `dtype`, none of more rows or columns than `longest`."""
 
     def __init__(self, longest: int, dtype: torch.dtype, device: torch.device):
@@ -46,7 +46,7 @@ class Weights:
         self.down = _mixed(position, 0x5BF03635) | 1
         self.across = (_mixed(position, 0x2545F491) >> 20 & 0x7FFF | 1).int()  # below 2^15: products fit 32 bits
 
-    def term(self, tensor: Tensor, source: Spot, row: int, column: int, rows: int, columns: int) -> Term:
+    def term(self, tensor: Tensor, source: Offset, row: int, column: int, rows: int, columns: int) -> Term:
         """The slice of `tensor` that begins at `source` and lies at (row, column) of the matrix."""
         part = cut(matrix(tensor), source, rows, columns)
         if part.dtype == self.dtype:
@@ -75,17 +75,19 @@ class Weights:
 class Checksums:
     """Checksums of this rank's engine parameters (`live`), and of what it holds of the trainer's (`held`).
 
-    Holds views of the tensors, as reshard/direct.py does.
+    Holds views of the tensors, as reshard/direct_transport.py does.
     """
 
-    def __init__(self, layout: Layout, plan: Plan, rank: int, held: dict[str, Tensor], live: dict[str, Tensor]):
+    def __init__(
+        self, layout: ReshardLayout, plan: TransferPlan, rank: int, held: dict[str, Tensor], live: dict[str, Tensor]
+    ):
         self.ranks, self.rank, self.names = layout.engine, rank % layout.engine, list(live)
         one = next(iter(live.values()))
-        self.weights = Weights(max(max(matrix(x).shape) for x in live.values()), one.dtype, one.device)
+        self.weights = WeightChecksums(max(max(matrix(x).shape) for x in live.values()), one.dtype, one.device)
         self.before: Tensor | None = None
         place = {name: number for number, name in enumerate(self.names)}
 
-        def term(tensor: Tensor, source: Spot, target: Spot, rows: int, columns: int) -> Term:
+        def term(tensor: Tensor, source: Offset, target: Offset, rows: int, columns: int) -> Term:
             return self.weights.term(tensor, source, target.row, target.column, rows, columns)
 
         own = [

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.reshard.overlaps import ReshardLayout
 
 RELAY_DELAY = 2  # batches; two are under way at once, so the one before the last has arrived
 
@@ -39,8 +39,8 @@ class Traffic:
     def least(self) -> dict[str, float]:
         """Metrics: the bytes that some rank must receive at least, and that all nodes together must."""
         return {
-            "reshard/least_received_bytes": float(self.minimum_received.max()),
-            "reshard/least_between_nodes_bytes": float(self.minimum_between),
+            "weight_sync/least_received_bytes": float(self.minimum_received.max()),
+            "weight_sync/least_between_nodes_bytes": float(self.minimum_between),
         }
 
 
@@ -65,7 +65,7 @@ def routes(holders: tuple[int, ...], destinations: tuple[int, ...], node: int, t
 class Ledger:
     """Whose turn it is, which batch has room, and what all ranks send and receive."""
 
-    def __init__(self, layout: Layout, batch_bytes: int):
+    def __init__(self, layout: ReshardLayout, batch_bytes: int):
         self.layout, self.limit = layout, batch_bytes
         self.turns: dict[tuple, list[int]] = {}  # bytes that each turn carried, by holders and destinations
         self.loads: list[np.ndarray] = []  # [2, W] bytes sent and received, by batch

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from oreal_megatron.mapping.architecture import Architecture
-from oreal_megatron.reshard.pieces import Piece, Rectangle, Spot
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.reshard.shards import Offset, Region, Shard
 
 VOCABULARY_UNIT = 64
 
@@ -37,7 +37,7 @@ def shapes(arch: Architecture, ranks: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def pieces(arch: Architecture, ranks: int, rank: int) -> Iterator[Piece]:
+def pieces(arch: Architecture, ranks: int, rank: int) -> Iterator[Shard]:
     """What a rank of the engine holds, in the order of the layers. A tied output layer is the embedding itself."""
     yield _vocabulary(arch, arch.names.embedding, ranks, rank)
     for layer in range(arch.layers):
@@ -47,7 +47,7 @@ def pieces(arch: Architecture, ranks: int, rank: int) -> Iterator[Piece]:
         yield _vocabulary(arch, arch.names.output, ranks, rank)
 
 
-def _layer(arch: Architecture, layer: str, ranks: int, rank: int) -> Iterator[Piece]:
+def _layer(arch: Architecture, layer: str, ranks: int, rank: int) -> Iterator[Shard]:
     names, queries = arch.names, arch.heads * arch.head_dim
     yield _whole(layer + names.input_norm, arch.hidden)
     yield from _qkv(arch, layer, ".weight", arch.hidden, ranks, rank)
@@ -61,12 +61,12 @@ def _layer(arch: Architecture, layer: str, ranks: int, rank: int) -> Iterator[Pi
     share = arch.ffn // ranks
     fused = layer + names.gate_up[0].rpartition(".")[0] + ".gate_up_proj.weight"
     for number, name in enumerate(names.gate_up):
-        rectangle = Rectangle(rank * share, 0, share, arch.hidden)
-        yield Piece(f"{layer}{name}.weight", rectangle, Spot(fused, number * share, 0))
+        rectangle = Region(rank * share, 0, share, arch.hidden)
+        yield Shard(f"{layer}{name}.weight", rectangle, Offset(fused, number * share, 0))
     yield _columns(layer + names.down + ".weight", arch.hidden, arch.ffn, ranks, rank)
 
 
-def _qkv(arch: Architecture, layer: str, kind: str, columns: int, ranks: int, rank: int) -> Iterator[Piece]:
+def _qkv(arch: Architecture, layer: str, kind: str, columns: int, ranks: int, rank: int) -> Iterator[Shard]:
     size, repeats = arch.head_dim, max(ranks // arch.kv_groups, 1)
     queries, keys = arch.heads // ranks * size, max(arch.kv_groups // ranks, 1) * size
     firsts = (rank * queries, rank // repeats * keys, rank // repeats * keys)
@@ -79,23 +79,23 @@ def _qkv(arch: Architecture, layer: str, kind: str, columns: int, ranks: int, ra
         fused = layer + names[0] + kind
     row = 0
     for name, offset, first, count in zip(names, offsets, firsts, (queries, keys, keys), strict=True):
-        yield Piece(layer + name + kind, Rectangle(offset + first, 0, count, columns), Spot(fused, row, 0))
+        yield Shard(layer + name + kind, Region(offset + first, 0, count, columns), Offset(fused, row, 0))
         row += count
 
 
-def _whole(name: str, rows: int) -> Piece:
-    return Piece(name, Rectangle(0, 0, rows, 1), Spot(name, 0, 0))
+def _whole(name: str, rows: int) -> Shard:
+    return Shard(name, Region(0, 0, rows, 1), Offset(name, 0, 0))
 
 
-def _columns(name: str, rows: int, columns: int, ranks: int, rank: int) -> Piece:
+def _columns(name: str, rows: int, columns: int, ranks: int, rank: int) -> Shard:
     share = columns // ranks
-    return Piece(name, Rectangle(0, rank * share, rows, share), Spot(name, 0, 0))
+    return Shard(name, Region(0, rank * share, rows, share), Offset(name, 0, 0))
 
 
-def _vocabulary(arch: Architecture, name: str, ranks: int, rank: int) -> Piece:
+def _vocabulary(arch: Architecture, name: str, ranks: int, rank: int) -> Shard:
     share = padded_vocabulary(arch) // ranks
     first = min(rank * share, arch.vocab)
-    return Piece(name, Rectangle(first, 0, min(first + share, arch.vocab) - first, arch.hidden), Spot(name, 0, 0))
+    return Shard(name, Region(first, 0, min(first + share, arch.vocab) - first, arch.hidden), Offset(name, 0, 0))
 
 
 def mismatch(live: dict[str, Tensor], arch: Architecture, ranks: int) -> str:

@@ -17,10 +17,10 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from oreal_megatron import heartbeat, ranks, versions
-from oreal_megatron.config import Config, Preempted, RunStopped, Sampling
+from oreal_megatron.config import Config, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.records import Prompt, Rollout
 from oreal_megatron.rollout import internlm, plain_weights, shared_memory
+from oreal_megatron.runtime import distributed, heartbeat, versions
 
 versions.check(versions.VLLM)
 
@@ -32,7 +32,7 @@ class EngineError(RunStopped):
     """The engine does not answer, or cannot be trusted to hold the weights it was given."""
 
 
-class Engine:
+class VllmEngine:
     """Replicas of `engine.tensor` consecutive ranks, each generating for its share of the prompts.
 
     All ranks of a replica make the same calls in the same order, and every request carries its own seed: vLLM's
@@ -48,15 +48,15 @@ class Engine:
     ):
         self.config, self.stop_tokens, self.tokenizer = config, list(stop_tokens), tokenizer
         size = config.engine.tensor
-        self.replica, self.replicas = ranks.rank() // size, ranks.world_size() // size
-        self.speaks = ranks.rank() % size == 0  # one rank of each replica reports its rollouts
+        self.replica, self.replicas = distributed.rank() // size, distributed.world_size() // size
+        self.speaks = distributed.rank() % size == 0  # one rank of each replica reports its rollouts
         self.version, self.leave, self.leaving = 0, leave, False
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
         internlm.register()
         if config.engine.transport == "direct":
             plain_weights.keep()
-        shared_memory.of_this_job(ranks.gather(uuid.uuid4().hex)[0])
+        shared_memory.of_this_job(distributed.all_gather_object(uuid.uuid4().hex)[0])
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -67,7 +67,7 @@ class Engine:
             seed=config.seed,
             max_model_len=config.engine.max_model_len,
             max_num_seqs=config.engine.max_num_seqs,
-            kv_cache_memory_bytes=int(config.engine.kv_cache_gb * 2**30),
+            kv_cache_memory_bytes=int(config.engine.kv_cache_gib * 2**30),
             enforce_eager=config.engine.enforce_eager,
             logprobs_mode="raw_logprobs",  # of the model's own distribution: comparable whatever temperature and top_p
             disable_log_stats=True,
@@ -76,7 +76,11 @@ class Engine:
         )
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seed: tuple[int, int], finished: Finished | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: tuple[int, int],
+        finished: Finished | None = None,
     ) -> list[list[Rollout]]:
         """[P, K] answers to all prompts, on every rank. `finished` is called for each answer as soon as it is
         complete, on one rank of the replica that generated it.
@@ -86,7 +90,7 @@ class Engine:
         peers in the second: the watchdog ends that. Raises Preempted, on all ranks, when one was asked to leave.
         """
         slots = range(self.replica, len(prompts), self.replicas)
-        missing = [(slot, index) for slot in slots for index in range(sampling.answers_per_prompt)]
+        missing = [(slot, index) for slot in slots for index in range(sampling.rollouts_per_prompt)]
         done: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             asked = {f"{attempt}.{slot}.{index}": (prompts[slot], slot, index) for slot, index in missing}
@@ -97,16 +101,16 @@ class Engine:
                         finished(rollout)
                     done[rollout.key] = rollout
             except Exception as raised:  # of vLLM, on this rank alone perhaps: the others hear of it below
-                log.exception("the engine of rank %d failed", ranks.rank())
+                log.exception("the engine of rank %d failed", distributed.rank())
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-            if any(ranks.gather(self.leaving)):
+            if any(distributed.all_gather_object(self.leaving)):
                 raise Preempted("asked to leave while generating")
-            gaps = ranks.gather((self.replica, [key for key in missing if key not in done], error))
+            gaps = distributed.all_gather_object((self.replica, [key for key in missing if key not in done], error))
             if not any(gap for _, gap, _ in gaps):
                 break
             self._retry_or_stop(attempt, [(gap, error) for _, gap, error in gaps], seed[1])
             missing = sorted({key for replica, gap, _ in gaps if replica == self.replica for key in gap})
-        return self._everyones(list(done.values()), prompts, sampling.answers_per_prompt)
+        return self._everyones(list(done.values()), prompts, sampling.rollouts_per_prompt)
 
     def _retry_or_stop(self, attempt: int, everyones: list[tuple[list, str]], step: int) -> None:
         """Say what is asked again, or raise on all ranks alike."""
@@ -121,11 +125,11 @@ class Engine:
                 f"step {step}: the engine did not answer, {retries} retries (engine.retries) included: {faults}. "
                 "Nothing was trained on this step; the errors are logged above, and the run can be resumed"
             )
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             log.warning("step %d: the engine is asked again: %s", step, faults)
 
     def _answers(
-        self, asked: dict[str, tuple[Prompt, int, int]], sampling: Sampling, seed: tuple[int, int]
+        self, asked: dict[str, tuple[Prompt, int, int]], sampling: SamplingConfig, seed: tuple[int, int]
     ) -> Iterator[Rollout]:
         """The answers to named requests, as they are completed. Those that vLLM aborted or left empty are left out."""
         engine = self.llm.llm_engine
@@ -168,7 +172,7 @@ class Engine:
         if not self.awake:
             self.llm.wake_up(["kv_cache"])
             self.awake = True
-        if not all(ranks.gather(self.llm.reset_prefix_cache())):  # gathered: replicas stop together
+        if not all(distributed.all_gather_object(self.llm.reset_prefix_cache())):  # gathered: replicas stop together
             raise EngineError(
                 f"vLLM refused to reset its prefix cache after weights of version {version} were loaded; it would "
                 "answer from keys and values of the old policy. Were requests still running?"
@@ -187,8 +191,8 @@ class Engine:
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=get_tp_group().cpu_group)
         return bool(asked)
 
-    def _parameters(self, sampling: Sampling, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
-        proof = index == 0 and slot // self.replicas < self.config.engine.proof_answers
+    def _parameters(self, sampling: SamplingConfig, seed: tuple[int, int], slot: int, index: int) -> SamplingParams:
+        proof = index == 0 and slot // self.replicas < self.config.engine.parity_rollouts
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -220,7 +224,7 @@ class Engine:
         """[P, K] from the replicas' parts; prompts are known everywhere and do not travel."""
         parts = [(r.slot, r.index, r.tokens, r.text, r.finished, r.logprobs, r.version) for r in mine if self.speaks]
         table: list[list[Any]] = [[None] * answers for _ in prompts]
-        for slot, index, *rest in (part for share in ranks.gather(parts) for part in share):
+        for slot, index, *rest in (part for share in distributed.all_gather_object(parts) for part in share):
             table[slot][index] = Rollout(prompts[slot], slot, index, *rest)
         return table
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from oreal_megatron import config
+from oreal_megatron.math_equality import extract, rules
 from oreal_megatron.records import Outcome, Verdict
-from oreal_megatron.verify import extract, rules
 from oreal_megatron.verify.futures import fail, follow, settle
-from oreal_megatron.verify.judge import Judge, JudgesDown
-from oreal_megatron.verify.pool import Pool, Result
+from oreal_megatron.verify.judge import JudgeClient, JudgesDown
+from oreal_megatron.verify.worker_pool import Pool, Result
 
 __all__ = ["Grader", "JudgesDown"]
 _EASY_RESPONSE = 200_000  # characters of a response that this process itself searches for a box
@@ -19,10 +19,10 @@ _EASY_RESPONSE = 200_000  # characters of a response that this process itself se
 class Grader:
     """Grades from any thread; workers start with the first answer that needs one."""
 
-    def __init__(self, config: config.Verify, pool: Pool | None = None, judge: Judge | None = None) -> None:
+    def __init__(self, config: config.VerifyConfig, pool: Pool | None = None, judge: JudgeClient | None = None) -> None:
         self.config = config
-        self._pool = pool or Pool(config.workers, config.timeout_s, config.memory_mb)
-        self._judge = judge or (Judge(config.judge) if config.judge.urls else None)
+        self._pool = pool or Pool(config.workers, config.timeout_s, config.memory_mib)
+        self._judge = judge or (JudgeClient(config.judge) if config.judge.urls else None)
 
     def submit(self, gold: str, response: str, finished: bool = True, question: str = "") -> Future[Verdict]:
         """The verdict to come. Never blocks. The future fails with JudgesDown when no judge host answered for
@@ -75,14 +75,14 @@ class Grader:
         """What needs no worker: a truncated response, and two whole numbers. Linear in the length, no arithmetic on
         them."""
         if not finished:
-            return Result("wrong", "truncated", None, 0.0)
+            return Result("incorrect", "truncated", None, 0.0)
         if len(response) > _EASY_RESPONSE:
             return None
         found = extract.from_boxes(extract.after_thinking(response, self.config.thinking_end))
         if found is None:
-            return Result("wrong", "no answer", None, 0.0)
+            return Result("incorrect", "no answer", None, 0.0)
         verdict = None if found.together else rules.trivial(gold, found.answer)
-        return None if verdict is None else Result("correct" if verdict else "wrong", "exact", found.answer, 0.0)
+        return None if verdict is None else Result("correct" if verdict else "incorrect", "exact", found.answer, 0.0)
 
     def _graded(
         self, future: Future[Verdict], done: Future[Result], gold: str, question: str, judged: bool = True
@@ -97,7 +97,7 @@ class Grader:
     def _ruled(self, future: Future[Verdict], result: Result, gold: str, question: str, judged: bool = True) -> None:
         """Settles what the rules decided, and asks the judge of answers they call wrong."""
         verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds)
-        wrong = verdict.outcome is Outcome.WRONG and verdict.extracted is not None
+        wrong = verdict.outcome is Outcome.INCORRECT and verdict.extracted is not None
         if self._judge is None or not judged or not wrong or not self._judge.asks_about(gold, verdict.extracted):
             settle(future, verdict)
             return

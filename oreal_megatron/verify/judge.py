@@ -26,9 +26,9 @@ import httpx
 
 from oreal_megatron import config
 from oreal_megatron.records import Outcome
-from oreal_megatron.verify import prompt
-from oreal_megatron.verify.cache import VerdictCache, cache_key
+from oreal_megatron.verify import judge_prompt
 from oreal_megatron.verify.futures import cancel, fail, settle
+from oreal_megatron.verify.verdict_cache import VerdictCache, cache_key
 
 log = logging.getLogger(__name__)
 FAILURES_TO_OPEN = 3  # in a row, before a host is left alone
@@ -89,10 +89,10 @@ class _Host:
             self.rests_until = time.monotonic() + rest * random.uniform(0.75, 1.25)
 
 
-class Judge:
+class JudgeClient:
     """Asks judges from any thread. `submit` never blocks."""
 
-    def __init__(self, config: config.Judge) -> None:
+    def __init__(self, config: config.JudgeConfig) -> None:
         if not config.urls:
             raise ValueError("a judge needs at least one URL, got none; set verify.judge.urls")
         refuse_secrets(config.urls)
@@ -120,7 +120,7 @@ class Judge:
     def asks_about(self, gold: str, answer: str) -> bool:
         """Whether an answer is shown to the judge at all: not when it is too long to be one, or talks to its reader."""
         short = len(answer) <= max(self.config.max_answer_chars, 2 * len(gold))
-        return short and (prompt.is_injection(gold) or not prompt.is_injection(answer))
+        return short and (judge_prompt.is_injection(gold) or not judge_prompt.is_injection(answer))
 
     def health(self) -> dict[str, str]:
         """url -> "up", or why it is left alone."""
@@ -171,9 +171,9 @@ class Judge:
     async def _verdict(self, question: str, gold: str, answer: str) -> str:
         """Refusal, cache, a request for the same that is under way, else a request."""
         if not self.asks_about(gold, answer):
-            return "wrong"
+            return "incorrect"
         judge = self.config.model or " ".join(host.url for host in self.hosts)
-        key = cache_key(question, gold, answer, judge, prompt.PROMPT_VERSION)
+        key = cache_key(question, gold, answer, judge, judge_prompt.PROMPT_VERSION)
         if (known := self.cache.get(key)) is not None:
             return known
         if key not in self._flying:
@@ -186,13 +186,13 @@ class Judge:
     async def _ask(self, question: str, gold: str, answer: str) -> str:
         """Tries hosts until one replies. After the retries UNKNOWN where a host lives, else another round when one
         is back."""
-        chat = prompt.messages(question, gold, answer, max(self.config.max_answer_chars, len(answer)))
+        chat = judge_prompt.messages(question, gold, answer, max(self.config.max_answer_chars, len(answer)))
         async with self._slots:
             while True:
                 for attempt in range(self.config.retries + 1):
                     host = await self._host()
                     try:
-                        return prompt.parse(await self._request(host, chat))
+                        return judge_prompt.parse(await self._request(host, chat))
                     except _Failed as failure:
                         if failure.status in _REFUSED:
                             log.warning("judge %s refused a request: %s", host.url, failure)

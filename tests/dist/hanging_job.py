@@ -17,13 +17,22 @@ import torch
 import torch.distributed as dist
 
 from oreal_megatron import config as c
-from oreal_megatron import heartbeat
 from oreal_megatron.mcore import parallel
-from oreal_megatron.observe import watchdog
-from oreal_megatron.observe.run import Run
-from oreal_megatron.verify.pool import Pool
+from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.runtime import heartbeat, watchdog
+from oreal_megatron.verify.worker_pool import Pool
 
-PHASES = ("generate", "verify", "prove", "reward_model", "reference", "policy", "reshard", "checkpoint", "evaluate")
+PHASES = (
+    "generate",
+    "verify",
+    "parity",
+    "reward_model",
+    "reference",
+    "policy",
+    "weight_sync",
+    "checkpoint",
+    "evaluate",
+)
 SCRIPTED_WORKER = str(Path(__file__).parent.parent / "unit/verify/scripted_worker.py")
 
 
@@ -76,7 +85,7 @@ def work(job: SimpleNamespace, step: int | None, phase: str) -> None:
 
 def main(job: SimpleNamespace) -> None:
     parallel.start_process_group()
-    config = c.Config(run=f"{job.folder}/run", steps=2, watchdog=c.Watchdog(**job.limits))
+    config = c.Config(run=f"{job.folder}/run", steps=2, watchdog=c.WatchdogConfig(**job.limits))
     try:
         watchdog.start(config)
         work(job, None, "start")

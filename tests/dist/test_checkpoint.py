@@ -11,37 +11,39 @@ import torch
 def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
+    from oreal_megatron.models import architecture
 
-    optimizer = c.Optimizer(lr=1e-2, min_lr=1e-3, warmup_steps=1)
+    optimizer = c.OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1)
     config = c.Config(
-        model=c.Model(folder, dtype),
-        parallel=c.Parallel(tensor, pipeline),
+        model=c.ModelConfig(folder, dtype),
+        parallel=c.ParallelConfig(tensor, pipeline),
         steps=4,
         policy_freeze_steps=1,
         optimizer=optimizer,
-        reward_model=c.RewardModel(optimizer=optimizer),
-        guard=c.Guard(spike_factor=1e6, spike_window=1),  # whose limit, in the metrics, is of the step before
+        reward_model=c.RewardModelConfig(optimizer=optimizer),
+        guard=c.GuardConfig(spike_factor=1e6, spike_window=1),  # whose limit, in the metrics, is of the step before
     )
     source = Folder(folder)
     return architecture.read(source.config), config, source.tensor
 
 
 def trainers(*layout, reward_model: bool = True):
-    from oreal_megatron.mcore import roles
+    from oreal_megatron.mcore import trained_models
 
     made = pieces(*layout)
-    models = {"policy": roles.Policy(*made)} | ({"reward_model": roles.TokenRewardModel(*made)} if reward_model else {})
-    return models, roles.Reference(*made)
+    models = {"policy": trained_models.Policy(*made)} | (
+        {"reward_model": trained_models.TokenRewardModel(*made)} if reward_model else {}
+    )
+    return models, trained_models.Reference(*made)
 
 
 def go_on(models: dict, reference, samples: list, steps: range) -> list:
-    from oreal_megatron.algo import pack
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.algo import packing
+    from oreal_megatron.mcore import parallel, trained_models
 
-    rows, reward_model = [], models.get("reward_model", roles.NoRewardModel())
+    rows, reward_model = [], models.get("reward_model", trained_models.NoRewardModel())
     for step in steps:
-        batch = pack.batch(samples[4 * step : 4 * step + 4], 60, *parallel.data_parallel())
+        batch = packing.batch(samples[4 * step : 4 * step + 4], parallel.packing_spec(60))
         weight, learned = reward_model.update(batch)
         rows.append(learned | (models["policy"].update(batch, reference.score(batch), weight) if step >= 1 else {}))
     return rows
@@ -65,8 +67,8 @@ def all_state(models: dict) -> dict:
 
 
 def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: int):
-    from oreal_megatron.mcore import checkpoint, parallel
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel
+    from oreal_megatron.mcore.checkpoint_saver import Saver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
@@ -80,7 +82,7 @@ def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: 
 
     fresh, reference = trainers(*layout, reward_model=reward_model)
     torch.manual_seed(999)
-    step = checkpoint.load(checkpoint.choose(Path(path), list(fresh), None, False), fresh)
+    step = checkpoint_state.load(checkpoint_state.choose(Path(path), list(fresh), None, False), fresh)
     again = go_on(fresh, reference, samples, range(step, 4))
     result = rows, state, random_numbers, step, again, all_state(fresh), torch.randn(3)
     parallel.stop()
@@ -140,9 +142,9 @@ def test_transformer_engine_does_not_change_the_optimizer(model_folder, in_proce
 
 
 def save_only(folder: str, tensor: int, samples: list, path: str):
-    from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.session import prepare
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
@@ -150,21 +152,21 @@ def save_only(folder: str, tensor: int, samples: list, path: str):
     go_on(models, reference, samples, range(2))
     Saver(Path(path), models, keep=1).save(2)
     rows = go_on(models, reference, samples, range(2, 4))
-    weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
+    weights = {name: value.clone() for name, value in prepare.full_tensors(models["policy"])}
     parallel.stop()
     return rows, weights
 
 
 def load_only(folder: str, tensor: int, pipeline: int, samples: list, path: str):
-    from oreal_megatron.cli import build
-    from oreal_megatron.mcore import checkpoint, parallel
+    from oreal_megatron.mcore import checkpoint_state, parallel
+    from oreal_megatron.session import prepare
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor, pipeline)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor, pipeline)
-    step = checkpoint.load(checkpoint.choose(Path(path), list(models), None, False), models)
+    step = checkpoint_state.load(checkpoint_state.choose(Path(path), list(models), None, False), models)
     rows = go_on(models, reference, samples, range(step, 4))
-    weights = {name: value.clone() for name, value in build.full_tensors(models["policy"])}
+    weights = {name: value.clone() for name, value in prepare.full_tensors(models["policy"])}
     parallel.stop()
     return rows, weights
 
@@ -188,7 +190,7 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
     from torch.utils._pytree import tree_leaves
 
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import Saver
 
     class Held(TorchDispatchMode):
         now = most = 0
@@ -224,10 +226,10 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_planned_host_memory_is_that_of_a_checkpoint(processes, model_folder, in_processes, tmp_path):
     from oreal_megatron.plan import gpus, memory
-    from oreal_megatron.plan.case import Case
+    from oreal_megatron.plan.scenario import Scenario
 
     architecture, config, _ = pieces(str(model_folder), 1, 1, "bfloat16")
-    case = Case(config, architecture, gpus.named("h100-80g"), processes)
+    case = Scenario(config, architecture, gpus.named("h100-80g"), processes)
     counted = in_processes(processes, saved_and_counted, str(model_folder), str(tmp_path))
     planned = memory.host(case)["gathering a checkpoint"]
     assert sum(rank["most"] for rank in counted) == pytest.approx(planned, rel=0.01)
@@ -237,11 +239,11 @@ def test_planned_host_memory_is_that_of_a_checkpoint(processes, model_folder, in
 
 
 def test_only_what_training_goes_on_to_change_is_copied():
-    from oreal_megatron.mcore import saver
+    from oreal_megatron.mcore import checkpoint_saver
 
     changing, copied = torch.zeros(3), torch.zeros(3)
     files = [("path", "key", ([], [("a", changing), ("b", copied)]))]
-    ((_, _, (_, tensors)),) = saver._copied(files, {changing.untyped_storage()._cdata})
+    ((_, _, (_, tensors)),) = checkpoint_saver._copied(files, {changing.untyped_storage()._cdata})
     assert tensors[0][1].data_ptr() != changing.data_ptr() and tensors[1][1] is copied
 
 
@@ -251,19 +253,21 @@ def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list
     import io
     from types import SimpleNamespace
 
-    from oreal_megatron import checkpoints, disk
-    from oreal_megatron.mcore import parallel, saver
+    from oreal_megatron.mcore import checkpoint_saver, parallel
+    from oreal_megatron.runtime import checkpoint_folders, files
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
-    disk.PAUSE_S, looks = 0.01, []
-    saver.shutil = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40))
-    saving, results = saver.Saver(Path(path), trainers(*layout)[0], keep=1), []
+    files.PAUSE_S, looks = 0.01, []
+    checkpoint_saver.shutil = SimpleNamespace(
+        disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40)
+    )
+    saving, results = checkpoint_saver.Saver(Path(path), trainers(*layout)[0], keep=1), []
     for step, free in enumerate(cases):
         looks[:] = free
         with contextlib.redirect_stderr(io.StringIO()) as said:
             saved = saving.save(step)
-        results.append((said.getvalue(), str(checkpoints.damage(saved) or "")))
+        results.append((said.getvalue(), str(checkpoint_folders.damage(saved) or "")))
     parallel.stop()
     return results
 
@@ -279,8 +283,8 @@ def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folde
 def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str]:
     """Why the first model's trainers cannot go on from sound checkpoints of others, or from parts of their own."""
     from oreal_megatron.config import ConfigError
-    from oreal_megatron.mcore import checkpoint, parallel
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel
+    from oreal_megatron.mcore.checkpoint_saver import Saver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folders[0], 1, 2)[1].parallel, seed=0)
@@ -290,19 +294,19 @@ def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str
 
     def refusal(where: Path, models: list[str]) -> str:
         try:
-            step = checkpoint.load(checkpoint.choose(where, models, None, False), own)
+            step = checkpoint_state.load(checkpoint_state.choose(where, models, None, False), own)
         except ConfigError as error:
             return str(error)
         return f"step {step}"
 
     told = {name: refusal(where.parent, ["policy"]) for name, where in saved.items()}
     told["reward model"] = refusal(saved["own"].parent, ["policy", "reward_model"])
-    if parallel.data_parallel()[0] == 0 and parallel.share():
+    if parallel.packing_spec(1).rank == 0 and parallel.share():
         (saved["own"] / "policy/common.pt").write_bytes((Path(converted) / "common.pt").read_bytes())
     torch.distributed.barrier()
     for name, where in {"nothing common": saved["own"] / "policy", "weights alone": Path(converted)}.items():
         try:
-            checkpoint._load(where, own["policy"])
+            checkpoint_state._load(where, own["policy"])
         except ConfigError as error:
             told[name] = str(error)
     parallel.stop()
@@ -310,7 +314,7 @@ def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str
 
 
 def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, in_processes, tmp_path):
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_megatron
     from oreal_megatron.convert.hf_folder import Folder
 
@@ -321,7 +325,7 @@ def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, i
         write_model(tmp_path / "normed", "Qwen3", head_dim=16),
     ]
     converted = tmp_path / "converted"
-    to_megatron.convert(Folder(folders[0]), converted, Parallel(), stream.Cast(None), print, lambda count: None)
+    to_megatron.convert(Folder(folders[0]), converted, ParallelConfig(), stream.Cast(None), print, lambda count: None)
     saved = str(tmp_path / "saved")
     for told in in_processes(2, load_foreign, folders, str(converted), saved):
         assert told.pop("own") == "step 1"

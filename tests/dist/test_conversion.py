@@ -26,7 +26,7 @@ VOCABULARY = 130  # padded to 192 for one rank, to 256 for four
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     """A folder with random weights for every family, untied and tied, and reward models of three."""
-    from oreal_megatron.mapping import architecture
+    from oreal_megatron.models import architecture
 
     root, made = tmp_path_factory.mktemp("families"), {}
     for family, row in ROWS.items():
@@ -41,7 +41,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def write(folder: Path, hf: dict) -> str:
-    from oreal_megatron.mapping import architecture, tensors
+    from oreal_megatron.models import architecture, tensors
 
     hf = hf | {"vocab_size": VOCABULARY}
     arch, weights, generator = architecture.read(hf), {}, torch.Generator().manual_seed(len(folder.name))
@@ -64,7 +64,7 @@ def start(layout: tuple, dtype: str = "float32"):
     from oreal_megatron import config as c
     from oreal_megatron.mcore import parallel
 
-    config = c.Config(model=c.Model(dtype=dtype), parallel=c.Parallel(*layout))
+    config = c.Config(model=c.ModelConfig(dtype=dtype), parallel=c.ParallelConfig(*layout))
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
     return config
@@ -72,23 +72,23 @@ def start(layout: tuple, dtype: str = "float32"):
 
 def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | None]:
     """Of each folder's model: [B, S, V/tp] logits of this rank, None before the last stage."""
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import heads, model, parallel, worker
+    from oreal_megatron.mcore import gpt_model, output_heads, parallel, scorer
+    from oreal_megatron.models import architecture
     from oreal_megatron.records import Sample
 
     config, results = start(layout), {}
     sequence = tokens()[0].tolist()
-    batch = pack.batch([Sample(tuple(sequence[:-1]), (sequence[-1],), 1.0, 1.0)], LENGTH, *parallel.data_parallel())
+    batch = packing.batch([Sample(tuple(sequence[:-1]), (sequence[-1],), 1.0, 1.0)], parallel.packing_spec(LENGTH))
     for name, path in folders.items():
         source = Folder(path)
         arch, head = architecture.read(source.config), architecture.head(source.config)
-        chunks = [chunk.eval() for chunk in model.build(arch, config, head)]
-        model.load(chunks, arch, config, head, source.tensor)
-        language_model = heads.LanguageModelHead(chunks[-1], arch.vocab, 0)
+        chunks = [chunk.eval() for chunk in gpt_model.build(arch, config, head)]
+        gpt_model.load(chunks, arch, config, head, source.tensor)
+        language_model = output_heads.LanguageModelHead(chunks[-1], arch.vocab, 0)
         read = language_model.logits if head == "lm" else torch.clone
-        scored = worker.Scorer(chunks, lambda output, micro_batch, read=read: read(output)).score(batch)
+        scored = scorer.Scorer(chunks, lambda output, micro_batch, read=read: read(output)).score(batch)
         results[name] = scored and scored[0]
     parallel.stop()
     return results
@@ -178,25 +178,25 @@ def test_a_wrong_weight_would_show_in_the_logits(folders, tmp_path):
 
 
 def models(folder: str, config, source) -> dict:
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import roles
+    from oreal_megatron.mcore import trained_models
+    from oreal_megatron.models import architecture
 
     pieces = (architecture.read(source.config), config, source.tensor)
-    return {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
+    return {"policy": trained_models.Policy(*pieces), "reward_model": trained_models.TokenRewardModel(*pieces)}
 
 
 def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[str, torch.Tensor]:
     """One step and a checkpoint; the policy's weights."""
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert import megatron_folder
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.session import prepare
 
     config, source = start(layout), Folder(folder)
     made = models(folder, config, source)
-    batch = pack.batch(samples, 200, *parallel.data_parallel())
+    batch = packing.batch(samples, parallel.packing_spec(200))
     made["reward_model"].update(batch)
     made["policy"].imitate(batch)
 
@@ -205,7 +205,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
         megatron_folder.describe(source, where, head, torch.float32)
 
     Saver(Path(path), made, keep=1, describe=describe).save(1)
-    weights = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    weights = {name: tensor.clone() for name, tensor in prepare.full_tensors(made["policy"])}
     parallel.stop()
     return weights
 
@@ -214,21 +214,21 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
     """The policy's weights from a training checkpoint, and those of a converted one, through Megatron's own loader."""
     from megatron.core import dist_checkpointing
 
-    from oreal_megatron.cli import build
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mcore import checkpoint, parallel
-    from oreal_megatron.mcore.cpu import device_layer
+    from oreal_megatron.mcore import checkpoint_state, parallel
+    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.session import prepare
 
     config, source = start(layout), Folder(folder)
     made = models(folder, config, source)
-    checkpoint.load(Path(path) / "step_000001", made)
-    trained = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    checkpoint_state.load(Path(path) / "step_000001", made)
+    trained = {name: tensor.clone() for name, tensor in prepare.full_tensors(made["policy"])}
     chunks = {f"chunk{number}": chunk.module for number, chunk in enumerate(made["policy"].chunks)}
     with device_layer():
         state = dist_checkpointing.load({name: chunk.sharded_state_dict() for name, chunk in chunks.items()}, converted)
         for name, chunk in chunks.items():
             chunk.load_state_dict(state[name])
-    loaded = {name: tensor.clone() for name, tensor in build.full_tensors(made["policy"])}
+    loaded = {name: tensor.clone() for name, tensor in prepare.full_tensors(made["policy"])}
     parallel.stop()
     return trained, loaded
 
@@ -247,7 +247,7 @@ def pieces(checkpoint: Path) -> set[tuple]:
 def test_checkpoints_go_between_layouts_and_to_hugging_face(
     family, saved, loaded, folders, in_processes, make_samples, tmp_path
 ):
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_hf, to_megatron
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.convert.megatron_folder import MegatronFolder
@@ -264,7 +264,7 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
     assert reward_model["score.weight"].shape == (1, 64) and "lm_head.weight" not in reward_model
 
     source, converted = Folder(folders[family]), tmp_path / "converted"
-    to_megatron.convert(source, converted, Parallel(*saved), stream.Cast(None), quiet, quiet)
+    to_megatron.convert(source, converted, ParallelConfig(*saved), stream.Cast(None), quiet, quiet)
     assert pieces(converted) == pieces(run / "step_000001" / "policy")
     for again, filled in in_processes(
         math.prod(loaded[:2]), load_trained, folders[family], loaded, str(run), str(converted)
@@ -275,15 +275,15 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
 
 def imitated(folders: list[str], layout: tuple, samples: list) -> list[tuple[float, float]]:
     """Loss and gradient norm of a supervised step of each folder's model."""
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
+    from oreal_megatron.models import architecture
 
     config, results = start(layout), []
-    batch = pack.batch(samples, 60, *parallel.data_parallel())
+    batch = packing.batch(samples, parallel.packing_spec(60))
     for source in map(Folder, folders):
-        metrics = roles.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
+        metrics = trained_models.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
         results.append((metrics["loss/total"], metrics["policy/gradient_norm"]))
     parallel.stop()
     return results
@@ -315,23 +315,23 @@ def test_a_mixture_has_the_gradient_of_transformers(layout, folders, in_processe
 
 
 def logits_differences(folder: str, converted: str, other: str) -> list[str | None]:
-    from oreal_megatron.cli import logits
-    from oreal_megatron.convert import compare
+    from oreal_megatron.convert import compare_checkpoints
+    from oreal_megatron.session import compare_logits
 
-    a, b, c = (compare.open_folder(path) for path in (folder, converted, other))
-    return [logits.difference(a, b, "1+2="), logits.difference(b, c, "1+2=")]
+    a, b, c = (compare_checkpoints.open_folder(path) for path in (folder, converted, other))
+    return [compare_logits.difference(a, b, "1+2="), compare_logits.difference(b, c, "1+2=")]
 
 
 def test_logits_are_compared_across_frameworks(model_folder, in_processes, tmp_path):
     """A Megatron checkpoint against its Hugging Face folder, and against one whose last norm is doubled."""
     import shutil
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_megatron
     from oreal_megatron.convert.hf_folder import Folder
 
     converted, other = tmp_path / "converted", tmp_path / "other"
-    to_megatron.convert(Folder(model_folder), converted, Parallel(2), stream.Cast(None), print, lambda n: None)
+    to_megatron.convert(Folder(model_folder), converted, ParallelConfig(2), stream.Cast(None), print, lambda n: None)
     shutil.copytree(model_folder, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 2

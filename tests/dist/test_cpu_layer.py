@@ -1,11 +1,12 @@
-"""Each stand-in of mcore/cpu.py is needed: without it, a piece of real Megatron fails on this machine. A row that
+"""Each stand-in of mcore/cpu_shim.py is needed: without it, a piece of real Megatron fails on this machine. A row that
 passes without its patch tells that Megatron has moved and the patch can go."""
 
 from __future__ import annotations
 
 import traceback
 
-from oreal_megatron.mcore.cpu import PATCHES
+from oreal_megatron.mcore.cpu_shim import PATCHES
+from oreal_megatron.records import PackingSpec
 
 TIED = "Tensor.cuda"  # only called for a tied embedding on two pipeline stages
 # Without these nothing fails, but Megatron draws from the global generator.
@@ -18,26 +19,26 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
     from pathlib import Path
 
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import checkpoint, parallel, roles
-    from oreal_megatron.mcore.cpu import device_layer
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.models import architecture
 
     source = Folder(folder)
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    arch, config = architecture.read(source.config), c.Config(model=c.Model(folder), megatron=recompute)
-    batch = pack.batch(samples, 1000, 0, 1)
+    arch, config = architecture.read(source.config), c.Config(model=c.ModelConfig(folder), megatron=recompute)
+    batch = packing.batch(samples, PackingSpec(1000))
     parallel.start_process_group()
 
     def everything() -> None:
         parallel.start_megatron(config.parallel, seed=0)
-        policy = roles.Policy(arch, config, source.tensor)
+        policy = trained_models.Policy(arch, config, source.tensor)
         policy.score(batch)
         policy.imitate(batch)
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint.load(Saver(Path(scratch), {"policy": policy}, keep=1).save(1), {"policy": policy})
+            checkpoint_state.load(Saver(Path(scratch), {"policy": policy}, keep=1).save(1), {"policy": policy})
 
     failures = {}
     for patch in patches:
@@ -65,16 +66,16 @@ def build_tied(folder: str, without: str | None) -> str:
     """Build a tied policy on two pipeline stages; where that failed."""
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import model, parallel
-    from oreal_megatron.mcore.cpu import device_layer
+    from oreal_megatron.mcore import gpt_model, parallel
+    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.models import architecture
 
-    config = c.Config(parallel=c.Parallel(pipeline=2))
+    config = c.Config(parallel=c.ParallelConfig(pipeline=2))
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
     try:
         with device_layer(without=without):
-            model.build(architecture.read(Folder(folder).config), config, "lm")
+            gpt_model.build(architecture.read(Folder(folder).config), config, "lm")
         return ""
     except AssertionError:
         return traceback.format_exc()
@@ -90,12 +91,12 @@ def draws(without: str | None) -> tuple[bool, bool]:
     import torch
     from megatron.core import tensor_parallel
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.cpu import device_layer
+    from oreal_megatron.mcore.cpu_shim import device_layer
 
     parallel.start_process_group()
-    parallel.start_megatron(Parallel(), seed=0)
+    parallel.start_megatron(ParallelConfig(), seed=0)
 
     def seeded(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(123)

@@ -9,38 +9,40 @@ LONG_PROMPT = 200  # tokens; longer than vLLM's cache block (128 on CPU), so tha
 
 
 def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: bool, samples: list) -> dict:
-    """Generate, update, hand over, generate again; then ways in which the engine goes wrong.
+    """Generate, update, weight sync, generate again; then ways in which the engine goes wrong.
 
     `packed`: the engine has packed its weights after loading, although the trainer wants to write to them.
     """
     import dataclasses
 
     from oreal_megatron import config as c
-    from oreal_megatron.cli import build
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.records import Prompt
+    from oreal_megatron.session import prepare
 
     config = c.Config(
-        model=c.Model(folder),
-        parallel=c.Parallel(tensor, pipeline),
-        engine=c.Engine(tensor=engine_tensor, max_model_len=256, max_num_seqs=16, kv_cache_gb=0.1, enforce_eager=True),
-        sampling=c.Sampling(answers_per_prompt=2, temperature=1.2, top_p=0.9, max_new_tokens=12),
-        supervised=c.Supervised(optimizer=c.Optimizer(lr=0.02, min_lr=0.02, warmup_steps=0)),
-        verify=c.Verify(workers=1),
+        model=c.ModelConfig(folder),
+        parallel=c.ParallelConfig(tensor, pipeline),
+        engine=c.EngineConfig(
+            tensor=engine_tensor, max_model_len=256, max_num_seqs=16, kv_cache_gib=0.1, enforce_eager=True
+        ),
+        sampling=c.SamplingConfig(rollouts_per_prompt=2, temperature=1.2, top_p=0.9, max_new_tokens=12),
+        supervised=c.SupervisedConfig(optimizer=c.OptimizerConfig(lr=0.02, min_lr=0.02, warmup_steps=0)),
+        verify=c.VerifyConfig(workers=1),
     )
-    inputs = build.prepare(config)
+    inputs = prepare.prepare(config)
     parallel.start_process_group()
     gather = dataclasses.replace(config, engine=dataclasses.replace(config.engine, transport="gather"))
-    engine, _ = build.start_engine(dataclasses.replace(inputs, config=gather if packed else config))
+    engine, _ = prepare.start_engine(dataclasses.replace(inputs, config=gather if packed else config))
     parallel.start_megatron(config.parallel, seed=0)
-    policy = roles.Policy(inputs.arch, config, inputs.folder.tensor)
+    policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
     prompts = [Prompt(i, "", "", None, tuple(4 + (7 * i + j) % 70 for j in range(LONG_PROMPT))) for i in range(3)]
     table = Story(config, policy, engine, prompts, samples)
-    hand_over = build.connect(policy, engine)
+    weight_sync = prepare.connect(policy, engine)
     own, one = table.own(prompts), table.own(prompts[:1])
 
     result = {
-        "nothing to do": hand_over(0),
+        "nothing to do": weight_sync.sync(0),
         "before": table.gap(0),
         "first": table.tokens(0),
         "again": table.tokens(0),
@@ -51,15 +53,15 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     engine.version = policy.updates
     result["stale"] = table.gap(0)
     engine.version = 0
-    result["metrics"] = hand_over(1)
+    result["metrics"] = weight_sync.sync(1)
     result["after"] = table.gap(0)
     if not packed:
         result["as vLLM loads"] = table.equals_what_vllm_loads()
-        result["planted"] = table.proof_of_a_planted_error(hand_over)
-    result |= {"version": engine.version, "own": own, "one": one, "says": hand_over.description}
-    result["woken"] = table.order_of_waking(hand_over)
+        result["planted"] = table.proof_of_a_planted_error(weight_sync)
+    result |= {"version": engine.version, "own": own, "one": one, "says": weight_sync.description}
+    result["woken"] = table.order_of_waking(weight_sync)
     result["swapped"] = table.gap_with_a_query_head_swapped_for_a_key()
-    result["refused"] = table.reset_refused_while_a_request_runs(hand_over)
+    result["refused"] = table.reset_refused_while_a_request_runs(weight_sync)
     parallel.stop(engine)
     return result
 
@@ -70,15 +72,17 @@ class Story:
 
     def gap(self, step: int) -> str | float:
         """Mean log-prob difference of the proof in the loop, or its refusal."""
-        from oreal_megatron.algo.proof import PoliciesDiffer
-        from oreal_megatron.loop import same_policy
+        from oreal_megatron.algo.logprob_parity import LogprobMismatch
+        from oreal_megatron.loop import check_logprob_parity
         from oreal_megatron.mcore import parallel
 
         rollouts = self.engine.generate(self.prompts, self.config.sampling, (0, step))
         try:
-            cut = (4096, *parallel.data_parallel())
-            return same_policy(self.config, self.engine, self.policy, rollouts, cut, step)["proof/logprob_gap"]
-        except PoliciesDiffer as refusal:
+            spec = parallel.packing_spec(4096)
+            return check_logprob_parity(self.config, self.engine, self.policy, rollouts, spec, step)[
+                "parity/logprob_gap"
+            ]
+        except LogprobMismatch as refusal:
             return str(refusal)
 
     def tokens(self, step: int) -> list:
@@ -86,10 +90,10 @@ class Story:
         import numpy
         import torch
 
-        from oreal_megatron import ranks
+        from oreal_megatron.runtime import distributed
 
-        torch.manual_seed(ranks.rank())
-        numpy.random.seed(ranks.rank())
+        torch.manual_seed(distributed.rank())
+        numpy.random.seed(distributed.rank())
         rollouts = self.engine.generate(self.prompts, self.config.sampling, (0, step))
         return [rollout.tokens for row in rollouts for rollout in row]
 
@@ -97,16 +101,16 @@ class Story:
         """(slot, index, tokens) of what this rank itself generated, in order; generators have parted as above."""
         import torch
 
-        from oreal_megatron import ranks
+        from oreal_megatron.runtime import distributed
 
         heard, speaks = [], self.engine.speaks
-        torch.manual_seed(ranks.rank() + 7)
+        torch.manual_seed(distributed.rank() + 7)
         self.engine.speaks = True
         self.engine.generate(prompts, self.config.sampling, (0, 0), heard.append)
         self.engine.speaks = speaks
         return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
 
-    def order_of_waking(self, hand_over) -> list:
+    def order_of_waking(self, weight_sync) -> list:
         """What a sleeping engine is asked in a hand-over, and whether the transfer's buffers were gone by then."""
         import weakref
 
@@ -127,32 +131,32 @@ class Story:
                 asked.append("reset")
                 return llm.reset_prefix_cache()
 
-        if hand_over.direct:
-            made = hand_over.direct.buffers
+        if weight_sync.direct:
+            made = weight_sync.direct.buffers
 
             def watched():
                 pairs = made()
                 buffers.extend(weakref.ref(buffer) for pair in pairs for buffer in pair)
                 return pairs
 
-            hand_over.direct.buffers = watched
+            weight_sync.direct.buffers = watched
         engine.llm, engine.can_sleep = Sleeper(), True
         engine.sleep()
         engine.sleep()
-        hand_over(engine.version)
+        weight_sync(engine.version)
         engine.llm, engine.can_sleep = llm, False
         return asked
 
     def update(self) -> None:
-        from oreal_megatron.algo import pack
+        from oreal_megatron.algo import packing
         from oreal_megatron.mcore import parallel
 
-        self.policy.imitate(pack.batch(self.samples, 4096, *parallel.data_parallel()))
+        self.policy.imitate(packing.batch(self.samples, parallel.packing_spec(4096)))
 
     def gap_with_a_query_head_swapped_for_a_key(self) -> str | float:
-        from oreal_megatron.cli import build
+        from oreal_megatron.session import prepare
 
-        weights = {name: tensor.clone() for name, tensor in build.full_tensors(self.policy)}
+        weights = {name: tensor.clone() for name, tensor in prepare.full_tensors(self.policy)}
         query, key = (weights[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qk")
         head = self.policy.arch.head_dim
         query[:head], key[:head] = key[:head].clone(), query[:head].clone()
@@ -164,26 +168,26 @@ class Story:
         """Bit by bit, the parameters that `direct` wrote and those that vLLM's own loader makes of full tensors."""
         import torch
 
-        from oreal_megatron.cli import build
+        from oreal_megatron.session import prepare
 
         written = {name: tensor.clone() for name, tensor in self.engine.live()[0].items()}
         for tensor in self.engine.live()[0].values():
             tensor.zero_()
-        self.engine.load(build.full_tensors(self.policy))
+        self.engine.load(prepare.full_tensors(self.policy))
         self.engine.accept(self.policy.updates)
         return all(torch.equal(tensor, written[name]) for name, tensor in self.engine.live()[0].items())
 
-    def proof_of_a_planted_error(self, hand_over) -> list[str]:
+    def proof_of_a_planted_error(self, weight_sync) -> list[str]:
         """One value and one key row of the last rank change places after a faultless transfer."""
-        from oreal_megatron import ranks
+        from oreal_megatron.runtime import distributed
 
-        hand_over.send(self.policy.updates)
+        weight_sync.send(self.policy.updates)
         qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
-        if ranks.rank() == ranks.world_size() - 1:
+        if distributed.rank() == distributed.world_size() - 1:
             qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
-        return [found.name for found in hand_over.checksums.differing()]
+        return [found.name for found in weight_sync.checksums.differing()]
 
-    def reset_refused_while_a_request_runs(self, hand_over) -> str:
+    def reset_refused_while_a_request_runs(self, weight_sync) -> str:
         from oreal_megatron.rollout.engine import EngineError
 
         core = self.engine.llm.llm_engine
@@ -192,7 +196,7 @@ class Story:
         core.step()
         self.engine.version = 0
         try:
-            hand_over(1)
+            weight_sync.sync(1)
         except EngineError as refusal:
             return str(refusal)
         return ""
@@ -225,11 +229,11 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
             "reset",
         ]
         assert ("loader" in result["says"] and "packed copy" in result["says"]) == packed
-        assert result["metrics"]["reshard/direct"] == (not packed), "a packed engine is given full tensors"
+        assert result["metrics"]["weight_sync/direct"] == (not packed), "a packed engine is given full tensors"
         if packed:
-            assert result["metrics"]["reshard/proved_tensors"] > 20
+            assert result["metrics"]["weight_sync/verified_tensors"] > 20
         else:
-            assert result["as vLLM loads"] and result["metrics"]["reshard/proved_parameters"] > 20
+            assert result["as vLLM loads"] and result["metrics"]["weight_sync/verified_parameters"] > 20
             assert result["planted"] == ["model.layers.1.self_attn.qkv_proj.weight"] * number
     assert ranks[0]["first"] == ranks[-1]["first"], "all ranks know all rollouts"
     streams = [result["own"] for result in ranks]

@@ -39,40 +39,40 @@ class Tokenizer:
 def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> dict:
     """An update handed over slice by slice, answers, and whether vLLM's loader makes the same parameters."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
+    from oreal_megatron.models import architecture
     from oreal_megatron.records import Prompt
-    from oreal_megatron.rollout.engine import Engine
+    from oreal_megatron.rollout.engine import VllmEngine
+    from oreal_megatron.session import prepare
 
     config = c.Config(
-        model=c.Model(folder),
-        parallel=c.Parallel(*trainer),
-        engine=c.Engine(
-            tensor=ranks, max_model_len=128, max_num_seqs=8, kv_cache_gb=0.05, enforce_eager=True, proof_answers=3
+        model=c.ModelConfig(folder),
+        parallel=c.ParallelConfig(*trainer),
+        engine=c.EngineConfig(
+            tensor=ranks, max_model_len=128, max_num_seqs=8, kv_cache_gib=0.05, enforce_eager=True, parity_rollouts=3
         ),
-        sampling=c.Sampling(answers_per_prompt=2, max_new_tokens=10),
-        supervised=c.Supervised(optimizer=c.Optimizer(lr=0.02, min_lr=0.02, warmup_steps=0)),
+        sampling=c.SamplingConfig(rollouts_per_prompt=2, max_new_tokens=10),
+        supervised=c.SupervisedConfig(optimizer=c.OptimizerConfig(lr=0.02, min_lr=0.02, warmup_steps=0)),
     )
     source = Folder(folder)
     arch = architecture.read(source.config)
     parallel.start_process_group()
-    engine = Engine(config, [arch.vocab - 1], Tokenizer())
+    engine = VllmEngine(config, [arch.vocab - 1], Tokenizer())
     parallel.start_megatron(config.parallel, seed=0)
-    policy = roles.Policy(arch, config, source.tensor)
-    hand_over = build.connect(policy, engine)
-    policy.imitate(pack.batch(samples, 4096, *parallel.data_parallel()))
-    metrics = hand_over(1)
+    policy = trained_models.Policy(arch, config, source.tensor)
+    weight_sync = prepare.connect(policy, engine)
+    policy.imitate(packing.batch(samples, parallel.packing_spec(4096)))
+    metrics = weight_sync.sync(1)
     rollouts = engine.generate([Prompt(i, "", "", None, x) for i, x in enumerate(PROMPTS)], config.sampling, (0, 0))
     written = {name: tensor.clone() for name, tensor in engine.live()[0].items()}
     for tensor in engine.live()[0].values():
         tensor.zero_()
-    engine.load(build.full_tensors(policy))
+    engine.load(prepare.full_tensors(policy))
     engine.accept(1)
     loaded = {name: torch.equal(tensor, written[name]) for name, tensor in engine.live()[0].items()}
-    weights = {name: tensor.clone() for name, tensor in build.full_tensors(policy)}
+    weights = {name: tensor.clone() for name, tensor in prepare.full_tensors(policy)}
     parallel.stop(engine)
     answers = [(row[0].prompt.tokens, row[0].tokens, row[0].logprobs) for row in rollouts]
     return {"metrics": metrics, "loaded": loaded, "weights": weights, "answers": answers, "config": source.config}
@@ -133,8 +133,10 @@ def test_a_changed_policy_reaches_vllm_slice_by_slice(family, in_processes, make
     folder = write_model(tmp_path / family, family, **sizes)
     for result in in_processes(world, story, folder, trainer, ranks, make_samples(6, seed=4, vocabulary=200)):
         metrics = result["metrics"]
-        assert metrics["reshard/direct"] == 1 and metrics["reshard/proved_parameters"] == len(result["loaded"])
-        assert metrics["reshard/received_bytes"] == metrics["reshard/least_received_bytes"]
+        assert metrics["weight_sync/direct"] == 1 and metrics["weight_sync/verified_parameters"] == len(
+            result["loaded"]
+        )
+        assert metrics["weight_sync/received_bytes"] == metrics["weight_sync/least_received_bytes"]
         assert all(result["loaded"].values()), [name for name, equal in result["loaded"].items() if not equal]
         assert gap(result["config"], result["weights"], result["answers"]) < 1e-4
         assert gap(result["config"], load_file(f"{folder}/model.safetensors"), result["answers"]) > 0.1, (

@@ -34,24 +34,24 @@ class Faulty:
 def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list:
     """What a generation gives, and how many answers were announced here, under each plan of faults by rank."""
     from oreal_megatron import config as c
-    from oreal_megatron import ranks
-    from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
     from oreal_megatron.records import Prompt
+    from oreal_megatron.runtime import distributed
+    from oreal_megatron.session import prepare
 
     config = c.Config(
-        model=c.Model(folder),
-        engine=c.Engine(tensor=tensor, max_model_len=64, max_num_seqs=4, kv_cache_gb=0.05, enforce_eager=True),
-        sampling=c.Sampling(answers_per_prompt=2, max_new_tokens=8),
-        verify=c.Verify(workers=1),
+        model=c.ModelConfig(folder),
+        engine=c.EngineConfig(tensor=tensor, max_model_len=64, max_num_seqs=4, kv_cache_gib=0.05, enforce_eager=True),
+        sampling=c.SamplingConfig(rollouts_per_prompt=2, max_new_tokens=8),
+        verify=c.VerifyConfig(workers=1),
     )
     parallel.start_process_group()
-    engine, verifier = build.start_engine(build.prepare(config))
+    engine, verifier = prepare.start_engine(prepare.prepare(config))
     vllm = engine.llm.llm_engine
     prompts = [Prompt(i, "", "", None, (4 + i, 5, 6)) for i in range(5)]
     results = []
     for plan in plans:
-        faults, announced = list(plan.get(ranks.rank(), [])), []
+        faults, announced = list(plan.get(distributed.rank(), [])), []
         engine.llm.llm_engine, engine.leave = Faulty(vllm, faults), lambda faults=faults: "leave" in faults
         try:
             rows = engine.generate(prompts, config.sampling, (0, 7), announced.append)

@@ -61,17 +61,17 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
     from oreal_megatron import config as c
     from oreal_megatron.mcore import parallel
 
-    optimizer = c.Optimizer(lr=LEARNING_RATE, warmup_steps=0, clip_grad=1e9)  # a clip that never bites
+    optimizer = c.OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0, clip_grad=1e9)  # a clip that never bites
     results = {}
     parallel.start_process_group()
     for name, (layout, budget, *more) in layouts.items():
         config = c.Config(
-            model=c.Model(dtype=dtype),
-            parallel=c.Parallel(**layout),
+            model=c.ModelConfig(dtype=dtype),
+            parallel=c.ParallelConfig(**layout),
             optimizer=optimizer,
-            reward_model=c.RewardModel(optimizer=optimizer),
-            weights=c.Weights(threshold=0.3),
-            loss=c.Loss(kl_coef=0.5),
+            reward_model=c.RewardModelConfig(optimizer=optimizer),
+            weights=c.WeightsConfig(threshold=0.3),
+            loss=c.LossConfig(kl_coef=0.5),
             tokens_per_micro_batch=budget,
             megatron=dict(*more),
         )
@@ -79,26 +79,30 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
         for folder in folders:
             results[name, folder] = one_step(folder, config, samples, planted=name.startswith("planted"))
         parallel_state.destroy_model_parallel()
-    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.start_megatron(c.ParallelConfig(), seed=0)
     parallel.stop()
     return results
 
 
 def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, dict, dict]:
-    from oreal_megatron.algo import pack, selection
+    from oreal_megatron.algo import packing, selection
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture, operations
-    from oreal_megatron.mcore import model, parallel, roles
+    from oreal_megatron.mcore import gpt_model, parallel, trained_models
+    from oreal_megatron.models import architecture
 
     source = Folder(folder)
     arch = architecture.read(source.config)
     pieces = (arch, config, source.tensor)
-    policy, reference, judge = roles.Policy(*pieces), roles.Reference(*pieces), roles.TokenRewardModel(*pieces)
+    policy, reference, judge = (
+        trained_models.Policy(*pieces),
+        trained_models.Reference(*pieces),
+        trained_models.TokenRewardModel(*pieces),
+    )
     assert torch.are_deterministic_algorithms_enabled() == config.megatron.get("deterministic_mode", False)
-    rank, ranks, *rest = parallel.data_parallel(arch)
-    batch = pack.batch(samples, config.tokens_per_micro_batch, rank, ranks, *rest)
+    spec = parallel.packing_spec(config.tokens_per_micro_batch, arch)
+    batch = packing.batch(samples, spec)
     if planted:
-        share = pack._deal(samples, ranks, operations.even_tokens(arch))[rank]
+        share = packing._deal(samples, spec.ranks, spec.even_tokens)[spec.rank]
         batch = dataclasses.replace(batch, counts=selection.counts(share))
     weight, metrics = judge.update(batch)
     reference_logp = reference.score(batch)
@@ -106,9 +110,9 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     metrics |= policy.update(batch, reference_logp and [logp + 0.5 for logp in reference_logp], weight)
     gradients, weights = {}, {}
     for trainer, head in ((policy, "lm"), (judge, "scalar")):
-        chunks = [model.unwrapped(chunk) for chunk in trainer.chunks]
+        chunks = [gpt_model.unwrapped(chunk) for chunk in trainer.chunks]
         completed(trainer)
-        placed = list(model.placed(chunks, arch, config, head))
+        placed = list(gpt_model.named_shards(chunks, arch, config, head))
         gradients |= whole({entry: live.main_grad for entry, live in placed}, head)
         with trainer.readable():
             weights |= whole({entry: live.detach() for entry, live in placed}, head)
@@ -128,8 +132,8 @@ def completed(trainer) -> None:
 
 def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
     """Full tensors by head and Megatron's name, from what tensor-parallel ranks and pipeline stages hold."""
-    from oreal_megatron.mapping import tensors
     from oreal_megatron.mcore import parallel
+    from oreal_megatron.models import tensors
 
     def everyone(mine: dict, group) -> list[dict]:
         import torch.distributed as dist
@@ -250,17 +254,18 @@ def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rol
 def loss_and_gradient_norm(folder: str, samples: list):
     """Through Megatron, with a clip that never bites and a learning rate that changes nothing."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
+    from oreal_megatron.models import architecture
+    from oreal_megatron.records import PackingSpec
 
-    config = c.Config(model=c.Model(folder), optimizer=c.Optimizer(clip_grad=1e9))
+    config = c.Config(model=c.ModelConfig(folder), optimizer=c.OptimizerConfig(clip_grad=1e9))
     source = Folder(folder)
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
-    policy = roles.Policy(architecture.read(source.config), config, source.tensor)
-    batch = pack.batch(samples, 60, 0, 1)
+    policy = trained_models.Policy(architecture.read(source.config), config, source.tensor)
+    batch = packing.batch(samples, PackingSpec(60))
     objective = partial(_plain_objective, policy=policy, counts=batch.counts, config=config.loss)
     metrics = policy.train(batch, objective, 0.0)
     parallel.stop()
@@ -281,7 +286,7 @@ def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_for
     total, norm = in_processes(1, loss_and_gradient_norm, str(model_folder), samples)[0]
 
     model = Qwen2ForCausalLM.from_pretrained(model_folder).double()
-    right_tokens, wrong_tokens = (
+    correct_tokens, incorrect_tokens = (
         sum(len(s.response_tokens) for s in samples if s.reward * sign > 0) for sign in (1, -1)
     )
     expected = 0
@@ -290,12 +295,12 @@ def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_for
         logits = model(ids).logits[0, len(sample.prompt_tokens) - 1 : -1]
         logp = torch.log_softmax(logits, -1)[torch.arange(len(logits)), ids[0, len(sample.prompt_tokens) :]]
         if sample.reward > 0:
-            expected = expected - (0.7 * sample.advantage * logp).sum() / right_tokens
+            expected = expected - (0.7 * sample.advantage * logp).sum() / correct_tokens
         else:
             ratio = torch.exp(logp - logp.detach())
-            expected = expected - 0.5 * (0.7 * sample.advantage * ratio).sum() / wrong_tokens
+            expected = expected - 0.5 * (0.7 * sample.advantage * ratio).sum() / incorrect_tokens
         difference = -3.0 - logp
-        expected = expected + 0.01 * (difference.exp() - difference - 1).sum() / (right_tokens + wrong_tokens)
+        expected = expected + 0.01 * (difference.exp() - difference - 1).sum() / (correct_tokens + incorrect_tokens)
     expected.backward()
     expected_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     assert total == pytest.approx(expected.item(), rel=1e-5)

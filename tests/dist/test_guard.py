@@ -20,18 +20,18 @@ def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
     parallel.start_process_group()
     for name, layout in layouts.items():
         for dtype in ("float32", "bfloat16"):
-            optimizer = c.Optimizer(lr=1e-2, warmup_steps=1)
+            optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=1)
             config = c.Config(
-                model=c.Model(folder, dtype=dtype),
-                parallel=c.Parallel(**layout),
+                model=c.ModelConfig(folder, dtype=dtype),
+                parallel=c.ParallelConfig(**layout),
                 optimizer=optimizer,
-                reward_model=c.RewardModel(optimizer=optimizer),
-                guard=c.Guard(spike_factor=1e-3, spike_window=3),
+                reward_model=c.RewardModelConfig(optimizer=optimizer),
+                guard=c.GuardConfig(spike_factor=1e-3, spike_window=3),
             )
             parallel.start_megatron(config.parallel, seed=0)
             found[name, dtype] = story(folder, config, samples)
             parallel_state.destroy_model_parallel()
-    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.start_megatron(c.ParallelConfig(), seed=0)
     parallel.stop()
     return found
 
@@ -39,13 +39,13 @@ def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
 class Models:
     def __init__(self, folder: str, config):
         from oreal_megatron.convert.hf_folder import Folder
-        from oreal_megatron.mapping import architecture
-        from oreal_megatron.mcore import roles
+        from oreal_megatron.mcore import trained_models
+        from oreal_megatron.models import architecture
 
         source = Folder(folder)
         pieces = (architecture.read(source.config), config, source.tensor)
-        self.policy, self.reference = roles.Policy(*pieces), roles.Reference(*pieces)
-        self.reward_model = roles.TokenRewardModel(*pieces)
+        self.policy, self.reference = trained_models.Policy(*pieces), trained_models.Reference(*pieces)
+        self.reward_model = trained_models.TokenRewardModel(*pieces)
 
     def step(self, batch, spoil=lambda weight: weight) -> dict:
         weight, metrics = self.reward_model.update(batch)
@@ -67,13 +67,13 @@ class Models:
 def story(folder: str, config, samples: list) -> dict:
     from megatron.core import parallel_state
 
-    from oreal_megatron import ranks
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.mcore import parallel
+    from oreal_megatron.runtime import distributed
 
-    batches = [pack.batch(samples[4 * i : 4 * i + 4], 60, *parallel.data_parallel()) for i in range(3)]
+    batches = [packing.batch(samples[4 * i : 4 * i + 4], parallel.packing_spec(60)) for i in range(3)]
     models, twin = Models(folder, config), Models(folder, config)
-    last = ranks.rank() == ranks.world_size() - 1
+    last = distributed.rank() == distributed.world_size() - 1
     rows = {}
 
     def refused(name: str, metrics: dict, before: list) -> None:
@@ -133,4 +133,4 @@ def test_a_refused_step_changes_nothing_on_any_rank(world, model_folder, in_proc
         metrics, unchanged = rows["spike"]
         assert unchanged and metrics["reward_model/gradient_norm"] > metrics["reward_model/gradient_norm_limit"], name
         with pytest.raises(c.RunStopped, match="policy holds weights that are not finite"):
-            guard.check(rows["broken"], c.Guard(), 0)
+            guard.check(rows["broken"], c.GuardConfig(), 0)

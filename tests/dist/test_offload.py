@@ -15,16 +15,16 @@ CASES = [(dtype, offload) for dtype in ("float32", "bfloat16") for offload in (F
 def every_case(folder: str, samples: list, scratch: str) -> dict:
     from megatron.core import parallel_state
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     parallel.start_process_group()
     results = {}
     for dtype, offload in CASES:
-        parallel.start_megatron(Parallel(), seed=0)
+        parallel.start_megatron(ParallelConfig(), seed=0)
         results[dtype, offload] = trained(folder, samples, offload, dtype, f"{scratch}/{dtype}_{offload}")
         parallel_state.destroy_model_parallel()
-    parallel.start_megatron(Parallel(), seed=0)
+    parallel.start_megatron(ParallelConfig(), seed=0)
     parallel.stop()
     return results
 
@@ -33,19 +33,21 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     """Weights after two steps, and after the second again from the checkpoint between; the bytes on the device while
     each model computes, and while it is saved and loaded."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import checkpoint, parallel, roles
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.models import architecture
+    from oreal_megatron.session import prepare
 
-    optimizer = c.Optimizer(lr=1e-2, warmup_steps=0)
-    config = c.Config(model=c.Model(folder, dtype), optimizer=optimizer, offload=offload, loss=c.Loss(kl_coef=0.5))
+    optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=0)
+    config = c.Config(
+        model=c.ModelConfig(folder, dtype), optimizer=optimizer, offload=offload, loss=c.LossConfig(kl_coef=0.5)
+    )
     source = Folder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)
-    models = {"policy": roles.Policy(*pieces), "reward_model": roles.TokenRewardModel(*pieces)}
-    models["reference"] = roles.Reference(*pieces)
+    models = {"policy": trained_models.Policy(*pieces), "reward_model": trained_models.TokenRewardModel(*pieces)}
+    models["reference"] = trained_models.Reference(*pieces)
 
     def bytes_here() -> dict[str, dict[str, int]]:
         return {name: {part: held.bytes() for part, held in model.parts.items()} for name, model in models.items()}
@@ -53,27 +55,27 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     seen = {"at rest": bytes_here()}
     for name, model in models.items():
         model.chunks[0].register_forward_pre_hook(lambda *_, name=name: seen.update({name: bytes_here()}))
-    sharded, stored = checkpoint.sharded, {}
+    sharded, stored = checkpoint_state.sharded, {}
 
     def watched(trainer, loading: bool) -> dict:
         stored[trainer, loading] = bytes_here()
         return sharded(trainer, loading)
 
-    checkpoint.sharded = watched
-    batch = pack.batch(samples, 60, *parallel.data_parallel())
+    checkpoint_state.sharded = watched
+    batch = packing.batch(samples, parallel.packing_spec(60))
     trainers = {name: models[name] for name in ("policy", "reward_model")}
 
     def step() -> dict[str, torch.Tensor]:
         weight, _ = models["reward_model"].update(batch)
         models["policy"].update(batch, models["reference"].score(batch), weight)
-        return {name: tensor.clone() for name, tensor in build.full_tensors(models["policy"])}
+        return {name: tensor.clone() for name, tensor in prepare.full_tensors(models["policy"])}
 
     step()
     saved = Saver(Path(scratch), trainers, keep=1).save(0)
     unbroken = step()
-    checkpoint.load(saved, trainers)
+    checkpoint_state.load(saved, trainers)
     weights = step()
-    checkpoint.sharded = sharded
+    checkpoint_state.sharded = sharded
     seen["afterwards"] = bytes_here()
     stored = [(name, stored[model, loading]) for name, model in trainers.items() for loading in (False, True)]
     return {"seen": seen, "stored": stored, "weights": weights, "unbroken": unbroken}

@@ -14,16 +14,16 @@ CASES = {"plain": (False, False), "overlapping": (True, False), "overlapping, of
 def every_case(folder: str, samples: list, scratch: str) -> dict:
     from megatron.core import parallel_state
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     parallel.start_process_group()
     results = {}
     for name, (overlap, offload) in CASES.items():
-        parallel.start_megatron(Parallel(overlap=overlap), seed=0)
+        parallel.start_megatron(ParallelConfig(overlap=overlap), seed=0)
         results[name] = story(folder, samples, overlap, offload, Path(scratch) / name)
         parallel_state.destroy_model_parallel()
-    parallel.start_megatron(Parallel(), seed=0)
+    parallel.start_megatron(ParallelConfig(), seed=0)
     parallel.stop()
     return results
 
@@ -31,24 +31,24 @@ def every_case(folder: str, samples: list, scratch: str) -> dict:
 def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Path) -> dict[str, list]:
     """What each reader finds after each of three updates."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import checkpoint, parallel, roles
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.models import architecture
+    from oreal_megatron.session import prepare
 
     config = c.Config(
-        model=c.Model(folder),
-        parallel=c.Parallel(overlap=overlap),
-        optimizer=c.Optimizer(lr=1e-2, warmup_steps=0),
+        model=c.ModelConfig(folder),
+        parallel=c.ParallelConfig(overlap=overlap),
+        optimizer=c.OptimizerConfig(lr=1e-2, warmup_steps=0),
         offload=offload,
     )
     source = Folder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)
-    policy, found = roles.Policy(*pieces), {"update": [], "score": [], "hand-over": [], "checkpoint": []}
+    policy, found = trained_models.Policy(*pieces), {"update": [], "score": [], "hand-over": [], "checkpoint": []}
     for step, reader in enumerate(("score", "hand-over", "checkpoint")):  # each is the first to read an update
-        batch = pack.batch(samples[step:], 40, *parallel.data_parallel())
+        batch = packing.batch(samples[step:], parallel.packing_spec(40))
         metrics = policy.imitate(batch)
         metrics.pop("policy/largest_weight")  # before gathering, old weights of other replicas count as well
         found["update"].append(metrics)
@@ -56,12 +56,12 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
             if name == "score":
                 found[name] += policy.score(batch)
             elif name == "hand-over":
-                found[name] += [value.clone() for _, value in build.full_tensors(policy)]
+                found[name] += [value.clone() for _, value in prepare.full_tensors(policy)]
             else:
                 saved = Saver(scratch, {"policy": policy}, keep=1).save(step)
-                fresh = roles.Policy(*pieces)
-                checkpoint.load(saved, {"policy": fresh})
-                found[name] += [value.clone() for _, value in build.full_tensors(fresh)]
+                fresh = trained_models.Policy(*pieces)
+                checkpoint_state.load(saved, {"policy": fresh})
+                found[name] += [value.clone() for _, value in prepare.full_tensors(fresh)]
     return found
 
 

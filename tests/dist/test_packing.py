@@ -20,21 +20,21 @@ SHAPES = {"two stages": dict(pipeline=2), "interleaved": dict(pipeline=2, virtua
 def scores(folders: dict[str, str], many: list[list]) -> dict[str, list[list[torch.Tensor]]]:
     """Log-probs of each sample's response, for each folder and list of samples, each list in one micro-batch."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
+    from oreal_megatron.models import architecture
     from oreal_megatron.records import Batch
 
     parallel.start_process_group()
-    parallel.start_megatron(c.Parallel(), seed=0)
-    parts, found = tuple(pack.micro_batch(samples) for samples in many), {}
+    parallel.start_megatron(c.ParallelConfig(), seed=0)
+    parts, found = tuple(packing.micro_batch(samples) for samples in many), {}
     for name, path in folders.items():
         source = Folder(path)
-        reference = roles.Reference(architecture.read(source.config), c.Config(), source.tensor)
-        logps = reference.score(Batch(parts, pack.counts(many[0])))
+        reference = trained_models.Reference(architecture.read(source.config), c.Config(), source.tensor)
+        logps = reference.score(Batch(parts, packing.counts(many[0])))
         found[name] = [
-            list(logp_T.split(part.cu_seqlens.diff().tolist())) for logp_T, part in zip(logps, parts, strict=True)
+            list(logp_T.split(part.action_offsets.diff().tolist())) for logp_T, part in zip(logps, parts, strict=True)
         ]
     parallel.stop()
     return found
@@ -65,27 +65,27 @@ def random_batches(folder: str) -> list[tuple[int, int]]:
     from megatron.core import parallel_state
 
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import parallel, roles
+    from oreal_megatron.mcore import parallel, trained_models
+    from oreal_megatron.models import architecture
     from oreal_megatron.records import Sample
 
     source, generator, ran = Folder(folder), random.Random(1), []
     arch = architecture.read(source.config)
     parallel.start_process_group()
     for shape in SHAPES.values():
-        config = c.Config(parallel=c.Parallel(**shape))
+        config = c.Config(parallel=c.ParallelConfig(**shape))
         parallel.start_megatron(config.parallel, seed=0)
-        policy = roles.Policy(arch, config, source.tensor)
+        policy = trained_models.Policy(arch, config, source.tensor)
         for _ in range(BATCHES):
             lengths = [generator.randint(1, 20) for _ in range(generator.randint(1, 8))]
             samples = [Sample((5,) * 3, (6,) * length, 1.0, 1.0) for length in lengths]
-            batch = pack.batch(samples, generator.randint(4, 50), *parallel.data_parallel(arch))
+            batch = packing.batch(samples, generator.randint(4, parallel.packing_spec(50), arch))
             assert torch.isfinite(torch.tensor(policy.imitate(batch)["policy/gradient_norm"]))
             ran.append((len(batch.micro_batches), sum(not len(part.labels) for part in batch.micro_batches)))
         parallel_state.destroy_model_parallel()
-    parallel.start_megatron(c.Parallel(), seed=0)
+    parallel.start_megatron(c.ParallelConfig(), seed=0)
     parallel.stop()
     return ran
 

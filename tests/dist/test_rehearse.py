@@ -23,26 +23,25 @@ LAYOUTS = (((2, 2, 1, 1), FULL), ((2, 2, 1, 2), {}), ((2, 1, 2, 1), SELECTIVE), 
 
 def case(tensor: int, pipeline: int, context: int, virtual: int, recompute: dict, world: int = 8, **model):
     from oreal_megatron import config as c
-    from oreal_megatron.mapping import architecture
+    from oreal_megatron.models import architecture
     from oreal_megatron.plan import assumptions, gpus
-    from oreal_megatron.plan.case import Case
+    from oreal_megatron.plan.scenario import Scenario
 
     config = c.Config(
-        model=c.Model(**{"dtype": "bfloat16"} | model),
-        parallel=c.Parallel(tensor, pipeline, virtual, context, sequence=tensor > 1),
-        engine=c.Engine(tensor=2, max_model_len=300, buffer_megabytes=1),
-        sampling=c.Sampling(max_new_tokens=280),
-        data=c.Data(prompts_per_step=8),
+        model=c.ModelConfig(**{"dtype": "bfloat16"} | model),
+        parallel=c.ParallelConfig(tensor, pipeline, virtual, context, sequence=tensor > 1),
+        engine=c.EngineConfig(tensor=2, max_model_len=300, buffer_mib=1),
+        sampling=c.SamplingConfig(max_new_tokens=280),
+        data=c.DataConfig(prompts_per_step=8),
         tokens_per_micro_batch=256,
         megatron=recompute,
     )
     assumed = assumptions.Assumptions(prompt_tokens=16, response_tokens=100)
-    return Case(config, architecture.read(HF), gpus.named("h100-80g"), world, 4, assumed)
+    return Scenario(config, architecture.read(HF), gpus.named("h100-80g"), world, 4, assumed)
 
 
 def every_layout() -> list[dict]:
-    from oreal_megatron.cli import rehearsal
-    from oreal_megatron.plan import activations, memory, synthetic, timing
+    from oreal_megatron.plan import activations, memory, rehearsal, synthetic, timing
 
     results = []
     for layout, recompute in LAYOUTS:
@@ -69,9 +68,8 @@ def every_layout() -> list[dict]:
 
 def planted() -> dict[str, dict]:
     """Faults that a rehearsal finds when one rank, the second of eight, is otherwise."""
-    from oreal_megatron.cli import rehearsal
-    from oreal_megatron.mcore import rehearse
-    from oreal_megatron.plan import synthetic
+    from oreal_megatron.mcore import rehearse_rank
+    from oreal_megatron.plan import rehearsal, synthetic
 
     sound = case(2, 2, 1, 1, {})
     odd, config, cut = 1, sound.config, sound.config.parallel
@@ -88,7 +86,7 @@ def planted() -> dict[str, dict]:
     found = {}
     for error, other in wrong.items():
         arch = dataclasses.replace(sound.arch, qkv_bias=error != "no bias")
-        other = rehearse.rehearse(arch, other, 8, odd, synthetic.samples(sound))
+        other = rehearse_rank.rehearse(arch, other, 8, odd, synthetic.samples(sound))
         played = [other if one.rank == odd else one for one in done.played]
         found[error] = rehearsal.checks(sound, dataclasses.replace(done, played=played))
     uneven = dataclasses.replace(config, parallel=dataclasses.replace(cut, tensor=4, pipeline=1))
@@ -138,7 +136,7 @@ def recorded() -> dict[str, list]:
     import torch
     import torch.distributed as dist
 
-    from oreal_megatron.mcore import nowhere
+    from oreal_megatron.mcore import fake_world
 
     calls = {
         "broadcast": lambda: dist.broadcast(torch.zeros(2), 0),
@@ -148,7 +146,7 @@ def recorded() -> dict[str, list]:
     }
     found = {}
     for rank in (0, 1):
-        with nowhere.rank_of(2, rank) as record:
+        with fake_world.rank_of(2, rank) as record:
             for name, call in calls.items():
                 call()
                 found.setdefault(name, []).append(tuple(record.calls[-1]))
@@ -178,19 +176,19 @@ def real_steps() -> list[dict[str, float]]:
 def real_step(one) -> dict[str, float]:
     import torch
 
-    from oreal_megatron.algo import pack
-    from oreal_megatron.mapping import tensors
-    from oreal_megatron.mcore import parallel, rehearse, roles
+    from oreal_megatron.algo import packing
+    from oreal_megatron.mcore import parallel, rehearse_rank, trained_models
+    from oreal_megatron.models import tensors
     from oreal_megatron.plan import activations, memory
     from oreal_megatron.records import Sample
 
     shapes = {}
     for entry in tensors.entries(one.arch, 1, 1, 0, "scalar"):
         shapes |= tensors.hf_shapes(entry, one.arch)
-    model = roles.TokenRewardModel(one.arch, one.config, lambda name: torch.full(shapes[name], 0.01))
+    model = trained_models.TokenRewardModel(one.arch, one.config, lambda name: torch.full(shapes[name], 0.01))
     samples = [Sample((1,) * 6, (2,) * 250, sign, sign) for sign in (1.0, -1.0)] * one.world
-    batch = pack.batch(samples, 256, *parallel.data_parallel())
-    watch = rehearse.Kept(model.parts["parameters"].find())
+    batch = packing.batch(samples, parallel.packing_spec(256))
+    watch = rehearse_rank.Kept(model.parts["parameters"].find())
     with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
         model.update(batch)
     planned = memory.held(one, 0, "scalar")

@@ -92,17 +92,17 @@ class Loader:
 def start(trainer: tuple[int, int, int], family: str, tied: bool):
     """A policy with weights of its own on every layout, and its architecture; Megatron is started once a process."""
     from oreal_megatron import config as c
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import model
+    from oreal_megatron.mcore import gpt_model
+    from oreal_megatron.models import architecture
 
     arch = architecture.read(ROWS[family] | {"tie_word_embeddings": tied, "vocab_size": 203})
     generator = torch.Generator().manual_seed(1)
     weights = {name: torch.randn(x.shape, generator=generator) for name, x in oracle.numbered(arch).items()}
-    config = c.Config(parallel=c.Parallel(*trainer))
-    chunks = model.build(arch, config, "lm")
-    model.load(chunks, arch, config, "lm", weights.__getitem__)
-    placed = partial(model.placed, chunks, arch, config, "lm")
-    policy = SimpleNamespace(config=config, arch=arch, placed=placed, readable=nullcontext)
+    config = c.Config(parallel=c.ParallelConfig(*trainer))
+    chunks = gpt_model.build(arch, config, "lm")
+    gpt_model.load(chunks, arch, config, "lm", weights.__getitem__)
+    placed = partial(gpt_model.named_shards, chunks, arch, config, "lm")
+    policy = SimpleNamespace(config=config, arch=arch, named_shards=placed, readable=nullcontext)
     return policy, weights
 
 
@@ -110,23 +110,23 @@ def transfer(policy, engine, ranks: int, wanted: str):
     """The hand-over of these two; a node is two ranks."""
     import torch.distributed as dist
 
-    from oreal_megatron.cli import build
-    from oreal_megatron.reshard.handover import HandOver
-    from oreal_megatron.reshard.slices import Layout
+    from oreal_megatron.reshard.overlaps import ReshardLayout
+    from oreal_megatron.reshard.weight_sync import WeightSync
+    from oreal_megatron.session import prepare
 
     cut, world = policy.config.parallel, dist.get_world_size()
-    layout = Layout(policy.arch, cut.tensor, cut.pipeline, cut.virtual, ranks, world, min(world, 2))
-    return HandOver(layout, wanted, BUFFER_BYTES, policy.placed, partial(build.full_tensors, policy), engine)
+    layout = ReshardLayout(policy.arch, cut.tensor, cut.pipeline, cut.virtual, ranks, world, min(world, 2))
+    return WeightSync(layout, wanted, BUFFER_BYTES, policy.named_shards, partial(prepare.full_tensors, policy), engine)
 
 
 def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dict[str, dict]:
     import torch.distributed as dist
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     parallel.start_process_group()
-    parallel.start_megatron(Parallel(*trainer), seed=0)
+    parallel.start_megatron(ParallelConfig(*trainer), seed=0)
     results = {}
     for family, tied, ranks in itertools.product(FAMILIES, (False, True), engines):
         policy, weights = start(trainer, family, tied)
@@ -134,9 +134,9 @@ def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dic
         held = oracle.engine(policy.arch, weights, ranks, rank)
         for wanted, dtype in (("direct", torch.float32), ("direct", torch.bfloat16), ("gather", torch.float32)):
             engine = Parameters(policy.arch, ranks, rank, dtype)
-            hand_over = transfer(policy, engine, ranks, wanted)
-            results[f"{family} tied {tied} engine {ranks} {wanted} {dtype}"] = hand_over(3) | {
-                "equal": engine.equals(held), "version": engine.version, "again": hand_over(3)
+            weight_sync = transfer(policy, engine, ranks, wanted)
+            results[f"{family} tied {tied} engine {ranks} {wanted} {dtype}"] = weight_sync.sync(3) | {
+                "equal": engine.equals(held), "version": engine.version, "again": weight_sync.sync(3)
             }  # fmt: skip
     parallel.stop()
     return results
@@ -148,30 +148,32 @@ def test_the_engine_holds_the_trainers_weights_bit_by_bit(world, trainer, engine
         assert len(results) == 2 * 3 * len(FAMILIES) * len(engines)
         for case, metrics in results.items():
             assert metrics["equal"] and metrics["version"] == 3 and metrics["again"] == {}, case
-            assert metrics["reshard/direct"] == ("direct" in case) and metrics["reshard/proved_parameters"] > 20, case
+            assert (
+                metrics["weight_sync/direct"] == ("direct" in case) and metrics["weight_sync/verified_parameters"] > 20
+            ), case
             if "gather" in case and world == trainer[0] * trainer[1] == 1:
-                assert metrics["reshard/received_bytes"] == 0
-            assert metrics["reshard/received_bytes"] >= metrics["reshard/least_received_bytes"], case
+                assert metrics["weight_sync/received_bytes"] == 0
+            assert metrics["weight_sync/received_bytes"] >= metrics["weight_sync/least_received_bytes"], case
             if "direct" in case:
-                assert metrics["reshard/received_bytes"] == metrics["reshard/least_received_bytes"], case
-                between = metrics["reshard/between_nodes_bytes"]
-                assert between == metrics["reshard/least_between_nodes_bytes"], case
+                assert metrics["weight_sync/received_bytes"] == metrics["weight_sync/least_received_bytes"], case
+                between = metrics["weight_sync/between_nodes_bytes"]
+                assert between == metrics["weight_sync/least_between_nodes_bytes"], case
 
 
 def gathered() -> dict[str, dict]:
     """Bytes that `gather` counts, beside those of the shards, and whether a loader is given the weights."""
     import torch.distributed as dist
 
-    from oreal_megatron.cli import build
-    from oreal_megatron.mapping import tensors
-    from oreal_megatron.reshard.counted import Counted
+    from oreal_megatron.models import tensors
+    from oreal_megatron.reshard.byte_counter import ByteCounter
+    from oreal_megatron.session import prepare
 
     results = {}
     for family in ("Qwen3Moe", "Qwen2"):
         policy, weights = start((2, 2, 1), family, True)
-        engine, counted = Loader(), Counted(2)
+        engine, counted = Loader(), ByteCounter(2)
         metrics = transfer(policy, engine, 1, "direct")(3)
-        for _ in build.full_tensors(policy, counted):
+        for _ in prepare.full_tensors(policy, counted):
             pass
         stages = [sum(4 * entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 2, stage, "lm")
                       if entry.exported) for stage in (0, 1)]  # fmt: skip
@@ -185,31 +187,31 @@ def planted() -> dict[str, str]:
     """What the hand-over says when each error happens on rank 1."""
     import torch.distributed as dist
 
-    from oreal_megatron.reshard.handover import WeightsDiffer
+    from oreal_megatron.reshard.weight_sync import WeightMismatch
 
     policy, _ = start((2, 2, 1), "Qwen2", False)
     said = {}
     for error, (transport, readable, plant, _) in ERRORS.items():
         engine = Parameters(policy.arch, 2, dist.get_rank() % 2, torch.float32) if readable else Loader()
-        hand_over = transfer(policy, engine, 2, transport)
-        hand_over(1)
-        plant(hand_over, dist.get_rank() == 1)
-        for _, parameter in policy.placed():  # new weights, so that what is not written is old
+        weight_sync = transfer(policy, engine, 2, transport)
+        weight_sync.sync(1)
+        plant(weight_sync, dist.get_rank() == 1)
+        for _, parameter in policy.named_shards():  # new weights, so that what is not written is old
             parameter.data.add_(1)
         try:
-            hand_over(2)
-        except WeightsDiffer as refusal:
+            weight_sync.sync(2)
+        except WeightMismatch as refusal:
             said[error] = str(refusal)
     return said
 
 
 def both() -> tuple[dict, dict]:
     """Of a trainer of 2 x 2 ranks on two nodes, its stages."""
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     parallel.start_process_group()
-    parallel.start_megatron(Parallel(2, 2), seed=0)
+    parallel.start_megatron(ParallelConfig(2, 2), seed=0)
     results = gathered(), planted()
     parallel.stop()
     return results
@@ -227,11 +229,11 @@ def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(two_by_two
             # The own stage's shard to and from one other rank, then whole stages between the nodes.
             assert result["counted"] == {"node": 2, "sent": 3 * own, "sent_between": 2 * own,
                                          "received": own + 2 * other, "received_between": 2 * other}  # fmt: skip
-            assert result["reshard/received_bytes"] == max(own + 2 * other, other + 2 * own)
-            assert result["reshard/between_nodes_bytes"] == 4 * (own + other)
-            assert all(result["given"]) and result["reshard/proved_tensors"] == len(result["given"])
-            assert not result["reshard/proved_parameters"]
-            assert ("reshard/least_received_bytes" in result) == (family == "Qwen2"), "unknown for mixtures"
+            assert result["weight_sync/received_bytes"] == max(own + 2 * other, other + 2 * own)
+            assert result["weight_sync/between_nodes_bytes"] == 4 * (own + other)
+            assert all(result["given"]) and result["weight_sync/verified_tensors"] == len(result["given"])
+            assert not result["weight_sync/verified_parameters"]
+            assert ("weight_sync/least_received_bytes" in result) == (family == "Qwen2"), "unknown for mixtures"
 
 
 def written(direct):
@@ -245,34 +247,34 @@ def within(part, tensors) -> bool:
     return any(x.data_ptr() <= part.data_ptr() < x.data_ptr() + x.nbytes for x in tensors)
 
 
-def a_key_written_as_a_value(hand_over, guilty) -> None:
+def a_key_written_as_a_value(weight_sync, guilty) -> None:
     """The last received key block of layer 2 is written where a value belongs, and the other way round."""
-    qkv = hand_over.engine.parameters["model.layers.2.self_attn.qkv_proj.weight"]
-    views = [(parts, i) for parts in written(hand_over.direct) for i, part in enumerate(parts) if within(part, [qkv])]
+    qkv = weight_sync.engine.parameters["model.layers.2.self_attn.qkv_proj.weight"]
+    views = [(parts, i) for parts in written(weight_sync.direct) for i, part in enumerate(parts) if within(part, [qkv])]
     (one, i), (other, j) = views[-2:]  # key and value come after the queries, and are of one size
     if guilty:
         assert one[i].shape == other[j].shape
         one[i], other[j] = other[j], one[i]
 
 
-def a_layer_not_written(hand_over, guilty) -> None:
-    layer = [x for name, x in hand_over.engine.parameters.items() if name.startswith("model.layers.3.")]
-    for parts in written(hand_over.direct):
+def a_layer_not_written(weight_sync, guilty) -> None:
+    layer = [x for name, x in weight_sync.engine.parameters.items() if name.startswith("model.layers.3.")]
+    for parts in written(weight_sync.direct):
         for number, part in enumerate(parts):
             if guilty and within(part, layer):
                 parts[number] = torch.empty_like(part)
 
 
-def a_bucket_sent_again(hand_over, guilty) -> None:
+def a_bucket_sent_again(weight_sync, guilty) -> None:
     """The largest batch of the version before."""
-    busy = max(hand_over.direct.steps, key=lambda step: sum(message.elements for message in step.sends))
+    busy = max(weight_sync.direct.steps, key=lambda step: sum(message.elements for message in step.sends))
     for message in busy.sends if guilty else ():
         message.parts[:] = [part.clone() for part in message.parts]
 
 
-def a_buffer_used_too_early(hand_over, guilty) -> None:
+def a_buffer_used_too_early(weight_sync, guilty) -> None:
     """Every batch is received where the one before it still waits to be written."""
-    direct = hand_over.direct
+    direct = weight_sync.direct
     buffers, waiting, arrive = direct.buffers, [], direct.arrive
 
     def late(step, receiving, works):
@@ -291,13 +293,13 @@ def a_buffer_used_too_early(hand_over, guilty) -> None:
 def gathering(change):
     """An error of `gather`: the loader takes what `change` makes of {name: tensor} of this and the last version."""
 
-    def plant(hand_over, guilty) -> None:
-        from oreal_megatron.reshard.counted import Counted
+    def plant(weight_sync, guilty) -> None:
+        from oreal_megatron.reshard.byte_counter import ByteCounter
 
-        full = hand_over.full
-        last = {name: tensor.clone() for name, tensor in full(Counted(2))}
+        full = weight_sync.full
+        last = {name: tensor.clone() for name, tensor in full(ByteCounter(2))}
         if guilty:
-            hand_over.full = lambda counted: change(dict(full(counted)), last).items()
+            weight_sync.full = lambda counted: change(dict(full(counted)), last).items()
 
     return plant
 
@@ -321,10 +323,10 @@ def one_buffer_for_all(new, last):
     return {name: buffer[: tensor.numel()].view(tensor.shape).copy_(tensor) for name, tensor in new.items()}
 
 
-def a_layer_not_loaded(hand_over, guilty) -> None:
+def a_layer_not_loaded(weight_sync, guilty) -> None:
     """By vLLM's loader, which was given it."""
-    layer = [x for name, x in hand_over.engine.parameters.items() if name.startswith("model.layers.3.")]
-    load = hand_over.engine.load
+    layer = [x for name, x in weight_sync.engine.parameters.items() if name.startswith("model.layers.3.")]
+    load = weight_sync.engine.load
 
     def forgetful(tensors):
         before = [x.clone() for x in layer]
@@ -332,7 +334,7 @@ def a_layer_not_loaded(hand_over, guilty) -> None:
         torch._foreach_copy_(layer, before)
 
     if guilty:
-        hand_over.engine.load = forgetful
+        weight_sync.engine.load = forgetful
 
 
 # Transport, whether the engine's parameters can be read, the error, and what is said.

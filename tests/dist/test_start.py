@@ -13,10 +13,10 @@ from oreal_megatron.config import *
 
 def small():
     return Config(
-        run="{folder}/run", offload=True, tokens_per_micro_batch=512, model=Model("{folder}/model"),
-        engine=Engine(max_model_len=32, kv_cache_gb=0.05),
-        data=Data("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=4),
-        supervised=Supervised(path="{folder}/demonstrations.jsonl", steps=2, samples_per_step=4, evaluate_every=1),
+        run="{folder}/run", offload=True, tokens_per_micro_batch=512, model=ModelConfig("{folder}/model"),
+        engine=EngineConfig(max_model_len=32, kv_cache_gib=0.05),
+        data=DataConfig("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=4),
+        supervised=SupervisedConfig("{folder}/demonstrations.jsonl", steps=2, samples_per_step=4, evaluate_every=1),
     )
 """
 
@@ -51,16 +51,18 @@ class Recorder:
 def started(command: str, folder: str) -> list[str]:
     """What a command does with the engine and with the memory of its models, in order."""
     from oreal_megatron import loop
-    from oreal_megatron.cli import between, build, sft
+    from oreal_megatron.cli import sft
     from oreal_megatron.cli.main import main
-    from oreal_megatron.mcore import model, offload
+    from oreal_megatron.mcore import gpt_model, offload
+    from oreal_megatron.session import prepare
+    from oreal_megatron.training import hooks
 
-    done, make, leave = [], model.build, offload.Parts.leave
+    done, make, leave = [], gpt_model.build, offload.Parts.leave
     verifier = SimpleNamespace(grader=SimpleNamespace(close=lambda: None))
-    build.start_engine = lambda *_: (Recorder(done), verifier)
-    model.build = lambda *shape: done.append("build") or make(*shape)
+    prepare.start_engine = lambda *_: (Recorder(done), verifier)
+    gpt_model.build = lambda *shape: done.append("build") or make(*shape)
     offload.Parts.leave = lambda parts: done.append("leave") or leave(parts)
-    sft.evaluate = between.evaluate = lambda *_: done.append("evaluate") or {"accuracy": 0.0}
+    sft.evaluate = hooks.evaluate = lambda *_: done.append("evaluate") or {"accuracy": 0.0}
     loop.train = lambda *_: done.append("train")
     assert main([command, f"{folder}/recipe.py:small"]) == 0
     return done

@@ -58,17 +58,17 @@ def stand_in() -> None:
 def every_family(folders: dict[str, str], samples: list, scratch: str) -> dict:
     from megatron.core import parallel_state
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     stand_in()
     parallel.start_process_group()
     found = {}
     for family, folder in folders.items():
-        parallel.start_megatron(Parallel(**FAMILIES[family]), seed=0)
-        found[family] = both_kinds(folder, samples, Parallel(**FAMILIES[family]), Path(scratch) / family)
+        parallel.start_megatron(ParallelConfig(**FAMILIES[family]), seed=0)
+        found[family] = both_kinds(folder, samples, ParallelConfig(**FAMILIES[family]), Path(scratch) / family)
         parallel_state.destroy_model_parallel()
-    parallel.start_megatron(Parallel(), seed=0)
+    parallel.start_megatron(ParallelConfig(), seed=0)
     parallel.stop()
     return found
 
@@ -76,27 +76,27 @@ def every_family(folders: dict[str, str], samples: list, scratch: str) -> dict:
 def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     """A step, a checkpoint and a step of each kind; and the second step of either kind from the other's checkpoint."""
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
+    from oreal_megatron.algo import packing
     from oreal_megatron.convert import torch_dist
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
-    from oreal_megatron.mcore import checkpoint, parallel, roles
-    from oreal_megatron.mcore.saver import Saver
+    from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.models import architecture
+    from oreal_megatron.session import prepare
 
     source, found, saved = Folder(folder), {}, {}
     arch = architecture.read(source.config)
 
-    def policy(kind: str) -> roles.Policy:
-        model = c.Model(folder, layers=kind)
-        config = c.Config(model=model, parallel=layout, optimizer=c.Optimizer(lr=1e-2, warmup_steps=0))
-        return roles.Policy(arch, config, source.tensor)
+    def policy(kind: str) -> trained_models.Policy:
+        model = c.ModelConfig(folder, layers=kind)
+        config = c.Config(model=model, parallel=layout, optimizer=c.OptimizerConfig(lr=1e-2, warmup_steps=0))
+        return trained_models.Policy(arch, config, source.tensor)
 
-    def step(trainer: roles.Policy) -> tuple[dict, dict]:
+    def step(trainer: trained_models.Policy) -> tuple[dict, dict]:
         metrics = trainer.imitate(batch)
-        return metrics, {name: value.clone() for name, value in build.full_tensors(trainer)}
+        return metrics, {name: value.clone() for name, value in prepare.full_tensors(trainer)}
 
-    batch = pack.batch(samples, 60, *parallel.data_parallel(arch))
+    batch = packing.batch(samples, parallel.packing_spec(60, arch))
     for kind in KINDS:
         trainer = policy(kind)
         first = step(trainer)
@@ -106,8 +106,8 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
         found[kind] = dict(names=names, stored=stored, first=first, second=step(trainer))
     for kind, other in (KINDS, KINDS[::-1]):
         trainer = policy(kind)
-        checkpoint.load(saved[other], {"policy": trainer})
-        loaded = {name: value.clone() for name, value in build.full_tensors(trainer)}
+        checkpoint_state.load(saved[other], {"policy": trainer})
+        loaded = {name: value.clone() for name, value in prepare.full_tensors(trainer)}
         found[kind] |= dict(loaded=loaded, third=step(trainer))
     return found
 
@@ -150,9 +150,9 @@ def test_each_goes_on_from_the_checkpoint_of_the_other(family, kind, other, foun
 def test_without_transformer_engine_it_is_refused(write_model, tmp_path):
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mapping import architecture
     from oreal_megatron.mcore import layers
+    from oreal_megatron.models import architecture
 
     arch = architecture.read(Folder(write_model(tmp_path / "model", "Qwen2")).config)
     with pytest.raises(c.ConfigError, match='model.layers is "transformer_engine", but .* set model.layers to "local"'):
-        layers.layer(arch, c.Config(model=c.Model(layers="transformer_engine")))
+        layers.layer(arch, c.Config(model=c.ModelConfig(layers="transformer_engine")))

@@ -23,14 +23,14 @@ def verdicts_of_a_step(free_port: int) -> dict:
     import torch.distributed as dist
 
     from oreal_megatron import config as c
-    from oreal_megatron import ranks
     from oreal_megatron.records import Prompt, Rollout
-    from oreal_megatron.verify.gathered import StepVerifier
+    from oreal_megatron.runtime import distributed
     from oreal_megatron.verify.grader import Grader
-    from oreal_megatron.verify.pool import Pool
+    from oreal_megatron.verify.step_verifier import StepVerifier
+    from oreal_megatron.verify.worker_pool import Pool
 
     dist.init_process_group("gloo")
-    mine = ranks.rank()
+    mine = distributed.rank()
     texts = ["\\boxed{1}", "kill", "\\boxed{2}", "sleep 30", "\\boxed{3}"]
 
     def outcome(grader, texts: list[str] = texts) -> object:
@@ -44,10 +44,10 @@ def verdicts_of_a_step(free_port: int) -> dict:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    down = c.Judge(urls=(f"http://127.0.0.1:{free_port}",), all_down_wait_s=0.3, retries=0, connect_timeout_s=0.2)
-    scripted = shows_all(c.Verify(), Pool(1, 0.5, command=SCRIPT))
-    broken = shows_all(c.Verify(), Pool(1, command=[*SCRIPT, "stillborn"])) if mine else scripted
-    judged = Grader(c.Verify(judge=down)) if mine else scripted
+    down = c.JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",), all_down_wait_s=0.3, retries=0, connect_timeout_s=0.2)
+    scripted = shows_all(c.VerifyConfig(), Pool(1, 0.5, command=SCRIPT))
+    broken = shows_all(c.VerifyConfig(), Pool(1, command=[*SCRIPT, "stillborn"])) if mine else scripted
+    judged = Grader(c.VerifyConfig(judge=down)) if mine else scripted
     found = {
         "a killed worker and a late one": outcome(scripted),
         "no worker can be started": outcome(broken),
@@ -80,8 +80,12 @@ def test_ranks_never_disagree_about_what_went_wrong_on_one(in_processes):
     first, second = in_processes(2, verdicts_of_a_step, port)
     assert first == second
     assert first["a killed worker and a late one"] == [
-        ("wrong", "exact"), ("unknown", "error"), ("wrong", "exact"), ("unknown", "time-out"), ("wrong", "exact"),
-    ]  # fmt: skip
+        ("incorrect", "exact"),
+        ("unknown", "error"),
+        ("incorrect", "exact"),
+        ("unknown", "time-out"),
+        ("incorrect", "exact"),
+    ]
     assert first["no worker can be started"].startswith("RunStopped: 5 grading processes in a row died")
     assert first["all judges are down"].startswith("RunStopped: no judge host answered for")
     assert first["a bug"].startswith("RunStopped: grading answer (1, 0) failed with KeyError('a bug') on rank 1")

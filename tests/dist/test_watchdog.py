@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PHASES = ("start", "generate", "verify", "prove", "reward_model", "reference", "policy", "reshard", "checkpoint",
+PHASES = ("start", "generate", "verify", "parity", "reward_model", "reference", "policy", "weight_sync", "checkpoint",
           "evaluate")  # fmt: skip
 LIMITS = {f"{phase}_s": 1.5 for phase in ("start", "generate", "verify", "reward_model", "reference", "policy",
                                           "checkpoint", "other")} | {"every_s": 0.2, "silent_s": 30.0}  # fmt: skip
@@ -48,7 +48,7 @@ def start():
     """Processes that are forked from one that has imported torch and Megatron: seconds less for each."""
     sys.path.insert(0, str(HERE))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.run"])
+    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.run_folder"])
     import hanging_job
 
     def start(folder: Path, kind: str, phase: str, limits=LIMITS, rank=1, world=2) -> Outcome:
@@ -116,7 +116,7 @@ def test_a_killed_rank_is_named_within_seconds(start, tmp_path, phase):
 
 
 @all_faults
-@every_phase_or("reshard")
+@every_phase_or("weight_sync")
 def test_a_killed_first_rank_takes_the_store_with_it_and_is_named(start, tmp_path, phase):
     ended = start(tmp_path, "kill", phase, PATIENT, rank=0)
     assert ended.codes == [-9, 5] and ended.seconds < 15
@@ -143,7 +143,7 @@ def test_a_rank_that_holds_pythons_lock_is_silent_and_its_stacks_are_written(sta
     assert "in hold_the_lock\n" in ended.written("rank_1")
 
 
-@every_phase_or("prove")
+@every_phase_or("parity")
 def test_an_error_of_one_rank_is_told_by_the_others(start, tmp_path, phase):
     ended = start(tmp_path, "fail", phase, PATIENT, world=3)
     assert ended.codes == [5, 5, 5] and ended.seconds < 20
@@ -175,11 +175,11 @@ def time_outs() -> list[float]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from oreal_megatron.config import Parallel
+    from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
 
     parallel.start_process_group(240.0)
-    parallel.start_megatron(Parallel(), 0, 240.0)
+    parallel.start_megatron(ParallelConfig(), 0, 240.0)
     made = (
         dist.group.WORLD,
         parallel_state.get_data_parallel_group(),

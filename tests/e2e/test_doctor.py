@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from oreal_megatron.cli import doctor, doctor_runs
+from oreal_megatron.cli import doctor
+from oreal_megatron.doctor import real_runs
 
 
 def test_the_real_runs_go_well_here():
-    found = {finding.name: finding for finding in doctor.real_runs()}
-    assert list(found) == [f"run: {part}" for part in doctor_runs.PARTS]
+    found = {finding.name: finding for finding in doctor.run_real_parts()}
+    assert list(found) == [f"run: {part}" for part in real_runs.PARTS]
     assert all(finding.state == "ok" for finding in found.values()), [f.found for f in found.values()]
-    assert "2 ranks on cpu" in found["run: collective"].found and "arrived" in found["run: hand over"].found
+    assert "2 ranks on cpu" in found["run: collective"].found and "arrived" in found["run: weight sync"].found

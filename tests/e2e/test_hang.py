@@ -21,10 +21,10 @@ from oreal_megatron.config import *
 def oreal():
     return Config(
         run="{folder}/run", steps=1000, policy_freeze_steps=1, tokens_per_micro_batch=512,
-        model=Model("{folder}/start"),
-        engine=Engine(max_model_len=32, max_num_seqs=64, kv_cache_gb=0.05, enforce_eager=True),
-        sampling=Sampling(answers_per_prompt=4, max_new_tokens=12), data=Data("{folder}/problems.jsonl",
-        prompts_per_step=8), verify=Verify(workers=1), watchdog=Watchdog(silent_s=10.0))
+        model=ModelConfig("{folder}/start"),
+        engine=EngineConfig(max_model_len=32, max_num_seqs=64, kv_cache_gib=0.05, enforce_eager=True),
+        sampling=SamplingConfig(rollouts_per_prompt=4, max_new_tokens=12), data=DataConfig("{folder}/problems.jsonl",
+        prompts_per_step=8), verify=VerifyConfig(workers=1), watchdog=WatchdogConfig(silent_s=10.0))
 """
 
 

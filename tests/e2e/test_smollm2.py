@@ -31,38 +31,42 @@ def greedy(folder: str) -> list[tuple]:
     import dataclasses
 
     from oreal_megatron import config as c
-    from oreal_megatron.algo import pack
-    from oreal_megatron.cli import build
-    from oreal_megatron.mcore import heads, model, parallel, worker
-    from oreal_megatron.records import Prompt, Sample
+    from oreal_megatron.algo import packing
+    from oreal_megatron.mcore import gpt_model, output_heads, parallel, scorer
+    from oreal_megatron.records import PackingSpec, Prompt, Sample
+    from oreal_megatron.session import prepare
 
     config = c.Config(
-        model=c.Model(folder),
-        engine=c.Engine(max_model_len=512, max_num_seqs=4, kv_cache_gb=0.5, enforce_eager=True, proof_answers=9),
-        sampling=c.Sampling(answers_per_prompt=2, max_new_tokens=TOKENS),
-        verify=c.Verify(workers=1),
+        model=c.ModelConfig(folder),
+        engine=c.EngineConfig(
+            max_model_len=512, max_num_seqs=4, kv_cache_gib=0.5, enforce_eager=True, parity_rollouts=9
+        ),
+        sampling=c.SamplingConfig(rollouts_per_prompt=2, max_new_tokens=TOKENS),
+        verify=c.VerifyConfig(workers=1),
     )
-    inputs = build.prepare(config)
+    inputs = prepare.prepare(config)
     parallel.start_process_group()
-    engine, _ = build.start_engine(inputs)
+    engine, _ = prepare.start_engine(inputs)
     parallel.start_megatron(config.parallel, seed=0)
-    chunks = model.build(inputs.arch, config, "lm")
-    model.load(chunks, inputs.arch, config, "lm", inputs.folder.tensor)
-    language_model = heads.LanguageModelHead(chunks[0], inputs.arch.vocab, 0)
+    chunks = gpt_model.build(inputs.arch, config, "lm")
+    gpt_model.load(chunks, inputs.arch, config, "lm", inputs.folder.tensor)
+    language_model = output_heads.LanguageModelHead(chunks[0], inputs.arch.vocab, 0)
 
     def head(hidden, part):
         return language_model.logits(hidden.flatten(0, 1)[part.action_index])[:, : inputs.arch.vocab]
 
-    scorer = worker.Scorer(chunks, head)
+    scorer = scorer.Scorer(chunks, head)
     prompts = []
     for question in QUESTIONS:
         asked = [{"role": "user", "content": question}]
         text = inputs.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         prompts.append(Prompt(question, question, "", None, tuple(inputs.tokenizer.encode(text))))
-    sampling = dataclasses.replace(config.sampling, answers_per_prompt=1, temperature=0.0, top_p=1.0)
+    sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=1, temperature=0.0, top_p=1.0)
     results = []
     for (rollout,) in engine.generate(prompts, sampling, (0, 0)):
-        (logits,) = scorer.score(pack.batch([Sample(rollout.prompt.tokens, rollout.tokens, 1.0, 1.0)], 512, 0, 1))
+        (logits,) = scorer.score(
+            packing.batch([Sample(rollout.prompt.tokens, rollout.tokens, 1.0, 1.0)], PackingSpec(512))
+        )
         chosen = torch.tensor(rollout.tokens)
         logp = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         results.append((rollout.text, chosen, torch.tensor(rollout.logprobs), logits.argmax(-1), logp))

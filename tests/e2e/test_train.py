@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.cli import doctor_checks
 from oreal_megatron.config import Config
+from oreal_megatron.doctor import checks
 
 RECIPE = """
 from oreal_megatron.config import *
@@ -21,25 +21,25 @@ BASE = dict(
     steps=4,
     policy_freeze_steps=1,
     tokens_per_micro_batch=512,
-    model=Model("{folder}/start"),
-    parallel=Parallel(tensor={tensor}),
-    engine=Engine(tensor={tensor}, max_model_len=32, max_num_seqs=64, kv_cache_gb=0.05, enforce_eager=True),
-    sampling=Sampling(answers_per_prompt=4, top_p=1.0, max_new_tokens=12),
-    data=Data("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=24),
-    verify=Verify(workers=1),
-    optimizer=Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=1),
-    reward_model=RewardModel(optimizer=Optimizer(lr=1e-3, min_lr=1e-4, warmup_steps=1)),
-    checkpoint=Checkpoint(every=2, keep=2),
-    evaluation=Evaluation(every=2, max_new_tokens=12),
+    model=ModelConfig("{folder}/start"),
+    parallel=ParallelConfig(tensor={tensor}),
+    engine=EngineConfig(tensor={tensor}, max_model_len=32, max_num_seqs=64, kv_cache_gib=0.05, enforce_eager=True),
+    sampling=SamplingConfig(rollouts_per_prompt=4, top_p=1.0, max_new_tokens=12),
+    data=DataConfig("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=24),
+    verify=VerifyConfig(workers=1),
+    optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1),
+    reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=1)),
+    checkpoint=CheckpointConfig(every=2, keep=2),
+    evaluation=EvaluationConfig(every=2, max_new_tokens=12),
 )
 
 def sft():
-    return Config(run="{folder}/sft", supervised=Supervised(
+    return Config(run="{folder}/sft", supervised=SupervisedConfig(
         path="{folder}/demonstrations.jsonl", steps=250, samples_per_step=64, evaluate_every=10, stop_at_accuracy=0.1,
-        optimizer=Optimizer(lr=3e-3, min_lr=3e-3, warmup_steps=10)), **BASE)
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-3, warmup_steps=10)), **BASE)
 
 def oreal():
-    return Config(run="{folder}/oreal", **BASE | dict(model=Model("{folder}/sft/policy")))
+    return Config(run="{folder}/oreal", **BASE | dict(model=ModelConfig("{folder}/sft/policy")))
 """
 
 
@@ -78,13 +78,13 @@ def test_a_run_leaves_everything_behind(trained):
     run = trained / "oreal"
     steps = rows(run)
     assert [row["step"] for row in steps] == [0, 1, 2, 3]
-    assert all(row["proof/logprob_gap"] < 1e-5 and row["proof/tokens"] > 0 for row in steps)
-    assert steps[-1]["reshard/direct"] == 1 and steps[-1]["reshard/proved_parameters"] > 10
+    assert all(row["parity/logprob_gap"] < 1e-5 and row["parity/tokens"] > 0 for row in steps)
+    assert steps[-1]["weight_sync/direct"] == 1 and steps[-1]["weight_sync/verified_parameters"] > 10
     assert "loss/kl" not in steps[0] and steps[0]["loss/reward_model"] > 0, (
         "the first step trains the reward model alone"
     )
     wanted = {
-        "reward/mean", "reward/pass_rate", "batch/kept_prompts", "verify/unknown", "loss/positive", "loss/negative",
+        "reward/mean", "reward/pass_rate", "batch/mixed_prompts", "verify/unknown", "loss/positive", "loss/negative",
         "loss/kl", "loss/reward_model", "policy/gradient_norm", "reward_model/gradient_norm", "policy/learning_rate",
         "reward_model/learning_rate", "rollout/response_tokens_mean", "rollout/truncated_share", "policy/reference_kl",
         "policy/entropy_estimate", "reward_model/accuracy",
@@ -100,7 +100,7 @@ def test_a_run_leaves_everything_behind(trained):
     ]  # fmt: skip
     assert len(list((run / "rollouts").iterdir())) == 4
     held = sum(file.stat().st_size for file in (run / "checkpoints/step_000004").rglob("*") if file.is_file())
-    assert held == pytest.approx(doctor_checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
+    assert held == pytest.approx(checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
     environment = json.loads((run / "environment.json").read_text())["imported"]
     assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
 
@@ -168,7 +168,7 @@ def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
     run, huge = trained / "blown", "1e30"
-    changes = ("guard.skips_in_a_row=2", "policy_freeze_steps=0", "data.held_out=", f"run={run}",
+    changes = ("guard.max_consecutive_skips=2", "policy_freeze_steps=0", "data.held_out=", f"run={run}",
                f"reward_model.optimizer.lr={huge}", f"reward_model.optimizer.min_lr={huge}")  # fmt: skip
     assignments = [word for change in changes for word in ("--set", change)]
     told = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)

@@ -10,11 +10,11 @@ from oreal_kernels import (
     KL_KINDS,
     Terms,
     backend,
+    chunk_plan,
     gemm,
     linear_logprob,
     linear_oreal_loss,
     logprob_from_logits,
-    plan,
     token_weights,
 )
 from oreal_kernels.linear_logprob import reference as linear_logprob_reference
@@ -46,8 +46,8 @@ def terms_of(n: int = N, kl_kind: str = "k3", seed: int = 5) -> Terms:
         cu_seqlens=torch.tensor([0, n // 3, n // 3, n // 2, n]),
         reward=torch.tensor([1.0, -1.0, -1.0, 1.0]),
         advantage=torch.tensor([0.4, -0.3, -1.6, 1.2]),
-        right_tokens=n,
-        wrong_tokens=n // 2,
+        correct_tokens=n,
+        incorrect_tokens=n // 2,
         action_tokens=2 * n,
         positive_coef=1.0,
         negative_coef=0.5,
@@ -417,7 +417,9 @@ def test_rows_multiplied_in_each_mode(options, rows, monkeypatch):
         assert dlogits.data_ptr() in places, "the gradient is written in place of the logits"
         add(dlogits, x, total)
 
-    monkeypatch.setattr(plan, "CPU", plan.Machine(flops=1.0, bytes_per_second=1e12))  # products are all that costs
+    monkeypatch.setattr(
+        chunk_plan, "CPU", chunk_plan.Machine(flops=1.0, bytes_per_second=1e12)
+    )  # products are all that costs
     monkeypatch.setattr(gemm, "logits", counted)
     monkeypatch.setattr(gemm, "add_weight_gradient", watched)
     linear_logprob(hidden.requires_grad_(), weight.requires_grad_(), labels, **options)[0].sum().backward()
@@ -560,10 +562,10 @@ def test_narrow_16_bit_heads_write_no_logits_unless_a_backward_follows(monkeypat
 
 @pytest.mark.parametrize("rows", [0, 1, 100, 5000, 100_000])
 @pytest.mark.parametrize("budget", [1, 2**20, 2**28, 2**34])
-@pytest.mark.parametrize("mode", plan.MODES)
+@pytest.mark.parametrize("mode", chunk_plan.MODES)
 def test_the_plan_keeps_to_its_budget(rows, budget, mode):
     row_bytes = 152064 * 2
-    how = plan.choose(rows, 5120, 152064, row_bytes, budget, mode, plan.GPU)
+    how = chunk_plan.choose(rows, 5120, 152064, row_bytes, budget, mode, chunk_plan.GPU)
     held = min(rows, how.chunk_rows * (how.kept_chunks + (how.chunk_rows * how.kept_chunks < rows))) * row_bytes
     assert mode == "save" or held <= max(budget, row_bytes)
     assert how.chunk_rows >= 1 and (mode != "recompute" or not how.kept_chunks)
@@ -573,6 +575,6 @@ def test_the_plan_keeps_to_its_budget(rows, budget, mode):
 def test_more_memory_is_never_slower():
     times = []
     for budget in (2**28, 2**30, 2**31, 2**32, 2**33):
-        how = plan.choose(16384, 5120, 152064, 152064 * 2, budget, "auto", plan.GPU)
-        times.append(plan.seconds(how, 16384, 5120, 152064, plan.GPU))
+        how = chunk_plan.choose(16384, 5120, 152064, 152064 * 2, budget, "auto", chunk_plan.GPU)
+        times.append(chunk_plan.seconds(how, 16384, 5120, 152064, chunk_plan.GPU))
     assert times == sorted(times, reverse=True) and times[-1] < 0.8 * times[0]

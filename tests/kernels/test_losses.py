@@ -69,8 +69,8 @@ def terms_of(**changes) -> Terms:
         cu_seqlens=CU_SEQLENS,
         reward=REWARD,
         advantage=torch.tensor([0.2, -1.0, -0.4, -1.6, 1.8, 0.6]),
-        right_tokens=200,
-        wrong_tokens=131,
+        correct_tokens=200,
+        incorrect_tokens=131,
         action_tokens=331,
         positive_coef=1.0,
         negative_coef=0.5,
@@ -89,12 +89,12 @@ def by_hand(logp: list[float], terms: Terms) -> tuple[float, list[float], dict[s
             weight, d = terms.weight[t].item(), terms.reference_logp[t].item() - logp[t]
             if outcome > 0:
                 merit = weight * (advantage if terms.advantage_on_positives else 1.0)
-                loss -= terms.positive_coef * merit * logp[t] / terms.right_tokens
-                slope = -terms.positive_coef * merit / terms.right_tokens
+                loss -= terms.positive_coef * merit * logp[t] / terms.correct_tokens
+                slope = -terms.positive_coef * merit / terms.correct_tokens
                 sums["right"] += merit * logp[t]
             else:
-                loss -= terms.negative_coef * weight * advantage / terms.wrong_tokens
-                slope = -terms.negative_coef * weight * advantage / terms.wrong_tokens
+                loss -= terms.negative_coef * weight * advantage / terms.incorrect_tokens
+                slope = -terms.negative_coef * weight * advantage / terms.incorrect_tokens
                 sums["wrong"] += weight * advantage
             sums["right_weight" if outcome > 0 else "wrong_weight"] += weight
             sums["logp"] += logp[t]

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oreal_megatron.algo import advantages, pack, sampler, schedule, selection, weights
-from oreal_megatron.config import ConfigError, Data, Optimizer, Selection, Weights
+from oreal_megatron.algo import advantages, packing, schedule, selection, token_weighting
+from oreal_megatron.config import ConfigError, DataConfig, OptimizerConfig, SelectionConfig, WeightsConfig
+from oreal_megatron.data import sampler
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Sample, Verdict
 
-RIGHT, WRONG, UNKNOWN = Outcome.CORRECT, Outcome.WRONG, Outcome.UNKNOWN
+RIGHT, WRONG, UNKNOWN = Outcome.CORRECT, Outcome.INCORRECT, Outcome.UNKNOWN
 
 
 def step_of(*rows: list[Outcome], tokens: tuple[int, ...] = (7, 8)):
@@ -53,12 +54,12 @@ def test_one_answer_has_no_others():
 
 def test_selection_drops_prompts_that_are_all_right_all_wrong_or_unknown():
     rollouts, verdicts = step_of([RIGHT] * 4, [WRONG] * 4, [UNKNOWN] * 4, [RIGHT, UNKNOWN, UNKNOWN, RIGHT])
-    assert selection.samples(rollouts, verdicts, Selection(), (0, 0)) == []
+    assert selection.samples(rollouts, verdicts, SelectionConfig(), (0, 0)) == []
 
 
 def test_selection_keeps_one_right_and_one_wrong_with_advantages_over_all_known_answers():
     rollouts, verdicts = step_of([RIGHT, WRONG, WRONG, UNKNOWN, WRONG])
-    right, wrong = selection.samples(rollouts, verdicts, Selection(), (0, 0))
+    right, wrong = selection.samples(rollouts, verdicts, SelectionConfig(), (0, 0))
     assert (right.reward, wrong.reward) == (1.0, -1.0)
     assert right.advantage == pytest.approx(2.0) and wrong.advantage == pytest.approx(-2 / 3)
     assert right.response_tokens == (7, 8, 0) and wrong.response_tokens[-1] in (1, 2, 4)
@@ -66,7 +67,7 @@ def test_selection_keeps_one_right_and_one_wrong_with_advantages_over_all_known_
 
 def test_unknown_is_never_kept_nor_counted_as_wrong():
     rollouts, verdicts = step_of([RIGHT, RIGHT, WRONG, UNKNOWN])
-    kept = selection.samples(rollouts, verdicts, Selection(keep="all"), (0, 0))
+    kept = selection.samples(rollouts, verdicts, SelectionConfig(keep="all"), (0, 0))
     assert [sample.response_tokens[-1] for sample in kept] == [0, 1, 2]
     metrics = selection.summary(rollouts, verdicts, kept)
     assert metrics["verify/unknown"] == 1 and metrics["reward/pass_rate"] == pytest.approx(2 / 3)
@@ -74,17 +75,17 @@ def test_unknown_is_never_kept_nor_counted_as_wrong():
 
 def test_the_choice_depends_on_the_seed_and_on_its_own_prompt_only():
     mixed = [RIGHT] * 8 + [WRONG] * 8
-    alone = selection.samples(*step_of([WRONG] * 16, mixed), Selection(), (5, 9))
-    together = selection.samples(*step_of(mixed, mixed), Selection(), (5, 9))
+    alone = selection.samples(*step_of([WRONG] * 16, mixed), SelectionConfig(), (5, 9))
+    together = selection.samples(*step_of(mixed, mixed), SelectionConfig(), (5, 9))
     assert together[2:] == alone
-    chosen = {selection.samples(*step_of(mixed), Selection(), (5, step))[0].response_tokens for step in range(40)}
+    chosen = {selection.samples(*step_of(mixed), SelectionConfig(), (5, step))[0].response_tokens for step in range(40)}
     assert len(chosen) > 4
 
 
 def test_an_empty_answer_is_not_trained_on():
     rollouts, verdicts = step_of([RIGHT, WRONG])
     rollouts[0][1] = Rollout(rollouts[0][1].prompt, 0, 1, (), "", False)
-    assert [sample.reward for sample in selection.samples(rollouts, verdicts, Selection(), (0, 0))] == [1.0]
+    assert [sample.reward for sample in selection.samples(rollouts, verdicts, SelectionConfig(), (0, 0))] == [1.0]
 
 
 def test_counts_of_the_step():
@@ -93,23 +94,23 @@ def test_counts_of_the_step():
 
 
 def test_weights_are_eq_10_of_the_running_mean_and_stop_no_gradient_through():
-    batch = pack.micro_batch([Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5), -1.0, -1.0)])
+    batch = packing.micro_batch([Sample((1,), (2, 3), 1.0, 1.0), Sample((1,), (4, 5), -1.0, -1.0)])
     score = torch.tensor([1.0, 3.0, 1.0, -5.0], requires_grad=True)
 
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
     expected = [2 * sigmoid(1) - 1, 2 * sigmoid(2) - 1, 0.0, 1 - 2 * sigmoid(-2)]
-    result = weights.importance(score, batch, Weights())
+    result = token_weighting.importance(score, batch, WeightsConfig())
     assert result.tolist() == pytest.approx(expected, abs=1e-6) and not result.requires_grad
 
 
 def test_top_share_spreads_the_best_tokens_over_zero_to_one():
-    batch = pack.micro_batch([Sample((1,), (2, 3, 4, 5), 1.0, 1.0)])
+    batch = packing.micro_batch([Sample((1,), (2, 3, 4, 5), 1.0, 1.0)])
     score = torch.tensor([4.0, -4.0, -4.0, -4.0])
-    half = weights.importance(score, batch, Weights("top_share", top_share=0.5))
+    half = token_weighting.importance(score, batch, WeightsConfig("top_share", top_share=0.5))
     assert sorted(half.tolist()) == [0.0, 0.0, 0.0, 1.0] and half[0] == 1
-    even = weights.importance(torch.zeros(4), batch, Weights("top_share", top_share=0.5))
+    even = token_weighting.importance(torch.zeros(4), batch, WeightsConfig("top_share", top_share=0.5))
     assert even.sum() == 2
 
 
@@ -118,7 +119,7 @@ def prompts(*rates: float | None) -> list[Prompt]:
 
 
 def test_an_epoch_repeats_prompts_by_their_bucket():
-    data = Data(prompts_per_step=17)
+    data = DataConfig(prompts_per_step=17)
     taken = sampler.balanced(prompts(0.1, 0.25, 0.5, 0.7, 0.8, 1.0, None), data, seed=1).take(0)
     assert Counter(prompt.id for prompt in taken) == {0: 6, 1: 4, 2: 4, 3: 2, 6: 1}
 
@@ -134,11 +135,11 @@ def test_the_sampler_is_a_function_of_the_step_and_covers_each_epoch():
 
 def test_no_prompt_in_any_bucket_is_bad_input():
     with pytest.raises(ConfigError, match="none of the 2 prompts"):
-        sampler.balanced(prompts(0.9, 1.0), Data(), seed=0)
+        sampler.balanced(prompts(0.9, 1.0), DataConfig(), seed=0)
 
 
 def test_warm_up_then_cosine():
-    optimizer = Optimizer(lr=1.0, min_lr=0.2, warmup_steps=4)
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=4)
     rates = [schedule.learning_rate(update, 24, optimizer) for update in range(24)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.2) and rates[13] == pytest.approx(0.6, abs=0.05)

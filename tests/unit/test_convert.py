@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import ConfigError, Parallel
-from oreal_megatron.convert import compare, stream, to_hf, to_megatron
+from oreal_megatron.config import ConfigError, ParallelConfig
+from oreal_megatron.convert import compare_checkpoints, stream, to_hf, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
-from oreal_megatron.mapping import architecture, tensors
+from oreal_megatron.models import architecture, tensors
 
 ROWS = json.loads((Path(__file__).parent.parent / "families.json").read_text())
 
@@ -49,7 +49,7 @@ def make(folder: Path, family: str = "Qwen2", head: str = "lm", dtype: torch.dty
 
 def forth(source: Path, out: Path, *layout: int, dtype: torch.dtype | None = None) -> Path:
     folder = Folder(source, tokenizer=False)
-    to_megatron.convert(folder, out, Parallel(*layout), stream.Cast(dtype), quiet, quiet)
+    to_megatron.convert(folder, out, ParallelConfig(*layout), stream.Cast(dtype), quiet, quiet)
     return out
 
 
@@ -78,7 +78,12 @@ def test_there_and_back_is_exact_for_every_family_and_layout(family, tied, tmp_p
     for number, layout in enumerate(layouts):
         megatron = forth(source, tmp_path / f"megatron{number}", *layout)
         assert len(list(megatron.glob("*.distcp"))) == layout[0] * layout[1]
-        assert compare.first_difference(compare.open_folder(source), compare.open_folder(megatron)) is None
+        assert (
+            compare_checkpoints.first_difference(
+                compare_checkpoints.open_folder(source), compare_checkpoints.open_folder(megatron)
+            )
+            is None
+        )
         out = back(megatron, tmp_path / f"back{number}")
         assert same(weights(out), wanted)
     assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
@@ -124,7 +129,7 @@ def test_check_names_the_expert_that_differs(family, down, tmp_path):
     one, other = (f"model.layers.1.{down.format(number)}.weight" for number in (1, 2))
     swapped = rewritten(source, tmp_path / "other", swap(one, other))
     megatron = MegatronFolder(forth(source, tmp_path / "megatron", 1, 2))
-    assert compare.first_difference(megatron, Folder(swapped)).startswith(f"{one} differs")
+    assert compare_checkpoints.first_difference(megatron, Folder(swapped)).startswith(f"{one} differs")
 
 
 def test_experts_in_one_tensor_are_refused(tmp_path):
@@ -153,7 +158,7 @@ def test_large_models_come_in_several_files_with_an_index(tmp_path, monkeypatch)
         name: file for file in files for name in load_file(file)
     }
     assert same(weights(out), weights(source))
-    assert compare.first_difference(Folder(source), Folder(out)) is None
+    assert compare_checkpoints.first_difference(Folder(source), Folder(out)) is None
     files[1].unlink()
     with pytest.raises(ConfigError, match=r"lacks the shard model-00002-of-.*which its model.safetensors.index.json"):
         Folder(out)
@@ -314,7 +319,7 @@ def test_overwritten_bytes_of_a_checkpoint_are_refused_or_show(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(bytes(2000) + whole[2000:])  # the first archive's directory is at its end, its data here
     try:
-        assert compare.first_difference(Folder(source), MegatronFolder(megatron)) is not None
+        assert compare_checkpoints.first_difference(Folder(source), MegatronFolder(megatron)) is not None
     except ConfigError as error:
         assert "is damaged where" in str(error)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron import versions
-from oreal_megatron.cli import doctor, doctor_checks, main
-from oreal_megatron.cli.doctor_checks import ABSENT, FAILED, OK, WARNING
-from oreal_megatron.config import Checkpoint, Config, RewardModel
+from oreal_megatron.cli import doctor, main
+from oreal_megatron.config import CheckpointConfig, Config, RewardModelConfig
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mapping import architecture
+from oreal_megatron.doctor import checks
+from oreal_megatron.doctor.checks import ABSENT, FAILED, OK, WARNING
+from oreal_megatron.models import architecture
+from oreal_megatron.runtime import versions
 
 
 def states(findings) -> dict[str, str]:
@@ -39,16 +40,16 @@ def test_pypis_apex_is_not_taken_for_nvidias(inside, state, says, tmp_path, monk
         (tmp_path / "apex/__init__.py").write_text("raise ImportError('not to be imported')")
         (tmp_path / "apex" / inside).mkdir()
     importlib.invalidate_caches()
-    finding = doctor_checks.apex()
+    finding = checks.apex()
     assert finding.state == state and says in finding.found
     assert ("pip uninstall apex" in finding.mend) == (state == FAILED)
 
 
 def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch):
-    found = states(doctor_checks.software())
+    found = states(checks.software())
     assert all(found[name] == OK for name in ("Python", "torch", "Megatron-core", "vLLM", "Triton"))
     monkeypatch.setattr(versions, "MEGATRON", {"megatron-core": ("0.18", "0.19")})
-    finding = next(one for one in doctor_checks.software() if one.name == "Megatron-core")
+    finding = next(one for one in checks.software() if one.name == "Megatron-core")
     assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
 
 
@@ -58,49 +59,49 @@ def test_every_package_is_compared_with_what_setup_asks_for(monkeypatch):
     first, stop = versions.VLLM["vllm"]
     assert f'"vllm>={first},<{stop}"' in setup and f'"megatron-core=={versions.MEGATRON["megatron-core"][0]}"' in setup
     monkeypatch.setattr(versions, "AT_LEAST", dict.fromkeys(versions.AT_LEAST, "99"))
-    found = states(doctor_checks.software())
+    found = states(checks.software())
     assert all(found[name] == FAILED for name in ("torch", "Triton", "transformers"))
 
 
 def test_a_machine_that_will_not_do_is_told(tmp_path, monkeypatch):
-    assert states(doctor_checks.machine(Path("/proc/runs")))["run folder"] == FAILED  # where nobody can write
+    assert states(checks.machine(Path("/proc/runs")))["run folder"] == FAILED  # where nobody can write
     now = time.time()
-    monkeypatch.setattr(doctor_checks.time, "time", lambda: now + 60)
+    monkeypatch.setattr(checks.time, "time", lambda: now + 60)
     small = shutil.disk_usage("/")._replace(total=64 * 2**20)  # a container's
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path: small)
-    assert states(doctor_checks.machine(tmp_path)) == {"shared memory": WARNING, "clock": WARNING}
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: small)
+    assert states(checks.machine(tmp_path)) == {"shared memory": WARNING, "clock": WARNING}
 
 
 def test_host_memory_is_compared_with_the_plan(model_folder, monkeypatch):
     arch = architecture.read(Folder(str(model_folder)).config)
     config = Config(gpus=8)
-    assert doctor_checks.host_memory(config, arch).state == OK
-    monkeypatch.setattr(doctor_checks.memory, "host", lambda case: {"idle models": 1e15})
-    assert doctor_checks.host_memory(config, arch).state == FAILED
+    assert checks.host_memory(config, arch).state == OK
+    monkeypatch.setattr(checks.memory, "host", lambda case: {"idle models": 1e15})
+    assert checks.host_memory(config, arch).state == FAILED
 
 
 def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path, monkeypatch):
-    config = Config(run=str(tmp_path), checkpoint=Checkpoint(keep=2))
-    assert "3 more checkpoints" in doctor_checks.disk(config, model_folder).found
+    config = Config(run=str(tmp_path), checkpoint=CheckpointConfig(keep=2))
+    assert "3 more checkpoints" in checks.disk(config, model_folder).found
     for step in (10, 20):
         (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
-    resumed = doctor_checks.disk(config, model_folder)
+    resumed = checks.disk(config, model_folder)
     assert resumed.state == OK and "1 more checkpoints" in resumed.found
-    greedy = doctor_checks.disk(dataclasses.replace(config, checkpoint=Checkpoint(keep=10**9)), model_folder)
+    greedy = checks.disk(dataclasses.replace(config, checkpoint=CheckpointConfig(keep=10**9)), model_folder)
     assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
-    weights = doctor_checks.weight_bytes(model_folder)
+    weights = checks.weight_bytes(model_folder)
     room = shutil.disk_usage(tmp_path)._replace(free=8 * weights + weights)  # one checkpoint, not best/ and policy/
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda path: room)
-    assert doctor_checks.disk(config, model_folder).state == FAILED
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: room)
+    assert checks.disk(config, model_folder).state == FAILED
     weights = (model_folder / "model.safetensors").stat().st_size
-    alone = dataclasses.replace(config, reward_model=RewardModel(enabled=False))
-    assert doctor_checks.checkpoint_bytes(config, model_folder) == 2 * 4 * weights
-    assert doctor_checks.checkpoint_bytes(alone, model_folder) == 4 * weights
+    alone = dataclasses.replace(config, reward_model=RewardModelConfig(enabled=False))
+    assert checks.checkpoint_bytes(config, model_folder) == 2 * 4 * weights
+    assert checks.checkpoint_bytes(alone, model_folder) == 4 * weights
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
-    assert doctor_checks.existing(tmp_path / "a/b") == tmp_path
-    assert states(doctor_checks.machine(tmp_path / "a/b"))["clock"] == OK
+    assert checks.existing(tmp_path / "a/b") == tmp_path
+    assert states(checks.machine(tmp_path / "a/b"))["clock"] == OK
 
 
 def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch, model_folder):
@@ -130,7 +131,7 @@ def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PET_NNODES", "4")  # as Kubeflow sets it; the runs are of this machine alone
     monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 100)
-    found = list(doctor.real_runs())
+    found = list(doctor.run_real_parts())
     assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
     assert "vllm" in found[1].mend and "vllm" not in sys.modules
 

@@ -8,8 +8,8 @@ import pytest
 
 from oreal_megatron.cli import main
 from oreal_megatron.config import Config
-from oreal_megatron.evaluation import evaluate, pass_rates, wilson_interval
-from oreal_megatron.observe.run import Run
+from oreal_megatron.evaluation.score import evaluate, pass_rates, wilson_interval
+from oreal_megatron.observe.run_folder import Run
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
@@ -34,13 +34,13 @@ def test_an_unknown_verdict_is_left_out_of_the_pass_rate_but_is_not_right():
             pass
 
         def verdicts(self, rollouts):
-            outcomes = [[Outcome.CORRECT, Outcome.WRONG, Outcome.UNKNOWN, Outcome.UNKNOWN], [Outcome.UNKNOWN] * 4]
+            outcomes = [[Outcome.CORRECT, Outcome.INCORRECT, Outcome.UNKNOWN, Outcome.UNKNOWN], [Outcome.UNKNOWN] * 4]
             return [[Verdict(outcome, "") for outcome in row] for row in outcomes]
 
     asked = [Prompt(i, "q", "1", None, (1,)) for i in range(2)]
     result = evaluate(asked, Engine(), Verifier(), Config())
     assert result["accuracy"] == 1 / 8 and result["unknown"] == 6
-    verdicts = [["correct", "wrong", "unknown", "unknown"], ["unknown"] * 4]
+    verdicts = [["correct", "incorrect", "unknown", "unknown"], ["unknown"] * 4]
     rows = [{"problem": number, "verdict": verdict} for number, row in enumerate(verdicts) for verdict in row]
     assert pass_rates(rows) == {0: 0.5, 1: None}
 

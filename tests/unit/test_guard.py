@@ -9,11 +9,13 @@ import math
 import pytest
 import torch
 
-from oreal_megatron import checkpoints, supervised
 from oreal_megatron import config as c
-from oreal_megatron.algo import guard, loss, pack
+from oreal_megatron.algo import guard, loss, packing
 from oreal_megatron.cli import replay
 from oreal_megatron.observe import dumps
+from oreal_megatron.records import PackingSpec
+from oreal_megatron.runtime import checkpoint_folders
+from oreal_megatron.training import supervised
 
 GOOD = {"loss/total": 1.0, "gradient_norm": 2.0}
 
@@ -26,8 +28,8 @@ def test_a_step_that_is_not_a_number_is_refused(name, bad):
 
 
 def test_a_spike_is_measured_by_the_median_of_the_steps_that_were_taken():
-    config = c.Guard(spike_factor=3.0, spike_window=3)
-    past = guard.Past()
+    config = c.GuardConfig(spike_factor=3.0, spike_window=3)
+    past = guard.GuardState()
     for norm in (1.0, 100.0):
         past = past.taken(norm, config.spike_window)
         assert guard.limit(past, config) == math.inf, "before the window is full there is no median"
@@ -35,14 +37,14 @@ def test_a_spike_is_measured_by_the_median_of_the_steps_that_were_taken():
     assert guard.limit(past, config) == 6.0
     assert guard.limit(past.refused(), config) == 6.0
     assert guard.limit(past.taken(3.0, 3).taken(4.0, 3), config) == 9.0, "the oldest have left the window"
-    assert guard.limit(past, c.Guard()) == math.inf
+    assert guard.limit(past, c.GuardConfig()) == math.inf
     assert guard.refuses(GOOD | {"gradient_norm": 6.1}, 6.0) and not guard.refuses(GOOD | {"gradient_norm": 6.0}, 6.0)
 
 
 def test_refused_steps_are_counted_over_the_run_and_in_a_row():
-    past = guard.Past().refused().refused().taken(1.0, 5).refused()
+    past = guard.GuardState().refused().refused().taken(1.0, 5).refused()
     assert past.metrics() == {"skipped": 3, "skipped_in_a_row": 1}
-    assert guard.Past(**json.loads(json.dumps(dataclasses.asdict(past)))).metrics() == past.metrics()
+    assert guard.GuardState(**json.loads(json.dumps(dataclasses.asdict(past)))).metrics() == past.metrics()
 
 
 def row(model: str, **values: float) -> dict[str, float]:
@@ -50,7 +52,7 @@ def row(model: str, **values: float) -> dict[str, float]:
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_reason():
-    config = c.Guard(skips_in_a_row=2)
+    config = c.GuardConfig(max_consecutive_skips=2)
     guard.check(row("policy", gradient_norm=math.nan, skipped=7, skipped_in_a_row=1), config, 4)
     with pytest.raises(c.RunStopped, match="step 5: the policy has refused 2 steps in a row.*gradient_norm is nan"):
         guard.check(row("policy", gradient_norm=math.nan, skipped=8, skipped_in_a_row=2), config, 5)
@@ -62,10 +64,10 @@ def test_too_many_in_a_row_stop_the_run_with_the_reason():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("reward", [1.0, -1.0])
 def test_one_bad_score_is_seen(bad, reward, make_samples):
-    batch = pack.batch(make_samples(1), 100, 0, 1)
+    batch = packing.batch(make_samples(1), PackingSpec(100))
     (micro_batch,) = batch.micro_batches
     score = torch.zeros(len(micro_batch.labels))
-    score[micro_batch.cu_seqlens[micro_batch.reward.tolist().index(reward)]] = bad
+    score[micro_batch.action_offsets[micro_batch.reward.tolist().index(reward)]] = bad
     _, metrics = loss.reward_model(score, micro_batch, batch.counts)
     assert not metrics["reward_model/score_mean"].isfinite()
 
@@ -79,24 +81,24 @@ def test_supervised_steps_that_are_refused_stop_it_too(make_samples):
         def take(self, step: int) -> list:
             return make_samples(1)
 
-    config = c.Config(guard=c.Guard(skips_in_a_row=1))
+    config = c.Config(guard=c.GuardConfig(max_consecutive_skips=1))
     with pytest.raises(c.RunStopped, match="step 0: the policy has refused 1 steps in a row.*loss/total is nan"):
         supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, False, (0, 1))
 
 
 def test_broken_weights_stop_the_run_at_once():
-    guard.check(row("policy", largest_weight=1e30), c.Guard(), 0)
+    guard.check(row("policy", largest_weight=1e30), c.GuardConfig(), 0)
     with pytest.raises(c.RunStopped, match="step 0: the policy holds weights that are not finite"):
-        guard.check(row("policy", largest_weight=math.inf), c.Guard(), 0)
+        guard.check(row("policy", largest_weight=math.inf), c.GuardConfig(), 0)
 
 
 @pytest.fixture
 def dumped(tmp_path, make_samples):
     """A step of two data-parallel ranks, as written and as they had it."""
     config = c.Config(run=str(tmp_path / "run"))
-    path, samples, shares = tmp_path / "run/dumps" / checkpoints.name(3), make_samples(3), []
+    path, samples, shares = tmp_path / "run/dumps" / checkpoint_folders.name(3), make_samples(3), []
     for rank in range(2):
-        batch = pack.batch(samples, 30, rank, 2)
+        batch = packing.batch(samples, PackingSpec(30, rank, 2))
         values = [torch.rand(len(part.labels)) for part in batch.micro_batches]
         dumps.write(path, 3, (rank, 2), batch, values, values, {"loss/total": math.nan}, config)
         shares.append((batch, values))
@@ -124,7 +126,7 @@ def test_a_dump_gives_back_what_was_written(dumped):
 
 
 def test_what_the_policy_was_not_given_is_not_there(tmp_path, make_samples):
-    batch = pack.batch(make_samples(1), 30, 0, 1)
+    batch = packing.batch(make_samples(1), PackingSpec(30))
     dumps.write(tmp_path / "step_000000", 0, (0, 1), batch, None, None, {}, c.Config())
     share = dumps.read(tmp_path / "step_000000").share(0, 1)
     assert share.reference_logp is None and share.weight is None
@@ -143,11 +145,11 @@ def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
 
 
 def test_dumps_go_with_the_checkpoint_before_them_but_refused_steps_stay(tmp_path, make_samples):
-    batch, refused = pack.batch(make_samples(1), 30, 0, 1), {"policy/skipped_in_a_row": 1}
+    batch, refused = packing.batch(make_samples(1), PackingSpec(30)), {"policy/skipped_in_a_row": 1}
     for step in range(4):
-        path = tmp_path / "dumps" / checkpoints.name(step)
+        path = tmp_path / "dumps" / checkpoint_folders.name(step)
         dumps.write(path, step, (0, 1), batch, None, None, refused if step == 1 else {}, c.Config())
-    (tmp_path / "dumps" / checkpoints.name(0) / "step.json").write_text("cut of")
+    (tmp_path / "dumps" / checkpoint_folders.name(0) / "step.json").write_text("cut of")
     dumps.forget(tmp_path, lambda name: name < "step_000003")
     assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]
 

@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from oreal_megatron import heartbeat
-from oreal_megatron.observe import hang
-from oreal_megatron.observe.hang import Report
+from oreal_megatron.runtime import hang_diagnosis, heartbeat
+from oreal_megatron.runtime.hang_diagnosis import Report
 
 
 def rank(number: int, idle_s: float = 1.0, **fields) -> Report:
@@ -18,7 +17,7 @@ def rank(number: int, idle_s: float = 1.0, **fields) -> Report:
 
 
 def guilty(*reports: Report) -> tuple[int, ...] | None:
-    verdict = hang.judge(reports, silent_limit_s=30.0)
+    verdict = hang_diagnosis.judge(reports, silent_limit_s=30.0)
     return verdict and verdict.guilty
 
 
@@ -37,7 +36,7 @@ def test_who_waits_is_not_guilty():
 
 
 def test_all_in_collectives_wait_for_each_other():
-    verdict = hang.judge([rank(0, 61, waits=True), rank(1, 62, waits=True, micro_batch=3)], 30.0)
+    verdict = hang_diagnosis.judge([rank(0, 61, waits=True), rank(1, 62, waits=True, micro_batch=3)], 30.0)
     assert verdict.guilty == (0, 1) and "all wait in collectives, for each other" in verdict.sentence
     assert "micro-batch 2; phase policy of step 3, micro-batch 3" in verdict.sentence
 
@@ -47,44 +46,44 @@ def test_each_phase_has_its_own_limit():
 
 
 def test_a_lost_rank_comes_before_what_its_loss_does_to_others():
-    stuck, failing = rank(0, 90), rank(2, state=hang.FAILING, error="RuntimeError: connection closed by peer")
+    stuck, failing = rank(0, 90), rank(2, state=hang_diagnosis.FAILING, error="RuntimeError: connection closed by peer")
     assert guilty(stuck, rank(1).found(gone=True, silent_s=2), failing) == (1,)
     assert guilty(stuck, rank(1).found(gone=False, silent_s=31), failing) == (1,)
     assert guilty(rank(0), rank(1).found(gone=False, silent_s=29), failing) is None, "wait and see"
     gone = failing.found(gone=True, silent_s=2)
     assert guilty(stuck, gone, rank(1).found(gone=True, silent_s=2)) == (1,)
-    assert "ended with RuntimeError: connection" in hang.judge([stuck, gone], 30.0).sentence
+    assert "ended with RuntimeError: connection" in hang_diagnosis.judge([stuck, gone], 30.0).sentence
 
 
 def test_a_rank_that_failed_alone_is_lost_and_one_that_is_done_is_not():
-    failed = rank(1, state=hang.FAILED, error="ValueError: a bug")
-    assert hang.judge([rank(0), failed], 30.0).sentence == (
+    failed = rank(1, state=hang_diagnosis.FAILED, error="ValueError: a bug")
+    assert hang_diagnosis.judge([rank(0), failed], 30.0).sentence == (
         "rank 1 is lost, last seen in phase policy of step 3, micro-batch 2: it ended with ValueError: a bug"
     )
-    assert guilty(rank(0), rank(1, 500, state=hang.DONE).found(gone=True, silent_s=500)) is None
+    assert guilty(rank(0), rank(1, 500, state=hang_diagnosis.DONE).found(gone=True, silent_s=500)) is None
 
 
 def test_what_is_told_is_what_is_read():
-    report = rank(3, 1.5, state=hang.FAILING, error='"quoted" \\ and ünusual')
-    assert hang.report(hang.encode(report)) == report
-    verdict = hang.Verdict((1, 2), "ranks 1, 2 are stuck", None, by=3)
-    assert hang.verdict(hang.encode(verdict)) == verdict
+    report = rank(3, 1.5, state=hang_diagnosis.FAILING, error='"quoted" \\ and ünusual')
+    assert hang_diagnosis.report(hang_diagnosis.encode(report)) == report
+    verdict = hang_diagnosis.Diagnosis((1, 2), "ranks 1, 2 are stuck", None, by=3)
+    assert hang_diagnosis.verdict(hang_diagnosis.encode(verdict)) == verdict
 
 
 def test_phases_lie_within_phases_and_every_border_counts(monkeypatch):
-    monkeypatch.setattr(heartbeat, "here", heartbeat.Place())
+    monkeypatch.setattr(heartbeat, "here", heartbeat.Progress())
     heartbeat.step(4)
     with heartbeat.phase("evaluate"):
         heartbeat.beat(2)
-        assert dataclasses.astuple(heartbeat.here)[:4] == (4, "evaluate", 2, 2)
-    assert dataclasses.astuple(heartbeat.here)[:4] == (4, "step", None, 3)
+        assert dataclasses.astuple(heartbeat.progress)[:4] == (4, "evaluate", 2, 2)
+    assert dataclasses.astuple(heartbeat.progress)[:4] == (4, "step", None, 3)
     with pytest.raises(ValueError), heartbeat.phase("verify"):
         raise ValueError
-    assert heartbeat.here.phase == "verify", "where it failed"
+    assert heartbeat.progress.phase == "verify", "where it failed"
 
 
 def test_a_beat_costs_less_than_ten_microseconds(monkeypatch):
-    monkeypatch.setattr(heartbeat, "here", heartbeat.Place())
+    monkeypatch.setattr(heartbeat, "here", heartbeat.Progress())
     rounds = []
     for _ in range(20):
         start = time.perf_counter()

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import config as c
-from oreal_megatron import prompts, settings, versions
-from oreal_megatron.cli import build, main
-from oreal_megatron.mapping import architecture
+from oreal_megatron import settings
+from oreal_megatron.cli import main
+from oreal_megatron.data import problems
+from oreal_megatron.models import architecture
+from oreal_megatron.runtime import versions
+from oreal_megatron.session import prepare
 
 RECIPE = """
 from oreal_megatron.config import Config, Loss
@@ -50,12 +53,12 @@ def test_overrides_reach_every_kind_of_value(recipe):
         settings.from_recipe(f"{recipe}:good"),
         ["loss.kl_coef=1", "reward_model.optimizer.lr=1e-3", "engine.enforce_eager=true", "data.path=a b.jsonl",
          "verify.judge.urls=('http://a','http://b')", "megatron.recompute_granularity=full",
-         "engine.proof_tolerance=0.2", "model.path=123", "run=2024_01"],
+         "engine.parity_tolerance_nats=0.2", "model.path=123", "run=2024_01"],
     )  # fmt: skip
     assert config.loss.kl_coef == 1.0 and isinstance(config.loss.kl_coef, float)
     assert config.reward_model.optimizer.lr == 1e-3 and config.engine.enforce_eager is True
     assert config.data.path == "a b.jsonl" and config.verify.judge.urls == ("http://a", "http://b")
-    assert config.megatron == {"recompute_granularity": "full"} and config.proof_tolerance == 0.2
+    assert config.megatron == {"recompute_granularity": "full"} and config.parity_tolerance_nats == 0.2
     assert config.model.path == "123" and config.run == "2024_01"
 
 
@@ -111,78 +114,94 @@ def test_a_bad_data_file_is_named_with_its_line(tmp_path, text, says):
     file = tmp_path / "data.jsonl"
     file.write_text(text)
     with pytest.raises(c.ConfigError, match=says):
-        prompts.read_problems(str(file))
+        problems.read_problems(str(file))
 
 
 def test_a_missing_data_file_is_named():
     with pytest.raises(c.ConfigError, match="nowhere.jsonl does not exist"):
-        prompts.read_problems("nowhere.jsonl")
+        problems.read_problems("nowhere.jsonl")
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model_folder, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"question": "1+" * 40, "gold_answer": "2"}) + "\n")
-    tokenizer = prompts.load_tokenizer(str(model_folder))
+    tokenizer = problems.load_tokenizer(str(model_folder))
     with pytest.raises(c.ConfigError, match="problem 1 renders to 82 tokens; .* leaves room for 60"):
-        prompts.load_prompts(str(file), tokenizer, "", max_prompt_tokens=60)
+        problems.load_prompts(str(file), tokenizer, "", max_prompt_tokens=60)
 
 
 def test_golds_that_do_not_equal_themselves_are_listed_or_dropped():
-    read = [prompts.Prompt(i, "q", gold, None, (1,)) for i, gold in enumerate(["1", "nonsense", "2"])]
+    read = [problems.Prompt(i, "q", gold, None, (1,)) for i, gold in enumerate(["1", "nonsense", "2"])]
     with pytest.raises(c.ConfigError, match="problem 2: 'nonsense'"):
-        prompts.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=False)
-    assert len(prompts.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=True)) == 2
+        problems.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=False)
+    assert len(problems.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=True)) == 2
 
 
 def test_the_chat_template_ends_where_the_answer_begins(model_folder):
-    tokenizer = prompts.load_tokenizer(str(model_folder))
-    assert tokenizer.decode(prompts.render(tokenizer, "1+2=", "")) == "<|user|>1+2=<|assistant|>"
-    assert prompts.stop_tokens(tokenizer, str(model_folder)) == [tokenizer.eos_token_id]
+    tokenizer = problems.load_tokenizer(str(model_folder))
+    assert tokenizer.decode(problems.render(tokenizer, "1+2=", "")) == "<|user|>1+2=<|assistant|>"
+    assert problems.stop_tokens(tokenizer, str(model_folder)) == [tokenizer.eos_token_id]
 
 
 def config_for(folder: Path, **changes) -> c.Config:
-    config = c.Config(model=c.Model(str(folder)), engine=c.Engine(max_model_len=128))
+    config = c.Config(model=c.ModelConfig(str(folder)), engine=c.EngineConfig(max_model_len=128))
     return dataclasses.replace(config, **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "world", "says"),
     [
-        (dict(parallel=c.Parallel(2, 2)), 6, "6 processes were started, but parallel.tensor x pipeline x context is 4"),
-        (dict(parallel=c.Parallel(context=2)), 3, "parallel.tensor x pipeline x context is 2"),
-        (dict(parallel=c.Parallel(sequence=True)), 1, "parallel.sequence is set, which needs parallel.tensor"),
-        (dict(engine=c.Engine(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
         (
-            dict(engine=c.Engine(tensor=8, max_model_len=128)),
+            dict(parallel=c.ParallelConfig(2, 2)),
+            6,
+            "6 processes were started, but parallel.tensor x pipeline x context is 4",
+        ),
+        (dict(parallel=c.ParallelConfig(context=2)), 3, "parallel.tensor x pipeline x context is 2"),
+        (dict(parallel=c.ParallelConfig(sequence=True)), 1, "parallel.sequence is set, which needs parallel.tensor"),
+        (dict(engine=c.EngineConfig(tensor=2, max_model_len=128)), 3, "engine.tensor is 2"),
+        (
+            dict(engine=c.EngineConfig(tensor=8, max_model_len=128)),
             8,
             "engine.tensor is 8, which does not divide 4 attention",
         ),
-        (dict(parallel=c.Parallel(8)), 8, "4 attention heads cannot be shared evenly by 8"),
-        (dict(parallel=c.Parallel(1, 2, 4)), 2, "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks"),
-        (dict(parallel=c.Parallel(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
-        (dict(sampling=c.Sampling(answers_per_prompt=1)), 1, "at least 2 are needed"),
-        (dict(engine=c.Engine(max_model_len=4096)), 1, "made for 512 positions"),
-        (dict(loss=c.Loss(kl_kind="k4")), 1, "loss.kl_kind is 'k4'; wanted one of k1"),
-        (dict(engine=c.Engine(max_model_len=512, kv_cache_gb=0.0005)), 1, "one sequence of 512 tokens needs 0.00"),
-        (dict(weights=c.Weights(threshold=1.0)), 1, "weights.threshold is 1.0; wanted 0.0 to 0.99"),
-        (dict(sampling=c.Sampling(top_p=0.0)), 1, "sampling.top_p is 0.0"),
-        (dict(policy_freeze_steps=90), 1, "would never be trained"),
-        (dict(guard=c.Guard(skips_in_a_row=0)), 1, "guard.skips_in_a_row is 0; wanted 1 to"),
-        (dict(verify=c.Verify(judge=c.Judge(urls=("http://me:x@judge",)))), 1, "the URL of judge judge holds a user"),
-        (dict(watchdog=c.Watchdog(policy_s=4)), 1, "policy_s is 4; wanted more than 5 times watchdog.every_s"),
-        (dict(watchdog=c.Watchdog(start_s=9000)), 1, "start_s is 9000; .* less than watchdog.collective_s .7200"),
+        (dict(parallel=c.ParallelConfig(8)), 8, "4 attention heads cannot be shared evenly by 8"),
         (
-            dict(verify=c.Verify(judge=c.Judge(("http://j",), all_down_wait_s=1800))),
+            dict(parallel=c.ParallelConfig(1, 2, 4)),
+            2,
+            "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks",
+        ),
+        (dict(parallel=c.ParallelConfig(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
+        (dict(sampling=c.SamplingConfig(rollouts_per_prompt=1)), 1, "at least 2 are needed"),
+        (dict(engine=c.EngineConfig(max_model_len=4096)), 1, "made for 512 positions"),
+        (dict(loss=c.LossConfig(kl_kind="k4")), 1, "loss.kl_kind is 'k4'; wanted one of k1"),
+        (
+            dict(engine=c.EngineConfig(max_model_len=512, kv_cache_gib=0.0005)),
+            1,
+            "one sequence of 512 tokens needs 0.00",
+        ),
+        (dict(weights=c.WeightsConfig(threshold=1.0)), 1, "weights.threshold is 1.0; wanted 0.0 to 0.99"),
+        (dict(sampling=c.SamplingConfig(top_p=0.0)), 1, "sampling.top_p is 0.0"),
+        (dict(policy_freeze_steps=90), 1, "would never be trained"),
+        (dict(guard=c.GuardConfig(max_consecutive_skips=0)), 1, "guard.max_consecutive_skips is 0; wanted 1 to"),
+        (
+            dict(verify=c.VerifyConfig(judge=c.JudgeConfig(urls=("http://me:x@judge",)))),
+            1,
+            "the URL of judge judge holds a user",
+        ),
+        (dict(watchdog=c.WatchdogConfig(policy_s=4)), 1, "policy_s is 4; wanted more than 5 times watchdog.every_s"),
+        (dict(watchdog=c.WatchdogConfig(start_s=9000)), 1, "start_s is 9000; .* less than watchdog.collective_s .7200"),
+        (
+            dict(verify=c.VerifyConfig(judge=c.JudgeConfig(("http://j",), all_down_wait_s=1800))),
             1,
             "verify_s is 1800, but",
         ),
-        (dict(model=c.Model("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
+        (dict(model=c.ModelConfig("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
     ],
 )
 def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world, says):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(c.ConfigError, match=says):
-        build.prepare(config_for(model_folder, **changes))
+        prepare.prepare(config_for(model_folder, **changes))
 
 
 @pytest.mark.parametrize(
@@ -196,20 +215,20 @@ def test_groups_that_vllm_cannot_share_are_refused(family, heads, groups, size, 
     row = json.loads((Path(__file__).parent.parent / "families.json").read_text())[family]
     arch = architecture.read(row | {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 16})
     with pytest.raises(c.ConfigError, match=says):
-        build._check_engine(size, arch)
-    build._check_engine(groups, arch)
+        prepare._check_engine(size, arch)
+    prepare._check_engine(groups, arch)
 
 
 def test_expandable_segments_are_refused_where_the_engine_sleeps(model_folder, monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     with pytest.raises(c.ConfigError, match="expandable segments, which exclude"):
-        build.prepare(config_for(model_folder))
-    build.prepare(config_for(model_folder, engine=c.Engine(sleep=False, max_model_len=64)))
+        prepare.prepare(config_for(model_folder))
+    prepare.prepare(config_for(model_folder, engine=c.EngineConfig(sleep=False, max_model_len=64)))
 
 
 def test_what_fits_is_accepted(model_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    inputs = build.prepare(config_for(model_folder, parallel=c.Parallel(2, 2)))
+    inputs = prepare.prepare(config_for(model_folder, parallel=c.ParallelConfig(2, 2)))
     assert inputs.arch.layers == 4 and inputs.arch.kv_groups == 2
 
 
@@ -251,7 +270,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'{"question": "1", "gold_answer": "1"}\n\n{"question": "\xff"}\n')
     with pytest.raises(c.ConfigError, match="line 3 is not JSON"):
-        prompts.read_problems(str(file))
+        problems.read_problems(str(file))
 
 
 def damaged(folder: Path, tmp_path: Path, change) -> c.Config:
@@ -303,7 +322,7 @@ def with_field(**fields):
 )
 def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says):
     with pytest.raises(c.ConfigError, match=says):
-        build.prepare(damaged(model_folder, tmp_path, change))
+        prepare.prepare(damaged(model_folder, tmp_path, change))
 
 
 @pytest.mark.parametrize(
@@ -316,25 +335,25 @@ def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says)
     ],
 )
 def test_megatron_fields_are_checked(model_folder, fields, says):
-    from oreal_megatron.mcore import model
+    from oreal_megatron.mcore import gpt_model
 
     arch = architecture.read(json.loads((model_folder / "config.json").read_text()))
     with pytest.raises(c.ConfigError, match=says):
-        model.transformer_config(arch, config_for(model_folder, megatron=fields))
-    model.transformer_config(arch, config_for(model_folder, megatron={"recompute_granularity": "selective"}))
+        gpt_model.transformer_config(arch, config_for(model_folder, megatron=fields))
+    gpt_model.transformer_config(arch, config_for(model_folder, megatron={"recompute_granularity": "selective"}))
 
 
 def test_deterministic_mode_tells_transformer_engine_or_says_that_it_was_told_otherwise(model_folder, monkeypatch):
-    from oreal_megatron.mcore import model
+    from oreal_megatron.mcore import gpt_model
 
     arch = architecture.read(json.loads((model_folder / "config.json").read_text()))
     config = config_for(model_folder, megatron={"deterministic_mode": True})
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     with pytest.raises(c.ConfigError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; Megatron refuses"):
-        model.transformer_config(arch, config)
+        gpt_model.transformer_config(arch, config)
     monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO")
-    model.transformer_config(arch, config)
+    gpt_model.transformer_config(arch, config)
     assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
 
 

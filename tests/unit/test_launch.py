@@ -15,7 +15,8 @@ import pytest
 import yaml
 from torch.distributed.run import parse_args
 
-from oreal_megatron.cli import launch, main
+from oreal_megatron.cli import main
+from oreal_megatron.runtime import launcher
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = sorted({*ROOT.glob("examples/**/*.sh"), *ROOT.glob("examples/**/*.sbatch"), *ROOT.glob("t*/*.sh")})
@@ -73,7 +74,7 @@ def test_a_dry_run_shows_commands_that_meet_at_one_place(name, arguments, machin
         train = inner[inner.index("train") :]
         assert train[1].endswith(recipe.removeprefix("...")) and train[2:] == ["--resume", "auto", "--set", "run=a b"]
         args = main.parser("train").parse_args(inner)
-        torchrun = parse_args([*launch.torchrun(args), "-m", "oreal_megatron"])
+        torchrun = parse_args([*launcher.torchrun(args), "-m", "oreal_megatron"])
         assert (torchrun.nnodes, torchrun.log_dir.split("/")[-1]) == (str(machines), host) or torchrun.standalone
         assert args.rendezvous == (f"{next(iter(shown))}:29400" if machines > 1 else None)
 
@@ -241,5 +242,5 @@ def test_a_killed_rank_is_named_and_counts_as_lost(capsys):
     class Failure:
         exitcode, error_file = -signal.SIGKILL, "logs/x/attempt_0/3/error.json"
 
-    assert launch._told(11, Failure(), "logs") == 5
+    assert launcher._told(11, Failure(), "logs") == 5
     assert "rank 11 was ended by SIGKILL; its output is in logs/x/attempt_0/3/" in capsys.readouterr().err

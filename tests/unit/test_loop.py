@@ -11,9 +11,9 @@ import torch
 
 from oreal_megatron import config as c
 from oreal_megatron import loop
-from oreal_megatron.algo.proof import PoliciesDiffer
-from oreal_megatron.observe.run import Run, refuse_changed, refuse_existing
-from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
+from oreal_megatron.algo.logprob_parity import LogprobMismatch
+from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existing
+from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, Verdict
 
 ANSWERS = 4
 
@@ -55,7 +55,9 @@ class FakeVerifier:
 
     def verdicts(self, rollouts):
         def judge(rollout: Rollout) -> Verdict:
-            return Verdict(Outcome.CORRECT if rollout.index < rollout.slot else Outcome.WRONG, "exact", rollout.text)
+            return Verdict(
+                Outcome.CORRECT if rollout.index < rollout.slot else Outcome.INCORRECT, "exact", rollout.text
+            )
 
         return [[judge(rollout) for rollout in row] for row in rollouts]
 
@@ -72,7 +74,7 @@ class FakePolicy(FakeModel):
     def update(self, batch, reference_logp, weight):
         assert [len(w) for w in weight] == [len(r) for r in reference_logp]
         self.updates += 1
-        self.events.append(f"policy {batch.counts.sequences} {batch.counts.right_tokens}")
+        self.events.append(f"policy {batch.counts.sequences} {batch.counts.correct_tokens}")
         return {"loss/total": 1.0}
 
 
@@ -82,14 +84,30 @@ class FakeRewardModel(FakeModel):
         return [torch.ones(len(part.labels)) for part in batch.micro_batches], {"reward_model/accuracy": 0.5}
 
 
+class FakeWeightSync:
+    def __init__(self, engine: FakeEngine, events: list):
+        self.engine, self.events = engine, events
+
+    def sync(self, version: int) -> dict[str, float]:
+        if self.engine.version != version:
+            self.engine.version = version
+            self.events.append("weight sync")
+        return {"weight_sync/direct": 1.0}
+
+
+class FakeHooks:
+    def __init__(self, events: list):
+        self.events = events
+
+    def after_step(self, steps_done: int) -> None:
+        self.events.append(f"after {steps_done}")
+
+
+SPEC = PackingSpec(1000)
+
+
 def run_loop(tmp_path: Path, config: c.Config, events: list, engine=None, first: int = 0):
     policy, engine = FakePolicy("policy", events), engine or FakeEngine(events)
-
-    def hand_over(version: int) -> dict[str, float]:
-        if engine.version != version:
-            engine.version = version
-            events.append("hand over")
-        return {"reshard/direct": 1.0}
 
     loop.train(
         config,
@@ -99,9 +117,10 @@ def run_loop(tmp_path: Path, config: c.Config, events: list, engine=None, first:
         policy,
         FakeModel("reference", events),
         FakeRewardModel("reward model", events),
-        hand_over,
+        FakeWeightSync(engine, events),
         Run(config, first),
-        lambda done: events.append(f"after {done}"),
+        FakeHooks(events),
+        SPEC,
     )
 
 
@@ -119,7 +138,7 @@ def test_order_of_a_step_and_the_frozen_steps(tmp_path):
         "generate (0, 1)",
         "reward model",
         "policy 4 4",  # one right and one wrong answer of two prompts, two tokens each
-        "hand over",
+        "weight sync",
         "after 2",
     ]
 
@@ -130,7 +149,7 @@ def test_run_folder_holds_what_happened(tmp_path):
     folder = tmp_path / "run"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
-    assert rows[1]["reward/pass_rate"] == pytest.approx(3 / 12) and rows[1]["batch/kept_prompts"] == 2
+    assert rows[1]["reward/pass_rate"] == pytest.approx(3 / 12) and rows[1]["batch/mixed_prompts"] == 2
     assert {"seconds/generate", "seconds/policy", "loss/total"} <= rows[1].keys()
     rollouts = [json.loads(line) for line in (folder / "rollouts/step_000001.jsonl").read_text().splitlines()]
     assert len(rollouts) == 12 and [r["verdict"] for r in rollouts].count("correct") == 3
@@ -180,13 +199,13 @@ def test_changed_inputs_are_refused_on_resume(tmp_path):
 
 def test_without_a_reward_model_nothing_is_frozen(tmp_path):
     events: list[str] = []
-    run_loop(tmp_path, configuration(tmp_path, reward_model=c.RewardModel(enabled=False)), events)
-    assert events.count("hand over") == 2
+    run_loop(tmp_path, configuration(tmp_path, reward_model=c.RewardModelConfig(enabled=False)), events)
+    assert events.count("weight sync") == 2
 
 
 def test_an_engine_with_other_weights_stops_the_run_before_anything_is_trained(tmp_path):
     events: list[str] = []
-    with pytest.raises(PoliciesDiffer, match=r"step 0: .* differ by 0\.5 nats .*6 tokens compared"):
+    with pytest.raises(LogprobMismatch, match=r"step 0: .* differ by 0\.5 nats .*6 tokens compared"):
         run_loop(tmp_path, configuration(tmp_path), events, FakeEngine(events, logprob=-1.5))
     assert events == ["generate (0, 0)"]
 
@@ -198,8 +217,8 @@ def test_one_answer_of_a_bad_replica_does_not_drown_among_good_ones(tmp_path):
             rows[1][0] = dataclasses.replace(rows[1][0], logprobs=(-1.4, -1.0))
             return rows
 
-    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.15))
-    with pytest.raises(PoliciesDiffer, match=r"differ by 0\.2 nats"):
+    config = configuration(tmp_path, engine=c.EngineConfig(parity_tolerance_nats=0.15))
+    with pytest.raises(LogprobMismatch, match=r"differ by 0\.2 nats"):
         run_loop(tmp_path, config, [], OneBadReplica([]))
 
 
@@ -217,18 +236,18 @@ class Rounded(FakeEngine):
 
 
 def test_a_single_token_far_off_as_half_precision_has_them_does_not_stop_the_run(tmp_path):
-    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.1))
+    config = configuration(tmp_path, engine=c.EngineConfig(parity_tolerance_nats=0.1))
     run_loop(tmp_path, config, [], Rounded([]))
     (row, *_) = (json.loads(line) for line in (Path(config.run) / "metrics.jsonl").open())
-    assert row["proof/logprob_gap"] == pytest.approx(0.15) and row["proof/capped_gap"] == pytest.approx(0.02)
+    assert row["parity/logprob_gap"] == pytest.approx(0.15) and row["parity/capped_gap"] == pytest.approx(0.02)
 
 
 def test_several_tokens_off_do(tmp_path):
     class Wrong(Rounded):
         off = 6
 
-    config = configuration(tmp_path, engine=c.Engine(proof_tolerance=0.1))
-    with pytest.raises(PoliciesDiffer, match=r"differ by 0\.9 nats"):
+    config = configuration(tmp_path, engine=c.EngineConfig(parity_tolerance_nats=0.1))
+    with pytest.raises(LogprobMismatch, match=r"differ by 0\.9 nats"):
         run_loop(tmp_path, config, [], Wrong([]))
 
 
@@ -236,7 +255,7 @@ def test_an_engine_that_was_not_handed_the_newest_weights_stops_the_run(tmp_path
     class Deaf(FakeEngine):
         version = property(lambda self: 0, lambda self, value: None)
 
-    with pytest.raises(PoliciesDiffer, match="engine holds policy version 0, the trainer is at 1"):
+    with pytest.raises(LogprobMismatch, match="engine holds policy version 0, the trainer is at 1"):
         run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), [], Deaf([]))
 
 
@@ -247,7 +266,9 @@ def test_an_answer_of_an_older_policy_never_enters_the_loss(tmp_path):
             return dataclasses.replace(one, version=0) if (slot, index) == (1, 2) else one
 
     events: list[str] = []
-    with pytest.raises(PoliciesDiffer, match=r"1 answers were not .* version 1, the first \(prompt 1, answer 2\) from"):
+    with pytest.raises(
+        LogprobMismatch, match=r"1 answers were not .* version 1, the first \(prompt 1, answer 2\) from"
+    ):
         run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), events, Late(events))
     assert events[-1] == "generate (0, 2)", "nothing was trained on it"
 
@@ -264,11 +285,13 @@ def run_refusing(tmp_path, metrics: dict, weight, events: list) -> None:
             self.events.append("policy refuses" if weight is None else "policy learns")
             return {}
 
-    config = c.Config(run=str(tmp_path / "run"), steps=2, policy_freeze_steps=0, guard=c.Guard(skips_in_a_row=1))
+    config = c.Config(
+        run=str(tmp_path / "run"), steps=2, policy_freeze_steps=0, guard=c.GuardConfig(max_consecutive_skips=1)
+    )
     models = Policy("p", events), FakeModel("r", events), Refusing("m", events)
     loop.train(
         config, FakePrompts(), FakeEngine(events), FakeVerifier(), *models,
-        lambda version: events.append("hand over") or {}, Run(config), lambda done: events.append(f"after {done}"),
+        FakeWeightSync(FakeEngine(events), events), Run(config), FakeHooks(events), SPEC,
     )  # fmt: skip
 
 
@@ -290,14 +313,14 @@ def test_broken_weights_reach_neither_the_engine_nor_a_checkpoint(tmp_path):
 
 
 def test_nan_log_probs_are_a_disagreement(tmp_path):
-    with pytest.raises(PoliciesDiffer):
+    with pytest.raises(LogprobMismatch):
         run_loop(tmp_path, configuration(tmp_path), [], FakeEngine([], logprob=float("nan")))
 
 
 def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     class AllWrong(FakeVerifier):
         def verdicts(self, rollouts):
-            return [[Verdict(Outcome.WRONG, "exact") for _ in row] for row in rollouts]
+            return [[Verdict(Outcome.INCORRECT, "exact") for _ in row] for row in rollouts]
 
     events: list[str] = []
     config = configuration(tmp_path)
@@ -307,4 +330,4 @@ def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     )  # fmt: skip
     assert events == ["generate (0, 0)", "generate (0, 1)"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["batch/kept_prompts"] == 0 and rows[0]["reward/pass_rate"] == 0
+    assert rows[0]["batch/mixed_prompts"] == 0 and rows[0]["reward/pass_rate"] == 0

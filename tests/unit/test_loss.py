@@ -8,15 +8,15 @@ import oreal_kernels
 import pytest
 import torch
 
-from oreal_megatron.algo import loss, pack, weights
-from oreal_megatron.config import Loss, Weights
+from oreal_megatron.algo import loss, packing, token_weighting
+from oreal_megatron.config import LossConfig, WeightsConfig
 from oreal_megatron.records import Counts
 
 
-def oracle(samples, logps, references, scores, config: Loss, threshold: float = 0.5) -> float:
+def oracle(samples, logps, references, scores, config: LossConfig, threshold: float = 0.5) -> float:
     """OREAL's policy loss in plain Python floats, one answer and one token after the other."""
-    right_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
-    wrong_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
+    correct_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
+    incorrect_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
     total = 0.0
     for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
         for t in range(len(sample.response_tokens)):
@@ -26,19 +26,19 @@ def oracle(samples, logps, references, scores, config: Loss, threshold: float = 
             weight = min(max((merit - threshold) / (1 - threshold), 0.0), 1.0)
             if sample.reward > 0:
                 advantage = sample.advantage if config.advantage_on_positives else 1.0
-                total += config.positive_coef * -logp[t] * weight * advantage / right_tokens
+                total += config.positive_coef * -logp[t] * weight * advantage / correct_tokens
             else:
-                total += config.negative_coef * -1.0 * weight * sample.advantage / wrong_tokens
+                total += config.negative_coef * -1.0 * weight * sample.advantage / incorrect_tokens
             d = reference[t] - logp[t]
             kl = {"k1": -d, "k1_reversed": d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[config.kl_kind]
-            total += config.kl_coef * kl / (right_tokens + wrong_tokens)
+            total += config.kl_coef * kl / (correct_tokens + incorrect_tokens)
     return total
 
 
-def oracle_gradient(samples, logps, references, scores, config: Loss) -> list[float]:
+def oracle_gradient(samples, logps, references, scores, config: LossConfig) -> list[float]:
     """d loss / d logp of each token, by hand: the ratio of the negative term has value 1 and derivative 1."""
-    right_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
-    wrong_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
+    correct_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
+    incorrect_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
     slopes = []
     for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
         for t in range(len(sample.response_tokens)):
@@ -46,11 +46,15 @@ def oracle_gradient(samples, logps, references, scores, config: Loss) -> list[fl
             weight = max(2 * right - 1, 0.0) if sample.reward > 0 else max(1 - 2 * right, 0.0)
             factor = weight * (sample.advantage if sample.reward < 0 or config.advantage_on_positives else 1.0)
             coefficient, tokens = (
-                (config.positive_coef, right_tokens) if sample.reward > 0 else (config.negative_coef, wrong_tokens)
+                (config.positive_coef, correct_tokens)
+                if sample.reward > 0
+                else (config.negative_coef, incorrect_tokens)
             )
             d = reference[t] - logp[t]
             kl_slope = {"k1": 1.0, "k1_reversed": -1.0, "k2": -d, "k3": 1 - math.exp(d)}[config.kl_kind]
-            slopes.append(-coefficient * factor / tokens + config.kl_coef * kl_slope / (right_tokens + wrong_tokens))
+            slopes.append(
+                -coefficient * factor / tokens + config.kl_coef * kl_slope / (correct_tokens + incorrect_tokens)
+            )
     return slopes
 
 
@@ -81,12 +85,12 @@ def joined(rows: list[list[float]]) -> torch.Tensor:
 @pytest.mark.parametrize("advantage_on_positives", [True, False])
 def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positives):
     samples, logps, references, scores = case
-    config = Loss(kl_kind=kl_kind, advantage_on_positives=advantage_on_positives, kl_coef=0.3)
-    batch = pack.micro_batch(samples)
+    config = LossConfig(kl_kind=kl_kind, advantage_on_positives=advantage_on_positives, kl_coef=0.3)
+    batch = packing.micro_batch(samples)
     logp = joined(logps).requires_grad_()
-    weight = weights.importance(joined(scores), batch, Weights()).double()
-    total, sums = policy_loss(logp, joined(references), weight, batch, pack.counts(samples), config)
-    parts = loss.metrics(total, sums, pack.counts(samples), config.kl_kind)
+    weight = token_weighting.importance(joined(scores), batch, WeightsConfig()).double()
+    total, sums = policy_loss(logp, joined(references), weight, batch, packing.counts(samples), config)
+    parts = loss.metrics(total, sums, packing.counts(samples), config.kl_kind)
     sum_of_parts = parts["loss/positive"] + config.negative_coef * parts["loss/negative"] + 0.3 * parts["loss/kl"]
     assert sum_of_parts.item() == pytest.approx(total.item(), abs=1e-6)
     total.backward()
@@ -97,12 +101,12 @@ def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positive
 
 def test_any_cut_into_micro_batches_adds_up(case):
     samples, logps, references, scores = case
-    counts, config = pack.counts(samples), Loss()
+    counts, config = packing.counts(samples), LossConfig()
 
     def total_of(indices: list[int]) -> float:
-        batch = pack.micro_batch([samples[i] for i in indices])
+        batch = packing.micro_batch([samples[i] for i in indices])
         picked = [joined([rows[i] for i in indices]) for rows in (logps, references, scores)]
-        weight = weights.importance(picked[2], batch, Weights())
+        weight = token_weighting.importance(picked[2], batch, WeightsConfig())
         return policy_loss(picked[0], picked[1], weight, batch, counts, config)[0].item()
 
     whole = total_of(list(range(10)))
@@ -110,9 +114,11 @@ def test_any_cut_into_micro_batches_adds_up(case):
         assert sum(total_of(part) for part in cut) == pytest.approx(whole, abs=1e-7)
 
 
-def gradient_of(reward: float, advantage: float, logp: float, reference: float, config: Loss, make_samples) -> float:
+def gradient_of(
+    reward: float, advantage: float, logp: float, reference: float, config: LossConfig, make_samples
+) -> float:
     sample = make_samples(1)[0 if reward > 0 else 1]
-    batch = pack.micro_batch([type(sample)(sample.prompt_tokens, (5,), reward, advantage)])
+    batch = packing.micro_batch([type(sample)(sample.prompt_tokens, (5,), reward, advantage)])
     value = torch.tensor([logp], requires_grad=True)
     counts = Counts(1, 1, int(reward > 0), int(reward < 0))
     policy_loss(value, torch.tensor([reference]), torch.ones(1), batch, counts, config)[0].backward()
@@ -120,19 +126,19 @@ def gradient_of(reward: float, advantage: float, logp: float, reference: float, 
 
 
 def test_a_right_token_is_made_likelier_and_more_so_on_hard_prompts(make_samples):
-    easy = gradient_of(1.0, 0.2, -1.0, -1.0, Loss(), make_samples)
-    hard = gradient_of(1.0, 1.8, -1.0, -1.0, Loss(), make_samples)
+    easy = gradient_of(1.0, 0.2, -1.0, -1.0, LossConfig(), make_samples)
+    hard = gradient_of(1.0, 1.8, -1.0, -1.0, LossConfig(), make_samples)
     assert hard < easy < 0  # descending the loss raises logp
 
 
 def test_a_wrong_token_is_made_less_likely(make_samples):
-    assert gradient_of(-1.0, -1.0, -1.0, -1.0, Loss(), make_samples) > 0
+    assert gradient_of(-1.0, -1.0, -1.0, -1.0, LossConfig(), make_samples) > 0
 
 
 @pytest.mark.parametrize("kl_kind", ["k2", "k3"])
 @pytest.mark.parametrize("reward", [1.0, -1.0])
 def test_kl_pulls_back_to_the_reference_on_right_and_wrong_answers(kl_kind, reward, make_samples):
-    only_kl = Loss(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kl_kind)
+    only_kl = LossConfig(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kl_kind)
     assert gradient_of(reward, reward, logp=-0.5, reference=-1.5, config=only_kl, make_samples=make_samples) > 0
     assert gradient_of(reward, reward, logp=-1.5, reference=-0.5, config=only_kl, make_samples=make_samples) < 0
     assert gradient_of(reward, reward, logp=-1.0, reference=-1.0, config=only_kl, make_samples=make_samples) == 0
@@ -140,19 +146,19 @@ def test_kl_pulls_back_to_the_reference_on_right_and_wrong_answers(kl_kind, rewa
 
 def test_kl_estimates_by_hand(make_samples):
     logp, reference = torch.tensor([-1.0]), torch.tensor([-1.5])
-    batch, counts = pack.micro_batch([type(make_samples(1)[0])((1,), (5,), 1.0, 1.0)]), Counts(1, 1, 1, 0)
+    batch, counts = packing.micro_batch([type(make_samples(1)[0])((1,), (5,), 1.0, 1.0)]), Counts(1, 1, 1, 0)
     found = {}
     for kind in oreal_kernels.KL_KINDS:
-        only_kl = Loss(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kind)
+        only_kl = LossConfig(positive_coef=0.0, negative_coef=0.0, kl_coef=1.0, kl_kind=kind)
         found[kind] = policy_loss(logp, reference, torch.ones(1), batch, counts, only_kl)[0].item()
     assert found == pytest.approx({"k1": 0.5, "k1_reversed": -0.5, "k2": 0.125, "k3": math.exp(-0.5) + 0.5 - 1})
 
 
 def test_reward_model_loss_is_cross_entropy_of_the_mean_score(make_samples):
     samples = make_samples(3, seed=5)
-    batch = pack.micro_batch(samples)
+    batch = packing.micro_batch(samples)
     score = torch.randn(len(batch.labels), generator=torch.Generator().manual_seed(1)).requires_grad_()
-    total, metrics = loss.reward_model(score, batch, pack.counts(samples))
+    total, metrics = loss.reward_model(score, batch, packing.counts(samples))
     expected, hits, place = 0.0, 0, 0
     for sample in samples:
         length = len(sample.response_tokens)
@@ -170,11 +176,11 @@ def test_reward_model_loss_is_cross_entropy_of_the_mean_score(make_samples):
 
 
 def test_an_empty_micro_batch_adds_nothing(make_samples):
-    counts = pack.counts(make_samples(2))
-    empty = pack.micro_batch([])
+    counts = packing.counts(make_samples(2))
+    empty = packing.micro_batch([])
     nothing = torch.zeros(0, requires_grad=True)
     for total, _ in (
-        policy_loss(nothing, torch.zeros(0), torch.zeros(0), empty, counts, Loss()),
+        policy_loss(nothing, torch.zeros(0), torch.zeros(0), empty, counts, LossConfig()),
         loss.reward_model(nothing, empty, counts),
         loss.supervised(nothing, counts),
     ):
@@ -184,6 +190,6 @@ def test_an_empty_micro_batch_adds_nothing(make_samples):
 
 def test_only_right_answers_or_only_wrong_ones_do_not_divide_by_zero(make_samples):
     for sample in make_samples(1):
-        batch, counts = pack.micro_batch([sample]), pack.counts([sample])
+        batch, counts = packing.micro_batch([sample]), packing.counts([sample])
         logp = torch.full((len(batch.labels),), -1.0)
-        assert math.isfinite(policy_loss(logp, logp, torch.ones_like(logp), batch, counts, Loss())[0].item())
+        assert math.isfinite(policy_loss(logp, logp, torch.ones_like(logp), batch, counts, LossConfig())[0].item())

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oreal_megatron.algo import pack
-from oreal_megatron.records import Sample
+from oreal_megatron.algo import packing
+from oreal_megatron.records import PackingSpec, Sample
 
 BUDGET = 16384
 
@@ -34,50 +34,57 @@ def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_bat
     ranks, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(10, 200))
     multiple, pad_to = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 8]))
     samples = [Sample((n,) * p, (n,) * r, 1.0 if n % 2 else -1.0, n) for n, (p, r) in enumerate(lengths)]
-    batches = [pack.batch(samples, budget, rank, ranks, multiple, pad_to, 50.0) for rank in range(ranks)]
+    specs = [PackingSpec(budget, rank, ranks, multiple, pad_to, 50.0) for rank in range(ranks)]
+    batches = [packing.batch(samples, spec) for spec in specs]
     assert len({len(batch.micro_batches) for batch in batches}) == 1 and len(batches[0].micro_batches) % multiple == 0
     assert all(batch.counts == batches[0].counts for batch in batches) and len(batches[0].micro_batches) > 0
     found = Counter()
     for part in (part for batch in batches for part in batch.micro_batches):
-        assert len(part.tokens) % pad_to == 0 and part.borders[0] == 0 and part.borders[-1] == len(part.tokens)
+        assert (
+            len(part.tokens) % pad_to == 0
+            and part.sequence_offsets[0] == 0
+            and part.sequence_offsets[-1] == len(part.tokens)
+        )
         if len(part.reward) > 1:
             assert len(part.tokens) <= budget, "only one that is longer than the budget, alone, may exceed it"
-        starts = torch.tensor(part.borders[:-1])
-        lengths_here = torch.tensor(part.borders).diff()
+        starts = torch.tensor(part.sequence_offsets[:-1])
+        lengths_here = torch.tensor(part.sequence_offsets).diff()
         assert torch.equal(torch.arange(len(part.tokens)) - part.positions, starts.repeat_interleave(lengths_here))
-        owner = torch.repeat_interleave(torch.arange(len(part.advantage)), part.cu_seqlens.diff())
-        assert (part.labels == part.advantage[owner].long()).all(), "labels, borders and advantages belong together"
+        owner = torch.repeat_interleave(torch.arange(len(part.advantage)), part.action_offsets.diff())
+        assert (part.labels == part.advantage[owner].long()).all(), (
+            "labels, sequence_offsets and advantages belong together"
+        )
         assert (part.tokens[part.action_index + 1] == part.labels).all(), "the position before a token predicts it"
         found.update(part.labels.tolist())
     assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))
 
 
 def test_two_packed_sequences_by_hand():
-    batch = pack.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)], pad_to=3)
+    batch = packing.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)], pad_to=3)
     assert batch.tokens.tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 0]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0] and batch.borders == (0, 4, 8, 9)
-    assert batch.action_index.tolist() == [1, 2, 4, 5, 6] and batch.cu_seqlens.tolist() == [0, 2, 5]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0] and batch.sequence_offsets == (0, 4, 8, 9)
+    assert batch.action_index.tolist() == [1, 2, 4, 5, 6] and batch.action_offsets.tolist() == [0, 2, 5]
 
 
 def test_without_samples_there_is_filler_without_action():
-    empty = pack.micro_batch([], pad_to=4)
-    assert empty.tokens.tolist() == [0] * 4 and empty.borders == (0, 4) and len(empty.labels) == 0
-    assert empty.cu_seqlens.tolist() == [0, 0] and empty.reward.tolist() == [0.0]
+    empty = packing.micro_batch([], pad_to=4)
+    assert empty.tokens.tolist() == [0] * 4 and empty.sequence_offsets == (0, 4) and len(empty.labels) == 0
+    assert empty.action_offsets.tolist() == [0, 0] and empty.reward.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_less_than_3_percent_of_the_budget_stays_empty_on_realistic_lengths(seed):
     samples = realistic(512, seed)
-    used = pack.batch(samples, BUDGET, 0, 1, pad_to=16).micro_batches
+    used = packing.batch(samples, PackingSpec(BUDGET, token_multiple=16)).micro_batches
     assert 1 - sum(map(len, samples)) / (BUDGET * len(used)) < 0.03
     assert 1 - sum(map(len, samples)) / sum(len(part.tokens) for part in used) < 0.002, "filler"
 
 
 def spread(samples: list[Sample], ranks: int, counted: float) -> float:
     """How much longer than the mean the busiest rank works, when attention is `counted` in dealing."""
-    shares = (pack.batch(samples, BUDGET, rank, ranks, even_tokens=counted) for rank in range(ranks))
-    lengths = ([torch.tensor(part.borders).diff() for part in share.micro_batches] for share in shares)
-    loads = [pack.cost(torch.cat(share), 20_000.0).sum().item() for share in lengths]
+    shares = (packing.batch(samples, PackingSpec(BUDGET, rank, ranks, even_tokens=counted)) for rank in range(ranks))
+    lengths = ([torch.tensor(part.sequence_offsets).diff() for part in share.micro_batches] for share in shares)
+    loads = [packing.cost(torch.cat(share), 20_000.0).sum().item() for share in lengths]
     return max(loads) / (sum(loads) / ranks) - 1
 
 

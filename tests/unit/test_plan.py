@@ -10,23 +10,24 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
-from oreal_megatron.algo import pack
+from oreal_megatron.algo import packing
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mapping import architecture, operations
+from oreal_megatron.models import architecture, flops
 from oreal_megatron.plan import activations, assumptions, estimate, gpus, memory, published, search, synthetic, timing
-from oreal_megatron.plan.case import Case
 from oreal_megatron.plan.estimate import GIB
+from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.records import PackingSpec
 
 RECIPES = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EVERY = [line.split("(")[0][4:] for line in RECIPES.read_text().splitlines() if line.startswith("def oreal_")]
 
 
-def case(recipe: str = "oreal_7b", *changes: str, gpu: str = "h100-80g", world: int = 0) -> Case:
+def case(recipe: str = "oreal_7b", *changes: str, gpu: str = "h100-80g", world: int = 0) -> Scenario:
     config = settings.override(settings.from_recipe(f"{RECIPES}:{recipe}"), list(changes))
     arch = architecture.read(published.config(config.model.path)[0])
-    return Case(config, arch, gpus.named(gpu), world or config.gpus)
+    return Scenario(config, arch, gpus.named(gpu), world or config.gpus)
 
 
 def test_published_models_have_as_many_parameters_as_their_cards_say():
@@ -74,7 +75,7 @@ def test_activations_shrink_with_every_way_of_cutting_and_with_recomputation():
 def test_every_recipe_fits_the_gpus_it_was_made_for(recipe, gpu):
     one = case(recipe, gpu=gpu)
     one.check()
-    assert memory.largest_cache(one, memory.stages(one)) >= one.config.engine.kv_cache_gb * GIB
+    assert memory.largest_cache(one, memory.stages(one)) >= one.config.engine.kv_cache_gib * GIB
     assert all(stage.most < one.usable for stage in memory.stages(one))
 
 
@@ -82,8 +83,8 @@ def test_the_largest_cache_is_the_largest():
     stages = memory.stages(case())
     most = memory.largest_cache(case(), stages) / GIB
     for size, fits in ((most - 0.01, True), (most + 0.01, False)):
-        made = estimate.make(case("oreal_7b", f"engine.kv_cache_gb={size}"), search.UNPLANNED)
-        assert made.fits is fits and any("engine.kv_cache_gb=" in sentence for sentence in estimate.warnings(made))
+        made = estimate.make(case("oreal_7b", f"engine.kv_cache_gib={size}"), search.UNPLANNED)
+        assert made.fits is fits and any("engine.kv_cache_gib=" in sentence for sentence in estimate.warnings(made))
 
 
 def test_without_offloading_or_sleep_everything_is_there_at_once():
@@ -128,10 +129,10 @@ def test_proving_fetches_the_weights_and_scores_a_few_tokens():
     one = case("oreal_7b")
     moved = timing.Transfer(0, 0, 0, "direct")
     fetched = 2 * memory.held(one, 0, "lm")["parameters"] / 25e9
-    shorter = timing.phases(one, moved)["prove"]
+    shorter = timing.phases(one, moved)["parity"]
     assert fetched < shorter < 1.25 * fetched, "2 answers of each replica, 64 tokens of each"
-    assert timing.phases(case("oreal_7b", "engine.proof_tokens=128"), moved)["prove"] > shorter
-    kept = timing.phases(case("oreal_7b", "offload=false"), moved)["prove"]
+    assert timing.phases(case("oreal_7b", "engine.parity_tokens=128"), moved)["parity"] > shorter
+    kept = timing.phases(case("oreal_7b", "offload=false"), moved)["parity"]
     assert kept == pytest.approx(shorter - fetched)
 
 
@@ -154,7 +155,7 @@ def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
     bandwidth, weights = 0.6 * 3.35e12, 2 * 7_615_616_512
     by_hand = 14000 * (weights / bandwidth + 0.004) + 128 * 5000 * (400 + 2500) * 57344 / bandwidth
     assert made.decode == pytest.approx(by_hand, rel=1e-3) and made.bound == "the longest answer"
-    few = timing.generation(case("oreal_7b_8_gpus", "engine.kv_cache_gb=4"))
+    few = timing.generation(case("oreal_7b_8_gpus", "engine.kv_cache_gib=4"))
     assert few.concurrent == pytest.approx(4 * GIB / 57344 / 2900) and few.bound == "26 answers at once"
     assert few.decode - made.decode == pytest.approx(
         (128 * 5000 / few.concurrent - 14000) * (weights / bandwidth + 0.004), rel=1e-2
@@ -185,7 +186,7 @@ def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
 def test_an_update_takes_six_operations_a_parameter_and_token():
     one = case("oreal_7b")
     short = dataclasses.replace(one, assumed=assumptions.Assumptions(prompt_tokens=1, response_tokens=1))
-    matrices = operations.matrices(one.arch)
+    matrices = flops.matrices(one.arch)
     seconds = short.sequences * 2 * 6 * matrices / (0.4 * 989e12 * 32)
     assert timing.training(short, 3) - timing.exchanges(short) * 3 == pytest.approx(seconds, rel=1e-3)
     assert matrices == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)
@@ -227,7 +228,7 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
             for one, two in itertools.combinations(spots, 2)
         )
     few = case("oreal_7b_8_gpus")
-    packed = pack.batch(synthetic.samples(few), few.config.tokens_per_micro_batch, 0, few.data)
+    packed = packing.batch(synthetic.samples(few), PackingSpec(few.config.tokens_per_micro_batch, 0, few.data))
     assert few.micro_batches == 13 and len(packed.micro_batches) in (4, 5), "enough for a pipeline, not a whole step"
     assert synthetic.one_replica(one) == [*range(8), *range(64, 72)]
 
@@ -238,7 +239,7 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
         (["parallel.tensor=3", "parallel.sequence=true"], "28 attention heads cannot be shared evenly by 3"),
         (["parallel.pipeline=3"], "28 layers cannot be shared evenly by 3"),
         (["engine.tensor=8"], "engine.tensor is 8, which does not divide 28"),
-        (["engine.kv_cache_gb=0.5"], "one sequence of 16384 tokens needs 0.88"),
+        (["engine.kv_cache_gib=0.5"], "one sequence of 16384 tokens needs 0.88"),
         (["engine.max_model_len=40000"], "made for 32768 positions"),
         (["parallel.context=3"], "tensor x pipeline x context is 12, which does not divide 32 GPUs"),
         (["parallel.tensor=1"], "parallel.sequence is set"),
@@ -294,7 +295,7 @@ def test_where_the_layout_cannot_be_the_search_says_which_can(capsys):
 def test_what_does_not_fit_ends_with_its_own_code(capsys):
     assert main(["plan", f"{RECIPES}:oreal_7b", "--gpu", "a100-40g"]) == 6
     said = capsys.readouterr().out
-    assert "it does not fit" in said and "too many; engine.kv_cache_gb=" in said.replace("\n", " ")
+    assert "it does not fit" in said and "too many; engine.kv_cache_gib=" in said.replace("\n", " ")
 
 
 def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):

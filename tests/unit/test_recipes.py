@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
-from oreal_megatron.cli import build
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.mapping import architecture
+from oreal_megatron.models import architecture
+from oreal_megatron.session import prepare
 
 FILE = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
 GPUS = {
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_paper_and_the_released_configuration(name)
         0 if alone else 10,
         not alone,
     )
-    assert (config.data.prompts_per_step, config.sampling.answers_per_prompt) == (64, 16)
+    assert (config.data.prompts_per_step, config.sampling.rollouts_per_prompt) == (64, 16)
     assert (config.sampling.temperature, config.sampling.top_p, config.sampling.max_new_tokens) == (1.0, 0.9, 14000)
     assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps) == (5e-7, 1e-7, 10)
     assert alone or (config.reward_model.optimizer.lr, config.reward_model.optimizer.min_lr) == (2e-6, 4e-7)
@@ -83,9 +83,9 @@ def test_the_layout_cuts_the_model_and_the_world_evenly(name, monkeypatch):
     config, arch = recipe(name), shape(name)
     monkeypatch.setenv("WORLD_SIZE", str(config.gpus))
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    build._check_choices(config)
-    build._check_world(config, arch)
-    build._check_cache(config, arch)
+    prepare._check_choices(config)
+    prepare._check_world(config, arch)
+    prepare._check_cache(config, arch)
     replicas = config.gpus // config.engine.tensor
     assert config.engine.max_num_seqs * replicas == 1024, "every answer of a step has a place in an engine"
     assert config.parallel.tensor <= 8 and 8 % config.engine.tensor == 0, "tensor-parallel ranks share a machine"
@@ -118,7 +118,7 @@ def test_a_missing_judge_or_model_is_told_before_anything_is_loaded(judge, says,
     if judge:
         monkeypatch.setenv("OREAL_JUDGE_URLS", judge)
     with pytest.raises(ConfigError, match=says):
-        build.prepare(recipe("oreal_7b_8_gpus"))
+        prepare.prepare(recipe("oreal_7b_8_gpus"))
 
 
 def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
@@ -128,7 +128,7 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
                                     "parallel.sequence=false"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match="data/oreal_prompts.jsonl does not exist"):
-        build.prepare(config).prompts(config.data.path)
+        prepare.prepare(config).prompts(config.data.path)
 
 
 @pytest.mark.parametrize("name", ["quickstart.py:oreal", "quickstart.py:oreal_without_reward_model",

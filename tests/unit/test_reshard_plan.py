@@ -16,12 +16,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from oreal_megatron.mapping import architecture, tensors
-from oreal_megatron.reshard import plan, vllm_layout
+from oreal_megatron.models import architecture, tensors
+from oreal_megatron.reshard import planner, vllm_layout
 from oreal_megatron.reshard.checksum import Checksums
-from oreal_megatron.reshard.handed import answered
-from oreal_megatron.reshard.pieces import cut, matrix
-from oreal_megatron.reshard.slices import Layout
+from oreal_megatron.reshard.loader_checksum import answered
+from oreal_megatron.reshard.overlaps import ReshardLayout
+from oreal_megatron.reshard.shards import cut, matrix
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
@@ -49,9 +49,9 @@ def test_experts_are_left_to_the_engines_loader():
 class World:
     """All ranks' tensors and plans. `written` counts how often each element of an engine was written."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: ReshardLayout):
         self.layout, self.weights = layout, oracle.numbered(layout.arch)
-        self.plans = [plan.make(layout, rank, ITEMSIZE, BATCH_BYTES) for rank in range(layout.world)]
+        self.plans = [planner.make(layout, rank, ITEMSIZE, BATCH_BYTES) for rank in range(layout.world)]
         self.held = [self._held(rank) for rank in range(layout.world)]
         shapes = vllm_layout.shapes(layout.arch, layout.engine)
         self.live = [{name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()} for _ in self.held]
@@ -69,7 +69,7 @@ class World:
         for number in range(max(len(one.batches) for one in self.plans)):
             mail = defaultdict(list)
             for rank, one in enumerate(self.plans):
-                batch = one.batches[number] if number < len(one.batches) else plan.Batch()
+                batch = one.batches[number] if number < len(one.batches) else planner.TransferBatch()
                 for copy in batch.copies:
                     self._write(rank, copy.target, cut(matrix(self.held[rank][copy.source.tensor]), *_size(copy, 0)))
                 for move in batch.sends:
@@ -95,7 +95,7 @@ def _size(copy, side) -> tuple:
 
 
 @some.composite
-def layouts(draw) -> Layout:
+def layouts(draw) -> ReshardLayout:
     family = draw(some.sampled_from(sorted(ROWS)))
     groups = draw(some.sampled_from([1, 2, 4, 8]))
     tensor = draw(some.sampled_from([1, 2, 4, 8]))
@@ -105,14 +105,16 @@ def layouts(draw) -> Layout:
     world = tensor * pipeline * data
     engine = draw(some.sampled_from([n for n in (1, 2, 4, 8) if world % n == 0]))
     node = draw(some.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
-    return Layout(arch(family, groups, draw(some.booleans())), tensor, pipeline, chunks, engine, world, node)
+    return ReshardLayout(arch(family, groups, draw(some.booleans())), tensor, pipeline, chunks, engine, world, node)
 
 
 @settings(max_examples=25)
 @given(layouts())
-@example(Layout(arch("Qwen2", 2), 8, 2, 1, 4, 16, 8))  # of the 32B recipe: stages are nodes, two replicas on each
-@example(Layout(arch("Qwen3", 4, True), 2, 2, 2, 8, 8, 4))  # interleaved, tied, more engine ranks than groups
-@example(Layout(arch("InternLM2", 2), 4, 2, 1, 4, 16, 4))
+@example(
+    ReshardLayout(arch("Qwen2", 2), 8, 2, 1, 4, 16, 8)
+)  # of the 32B recipe: stages are nodes, two replicas on each
+@example(ReshardLayout(arch("Qwen3", 4, True), 2, 2, 2, 8, 8, 4))  # interleaved, tied, more engine ranks than groups
+@example(ReshardLayout(arch("InternLM2", 2), 4, 2, 1, 4, 16, 4))
 def test_every_element_arrives_once_and_no_byte_travels_in_vain(layout):
     world = World(layout)
     world.run()
@@ -153,7 +155,7 @@ def _elements(side: dict[str, torch.Tensor]) -> np.ndarray:
 def test_batches_are_bounded_and_a_relay_waits_for_what_it_passes_on(layout):
     for rank in range(layout.world):
         received: list[set] = []
-        for number, batch in enumerate(plan.make(layout, rank, ITEMSIZE, BATCH_BYTES).batches):
+        for number, batch in enumerate(planner.make(layout, rank, ITEMSIZE, BATCH_BYTES).batches):
             for moves in (batch.sends, batch.receives):
                 assert sum(move.rows * move.columns * ITEMSIZE for move in moves) <= BATCH_BYTES
             arrived = set().union(*received[: max(number - 1, 0)])  # two batches are under way at once
@@ -162,10 +164,10 @@ def test_batches_are_bounded_and_a_relay_waits_for_what_it_passes_on(layout):
 
 
 def test_the_proof_asks_for_every_slice_of_one_replica_once():
-    layout = Layout(arch("Llama", 2), 2, 2, 1, 4, 8, 4)
+    layout = ReshardLayout(arch("Llama", 2), 2, 2, 1, 4, 8, 4)
     asked = defaultdict(int)
     for rank in range(layout.world):
-        for check in plan.make(layout, rank, ITEMSIZE, BATCH_BYTES).checks:
+        for check in planner.make(layout, rank, ITEMSIZE, BATCH_BYTES).checks:
             asked[check.engine] += check.rows * check.columns
     weights = oracle.numbered(layout.arch)
     held = [oracle.engine(layout.arch, weights, 4, engine).values() for engine in range(4)]
@@ -174,7 +176,7 @@ def test_the_proof_asks_for_every_slice_of_one_replica_once():
 
 @settings(max_examples=15)
 @given(layouts())
-@example(Layout(MIXTURE, 2, 2, 1, 1, 8, 4))
+@example(ReshardLayout(MIXTURE, 2, 2, 1, 1, 8, 4))
 def test_one_rank_answers_for_every_element_that_a_loader_is_given(layout):
     asked = {name: np.zeros(shape, int) for name, shape in hf_shapes(layout.arch)}
     for rank in range(layout.world):
@@ -206,7 +208,7 @@ LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648,
 @pytest.mark.parametrize("layout", [(8, 2, 1, 4, 16, 8), (4, 4, 1, 2, 16, 8), (8, 1, 1, 4, 16, 8)])
 def test_ranks_share_the_sending(layout):
     """Replicas and relays take turns: 32B on two nodes."""
-    traffic = plan.make(Layout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
+    traffic = planner.make(ReshardLayout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
     assert traffic.sent.max() < 1.15 * traffic.sent.mean()
     assert traffic.sent_between.max() <= 1.05 * traffic.sent_between.mean()
     assert traffic.received_between.max() <= 1.05 * traffic.received_between.mean()
@@ -214,18 +216,18 @@ def test_ranks_share_the_sending(layout):
 
 def test_32b_on_128_ranks_is_planned_in_a_second():
     start = time.process_time()
-    plan.make(Layout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
+    planner.make(ReshardLayout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine; tools/reshard_figures.py prints it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", ["one element", "two rows", "two columns"])
 def test_a_checksum_tells_every_change_of_a_parameter(dtype, change):
-    layout = Layout(arch("Qwen3"), 1, 1, 1, 1, 1, 1)
+    layout = ReshardLayout(arch("Qwen3"), 1, 1, 1, 1, 1, 1)
     weights = {name: torch.randn(x.shape) for name, x in oracle.numbered(layout.arch).items()}
     live = {name: x.to(dtype) for name, x in oracle.engine(layout.arch, weights, 1, 0).items()}
     held = oracle.held(layout.arch, weights, 1, 0, 1, [0])
-    sums = Checksums(layout, plan.make(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
+    sums = Checksums(layout, planner.make(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
     before = sums.own_sums()
     assert torch.equal(before, sums.answered_sums()[0]), "alone, a rank answers for everything, whatever its type"
     changed = live["model.layers.7.mlp.down_proj.weight"]

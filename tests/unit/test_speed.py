@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oreal_megatron import config as c
-from oreal_megatron import heartbeat
-from oreal_megatron.algo import pack
+from oreal_megatron.algo import packing
 from oreal_megatron.cli.main import main
-from oreal_megatron.mapping import architecture, operations
+from oreal_megatron.models import architecture, flops
 from oreal_megatron.observe import report, speed, speed_report
 from oreal_megatron.plan import gpus
-from oreal_megatron.records import Prompt, Rollout, Sample
+from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
+from oreal_megatron.runtime import heartbeat
 
 ROWS = json.loads((Path(__file__).parent.parent / "families.json").read_text())
 TINY = dict(ROWS["Qwen2"], num_hidden_layers=2, hidden_size=8, intermediate_size=16, num_attention_heads=2,
@@ -32,13 +32,11 @@ def tiny() -> architecture.Architecture:
 
 
 def test_operations_of_a_tiny_model_by_hand():
-    assert operations.layer_elements(tiny()) == LAYERS == 1152
+    assert flops.layer_elements(tiny()) == LAYERS == 1152
     squares = 4 * 2 * 2 * 4 * (3 * 3 + 5 * 5) / 2  # scores and sums, layers, heads, their size, half of each square
-    assert operations.forward(tiny(), [3, 5], 4) == 2 * LAYERS * 8 + 2 * 8 * 32 * 4 + squares
-    assert operations.forward(tiny(), [3, 5], 4, "scalar") == 2 * LAYERS * 8 + 2 * 8 * 1 * 4 + squares
-    assert operations.forward(tiny(), [8], 4) > operations.forward(tiny(), [3, 5], 4), (
-        "packed ones do not see each other"
-    )
+    assert flops.forward(tiny(), [3, 5], 4) == 2 * LAYERS * 8 + 2 * 8 * 32 * 4 + squares
+    assert flops.forward(tiny(), [3, 5], 4, "scalar") == 2 * LAYERS * 8 + 2 * 8 * 1 * 4 + squares
+    assert flops.forward(tiny(), [8], 4) > flops.forward(tiny(), [3, 5], 4), "packed ones do not see each other"
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Llama", "Qwen3"])
@@ -50,15 +48,15 @@ def test_torch_counts_the_same_products_in_transformers_model(family):
         model(torch.zeros(1, tokens, dtype=torch.long))
     arch = architecture.read(hf)
     rotations = 2 * arch.head_dim // 2 * tokens  # positions times frequencies
-    other_half = 2 * operations.attention_elements(arch) * tokens**2
-    assert counter.get_total_flops() - rotations == operations.forward(arch, [tokens], tokens) + other_half
+    other_half = 2 * flops.attention_elements(arch) * tokens**2
+    assert counter.get_total_flops() - rotations == flops.forward(arch, [tokens], tokens) + other_half
 
 
 def test_a_mixture_counts_its_router_and_the_experts_that_are_picked():
     arch = architecture.read(ROWS["Qwen3Moe"])
     without = dataclasses.replace(arch, experts=None)
     more = arch.hidden * (3 * arch.ffn * (arch.experts.per_token - 1) + arch.experts.count)
-    assert operations.layer_elements(arch) - operations.layer_elements(without) == arch.layers * more
+    assert flops.layer_elements(arch) - flops.layer_elements(without) == arch.layers * more
 
 
 def samples(*lengths: int) -> list[Sample]:
@@ -70,13 +68,13 @@ def test_the_work_of_all_ranks_is_that_of_the_samples_however_they_are_cut(cut):
     budget, ranks, multiple, pad_to = cut
     lengths = (9, 7, 6, 4, 3)
     each = [
-        speed.work(pack.batch(samples(*lengths), budget, rank, ranks, multiple, pad_to), tiny())
+        speed.work(packing.batch(samples(*lengths), PackingSpec(budget, rank, ranks, multiple, pad_to)), tiny())
         for rank in range(ranks)
     ]
     assert sum(one.tokens for one in each) == sum(lengths)
     for head in ("lm", "scalar"):
         rows = sum(lengths) - 2 * len(lengths)  # of prompts nothing reaches the head
-        assert sum(one.forward[head] for one in each) == operations.forward(tiny(), lengths, rows, head)
+        assert sum(one.forward[head] for one in each) == flops.forward(tiny(), lengths, rows, head)
 
 
 def test_mfu_is_six_operations_a_parameter_and_token_and_absent_where_the_peak_is_not_known():
@@ -105,7 +103,7 @@ def test_idle_share_of_planted_times(each, share):
 
 
 def test_idle_shares_of_phases_add_up_to_that_of_the_step_by_their_seconds():
-    seconds = {"generate": 6.0, "verify": 1.0, "reference": 1.0, "policy": 2.0, "reshard": 1.0, "step": 12.0}
+    seconds = {"generate": 6.0, "verify": 1.0, "reference": 1.0, "policy": 2.0, "weight_sync": 1.0, "step": 12.0}
     alone = [{"generate": 3.0, "verify": 0.8}, {"generate": 6.0, "verify": 0.8}]
     found = speed.idle(seconds, alone, [90.0, 100.0])
     assert found.pop("speed/idle/step") == pytest.approx((6 * 0.25 + 3 * 0.05) / 12)
@@ -118,7 +116,7 @@ def test_idle_shares_of_phases_add_up_to_that_of_the_step_by_their_seconds():
     [(1, 1, 8, 0.0), (4, 1, 8, 3 / 11), (4, 2, 8, 3 / 19), (4, 1, 1, 3 / 4), (2, 1, 1000, 1 / 1001)],
 )
 def test_the_bubble_of_known_schedules(stages, chunks, micro_batches, share):
-    assert c.Parallel(pipeline=stages, virtual=chunks).bubble(micro_batches) == pytest.approx(share)
+    assert c.ParallelConfig(pipeline=stages, virtual=chunks).bubble(micro_batches) == pytest.approx(share)
 
 
 def rollouts() -> list[list[Rollout]]:
@@ -157,17 +155,17 @@ def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_
     ],
 )
 def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, models):
-    config = c.Config(reward_model=c.RewardModel(enabled=reward_model), parallel=c.Parallel(pipeline=2))
+    config = c.Config(reward_model=c.RewardModelConfig(enabled=reward_model), parallel=c.ParallelConfig(pipeline=2))
     meter = speed.Meter(config, tiny(), 1e9)
     for name in ("reward_model", "reference", "policy"):
         with meter.phase(name):
             time.sleep(0.001)
-    meter.trains_on(pack.batch(samples(5, 4), 4, 0, 1))
+    meter.trains_on(packing.batch(samples(5, 4), PackingSpec(4)))
     found = meter.step(metrics, rollouts())
     assert {name.split("/")[2] for name in found if "tflops" in name} == models
     assert {name.split("/")[2] for name in found if "mfu" in name} == models
     assert found["speed/bubble"] == pytest.approx(1 / 3)  # two micro-batches on two stages
-    forward = operations.forward(tiny(), [5, 4], 5)
+    forward = flops.forward(tiny(), [5, 4], 5)
     rate = forward / found["seconds/reference"]
     assert found["speed/tflops_per_second_per_gpu/reference"] == pytest.approx(rate / 1e12)
     if "policy" in models:
@@ -193,10 +191,10 @@ def some_rows() -> list[dict]:
     speed_of = "speed/tokens_per_second_per_gpu/generate"
     frozen = [row(step, {"generate": 50, "step": 100}, **{speed_of: 1.0}) for step in (0, 1)]
     whole = {speed_of: 100.0, "speed/mfu/policy": 0.3}
-    whole |= {"reshard/received_bytes": 4e9, "reshard/gigabytes_per_second": 2.0}
+    whole |= {"weight_sync/received_bytes": 4e9, "weight_sync/gigabytes_per_second": 2.0}
     return [
         *frozen,
-        row(2, {"generate": 2, "policy": 1, "reshard": 2, "step": 8}, **whole),
+        row(2, {"generate": 2, "policy": 1, "weight_sync": 2, "step": 8}, **whole),
         row(3, {"generate": 9, "policy": 9, "step": 90}, **{speed_of: 9.0}),  # the first after a resumption
         row(4, {"generate": 6, "step": 8}, **{speed_of: 20.0, "speed/idle/generate": 0.5}),  # nothing to learn from
     ]  # fmt: skip

@@ -16,12 +16,17 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "oreal_megatron"
 # Lower rooms know nothing of higher ones; rooms of one height do not know each other.
-HEIGHT = {
-    "records": 0, "exit_codes": 0, "config": 1, "heartbeat": 1, "settings": 2, "safe_load": 2, "versions": 2,
-    "ranks": 2, "disk": 2, "preemption": 2, "prompts": 3, "suites": 4, "checkpoints": 3, "algo": 3, "verify": 4,
-    "mapping": 4, "rollout": 5, "mcore": 5, "reshard": 5, "convert": 5, "plan": 6, "observe": 6, "evaluation": 7,
-    "loop": 7, "supervised": 7, "cli": 8, "__main__": 9,
-}  # fmt: skip
+LEVELS = (
+    ("records", "protocols", "config", "math_equality"),
+    ("runtime", "settings", "algo", "models"),
+    ("data", "verify", "rollout", "mcore", "convert", "reshard"),
+    ("observe", "session", "loop"),
+    ("evaluation", "plan", "training"),
+    ("doctor",),
+    ("cli",),
+    ("__main__",),
+)
+HEIGHT = {package: height for height, packages in enumerate(LEVELS) for package in packages}
 WORLDS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"verify"}}
 
 
@@ -98,7 +103,7 @@ def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"oreal_megatron", "oreal_kernels"}
-    assert "oreal_megatron/mcore/worker.py" in names and "oreal_kernels/linear_logprob.py" in names
+    assert "oreal_megatron/mcore/scorer.py" in names and "oreal_kernels/linear_logprob.py" in names
 
 
 def test_the_command_needs_no_gpu_library_to_say_what_it_can():

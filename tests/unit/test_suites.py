@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from oreal_megatron import prompts, suites
-from oreal_megatron.algo import statistics
-from oreal_megatron.cli import evaluate, evaluated
+from oreal_megatron.cli import evaluate
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import Config, ConfigError, Judge, Sampling, Verify
+from oreal_megatron.config import Config, ConfigError, JudgeConfig, SamplingConfig, VerifyConfig
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.evaluation import summary
+from oreal_megatron.data import problems
+from oreal_megatron.evaluation import results, statistics, suites
+from oreal_megatron.evaluation.score import summary
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 SHARED = Path(__file__).parents[3] / "shared/data"
@@ -62,13 +62,13 @@ def test_a_summary_counts_unknown_and_truncated_answers_as_not_right():
         return {"problem": problem, "verdict": verdict, "extracted": extracted, "tokens": 10 * (problem + 1),
                 "finished": finished, "method": "exact"}  # fmt: skip
 
-    rows = [row(0, "correct"), row(0, "correct"), row(0, "wrong", "2"), row(0, "unknown", None, False)]
-    rows += [row(1, "wrong"), row(1, "wrong"), row(1, "correct", "2"), row(1, "wrong", None)]
+    rows = [row(0, "correct"), row(0, "correct"), row(0, "incorrect", "2"), row(0, "unknown", None, False)]
+    rows += [row(1, "incorrect"), row(1, "incorrect"), row(1, "correct", "2"), row(1, "incorrect", None)]
     scores = summary(rows, seed=0)
     assert scores["accuracy"] == 3 / 8 and scores["unknown"] == 1 and scores["truncated"] == 1 / 8
     assert scores["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx((5 / 6 + 1 / 2) / 2), "4": 1.0}
     assert scores["majority"] == 0.5 and scores["tokens"] == {"mean": 15.0, "median": 10.0, "most": 20.0}
-    none = summary([row(number, "wrong") for number in range(10)], seed=0)
+    none = summary([row(number, "incorrect") for number in range(10)], seed=0)
     assert none["accuracy"] == 0 and none["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_a_suite_that_is_not_there_comes_from_the_hub(tmp_path, monkeypatch):
     found = {name: suites.find(name, tmp_path) for name in ("math500", "aime25-1", "aime25")}
     assert asked == [suites.SUITES[name].hub for name in found]
     assert all(suites.kept(*suite) == {0, 1} for suite in found.values()), "the file on the hub is the part alone"
-    assert [line["gold_answer"] for line in prompts.read_problems(str(fetched))] == ["70", "2"]
+    assert [line["gold_answer"] for line in problems.read_problems(str(fetched))] == ["70", "2"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
@@ -110,35 +110,35 @@ def test_a_problem_is_seen_with_its_words_or_thirteen_of_them_in_a_row():
 def test_the_table_stands_beside_the_papers():
     score = {"answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5}, "majority": 0.5}
     more = score | {"answers_per_problem": 4, "accuracy": 0.25, "pass_at": {"1": 0.25, "4": 0.75}}
-    text = evaluated.table("x", {"math500": "MATH-500", "mine": "Mine"}, {
+    text = results.table("x", {"math500": "MATH-500", "mine": "Mine"}, {
         name: {"greedy": score, "sampled": more} for name in ("math500", "mine")
     })  # fmt: skip
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[0] == ["model", "MATH-500", "Mine"] and rows[2][1:] == ["50.0 (40.0 to 60.0)"] * 2
     assert rows[3][0].endswith("avg@4") and rows[4][1] == "75.0" and ["OREAL-7B (paper)", "91.0", "–"] in rows
-    assert "(paper)" not in evaluated.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
+    assert "(paper)" not in results.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0)}, {})
-    evaluated.claim(tmp_path, inputs, {"greedy": Sampling(temperature=0.0), "sampled": Sampling()}, {})
+    results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0)}, {})
+    results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0), "sampled": SamplingConfig()}, {})
     with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
-        evaluated.claim(tmp_path, inputs, {"sampled": Sampling(temperature=0.5)}, {})
+        results.claim(tmp_path, inputs, {"sampled": SamplingConfig(temperature=0.5)}, {})
     for config, says in (
         (Config(seed=3), "seed"),
-        (Config(verify=Verify(thinking_end=("</s>",))), "thinking_end"),
-        (Config(verify=Verify(judge=Judge(urls=("http://x",)))), "judge"),
+        (Config(verify=VerifyConfig(thinking_end=("</s>",))), "thinking_end"),
+        (Config(verify=VerifyConfig(judge=JudgeConfig(urls=("http://x",)))), "judge"),
     ):
         with pytest.raises(ConfigError, match=f"another {says}"):
-            evaluated.claim(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
+            results.claim(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
 
 
 def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
 
     def claim(path, *problems):
-        evaluated.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
+        results.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
 
     claim("a/test.jsonl", ("q", "1"), ("r", "2"))
     claim("a/test.jsonl", ("q", "1"), ("r", "2"))
@@ -151,9 +151,9 @@ def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_
 def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
     score = {"problems": 4, "answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5},
              "majority": 0.5}  # fmt: skip
-    evaluated.report(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
-    evaluated.report(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
-    evaluated.report(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
+    results.report(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
+    results.report(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
+    results.report(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
     written, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
     assert written["suites"]["mine.jsonl"]["greedy"] == score == written["suites"]["math500"]["sampled"]
     assert written["suites"]["math500"]["greedy"]["accuracy"] == 0.75 and written["seen_in_training"] == {
@@ -167,7 +167,9 @@ def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
 def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsys):
     run, recipe = tmp_path / "run", tmp_path / "recipe.py"
     (run / "policy").mkdir(parents=True)
-    recipe.write_text(f"from oreal_megatron.config import *\ndef lone(): return Config(model=Model({str(run)!r}))\n")
+    recipe.write_text(
+        f"from oreal_megatron.config import *\ndef lone(): return Config(model=ModelConfig({str(run)!r}))\n"
+    )
     (run / "config.json").write_text(text)
     told = []
     for words in (["evaluate", str(run)], ["evaluate", str(run / "policy")], ["plan", f"{recipe}:lone", "--gpus", "1"]):
@@ -175,7 +177,7 @@ def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsy
         told.append(capsys.readouterr().err)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
-        evaluated.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {}, {})
+        results.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {}, {})
     for sentence in (*told, str(refused.value)):
         assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
 
@@ -192,7 +194,7 @@ class Engine:
         self.calls.append(seed)
         rows = [
             [Rollout(p, slot, k, (1,) * (k + 1), str((seed[1] * 31 + slot * 7 + k) % 3), True)
-             for k in range(sampling.answers_per_prompt)] for slot, p in enumerate(prompts)
+             for k in range(sampling.rollouts_per_prompt)] for slot, p in enumerate(prompts)
         ]  # fmt: skip
         for row in rows:
             for rollout in row:
@@ -205,14 +207,14 @@ class Verifier:
         pass
 
     def verdicts(self, rollouts):
-        outcome = {True: Outcome.CORRECT, False: Outcome.WRONG}
+        outcome = {True: Outcome.CORRECT, False: Outcome.INCORRECT}
         return [[Verdict(outcome[r.text == "1"], "exact", r.text) for r in row] for row in rollouts]
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BLOCK", 4)
     asked = [Prompt(number, f"q{number}", "1", None, (1,)) for number in range(10)]
-    arguments = ("s.jsonl", asked, "sampled", Sampling(answers_per_prompt=2), Config())
+    arguments = ("s.jsonl", asked, "sampled", SamplingConfig(rollouts_per_prompt=2), Config())
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = evaluate.answer(*arguments, tmp_path / "whole", Engine(), Verifier())
@@ -228,23 +230,23 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_pa
 
 
 def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, monkeypatch, model_folder):
-    from oreal_megatron.cli import build
     from oreal_megatron.mcore import parallel
+    from oreal_megatron.session import prepare
 
     data, recipe, rated = tmp_path / "data.jsonl", tmp_path / "recipe.py", tmp_path / "rated.jsonl"
     lines = [{"question": f"q{number}", "gold_answer": "1", "source": "s"} for number in range(10)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe.write_text(
         "from oreal_megatron.config import *\n"
-        f"def lone(): return Config(model=Model({str(model_folder)!r}), data=Data({str(data)!r}),\n"
-        "    parallel=Parallel(tensor=8, pipeline=2), engine=Engine(max_model_len=64))\n"
+        f"def lone(): return Config(model=ModelConfig({str(model_folder)!r}), data=DataConfig({str(data)!r}),\n"
+        "    parallel=ParallelConfig(tensor=8, pipeline=2), engine=EngineConfig(max_model_len=64))\n"
     )
     engines = [Engine(breaks_at=1), Engine(), Engine()]
     verifier = Verifier()
     verifier.grader = SimpleNamespace(close=lambda: None)
     started = iter(engines)
     monkeypatch.setattr(evaluate, "BLOCK", 4)
-    monkeypatch.setattr(build, "start_engine", lambda inputs: (next(started), verifier))
+    monkeypatch.setattr(prepare, "start_engine", lambda inputs: (next(started), verifier))
     for name in ("start_process_group", "stop"):
         monkeypatch.setattr(parallel, name, lambda *args: None)
     monkeypatch.setattr(evaluate.watchdog, "start", lambda config: None)
@@ -260,16 +262,16 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
 
 
 def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkeypatch, capsys):
-    assert evaluated.with_cache(evaluated.config_of(str(model_folder), [])).engine.kv_cache_gb == 1.0, "on a CPU"
-    monkeypatch.setattr(evaluated.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(evaluated.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
-    named = evaluated.config_of(str(model_folder), ["engine.kv_cache_gb=3"])
-    assert evaluated.with_cache(named).engine.kv_cache_gb == 3
+    assert results.with_cache(results.config_of(str(model_folder), [])).engine.kv_cache_gib == 1.0, "on a CPU"
+    monkeypatch.setattr(results.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    named = results.config_of(str(model_folder), ["engine.kv_cache_gib=3"])
+    assert results.with_cache(named).engine.kv_cache_gib == 3
     file = SimpleNamespace(stat=lambda: SimpleNamespace(st_size=62 * 2**30))
-    monkeypatch.setattr(evaluated, "Folder", lambda path: SimpleNamespace(weight_files=[file]))
-    alone = evaluated.config_of(str(model_folder), [])
+    monkeypatch.setattr(results, "Folder", lambda path: SimpleNamespace(weight_files=[file]))
+    alone = results.config_of(str(model_folder), [])
     with pytest.raises(ConfigError, match="takes 62.0 GB of each GPU, and 70.0 GB are free"):
-        evaluated.with_cache(alone)
-    halved = evaluated.with_cache(evaluated.config_of(str(model_folder), ["engine.tensor=2"]))
-    assert halved.engine.kv_cache_gb == 70 - 31 - evaluated.MARGIN_GB
-    assert "engine.kv_cache_gb is 29.0: 70.0 GB are free" in capsys.readouterr().out
+        results.with_cache(alone)
+    halved = results.with_cache(results.config_of(str(model_folder), ["engine.tensor=2"]))
+    assert halved.engine.kv_cache_gib == 70 - 31 - results.MARGIN_GB
+    assert "engine.kv_cache_gib is 29.0: 70.0 GB are free" in capsys.readouterr().out

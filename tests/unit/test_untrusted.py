@@ -16,13 +16,14 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from oreal_megatron import config as c
-from oreal_megatron import prompts, safe_load
 from oreal_megatron.convert.torch_dist import Writer
-from oreal_megatron.observe.run import Run
+from oreal_megatron.data import problems
+from oreal_megatron.observe.run_folder import Run
 from oreal_megatron.records import Outcome
+from oreal_megatron.runtime import safe_load
 from oreal_megatron.verify.grader import Grader
-from oreal_megatron.verify.judge import API_KEY, Judge
-from oreal_megatron.verify.pool import Pool
+from oreal_megatron.verify.judge import API_KEY, JudgeClient
+from oreal_megatron.verify.worker_pool import Pool
 
 KEY = "sk-never-written-down"
 
@@ -67,14 +68,14 @@ def poison_object(folder: Path, evil: Evil) -> None:
 
 def test_a_sound_checkpoint_passes(checkpoint):
     safe_load.check(checkpoint)
-    from oreal_megatron.mcore import checkpoint as mcore_checkpoint
+    from oreal_megatron.mcore import checkpoint_state as mcore_checkpoint
 
     mcore_checkpoint.check(checkpoint)
 
 
 @pytest.mark.parametrize("poison", [poison_metadata, poison_common, poison_object])
 def test_a_pickle_in_a_checkpoint_is_refused_and_not_run(poison, checkpoint, tmp_path):
-    from oreal_megatron.mcore import checkpoint as mcore_checkpoint
+    from oreal_megatron.mcore import checkpoint_state as mcore_checkpoint
 
     mark = tmp_path / "was run"
     poison(checkpoint, Evil(mark))
@@ -113,9 +114,9 @@ def test_the_code_of_a_tokenizer_is_run_only_when_it_is_trusted(model_folder, tm
         f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\n"
         "class Own(PreTrainedTokenizerFast): pass\n"
     )
-    prompts.load_tokenizer(str(folder))
+    problems.load_tokenizer(str(folder))
     assert not mark.exists()
-    prompts.load_tokenizer(str(folder), trust_remote_code=True)
+    problems.load_tokenizer(str(folder), trust_remote_code=True)
     assert mark.exists()
 
 
@@ -123,13 +124,13 @@ def test_a_broken_tokenizer_is_named(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "model/tokenizer.json").write_text("{}")
     with pytest.raises(c.ConfigError, match="the tokenizer of .*model cannot be loaded"):
-        prompts.load_tokenizer(str(tmp_path / "model"))
+        problems.load_tokenizer(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("url", ["http://me:secret@judge:8000", "https://judge/v1?key=secret", "http://secret@judge"])
 def test_a_url_with_a_secret_is_refused_without_repeating_it(url):
     with pytest.raises(c.ConfigError, match=f"URL of judge judge holds .* {API_KEY}") as error:
-        Judge(c.Judge(urls=(url,)))
+        JudgeClient(c.JudgeConfig(urls=(url,)))
     assert "secret" not in str(error.value)
 
 
@@ -161,8 +162,8 @@ def server():
 def test_the_key_reaches_the_judge_and_nothing_else(server, tmp_path, monkeypatch, caplog, capfd):
     url, keys = server
     monkeypatch.setenv(API_KEY, KEY)
-    judge = c.Judge((url,), model="m", cache=str(tmp_path / "run/verdicts.jsonl"))
-    config = c.Config(run=str(tmp_path / "run"), verify=c.Verify(workers=1, judge=judge))
+    judge = c.JudgeConfig((url,), model="m", cache=str(tmp_path / "run/verdicts.jsonl"))
+    config = c.Config(run=str(tmp_path / "run"), verify=c.VerifyConfig(workers=1, judge=judge))
     Run(config)
     with caplog.at_level(logging.DEBUG):
         grader = Grader(config.verify)
@@ -178,7 +179,7 @@ WHAT_A_WORKER_SEES = """
 import json, os, sys
 print("ready", flush=True)
 for _ in sys.stdin:
-    print(json.dumps(["wrong", "exact", os.environ.get("OREAL_JUDGE_API_KEY", "nothing"), 0.0]), flush=True)
+    print(json.dumps(["incorrect", "exact", os.environ.get("OREAL_JUDGE_API_KEY", "nothing"), 0.0]), flush=True)
 """
 
 

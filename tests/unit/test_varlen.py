@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oreal_megatron.mcore import context, varlen
+from oreal_megatron.mcore import context_parallel, varlen_attention
 
 LENGTHS = [7, 1, 30, 5, 16, 31, 6]  # 96 tokens
 BORDERS = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
@@ -37,9 +37,9 @@ def test_packed_attention_is_that_of_one_sequence_at_a_time(ranks, groups):
     gradients = torch.autograd.grad((wanted * weight).sum(), (query, key, value))
     got, rows = [], []
     for rank in range(ranks):
-        chunks = context.chunks(BORDERS[-1], rank, ranks)
+        chunks = context_parallel.chunks(BORDERS[-1], rank, ranks)
         mine = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
-        plan = varlen.Plan(varlen.segments(BORDERS, chunks), query.device)
+        plan = varlen_attention.AttentionPlan(varlen_attention.segments(BORDERS, chunks), query.device)
         got.append(plan.attend(query[mine], key, value))
         rows.append(mine)
     rows = torch.cat(rows)
@@ -71,9 +71,9 @@ def plain_kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size, en
 def test_borders_for_a_gpu_s_kernel_say_the_same(ranks, borders):
     tensors = drawn()
     for rank in range(ranks):
-        chunks = context.chunks(BORDERS[-1], rank, ranks)
+        chunks = context_parallel.chunks(BORDERS[-1], rank, ranks)
         mine = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
-        plan = varlen.Plan(varlen.segments(borders, chunks), mine.device)
+        plan = varlen_attention.AttentionPlan(varlen_attention.segments(borders, chunks), mine.device)
         share = tensors[0][mine], *tensors[1:]
         torch.testing.assert_close(plan.by_borders(plain_kernel, *share), plan.attend(*share))
 
@@ -81,7 +81,7 @@ def test_borders_for_a_gpu_s_kernel_say_the_same(ranks, borders):
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
 def test_nothing_crosses_the_border_of_a_sequence(which):
     tensors = drawn()
-    plan = varlen.Plan(varlen.segments(BORDERS, [range(BORDERS[-1])]), tensors[0].device)
+    plan = varlen_attention.AttentionPlan(varlen_attention.segments(BORDERS, [range(BORDERS[-1])]), tensors[0].device)
     first, stop = BORDERS[2], BORDERS[3]
     before = plan.attend(*tensors)[first:stop]
     with torch.no_grad():
@@ -98,6 +98,8 @@ def test_zigzag_shares_of_one_long_sequence_see_equally_many_keys(ranks):
     rows = 64 * ranks
     seen = [
         sum(sum(segment.offset + place + 1 for place in range(len(segment.queries))) for segment in found)
-        for found in (varlen.segments((0, rows), context.chunks(rows, rank, ranks)) for rank in range(ranks))
+        for found in (
+            varlen_attention.segments((0, rows), context_parallel.chunks(rows, rank, ranks)) for rank in range(ranks)
+        )
     ]
     assert max(seen) == min(seen)

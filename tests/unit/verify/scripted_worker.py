@@ -26,4 +26,4 @@ for line in sys.stdin:
         sys.stdout.write('["corr')
         sys.stdout.flush()
         os._exit(0)
-    print(json.dumps(["correct" if gold == text else "wrong", "exact", text, 0.001]), flush=True)
+    print(json.dumps(["correct" if gold == text else "incorrect", "exact", text, 0.001]), flush=True)

@@ -44,7 +44,7 @@ def test_pred_is_read_as_a_file_response_as_the_policy(oreal_verify):
         {"gold": "5", "response": "\\boxed{5}"}, {"gold": "5", "response": "\\boxed{5}", "finished": False},
     ]  # fmt: skip
     _, rows, _ = oreal_verify(lines)
-    assert [row["verdict"] for row in rows] == ["correct", "wrong", "correct", "wrong"]
+    assert [row["verdict"] for row in rows] == ["correct", "incorrect", "correct", "incorrect"]
     assert [row["method"] for row in rows][1:] == ["no answer", "exact", "truncated"]
 
 

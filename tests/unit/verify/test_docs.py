@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from oreal_megatron.verify import rules
+from oreal_megatron.math_equality import rules
 
 DOCS = Path(__file__).parents[3] / "docs" / "verifier.md"
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from oreal_megatron.verify import extract
+from oreal_megatron.math_equality import extract
 
 
 @pytest.mark.parametrize(

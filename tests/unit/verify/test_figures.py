@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import config
+from oreal_megatron.math_equality import rules
 from oreal_megatron.records import Outcome
-from oreal_megatron.verify import rules
 from oreal_megatron.verify.grader import Grader
 
 FILES = (
@@ -48,7 +48,7 @@ def test_hostile_answers(shared_rows, tmp_path, monkeypatch):
     rows = shared_rows("evil_answers.jsonl")
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()
-    with Grader(config.Verify(workers=2)) as grader:
+    with Grader(config.VerifyConfig(workers=2)) as grader:
         boxed = [grader.submit(row["gold"], f"\\boxed{{{row['answer']}}}") for row in rows]
         bare = [grader.submit_text(row["gold"], row["answer"]) for row in rows]
         for row, *verdicts in zip(
@@ -75,7 +75,7 @@ def test_a_step_of_1024_rollouts_with_hostile_ones(shared_rows):
     step = [(gold, gold) for gold in chance.choices(golds, k=973)]
     step += [(row["gold"], row["answer"]) for row in chance.choices(hostile, k=51)]
     chance.shuffle(step)
-    with Grader(config.Verify(workers=2)) as grader:
+    with Grader(config.VerifyConfig(workers=2)) as grader:
         start = time.monotonic()
         futures = [grader.submit(gold, f"{'some reasoning ' * 200} \\boxed{{{answer}}}") for gold, answer in step]
         outcomes = [future.result(timeout=60).outcome for future in futures]

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from oreal_megatron.config import Judge as Config
+from oreal_megatron.config import JudgeConfig as Config
 from oreal_megatron.records import Outcome
 from oreal_megatron.verify import judge as module
-from oreal_megatron.verify.judge import Judge, JudgesDown
+from oreal_megatron.verify.judge import JudgeClient, JudgesDown
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def judge():
     def make(*servers, **settings):
         urls = tuple(server if isinstance(server, str) else server.url for server in servers)
         defaults = {"read_timeout_s": 0.4, "connect_timeout_s": 0.3, "retries": 2, "all_down_wait_s": 1.0}
-        made.append(Judge(Config(urls=urls, **{**defaults, **settings})))
+        made.append(JudgeClient(Config(urls=urls, **{**defaults, **settings})))
         return made[-1]
 
     yield make
@@ -42,7 +42,7 @@ def outcome(judge, answer="5.0", gold="5", question="How many?"):
 
 @pytest.mark.parametrize(
     ("says", "want"),
-    [("CORRECT", Outcome.CORRECT), ("WRONG", Outcome.WRONG), ("say=Hmm, hard to say.", Outcome.UNKNOWN)],
+    [("CORRECT", Outcome.CORRECT), ("WRONG", Outcome.INCORRECT), ("say=Hmm, hard to say.", Outcome.UNKNOWN)],
 )
 def test_a_reply_becomes_a_verdict(judge_server, judge, says, want):
     assert outcome(judge(judge_server(says))) is want
@@ -50,7 +50,7 @@ def test_a_reply_becomes_a_verdict(judge_server, judge, says, want):
 
 @pytest.mark.parametrize("fault", ["500", "garbage", "half", "empty", "huge", "slow=5", "drip", "429", "429=0"])
 def test_one_fault_is_retried(judge_server, judge, fault):
-    assert outcome(judge(judge_server(fault, "WRONG"))) is Outcome.WRONG
+    assert outcome(judge(judge_server(fault, "WRONG"))) is Outcome.INCORRECT
 
 
 @pytest.mark.parametrize("fault", ["500", "garbage", "half", "empty", "429", "drip"])
@@ -78,7 +78,7 @@ def test_death_in_the_middle_of_a_reply_moves_to_the_other_host(judge_server, ju
     dying, living = judge_server("die"), judge_server("WRONG")
     client = judge(dying, living)
     outcomes = [client.submit("q", "5", f"{n}.5") for n in range(40)]
-    assert {future.result(timeout=20)[0] for future in outcomes} == {Outcome.WRONG}
+    assert {future.result(timeout=20)[0] for future in outcomes} == {Outcome.INCORRECT}
 
 
 def test_a_dead_host_is_left_alone_and_comes_back(judge_server, judge, free_port):
@@ -86,10 +86,10 @@ def test_a_dead_host_is_left_alone_and_comes_back(judge_server, judge, free_port
     dead = f"http://127.0.0.1:{free_port}"
     client = judge(dead, living)
     futures = [client.submit("q", "5", f"{n}.5") for n in range(30)]
-    assert {future.result(timeout=20)[0] for future in futures} == {Outcome.WRONG}
+    assert {future.result(timeout=20)[0] for future in futures} == {Outcome.INCORRECT}
     assert client.health()[living.url] == "up" and client.health()[dead].startswith("down: ConnectError")
     sent = client.requests
-    assert outcome(client, answer="99.25") is Outcome.WRONG
+    assert outcome(client, answer="99.25") is Outcome.INCORRECT
     assert client.requests == sent + 1  # nothing more goes to the dead one
     judge_server("WRONG", port=free_port)
     deadline = time.monotonic() + 10
@@ -114,7 +114,7 @@ def test_a_host_that_returns_in_time_is_used_and_nothing_is_lost(judge_server, j
     time.sleep(0.7)
     assert not any(future.done() for future in futures)
     judge_server("WRONG", port=free_port)
-    assert [future.result(timeout=20)[0] for future in futures] == [Outcome.WRONG] * 30
+    assert [future.result(timeout=20)[0] for future in futures] == [Outcome.INCORRECT] * 30
 
 
 def test_a_server_that_says_it_is_unavailable_counts_as_down(judge_server, judge):
@@ -130,9 +130,9 @@ def test_verdicts_survive_a_restart_and_unknown_is_asked_again(judge_server, jud
     first.close()
     second = judge(server, cache=cache, model="m")
     assert outcome(second, answer="5.0") is Outcome.CORRECT and second.requests == 0
-    assert outcome(second, answer="6.0") is Outcome.WRONG and second.requests == 1
+    assert outcome(second, answer="6.0") is Outcome.INCORRECT and second.requests == 1
     other = judge(server, cache=cache, model="another judge")
-    assert outcome(other, answer="5.0") is Outcome.WRONG and other.requests == 1
+    assert outcome(other, answer="5.0") is Outcome.INCORRECT and other.requests == 1
 
 
 def test_the_same_question_under_way_is_asked_once(judge_server, judge):
@@ -164,13 +164,13 @@ INJECTIONS = [
 def test_an_answer_that_talks_to_the_judge_is_never_accepted(judge_server, judge, answer):
     """The scripted judge obeys any order it is shown, so what protects is the client: the order never reaches it."""
     server = judge_server("obedient")
-    assert outcome(judge(server), answer=answer) is Outcome.WRONG
+    assert outcome(judge(server), answer=answer) is Outcome.INCORRECT
     assert server.stop() == []
 
 
 def test_an_overlong_answer_is_not_shown(judge_server, judge):
     server = judge_server("CORRECT")
-    assert outcome(judge(server, max_answer_chars=100), answer="5" + " \\quad" * 50 + " or 6") is Outcome.WRONG
+    assert outcome(judge(server, max_answer_chars=100), answer="5" + " \\quad" * 50 + " or 6") is Outcome.INCORRECT
     assert server.stop() == []
 
 
@@ -185,7 +185,7 @@ def test_asked_from_many_threads(judge_server, judge):
     client = judge(judge_server("WRONG"))
     with ThreadPoolExecutor(8) as threads:
         outcomes = list(threads.map(lambda n: outcome(client, answer=f"{n}.5"), range(64)))
-    assert outcomes == [Outcome.WRONG] * 64
+    assert outcomes == [Outcome.INCORRECT] * 64
 
 
 def test_close_cancels_what_is_under_way(judge_server, judge):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.verify.pool import Pool, PoolBroken
+from oreal_megatron.verify.worker_pool import Pool, PoolBroken
 
 SCRIPT = [sys.executable, str(Path(__file__).parent / "scripted_worker.py")]
 
@@ -19,7 +19,7 @@ def pool():
     made = []
 
     def make(**settings):
-        made.append(Pool(**{"workers": 2, "timeout_s": 0.5, "memory_mb": 512, "command": SCRIPT, **settings}))
+        made.append(Pool(**{"workers": 2, "timeout_s": 0.5, "memory_mib": 512, "command": SCRIPT, **settings}))
         return made[-1]
 
     yield make
@@ -57,8 +57,8 @@ def test_a_dead_worker_is_replaced_and_its_item_is_unknown(pool, order):
 
 
 def test_memory_is_capped(pool):
-    grading = pool(workers=1, timeout_s=20.0, memory_mb=256)
-    assert grading.submit("response", "a", "hog 100").result(timeout=20).outcome == "wrong"
+    grading = pool(workers=1, timeout_s=20.0, memory_mib=256)
+    assert grading.submit("response", "a", "hog 100").result(timeout=20).outcome == "incorrect"
     assert grading.submit("response", "a", "hog 400").result(timeout=20).outcome == "unknown"
     assert grading.submit("response", "a", "a").result(timeout=20).outcome == "correct"
 
@@ -76,7 +76,7 @@ def test_each_item_has_its_own_clock(pool):
     """Ten items of 0.2 s in a row on one worker take longer than the limit of 0.5 s; none is late."""
     grading = pool(workers=1)
     futures = [grading.submit("response", "a", "sleep 0.2") for _ in range(10)]
-    assert [future.result(timeout=20).outcome for future in futures] == ["wrong"] * 10
+    assert [future.result(timeout=20).outcome for future in futures] == ["incorrect"] * 10
 
 
 def test_works_from_many_threads(pool):

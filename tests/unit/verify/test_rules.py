@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.verify import rules
+from oreal_megatron.math_equality import rules
 
 TABLE = (Path(__file__).parent / "pairs.tsv").read_text().split("# different answers\n")
 SAME, DIFFERENT = ([tuple(row.split("\t")) for row in part.splitlines() if "\t" in row] for part in TABLE)
@@ -51,11 +51,11 @@ def test_different_stays_different_the_other_way_round():
         ("so \\boxed{5}", "correct", "exact"),
         ("so \\boxed{\\frac{10}{2}}", "correct", "exact"),
         ("so \\boxed{\\sqrt{25}}", "correct", "exact"),
-        ("so \\boxed{\\sqrt{24.9}}", "wrong", "numeric"),
+        ("so \\boxed{\\sqrt{24.9}}", "incorrect", "numeric"),
         ("so \\boxed{5\\cos^2 t+5\\sin^2 t}", "correct", "symbolic"),
-        ("the answer is 5", "wrong", "no answer"),
-        ("", "wrong", "no answer"),
-        ("\\boxed{}", "wrong", "no answer"),
+        ("the answer is 5", "incorrect", "no answer"),
+        ("", "incorrect", "no answer"),
+        ("\\boxed{}", "incorrect", "no answer"),
     ],
 )
 def test_outcome_and_method(response, outcome, method):
@@ -63,12 +63,12 @@ def test_outcome_and_method(response, outcome, method):
 
 
 def test_a_truncated_response_is_wrong_without_work():
-    assert rules.grade("5", "\\boxed{5}", finished=False) == ("wrong", "truncated", None)
+    assert rules.grade("5", "\\boxed{5}", finished=False) == ("incorrect", "truncated", None)
 
 
 def test_only_what_follows_the_thinking_counts():
     ends = ("</think>", "<|end_of_thought|>")
-    assert rules.grade("5", "<think>\\boxed{5}</think> \\boxed{6}", True, ends).outcome == "wrong"
+    assert rules.grade("5", "<think>\\boxed{5}</think> \\boxed{6}", True, ends).outcome == "incorrect"
     assert rules.grade("5", "<think>\\boxed{6}</think> \\boxed{5}", True, ends).outcome == "correct"
     assert rules.grade("5", "<think>\\boxed{5}</think> I do not know", True, ends).method == "no answer"
     assert rules.grade("5", "a</think>b</think>\\boxed{6}<|end_of_thought|>\\boxed{5}", True, ends).outcome == "correct"
@@ -81,7 +81,7 @@ def test_an_empty_gold_does_not_equal_itself(gold):
 
 def test_a_gold_in_several_boxes_can_be_met_by_several_boxes():
     assert rules.grade("1,2", "\\boxed{2} and \\boxed{1}").outcome == "correct"
-    assert rules.grade("2", "\\boxed{1} and \\boxed{2}").outcome == "wrong"  # hedging
+    assert rules.grade("2", "\\boxed{1} and \\boxed{2}").outcome == "incorrect"  # hedging
     assert rules.grade("2", "first I had \\boxed{1}, but on checking it is \\boxed{2}").outcome == "correct"
 
 
@@ -119,5 +119,5 @@ def test_heavy_answers_end_of_themselves(answer):
 def test_the_worker_side_is_light():
     """No torch, no sympy: a worker starts at once and stays small."""
     heavy = {"torch", "sympy", "numpy", "httpx"}
-    code = f"import sys, oreal_megatron.verify.worker; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, oreal_megatron.verify.worker_process; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

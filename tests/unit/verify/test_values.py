@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oreal_megatron.verify import values
-from oreal_megatron.verify.evaluate import Evaluator
-from oreal_megatron.verify.normalise import normalise
-from oreal_megatron.verify.parser import parse
-from oreal_megatron.verify.values import Arithmetic, Ball, TooLarge, Undefined
+from oreal_megatron.math_equality import values
+from oreal_megatron.math_equality.evaluator import Evaluator
+from oreal_megatron.math_equality.normalise import normalise
+from oreal_megatron.math_equality.parser import parse
+from oreal_megatron.math_equality.values import Arithmetic, Ball, TooLarge, Undefined
 
 SMALL = Arithmetic(64)
 FRACTIONS = st.fractions(min_value=-50, max_value=50, max_denominator=50)

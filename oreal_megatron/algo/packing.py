@@ -1,0 +1,91 @@
+"""Samples -> equal numbers of packed micro-batches on every data-parallel rank."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+
+import torch
+
+from oreal_megatron.algo.selection import counts
+from oreal_megatron.records import Batch, MicroBatch, PackingSpec, Sample
+
+
+def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
+    """Pack this data-parallel rank's share of the samples; the counts are those of the whole step.
+
+    Every rank packs the shares of all ranks, so all agree on the number of micro-batches without communication:
+    different numbers deadlock Megatron's schedules. Ranks with fewer micro-batches get empty ones.
+    """
+    budget = max(spec.tokens_per_micro_batch - spec.tokens_per_micro_batch % spec.token_multiple, 1)
+    groups_by_rank = [_groups(share, budget) for share in _deal(samples, spec.ranks, spec.even_tokens)]
+    most = max(1, *(len(groups) for groups in groups_by_rank))
+    number = -(-most // spec.micro_batch_multiple) * spec.micro_batch_multiple
+    groups = groups_by_rank[spec.rank] + [[]] * (number - len(groups_by_rank[spec.rank]))
+    return Batch(tuple(micro_batch(group, spec.token_multiple) for group in groups), counts(samples))
+
+
+def cost(tokens: int, even_tokens: float) -> float:
+    """Estimated work of one sequence, in tokens whose attention costs nothing."""
+    return tokens * (1 + tokens / even_tokens)
+
+
+def _deal(samples: Sequence[Sample], ranks: int, even_tokens: float) -> list[list[Sample]]:
+    """Longest first, each to the rank with the least work so far; every share is sorted by falling length."""
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for sample in sorted(samples, key=len, reverse=True):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(sample)
+        loads[lightest] += cost(len(sample), even_tokens)
+    return shares
+
+
+def _groups(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Best fit of samples sorted by falling length: each to the fullest group with room for it. One that is longer
+    than the budget stands alone."""
+    groups: list[list[Sample]] = []
+    rooms: list[tuple[int, int]] = []  # tokens that still fit, number of the group; sorted
+    for sample in samples:
+        at = bisect.bisect_left(rooms, (len(sample), -1))
+        if at == len(rooms):
+            rooms.append((max(budget, len(sample)), len(groups)))
+            groups.append([])
+        room, number = rooms.pop(at)
+        groups[number].append(sample)
+        bisect.insort(rooms, (room - len(sample), number))
+    return groups
+
+
+def micro_batch(samples: Sequence[Sample], pad_to: int = 1) -> MicroBatch:
+    """Some samples end to end, and filler tokens without action up to a multiple of `pad_to`.
+
+    Without samples: filler alone, which adds zero to every loss.
+    """
+    lengths = [len(sample) for sample in samples]
+    filler = -sum(lengths) % pad_to if samples else pad_to
+    sequence_offsets = torch.tensor([0, *lengths, *([filler] if filler else [])]).cumsum(0).tolist()
+    return MicroBatch(
+        tokens=_ints([token for s in samples for token in (*s.prompt_tokens, *s.response_tokens)] + [0] * filler),
+        positions=_ints([place for length in (*lengths, filler) for place in range(length)]),
+        sequence_offsets=tuple(sequence_offsets),
+        action_index=_ints(  # the last prompt token predicts the first action
+            [
+                first + len(s.prompt_tokens) - 1 + place
+                for first, s in zip(sequence_offsets, samples, strict=False)
+                for place in range(len(s.response_tokens))
+            ]
+        ),
+        labels=_ints([token for s in samples for token in s.response_tokens]),
+        action_offsets=torch.tensor([0, *([len(s.response_tokens) for s in samples] or [0])]).cumsum(0),
+        reward=torch.tensor([sample.reward for sample in samples] or [0.0]),
+        advantage=torch.tensor([sample.advantage for sample in samples] or [0.0]),
+        engine_logprobs=torch.tensor(
+            [value for s in samples for value in s.engine_logprobs or [math.nan] * len(s.response_tokens)]
+        ),
+    )
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.long)

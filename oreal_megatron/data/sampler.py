@@ -1,0 +1,56 @@
+"""Which items a step takes: difficulty-balanced prompts or shuffled demonstrations, a pure function of the step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+from oreal_megatron.config import ConfigError, DataConfig
+from oreal_megatron.records import Prompt
+
+Item = TypeVar("Item")
+
+
+class Sampler(Generic[Item]):
+    """Shuffles the items anew in every epoch and hands out consecutive ones.
+
+    The position is step x per_step and the order depends on seed and epoch alone: nothing needs to be saved.
+    """
+
+    def __init__(self, items: Sequence[Item], per_step: int, seed: int):
+        self.items, self.per_step = list(items), per_step
+        self._order = lru_cache(2)(lambda epoch: _shuffled(len(self.items), f"{seed} {epoch}"))
+
+    def take(self, step: int) -> list[Item]:
+        """The items of a step, counted from 0."""
+        places = (divmod(step * self.per_step + i, len(self.items)) for i in range(self.per_step))
+        return [self.items[self._order(epoch)[place]] for epoch, place in places]
+
+
+def balanced(prompts: Sequence[Prompt], config: DataConfig, seed: int) -> Sampler[Prompt]:
+    """Prompts repeated by their pass-rate bucket (papers.md, section 1.7).
+
+    Those whose pass rate lies in no bucket are left out (the paper keeps 0 to 0.8); those without one appear once.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(repeats(prompt.pass_rate, config.buckets))]
+    if not repeated:
+        raise ConfigError(
+            f"none of the {len(prompts)} prompts of {config.path} has a pass rate inside data.buckets; "
+            "widen the buckets or rate the prompts again"
+        )
+    return Sampler(repeated, config.prompts_per_step, seed)
+
+
+def repeats(pass_rate: float | None, buckets: Sequence[tuple[float, float, int]]) -> int:
+    """How often a prompt appears in an epoch; buckets are (low, high, repeats) with low <= rate < high."""
+    if pass_rate is None:
+        return 1
+    return sum(times for low, high, times in buckets if low <= pass_rate < high)
+
+
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

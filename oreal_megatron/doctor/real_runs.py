@@ -1,0 +1,112 @@
+"""What `oreal doctor` runs for real, on a model of 0.4 M weights: ranks talk, an engine answers, a policy learns from
+it, and the engine takes the new weights. In processes of its own, so that a crash is only reported.
+
+Started by torchrun with the folder of that model; the first rank prints one line for each part that went well.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from oreal_megatron import loop
+from oreal_megatron.algo import packing
+from oreal_megatron.config import Config, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
+from oreal_megatron.records import Prompt, Sample
+from oreal_megatron.runtime import distributed
+from oreal_megatron.session import prepare
+
+PARTS = ("collective", "generate", "train", "weight sync")
+DONE = "doctor: "
+
+
+def make_model(folder: Path) -> None:
+    """A Qwen2 with random weights, and a tokenizer of one token for each letter."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    letters = ["<end>", *"abcdefghijklmnopqrstuvwxyz"]
+    words = models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<end>")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<end>").save_pretrained(folder)
+    shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    config = Qwen2Config(
+        vocab_size=64, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=0, **shape
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def run(folder: str) -> None:
+    from oreal_megatron.mcore import parallel, trained_models
+
+    config = Config(
+        tokens_per_micro_batch=512,
+        model=ModelConfig(folder, dtype="bfloat16" if torch.cuda.is_available() else "float32"),
+        engine=EngineConfig(max_model_len=32, max_num_seqs=16, kv_cache_gib=0.1, enforce_eager=True),
+        sampling=SamplingConfig(rollouts_per_prompt=4, top_p=1.0, max_new_tokens=8),
+        verify=VerifyConfig(workers=1),
+    )
+    inputs = prepare.prepare(config)
+    parallel.start_process_group()
+    with part("collective") as say:
+        say(collective())
+    with part("generate") as say:
+        engine, verifier = prepare.start_engine(inputs)
+        prompts = [Prompt(number, "", "", None, (number + 1, 2, 3)) for number in range(2 * engine.replicas)]
+        rollouts = engine.generate(prompts, config.sampling, (0, 0))
+        say(f"{sum(map(len, rollouts))} answers from {engine.replicas} engines")
+    with part("train") as say:
+        parallel.start_megatron(config.parallel, seed=0)
+        policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
+        spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
+        gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
+        say(f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}")
+    with part("weight sync") as say:
+        metrics = prepare.connect(policy, engine).sync(policy.updates)
+        say(f"{metrics['reshard/verified_parameters']:.0f} parameters arrived")
+    verifier.grader.close()
+    parallel.stop(engine)
+
+
+def collective() -> str:
+    """Sum a tensor over all ranks on their devices; raises when the sum is wrong."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    ones = torch.ones(2**22, device=device)
+    dist.all_reduce(ones)
+    if ones.min().item() != ones.max().item() or ones[0].item() != dist.get_world_size():
+        raise RuntimeError(f"the sum of ones over {dist.get_world_size()} ranks came out as {ones[0].item()}")
+    return f"{dist.get_world_size()} ranks on {device.type}"
+
+
+def train(policy, no_reward_model, rollouts, spec) -> str:
+    """One update on the answers, every second one called right; raises when nothing is learned from them."""
+    samples = [
+        Sample(rollout.prompt.tokens, rollout.tokens, reward, reward)
+        for row in rollouts
+        for rollout, reward in zip(row, (1.0, -1.0) * 2, strict=True)
+    ]
+    batch = packing.batch(samples, spec)
+    metrics = policy.update(batch, policy.score(batch), no_reward_model.update(batch)[0])
+    if not (math.isfinite(metrics["policy/gradient_norm"]) and metrics["policy/gradient_norm"] > 0):
+        raise RuntimeError(f"the gradient norm of one update is {metrics['policy/gradient_norm']}")
+    return f"gradient norm {metrics['policy/gradient_norm']:.3f}"
+
+
+@contextmanager
+def part(name: str) -> Iterator[Callable[[str], None]]:
+    """Time one part, and print what it said once it has gone well."""
+    start, said = time.perf_counter(), []
+    yield said.append
+    if distributed.rank() == 0:
+        print(f"{DONE}{name}: {', '.join(said)} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

@@ -1,0 +1,202 @@
+"""Are two trees the same answer? Lists, tuples, sets, intervals, matrices and relations, down to their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from oreal_megatron.math_equality import intervals
+from oreal_megatron.math_equality.evaluator import has_variables
+from oreal_megatron.math_equality.scalars import Scalars
+from oreal_megatron.math_equality.shapes import is_time, items_of, lettered, matrix_rows, plus_minus, quantity
+from oreal_megatron.math_equality.tree import Node, key, renamed, walk
+from oreal_megatron.math_equality.values import Arithmetic, TooLarge, Undefined, Value
+from oreal_megatron.math_equality.variable_names import (
+    assignments,
+    is_plain_name,
+    named,
+    renaming,
+    same_name,
+    unindexed,
+)
+
+MAX_ITEMS = 60  # of a list compared in any order
+_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+class Same(Scalars):
+    """One comparison of two answers."""
+
+    # -- answers -------------------------------------------------------------------------------------------------
+    def answers(self, gold: Node, predicted: Node) -> bool:
+        """Whether `predicted` is the answer `gold`."""
+        gold, predicted = plus_minus(gold), plus_minus(predicted)
+        if key(gold) == key(predicted):
+            self.note("exact" if gold[0] == "num" else "symbolic")
+            return True
+        if gold[0] == "rel" and predicted[0] == "rel" and self.relations(gold, predicted):
+            return True
+        if gold[0] == predicted[0] == "rel" and (intervals.INEQUALITIES | {"in"}) & {*gold[2], *predicted[2]}:
+            if (same := self.interval_sets(gold, predicted)) is not None:
+                return same
+        values = self.without_names(gold, predicted)
+        return values is not None and self.unnamed_answers(*values)
+
+    def without_names(self, gold: Node, predicted: Node) -> tuple[Node, Node] | None:
+        """The values of two assignments; None where they are of different unknowns, or where one contradicts itself
+        (x = 6 = 5)."""
+        (gold_name, golds), (name, values) = named(gold), named(predicted)
+        if gold_name is None:
+            golds = (gold,)
+        elif name is None and len(values) > 1:
+            return None  # x = 5 is not 5 = 5
+        if name is not None and gold_name is not None and not same_name(gold_name, name):
+            letters = renaming(gold_name, name)
+            if not letters:
+                return None  # x = 5 is not y = 5
+            predicted = values[-1]
+            values = (renamed(predicted, letters),)
+            if any(part[0] == "atom" and part[1] in set(letters.values()) - set(letters) for part in walk(predicted)):
+                return None  # f(t) = x is not f(x) = x
+        if name is not None and gold_name is None and not is_plain_name(name):
+            return None
+        if not all(has_variables(value) or self.answers(values[-1], value) for value in values[:-1]):
+            return None
+        return plus_minus(golds[-1]), plus_minus(values[-1])
+
+    def unnamed_answers(self, gold: Node, predicted: Node) -> bool:
+        kinds = {gold[0], predicted[0]}
+        if intervals.is_condition(gold) or intervals.is_condition(predicted):
+            same = self.interval_sets(gold, predicted)
+            alike = gold[0] == predicted[0] == "list" and gold[2:] == predicted[2:]
+            return alike and self.collections(gold, predicted) if same is None else same
+        if kinds & {"list", "set"} and not kinds & {"union", "such", "minus", "meet"}:
+            return self.collections(gold, predicted)
+        if kinds == {"tuple"}:
+            return gold[1:3] == predicted[1:3] and self.in_order(gold[3], predicted[3])
+        if kinds & {"tuple", "union", "such", "minus", "rel", "meet"} or ("const", "set R") in (gold, predicted):
+            return bool(self.interval_sets(gold, predicted))
+        if kinds & {"word"}:
+            return False
+        if (rows := matrix_rows(gold)) is not None:
+            return self.matrices(rows, matrix_rows(predicted))
+        if kinds & {"ratio"}:
+            return self.ratios(gold, predicted)
+        gold, predicted = quantity(gold), quantity(predicted)
+        return self.quantities(lettered(gold, predicted), lettered(predicted, gold))
+
+    def ratios(self, gold: Node, predicted: Node) -> bool:
+        """2:3 is 4:6 and 2/3; a time of day, or what has a zero in it, is compared as written."""
+        if gold[0] != predicted[0]:
+            return not is_time(gold) and self.scalars(gold, predicted)
+        g, p = gold[1], predicted[1]
+        if len(g) != len(p) or self.in_order(g, p) or is_time(gold):
+            return self.in_order(g, p)
+        zero = ("num", Fraction(0), None)
+        if any(self.scalars(zero, item) for item in g + p):
+            return False
+        return all(self.scalars(("mul", (g[0], b)), ("mul", (p[0], a))) for a, b in zip(g[1:], p[1:], strict=True))
+
+    # -- several answers -----------------------------------------------------------------------------------------
+    def in_order(self, gold: tuple[Node, ...], predicted: tuple[Node, ...]) -> bool:
+        return len(gold) == len(predicted) and all(self.answers(g, p) for g, p in zip(gold, predicted, strict=True))
+
+    def matrices(self, gold: tuple, predicted: tuple | None) -> bool:
+        if predicted is None or len(gold) != len(predicted):
+            return False
+        return all(self.in_order(g, p) for g, p in zip(gold, predicted, strict=True))
+
+    def collections(self, gold: Node, predicted: Node) -> bool:
+        """Lists and sets in any order; a tuple, or values for named unknowns, in theirs."""
+        if {gold[0], predicted[0]} == {"tuple", "set"}:
+            return False  # a point is no set
+        g, p = items_of(gold), items_of(predicted)
+        if gold[0] != predicted[0] and ("const", "empty") in g + p:
+            return False  # the set of the empty set is not empty
+        if any(item == ("atom", "...") for item in g + p):
+            return self.in_order(g, p)
+        named_golds, named_items = assignments(g), assignments(p)
+        if named_golds and named_items:
+            return self.any_order(g, p)
+        if named_items and gold[0] != "tuple":
+            return False  # -2, 1 is not x = -2, y = 1
+        if named_golds or named_items or "tuple" in (gold[0], predicted[0]):
+            return self.in_order(g, p)
+        g, p = tuple(map(unindexed, g)), tuple(map(unindexed, p))
+        if len(g) != len(p) and (gold[0] == "set" or predicted[0] == "set" or g[0][0] == "tuple"):
+            g, p = self.distinct(g), self.distinct(p)
+        return self.any_order(g, p)
+
+    def distinct(self, items: tuple[Node, ...]) -> list[Node]:
+        found: list[Node] = []
+        for item in items[:MAX_ITEMS]:
+            if not any(self.answers(other, item) for other in found):
+                found.append(item)
+        return found
+
+    def any_order(self, gold: Sequence[Node], predicted: Sequence[Node]) -> bool:
+        if len(gold) != len(predicted) or len(gold) > MAX_ITEMS:
+            return False
+        left = list(predicted)
+        for item in gold:
+            match = next((i for i, other in enumerate(left) if self.answers(item, other)), None)
+            if match is None:
+                return False
+            left.pop(match)
+        return True
+
+    def interval_sets(self, gold: Node, predicted: Node) -> bool | None:
+        """Unions, intervals, set builders and inequalities in one unknown, piece by piece; None where a side is no
+        set."""
+        g, p = intervals.read(gold), intervals.read(predicted)
+        if g is None or p is None:
+            return None
+        applied = p.unknown.startswith("fn(") and not p.unknown.startswith("fn(_")
+        if g.unknown != p.unknown and (g.unknown and p.unknown or applied) or len(g.pieces) != len(p.pieces):
+            return False  # x > 3 is not y > 3; (3, oo) is not f(x) > 3
+        return all(self.pieces(piece, other) for piece, other in zip(g.pieces, p.pieces, strict=True))
+
+    def pieces(self, gold: intervals.Piece, predicted: intervals.Piece) -> bool:
+        if (gold.low_closed, gold.high_closed) != (predicted.low_closed, predicted.high_closed):
+            return False
+        return self.answers(gold.low, predicted.low) and self.answers(gold.high, predicted.high)
+
+    # -- relations -----------------------------------------------------------------------------------------------
+    def relations(self, gold: Node, predicted: Node) -> bool:
+        """The same chain (read from either end), or one relation that is the other times a constant."""
+        (_, g, g_ops), (_, p, p_ops) = gold, predicted
+        flipped = tuple(_FLIPPED.get(op, op) for op in reversed(p_ops))
+        if g_ops == p_ops and len(g) > 2 and self.in_order(g, p):
+            return True
+        if g_ops == flipped and len(g) > 2 and self.in_order(g, tuple(reversed(p))):
+            return True
+        if len(g) != 2 or len(p) != 2:
+            return False
+        if g_ops[0] not in ("=", "!=", "<", "<=", ">", ">="):
+            return g_ops == p_ops and self.in_order(g, p)
+        signed = g_ops[0] not in ("=", "!=")
+        left = ("add", (g[0], ("neg", g[1])))
+        if g_ops == p_ops and self.proportional(left, ("add", (p[0], ("neg", p[1]))), signed):
+            return True
+        return signed and g_ops == flipped and self.proportional(left, ("add", (p[1], ("neg", p[0]))), signed)
+
+    def proportional(self, gold: Node, predicted: Node, signed: bool) -> bool:
+        """Whether gold = c * predicted with one constant c, positive where `signed`, not zero."""
+        if not has_variables(gold) or not has_variables(predicted):
+            return False
+        self.note("symbolic")
+        first: dict[Arithmetic, Value] = {}
+
+        def agree(arithmetic: Arithmetic, g: Value, p: Value) -> bool | None:
+            zeros = [arithmetic.same(value, Fraction(0)) is not False for value in (g, p)]
+            if any(zeros):
+                return None if all(zeros) else False
+            try:
+                ratio = arithmetic.divide(g, p)
+                if signed and arithmetic.sign(ratio) <= 0:
+                    return False
+            except (Undefined, TooLarge):
+                return None
+            return arithmetic.same(ratio, first.setdefault(arithmetic, ratio))
+
+        return self.everywhere(gold, predicted, agree)

@@ -1,0 +1,252 @@
+"""Normalised text -> tokens. A table, no evaluation: an unknown command is an error, never a guess."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from oreal_megatron.math_equality.normalise import closing_braces
+
+MAX_CHARS = 4000  # of an answer that is parsed; Python converts integers of up to 4,300 digits
+MAX_TOKENS = 1500
+
+
+class ParseError(ValueError):
+    """The text is not mathematics this grammar knows. Answers are then compared as text."""
+
+
+class Token(NamedTuple):
+    """kind: num rep atom const fn big frac sqrt op rel open close sep word deg money begin end mod."""
+
+    kind: str
+    value: str
+
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth ln log lg exp sgn gcd lcm max min det "
+    "Re Im arg deg dim ker inf sup operatorname asin acos atan abs".split()
+)
+_GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega Upsilon ell hbar prime "
+    "odot star dagger nabla partial mho aleph bullet square triangle angle imath jmath clubsuit heartsuit "
+    "spadesuit diamondsuit oplus wp".split()
+)
+_RELATIONS = {
+    "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">",
+    "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~", "in": "in", "equiv": "equiv", "sim": "sim", "cong": "cong",
+    "mid": "|", "vert": "|", "lvert": "|", "rvert": "|", "implies": "=>", "Rightarrow": "=>", "rightarrow": "->",
+    "to": "->", "perp": "perp", "parallel": "parallel", "subset": "subset", "subseteq": "subseteq", "notin": "notin",
+    "mapsto": "->", "longrightarrow": "->", "iff": "<=>", "Leftrightarrow": "<=>", "propto": "propto",
+}  # fmt: skip
+_OPERATORS = {
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "pm", "mp": "mp", "cup": "cup", "cap": "cap",
+    "bigcup": "cup", "bigcap": "cap", "setminus": "setminus", "backslash": "setminus", "colon": ":", "slash": "/",
+}  # fmt: skip
+_CONSTANTS = {"pi": "pi", "infty": "inf", "infin": "inf", "emptyset": "empty", "varnothing": "empty"}
+_FENCES = {
+    "lfloor": ("open", "floor"), "rfloor": ("close", "floor"), "lceil": ("open", "ceil"), "rceil": ("close", "ceil"),
+    "langle": ("open", "<"), "rangle": ("close", "<"), "lbrace": ("open", "set"), "rbrace": ("close", "set"),
+    "lparen": ("open", "("), "rparen": ("close", ")"), "lbrack": ("open", "["), "rbrack": ("close", "]"),
+}  # fmt: skip
+_DROPPED = frozenset(
+    "mathbf boldsymbol bm mathit mathsf mathcal mathfrak vec hat widehat overrightarrow mathop hbox underline "
+    "ensuremath bold mathord mathbin mathstrut strut".split()
+)
+_TEXT = frozenset(
+    "text textbf textit mathrm mbox textrm textnormal textsf texttt operatorname textup emph mathtt".split()
+)
+_DOTS = frozenset("ldots cdots dots dotsc dotsb dotsm vdots ddots".split())
+_NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)")
+_REPEATING = re.compile(r"(\d*\.\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
+_DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
+_NAME = re.compile(r"[A-Za-z]+")
+_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
+_SYMBOLS = re.compile(r"\*\*|<=|>=|==|!=|<>|->|=>|!!|.", re.DOTALL)
+_SYMBOL = {
+    "**": ("op", "^"), "<=": ("rel", "<="), ">=": ("rel", ">="), "==": ("rel", "="), "!=": ("rel", "!="),
+    "->": ("rel", "->"), "=>": ("rel", "=>"), "!!": ("op", "!!"), "=": ("rel", "="), "<": ("rel", "<"),
+    ">": ("rel", ">"), "+": ("op", "+"), "-": ("op", "-"), "*": ("op", "*"), "/": ("op", "/"), "^": ("op", "^"),
+    "_": ("op", "_"), "!": ("op", "!"), "%": ("op", "%"), ":": ("op", ":"), "|": ("op", "|"), "(": ("open", "("),
+    "[": ("open", "["), "{": ("open", "{"), ")": ("close", ")"), "]": ("close", "]"), "}": ("close", "}"),
+    ",": ("sep", ","), ";": ("sep", ";"), "&": ("op", "&"), "'": ("op", "'"),
+}  # fmt: skip
+_MONEY = {"currency": "dollar", "€": "euro", "£": "pound", "¥": "yuan", "₹": "rupee", "¢": "cent"}
+_INNER_MATH = re.compile(r"[-+\d.,:/ ()%]+|\(?[A-Za-z]\)?")
+_SEPARATING = re.compile(r"(?:\s|,|;|and|or|或|和|与)+")
+SHORT_WORDS = frozenset("cm mm km ft in kg mg mi lb lbs oz yd hr hrs min sec mph pct deg rad ml yes no not is it am pm "
+                        "the for odd all set none east west even per old men usd".split())  # fmt: skip
+
+
+def tokens(text: str, thousands: bool = True) -> list[Token]:
+    """Tokens of a normalised answer. Raises ParseError on what is too long or unknown."""
+    if len(text) > MAX_CHARS:
+        raise ParseError(f"an answer of {len(text)} characters is not parsed (limit {MAX_CHARS})")
+    found: list[Token] = []
+    at, fences = 0, 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        token_list, at = _next(text, at, thousands and fences == 0)
+        for token in token_list:
+            fences += (token.kind == "open" and token.value in "([set") - (
+                token.kind == "close" and token.value in ")]set"
+            )
+        found.extend(token_list)
+        if len(found) > MAX_TOKENS:
+            raise ParseError(f"an answer of more than {MAX_TOKENS} tokens is not parsed")
+    return found
+
+
+def _next(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
+    """The tokens of one spelling (often one, none for a dropped command) and where the next begins."""
+    character = text[at]
+    if character.isdigit() or character == "." and text[at + 1 : at + 2].isdigit():
+        return _number(text, at, thousands)
+    if (degree := _DEGREE.match(text, at)) is not None:
+        return [Token("deg", "")], degree.end()
+    if character == "\\":
+        return _command(text, at)
+    if (name := _NAME.match(text, at)) is not None:
+        return _letters(text, name)
+    symbol = _SYMBOLS.match(text, at)
+    if symbol.group() == "!=" and text[:at].rstrip()[-1:].isdigit():
+        return [Token("op", "!")], at + 1  # 3! = 6
+    if symbol.group() in _SYMBOL:
+        return [Token(*_SYMBOL[symbol.group()])], symbol.end()
+    if character in _MONEY:
+        return [Token("money", _MONEY[character])], at + 1
+    if character > "\x7f" and character.isalpha():
+        word = re.compile(r"[^\x00-\x7f]+").match(text, at)
+        return [Token("word", word.group())], word.end()
+    raise ParseError(f"no meaning known for {character!r}")
+
+
+def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
+    if not text[at : at + 1].isascii():
+        raise ParseError(f"no meaning known for the digit {text[at]!r}")
+    if (repeating := _REPEATING.match(text, at)) is not None:
+        if text[repeating.end() : repeating.end() + 1].isdigit():
+            raise ParseError("digits behind a repeating decimal")
+        return [Token("rep", f"{repeating.group(1)}|{repeating.group(2)}")], repeating.end()
+    if thousands and (grouped := _THOUSANDS.match(text, at)) is not None:
+        return [Token("num", grouped.group().replace(",", ""))], grouped.end()
+    number = _NUMBER.match(text, at)
+    if number is None:
+        raise ParseError(f"no meaning known for {text[at : at + 8]!r}")
+    return [Token("num", number.group())], number.end()
+
+
+def _letters(text: str, name: re.Match) -> tuple[list[Token], int]:
+    """A run of letters: a function, a word, or single-letter variables next to each other."""
+    run, end = name.group(), name.end()
+    lowered = run.lower()
+    after_number = text[: name.start()].rstrip()[-1:].isdigit()
+    if run in ("min", "sec") and after_number and text[end : end + 2].lstrip()[:1] not in ("(", "\\", "{"):
+        return [Token("word", run)], end
+    if run in FUNCTIONS and run not in ("inf", "deg", "arg", "dim", "ker", "sup", "det"):
+        return [Token("fn", run)], end
+    if lowered == "sqrt":
+        return [Token("sqrt", "")], end
+    if run == "pi":
+        return [Token("const", "pi")], end
+    if lowered == "usd" and not after_number:
+        return [Token("money", "dollar")], end
+    if lowered in ("and", "or"):
+        return [Token("sep", lowered)], end
+    if lowered in ("infinity", "infty"):
+        return [Token("const", "inf")], end
+    if len(run) >= 4 or lowered in SHORT_WORDS and (len(run) > 2 or after_number):
+        return [Token("word", run)], end
+    return [_atom(letter) for letter in run], end
+
+
+def _atom(letter: str) -> Token:
+    return Token("const", letter) if letter in "ei" else Token("atom", letter)
+
+
+def _command(text: str, at: int) -> tuple[list[Token], int]:
+    match = _COMMAND.match(text, at)
+    if match is None:
+        raise ParseError("the text ends in a backslash")
+    name, end = match.group(1), match.end()
+    if name in _TEXT:
+        return _text(text, name, end)
+    if name in ("begin", "end"):
+        return _environment(text, name, end)
+    if name == "overline" or name == "bar":
+        return [Token("fn", "overline")], end
+    if name in ("pmod", "bmod", "mod"):
+        return [Token("mod", name)], end
+    if name in ("mathbb", "Bbb"):
+        inner = re.compile(r"\s*\{?\s*([A-Z])\s*\}?").match(text, end)
+        if inner is None:
+            raise ParseError("\\mathbb without a letter")
+        return [Token("const", f"set {inner.group(1)}")], inner.end()
+    return _table(name), end
+
+
+def _table(name: str) -> list[Token]:
+    """Tokens of a command whose meaning does not depend on what follows."""
+    if name in ("frac", "dfrac", "tfrac", "cfrac"):
+        return [Token("frac", "/")]
+    if name in ("binom", "dbinom", "tbinom"):
+        return [Token("frac", "binom")]
+    if name == "sqrt":
+        return [Token("sqrt", "")]
+    for kind, table in (("rel", _RELATIONS), ("op", _OPERATORS), ("const", _CONSTANTS)):
+        if name in table:
+            value = table[name]
+            return [Token("op" if value == "|" else kind, value)]
+    if name in _FENCES:
+        return [Token(*_FENCES[name])]
+    if name in FUNCTIONS:
+        return [Token("fn", name)]
+    if name in ("sum", "prod", "int", "lim"):
+        return [Token("big", name)]
+    if name in _GREEK:
+        return [Token("atom", "\\" + name)]
+    if name in _DOTS:
+        return [Token("atom", "...")]
+    if name in _MONEY:
+        return [Token("money", _MONEY[name])]
+    if name in _DROPPED:
+        return []
+    single = {"{": ("open", "set"), "}": ("close", "set"), "\\": ("op", "\\\\"), "|": ("op", "|"), "_": ("op", "_")}
+    if name in single:
+        return [Token(*single[name])]
+    raise ParseError(f"no meaning known for \\{name}")
+
+
+def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
+    r"""\text{...}: a separator, mathematics in upright letters, a function name, or words."""
+    while at < len(text) and text[at].isspace():
+        at += 1
+    if name == "mathrm" and text[at : at + 1].isalpha():
+        return [_atom(text[at])], at + 1
+    end = closing_braces(text, at).get(at, -1)
+    if end < 0:
+        raise ParseError(f"\\{name} without its braces")
+    inner = text[at + 1 : end].strip()
+    if re.fullmatch(r"[a-zA-Z]", inner) and text[at + 1] == " ":
+        return [Token("word", inner)], end + 1  # 5\text{ m}: a unit, set apart by its space
+    if not inner:
+        return [], end + 1
+    if _DEGREE.fullmatch(inner):
+        return [Token("deg", "")], end + 1
+    if _SEPARATING.fullmatch(inner):
+        return [Token("sep", inner.strip(" ,;") or ",")], end + 1
+    if inner in FUNCTIONS and inner not in ("min", "sec", "deg"):
+        return [Token("fn", inner)], end + 1
+    if _INNER_MATH.fullmatch(inner):
+        return tokens(inner), end + 1
+    return [Token("word", inner)], end + 1
+
+
+def _environment(text: str, name: str, at: int) -> tuple[list[Token], int]:
+    match = re.compile(r"\s*\{([a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?").match(text, at)
+    if match is None:
+        raise ParseError(f"\\{name} without the name of an environment")
+    return [Token(name, match.group(1))], match.end()

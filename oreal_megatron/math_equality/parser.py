@@ -1,0 +1,204 @@
+"""Tokens -> tree, upper half: lists, relations, ratios, unions, sums, products, powers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from oreal_megatron.math_equality import tree
+from oreal_megatron.math_equality.lexer import ParseError, tokens
+from oreal_megatron.math_equality.primaries import END, FACTOR, Primaries
+from oreal_megatron.math_equality.tree import Node
+
+MAX_POSTFIX = 8  # exponents, factorials, primes behind one operand
+_SIGNS = frozenset(("+", "-", "pm", "mp"))
+
+
+def parse(text: str, thousands: bool = True) -> Node:
+    """Tree of a normalised answer. Raises ParseError."""
+    parser = _Parser(tokens(text, thousands))
+    node = parser.answer()
+    if parser.peek() is not END:
+        raise ParseError(f"did not expect {parser.peek().value!r}")
+    if tree.depth(node) > tree.MAX_TREE_DEPTH:
+        raise ParseError(f"a tree of more than {tree.MAX_TREE_DEPTH} levels")
+    return node
+
+
+class _Parser(Primaries):
+    """Recursive descent, one method per level of binding."""
+
+    def answer(self) -> Node:
+        """items separated by commas, semicolons, "and", "or"."""
+        items, separators = [self.item()], []
+        while (separator := self.take("sep")) is not None:
+            while (more := self.take("sep")) is not None:
+                separator = more  # ", and"
+            if self.peek().kind in ("close", "end of text"):
+                break
+            separators.append(separator.value)
+            items.append(self.item())
+        return items[0] if len(items) == 1 else tree.grouped(items, separators)
+
+    def item(self) -> Node:
+        """A chain of relations, or words."""
+        if self.peek().kind == "word":
+            words = self.words()
+            if self.take("rel", "=") is None:
+                return words
+            return ("rel", (words, self.ratio()), ("=",))  # Area = 540
+        while self.peek() in (("rel", "=>"), ("rel", "="), ("rel", "~")):
+            self.take()
+        items, ops = [self.ratio()], []
+        while (relation := self.take("rel")) is not None:
+            ops.append(relation.value)
+            items.append(self.ratio() if self.peek().kind != "word" else self.words())
+        node = items[0] if not ops else ("rel", tuple(items), tuple(ops))
+        return node if self.take("mod") is None else ("rel", (node, self.ratio()), ("mod",))
+
+    def words(self) -> Node:
+        """Words up to the next separator, as text."""
+        found = []
+        while self.peek().kind not in ("sep", "close", "rel", "end of text"):
+            found.append(self.take().value)
+        return ("word", " ".join(found))
+
+    def ratio(self) -> Node:
+        items = [self.union()]
+        while self.peek() == ("op", ":") and self.peek(1).kind in FACTOR | {"op"}:
+            self.take()
+            items.append(self.union())
+        return items[0] if len(items) == 1 else ("ratio", tuple(items))
+
+    def union(self) -> Node:
+        node = self.sum()
+        while self.peek() in (("op", "cup"), ("op", "cap"), ("op", "setminus")):
+            op, right = self.take().value, self.sum()
+            if op == "cup":
+                node = ("union", (node[1] if node[0] == "union" else (node,)) + (right,))
+            else:
+                node = ("minus" if op == "setminus" else "meet", node, right)
+        return node
+
+    def sum(self) -> Node:
+        terms = [self.signed()]
+        while self.peek().kind == "op" and self.peek().value in _SIGNS:
+            terms.append(self.signed())
+        return terms[0] if len(terms) == 1 else ("add", tuple(terms))
+
+    def signed(self) -> Node:
+        """A term with its signs."""
+        negative, plus_minus = False, None
+        while self.peek().kind == "op" and self.peek().value in _SIGNS:
+            sign = self.take().value
+            negative ^= sign == "-"
+            plus_minus = sign if sign in ("pm", "mp") else plus_minus
+        node = self.term()
+        if negative:
+            node = ("neg", node)
+        return node if plus_minus is None else ("pm", plus_minus, node)
+
+    def term(self) -> Node:
+        """Products and quotients from the left. Next to a letter, juxtaposition binds more than "/": x/yz is x/(yz)."""
+        if (money := self.take("money")) is not None:
+            return ("unit", self.signed(), money.value)
+        node = self.product()
+        while self.peek() in (("op", "*"), ("op", "/")):
+            if self.take().value == "*":
+                node = tree.times(node, self.product(signs=True))
+                continue
+            bottom = self.factor(signs=True)
+            if bottom[0] != "num" and self.follows():
+                bottom = tree.times(bottom, self.product())
+            node = ("div", node, bottom)
+            if self.follows():
+                node = tree.times(node, self.product())
+        return self.unit(node)
+
+    def follows(self) -> bool:
+        """Whether a factor stands next, without a sign between."""
+        return self.peek().kind in FACTOR or self.at_bar()
+
+    def at_bar(self) -> bool:
+        """A bar here opens an absolute value: none is open, and it is not the bar of a set builder."""
+        return self.peek() == ("op", "|") and self.bars == 0 and ("op", "|") in self.tokens[self.at + 1 :]
+
+    def product(self, signs: bool = False) -> Node:
+        """Factors next to each other; 1\\frac{1}{2} is a mixed number."""
+        bare, factors = self.peek().kind == "num", [self.factor(signs)]
+        while self.follows():
+            token = self.peek()
+            if bare and token.kind == "num" and factors[-1][0] == "num":
+                factors[-1] = self.mixed(factors[-1])
+                continue
+            following = self.factor()
+            if bare and token == ("frac", "/"):
+                following = tree.mixed(factors, following)
+            factors.append(following)
+            bare = token.kind == "num"
+        return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
+
+    def mixed(self, whole: Node) -> Node:
+        """3 1/2. Two numbers next to each other mean nothing else."""
+        top, slash, bottom = self.peek(), self.peek(1), self.peek(2)
+        plain = top.value.isdigit() and bottom.value.isdigit() and whole[1].denominator == 1
+        if slash != ("op", "/") or bottom.kind != "num" or not plain or int(bottom.value) <= int(top.value):
+            raise ParseError(f"two numbers next to each other, the second {top.value[:20]}")
+        self.at += 3
+        return ("add", (whole, ("num", Fraction(int(top.value), int(bottom.value)), None)))
+
+    def unit(self, node: Node) -> Node:
+        """The words after a number, with their exponent: 15 cm^2, 12 square units, 60 miles per hour."""
+        words = []
+        while self.peek().kind in ("word", "money"):
+            words.append(self.take().value)
+            if words[0] in ("base", "in base") and (base := self.take("num")) is not None:
+                return tree.subscript(node, tree.number(base.value))
+            if self.peek() in (("op", "^"), ("op", "/")):
+                words.append(self.take().value + self.unit_part())
+        return ("unit", node, " ".join(words)) if words else node
+
+    def unit_part(self) -> str:
+        braces = self.take("open", "{") is not None
+        token = self.take()
+        if token is None or token.kind not in ("num", "word", "atom"):
+            raise ParseError("a unit followed by what is neither a number nor a word")
+        if braces:
+            self.expect("close", "}")
+        return token.value
+
+    def factor(self, signs: bool = False) -> Node:
+        negative = False
+        while signs and self.peek().kind == "op" and self.peek().value in ("+", "-"):
+            negative ^= self.take().value == "-"
+        node = self.postfix(self.primary())
+        return ("neg", node) if negative else node
+
+    def postfix(self, node: Node) -> Node:
+        """Subscripts, powers, factorials, degrees, percent signs."""
+        for _ in range(MAX_POSTFIX):
+            token = self.peek()
+            if token.kind == "deg":
+                self.take()
+                node = ("deg", node)
+            elif token == ("op", "^"):
+                self.take()
+                node = ("pow", node, self.exponent())
+            elif token == ("op", "_"):
+                self.take()
+                node = tree.subscript(node, self.argument())
+            elif token.kind == "op" and token.value in ("!", "!!", "%", "'"):
+                self.take()
+                node = ("pct", node) if token.value == "%" else ("fn", token.value, (node,))
+            else:
+                return node
+        raise ParseError(f"more than {MAX_POSTFIX} exponents or signs behind one operand")
+
+    def exponent(self) -> Node:
+        """Powers of powers bind from the right: 2^3^2 is 2^9."""
+        levels = [self.argument()]
+        while self.take("op", "^") is not None:
+            levels.append(self.argument())
+        node = levels.pop()
+        while levels:
+            node = ("pow", levels.pop(), node)
+        return node

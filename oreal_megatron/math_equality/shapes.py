@@ -1,0 +1,170 @@
+"""What kind of answer a tree is: units behind it, the items in it, its two signs, a matrix, a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from oreal_megatron.math_equality import units
+from oreal_megatron.math_equality.tree import Node, walk
+
+MAX_MATRIX = 36  # entries of a product of matrices that is worked out
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A number or expression without its unit."""
+
+    node: Node
+    unit: str | None  # None: nothing was written
+    percent: bool
+
+
+def quantity(node: Node) -> Quantity:
+    """Takes unit, degree and percent signs off the outside of an expression."""
+    if node[0] == "deg":
+        return Quantity(node[1], "degree", False)
+    if node[0] == "pct":
+        return Quantity(node[1], None, True)
+    if node[0] == "unit":
+        return _measured(node)
+    if node[0] == "neg":
+        inner = quantity(node[1])
+        return Quantity(("neg", inner.node), inner.unit, inner.percent)
+    if node[0] == "add" and node[1][-1][0] in ("unit", "deg", "pct"):
+        last = quantity(node[1][-1])
+        if not any(part[0] in ("unit", "deg", "pct") for item in node[1][:-1] for part in walk(item)):
+            return Quantity(("add", node[1][:-1] + (last.node,)), last.unit, last.percent)
+    if node[0] == "mul" and node[1][-1][0] == "deg":
+        return Quantity(("mul", node[1][:-1] + (node[1][-1][1],)), "degree", False)
+    return Quantity(node, None, False)
+
+
+def _measured(node: Node) -> Quantity:
+    """A number and the words behind it. Words that are no unit: no value, so equal to nothing."""
+    factor, words = units.scaled(node[2])
+    inner, unit = quantity(node[1]), units.canonical(words) if words else None
+    number = inner.node if factor == 1 else ("mul", (inner.node, ("num", Fraction(factor), None)))
+    if unit is not None and unit.startswith("per "):
+        unit = f"{inner.unit} {unit}"
+    elif unit is None and words or unit and inner.unit not in (None, unit) or inner.percent and unit != "percent":
+        return Quantity(node, None, False)
+    percent = unit == "percent" or inner.percent
+    return Quantity(number, None if percent else unit or inner.unit, percent)
+
+
+def lettered(quantity: Quantity, other: Quantity) -> Quantity:
+    """5m, 5m^2 and 5L read as 5 metres, 5 square metres and 5 litres where the other side has such a unit."""
+    node = quantity.node
+    if quantity.unit is not None or other.unit is None or node[0] != "mul":
+        return quantity
+    *rest, last = node[1]
+    last, power = (last[1], last[2]) if last[0] == "pow" else (last, ("num", Fraction(1), None))
+    unit = units.letter(last[1], int(power[1])) if last[0] == "atom" and power[0] == "num" else None
+    if unit is None or units.factor(other.unit, unit) is None or other.unit == "unit":
+        return quantity
+    return Quantity(rest[0] if len(rest) == 1 else ("mul", tuple(rest)), unit, quantity.percent)
+
+
+def is_time(node: Node) -> bool:
+    """12:30, 10:45: minutes, and no ratio in lowest terms."""
+    if node[0] != "ratio" or len(node[1]) != 2 or not all(part[0] == "num" for part in node[1]):
+        return False
+    hour, minute = node[1][0][1], node[1][1][1]
+    whole = hour.denominator == minute.denominator == 1
+    return whole and hour <= 24 and 10 <= minute < 60 and math.gcd(int(hour), int(minute)) > 1
+
+
+def is_infinite(node: Node) -> int:
+    """1 for infinity, -1 for minus infinity, else 0."""
+    sign = 1
+    while node[0] == "neg" or node[0] == "add" and len(node[1]) == 1:
+        sign, node = (-sign, node[1]) if node[0] == "neg" else (sign, node[1][0])
+    return sign if node == ("const", "inf") else 0
+
+
+def items_of(node: Node) -> tuple[Node, ...]:
+    """Items of a list, set or tuple in round brackets; a single answer is a list of one. Two signs count as two
+    items."""
+    if node[0] == "tuple":
+        return node[3] if node[1:3] == ("(", ")") else (node,)
+    items = node[1] if node[0] in ("list", "set") else (node,)
+    found: list[Node] = []
+    for item in items:
+        item = plus_minus(item)
+        if item[0] == "rel" and set(item[2]) <= {"="} and (signed := plus_minus(item[1][-1]))[0] == "list":
+            found.extend(("rel", item[1][:-1] + (value,), item[2]) for value in signed[1])
+        elif item[0] == "list" and node[0] != "list" or item[0] == "list" and item[-1] == "signs":
+            found.extend(item[1])
+        else:
+            found.append(item)
+    return tuple(found)
+
+
+def plus_minus(node: Node) -> Node:
+    r"""a \pm b -> the list a + b, a - b. Signs in one expression go together."""
+    if node[0] in ("rel", "list", "set", "tuple", "union") or not any(part[0] == "pm" for part in walk(node)):
+        return node
+    return ("list", (_signed(node, 1), _signed(node, -1)), "signs")
+
+
+def _signed(node: object, sign: int) -> object:
+    if not isinstance(node, tuple):
+        return node
+    if node and node[0] == "pm":
+        inner = _signed(node[2], sign)
+        return inner if (node[1] == "pm") == (sign > 0) else ("neg", inner)
+    return tuple(_signed(part, sign) for part in node)
+
+
+def matrix_rows(node: Node) -> tuple | None:
+    """Rows of a matrix, or of a sum, difference or product of matrices worked out; None for what is no matrix."""
+    if node[0] == "matrix":
+        return node[1]
+    if not any(part[0] == "matrix" for part in walk(node)):
+        return None
+    if node[0] == "neg":
+        return _scaled(("num", Fraction(-1), None), matrix_rows(node[1]))
+    if node[0] == "add":
+        return _folded(node[1], _summed)
+    if node[0] == "mul":
+        return _folded(node[1], _multiplied)
+    return None
+
+
+def _folded(items: tuple[Node, ...], combine) -> tuple | None:
+    total = matrix_rows(items[0]) or items[0]
+    for item in items[1:]:
+        total = combine(total, matrix_rows(item) or item)
+        if total is None:
+            return None
+    return total if _is_rows(total) else None
+
+
+def _is_rows(value: tuple) -> bool:
+    return bool(value) and isinstance(value[0], tuple)
+
+
+def _scaled(scalar: Node, rows: tuple | None) -> tuple | None:
+    return None if rows is None else tuple(tuple(("mul", (scalar, entry)) for entry in row) for row in rows)
+
+
+def _summed(a: tuple, b: tuple) -> tuple | None:
+    if not (_is_rows(a) and _is_rows(b)) or [len(row) for row in a] != [len(row) for row in b]:
+        return None
+    return tuple(tuple(("add", pair) for pair in zip(r, s, strict=True)) for r, s in zip(a, b, strict=True))
+
+
+def _multiplied(a: tuple, b: tuple) -> tuple | None:
+    if not _is_rows(a):
+        return _scaled(a, b) if _is_rows(b) else ("mul", (a, b))
+    if not _is_rows(b):
+        return _scaled(b, a)
+    if any(len(row) != len(b) for row in a) or len(a) * len(b) * len(b[0]) > MAX_MATRIX:
+        return None
+    columns = list(zip(*b, strict=True)) if len({len(row) for row in b}) == 1 else []
+    return tuple(
+        tuple(("add", tuple(("mul", pair) for pair in zip(row, column, strict=True))) for column in columns)
+        for row in a
+    )

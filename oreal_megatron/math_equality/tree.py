@@ -1,0 +1,165 @@
+"""The tree of an answer. Nodes are plain tuples whose first item names the kind; nothing is computed here.
+
+num value places | atom name | const name | add items | mul items | div a b | neg a | pow a b | fn name args | deg a |
+pct a | pm sign a | tuple open close items | set items | such variable condition | union items | minus a b | meet a b |
+rel items ops | list items [how] | matrix rows | unit a words | base digits base | ratio items | word text
+A list's [how]: "and" or "or" between inequalities, "signs" of a plus-minus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from oreal_megatron.math_equality.lexer import ParseError
+
+Node = tuple
+MAX_EXPONENT = 200  # of a number written 1e200; beyond it the number is a power that is not built
+MAX_TREE_DEPTH = 120  # well inside Python's own recursion limit
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+         "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
+_NAMED = ("atom", "const", "word")
+
+
+def number(text: str) -> Node:
+    """12, 0.50 (two places written), 6.02e23."""
+    mantissa, _, exponent = text.lower().partition("e")
+    value = Fraction(mantissa.rstrip(".") or "0")
+    if not exponent:
+        return ("num", value, len(mantissa.partition(".")[2]) or None)
+    if abs(int(exponent)) > MAX_EXPONENT:
+        return ("mul", (("num", value, None), ("pow", ("num", Fraction(10), None), ("num", Fraction(exponent), None))))
+    return ("num", value * Fraction(10) ** int(exponent), None)
+
+
+def repeating(text: str) -> Node:
+    """ "0.1|6" -> 1/6."""
+    head, cycle = text.split("|")
+    places = len(head.partition(".")[2])
+    tail = Fraction(int(cycle), 10**places * (10 ** len(cycle) - 1))
+    return ("num", Fraction(head.rstrip(".") or "0") + tail, None)
+
+
+def grouped(items: list[Node], separators: list[str]) -> Node:
+    """A list. With both signs present, semicolons part groups of commas: p=5,q=2; p=7,q=2."""
+    if set(separators) in ({"and"}, {"or"}) and all(item[0] == "rel" for item in items):
+        inequality = any(set(item[2]) - {"=", "in"} for item in items)
+        return ("list", tuple(items), separators[0]) if inequality else ("list", tuple(items))
+    outer = next((s for s in (";", "and", "or") if s in separators and "," in separators), None)
+    if outer is None or outer != ";" and not all(item[0] == "rel" for item in items):
+        return ("list", tuple(items))
+    groups: list[list[Node]] = [[items[0]]]
+    for separator, item in zip(separators, items[1:], strict=True):
+        if separator == outer:
+            groups.append([])
+        groups[-1].append(item)
+    if len({len(group) for group in groups}) != 1 or len(groups[0]) == 1:
+        return ("list", tuple(items))
+    return ("list", tuple(("list", tuple(group)) for group in groups))
+
+
+def bracket(opening: str, closing: str, inside: Node | None) -> Node:
+    """What a pair of brackets makes of its content: grouping, tuple, interval, set, floor, ceiling."""
+    if opening in ("floor", "ceil"):
+        if closing != opening or inside is None:
+            raise ParseError("a floor or ceiling that is not closed")
+        return ("fn", opening, (inside,))
+    partner = "{" if closing == "}" else closing
+    if any((opening == kind) != (partner == kind) for kind in ("{", "set", "<")):
+        raise ParseError(f"{opening!r} closed by {closing!r}")
+    items = () if inside is None else inside[1] if inside[0] == "list" else (inside,)
+    if opening == "set":
+        return ("set", items) if items else ("const", "empty")
+    if opening == "{":
+        return ("const", "empty") if inside is None else inside
+    if opening == "<":
+        return ("tuple", "(", ")", items)
+    if inside is not None and (inside[0] == "matrix" or (opening, closing) == ("(", ")") and inside[0] != "list"):
+        return inside
+    return ("tuple", opening, closing, items)
+
+
+def mixed(factors: list[Node], part: Node) -> Node:
+    r"""2\frac{1}{3} takes the whole number from the factors before it, also in 2\frac{1}{3}\%."""
+    if part[0] in ("pct", "deg"):
+        inner = mixed(factors, part[1])
+        return part if inner is part[1] else (part[0], inner)
+    whole = factors[-1]
+    if whole[0] != "num" or whole[2] is not None or whole[1].denominator != 1 or part[0] != "div":
+        return part
+    top, bottom = part[1], part[2]
+    plain = top[0] == bottom[0] == "num" and top[2] is None and bottom[2] is None
+    return ("add", (factors.pop(), part)) if plain and 0 < top[1] < bottom[1] else part
+
+
+def subscript(node: Node, index: Node) -> Node:
+    """x_1 is a variable of its own; 204_5 is a numeral in base 5."""
+    if node[0] != "num":
+        return ("fn", "_", (node, index))
+    if index[0] == "word" and index[1].lower() in BASES:
+        return ("base", str(node[1]), BASES[index[1].lower()])
+    if index[0] != "num" or index[1].denominator != 1:
+        raise ParseError("a number with a subscript that is not a base")
+    return ("base", str(node[1]), int(index[1]))
+
+
+def times(a: Node, b: Node) -> Node:
+    """One product of the factors of both, so that long products stay flat."""
+    return ("mul", (a[1] if a[0] == "mul" else (a,)) + (b[1] if b[0] == "mul" else (b,)))
+
+
+def depth(node: object) -> int:
+    """Levels of a tree, counted without recursion."""
+    levels, row = 0, [node]
+    while row:
+        levels += 1
+        row = [part for item in row for part in item if isinstance(part, tuple)]
+    return levels
+
+
+def walk(node: object) -> Iterator[Node]:
+    """Every node of a tree."""
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item and isinstance(item[0], str):
+            yield item
+        stack.extend(part for part in item if isinstance(part, tuple))
+
+
+def renamed(node: object, names: dict[str, str]) -> object:
+    """The tree with other letters."""
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("atom",):
+        return ("atom", names.get(node[1], node[1]))
+    return tuple(renamed(part, names) for part in node)
+
+
+def key(node: Node) -> str:
+    """One string for trees that differ only in the order of their sums and products."""
+    if node[0] == "num":
+        return str(node[1])
+    if node[0] in _NAMED:
+        return node[1]
+    if node[0] in ("add", "mul", "set", "union"):
+        return f"{node[0]}({';'.join(sorted(_flat(node)))})"
+    return f"{node[0]}({';'.join(_part(part) for part in node[1:])})"
+
+
+def _part(part: object) -> str:
+    if not isinstance(part, tuple):
+        return str(part)
+    if part and isinstance(part[0], str) and (part[0] in _NAMED or not all(isinstance(item, str) for item in part)):
+        return key(part)
+    return f"[{','.join(map(_part, part))}]"
+
+
+def _flat(node: Node) -> Iterator[str]:
+    for item in node[1]:
+        if item[0] == node[0]:
+            yield from _flat(item)
+        elif node[0] == "add" and item[0] == "neg" and item[1][0] == "add":
+            yield from (key(("neg", inner)) for inner in item[1][1])
+        else:
+            yield key(item)

@@ -1,0 +1,94 @@
+"""The names in front of answers: x = 5, f(t) = t + 1, AB = 4, Area = 540. A value belongs to its name."""
+
+from __future__ import annotations
+
+from oreal_megatron.math_equality import units
+from oreal_megatron.math_equality.evaluator import has_variables, is_opaque
+from oreal_megatron.math_equality.tree import Node, key, walk
+
+
+def _is_name(node: Node, depth: int = 0) -> bool:
+    """The left side of a gold's assignment: x, a_n, f(x), sin x, AB, |AB|, angle ABC, A:B, dy/dx, (p, q)."""
+    kind = node[0]
+    if depth > 3:
+        return False
+    if kind == "fn":
+        return node[1] not in ("sqrt", "!", "sum", "int", "floor", "ceil", "binom")
+    if kind in ("mul", "ratio"):
+        return all(_is_name(item, depth + 1) for item in node[1])
+    if kind == "tuple":
+        return node[1:3] == ("(", ")") and all(_is_name(item, depth + 1) for item in node[3])
+    if kind == "div":
+        return _is_name(node[1], depth + 1) and _is_name(node[2], depth + 1)
+    return kind in ("atom", "word") or kind == "const" and node[1] in ("e", "i")
+
+
+def is_plain_name(node: Node) -> bool:
+    """A name that may stand before the value the gold has bare: x, a_n, f(x), AB, |AB|, NO/BO, but not sin x, |x| or
+    xy: 5 is not the answer where xy = 5."""
+    kind = node[0]
+    if kind == "fn" and node[1] == "abs":
+        return node[2][0][0] == "mul" and is_plain_name(node[2][0])
+    if kind in ("mul", "ratio", "div"):
+        parts = node[1] if kind != "div" else node[1:]
+        return all(map(_is_name, parts)) and any(_is_figure(part) for part in walk(parts))
+    if kind == "tuple":
+        return all(map(is_plain_name, node[3]))
+    return kind == "word" and not units.denies(node[1]) or kind == "atom" or is_opaque(node)
+
+
+def _is_figure(node: Node) -> bool:
+    """A point of a figure, or the sign of an angle or triangle."""
+    return node[0] == "atom" and (len(node[1]) == 1 and node[1].isupper() or node[1] in ("\\angle", "\\triangle"))
+
+
+def named(node: Node) -> tuple[Node | None, tuple[Node, ...]]:
+    """(name, values) of "x = 1 + 1 = 2", "x in S", "x = 1/3 ~ 0.33", the last value being the answer; no name in
+    "2 + 4 = 6" and in what is no assignment."""
+    if node[0] != "rel":
+        return None, (node,)
+    items, ops = node[1], node[2]
+    if ops == ("in",) and _is_name(items[0]):
+        return items[0], items[1:]
+    if not set(ops) <= {"=", "~"}:
+        return None, (node,)
+    items = items[: len(items) if "~" not in ops else max(ops.index("~") + 1, 2)]
+    if _is_name(items[0]):
+        return items[0], items[1:]
+    if len(items) == 2 and items[1][0] == "atom" and not has_variables(items[0]):
+        return items[1], items[:1]
+    if len(items) > 2 and _is_name(items[-2]):
+        return items[-2], items[:-2] + items[-1:]
+    return (None, (node,)) if any(map(has_variables, items)) else (None, items)
+
+
+def same_name(gold: Node, name: Node) -> bool:
+    """x is x; a name in words ("Area") may stand for any other."""
+    return (
+        key(gold).lower() == key(name).lower()
+        if gold[0] == name[0] == "word"
+        else (key(gold) == key(name) or "word" in (gold[0], name[0]))
+    )
+
+
+def renaming(gold: Node, name: Node) -> dict[str, str]:
+    """f(t) -> f(x): the letters of one function's arguments to the other's."""
+    if gold[:2] != name[:2] or not is_opaque(gold) or len(gold[2]) != len(name[2]) or gold[1] in ("_", "'"):
+        return {}
+    letters, others = ([arg[1] for arg in side[2] if arg[0] == "atom"] for side in (gold, name))
+    if not len(set(letters)) == len(set(others)) == len(gold[2]):
+        return {}
+    return dict(zip(others, letters, strict=True))
+
+
+def unindexed(node: Node) -> Node:
+    """x_1 = 2 -> x = 2."""
+    if node[0] != "rel" or node[1][0][:2] != ("fn", "_"):
+        return node
+    return ("rel", (node[1][0][2][0], *node[1][1:]), node[2])
+
+
+def assignments(items: tuple[Node, ...]) -> bool:
+    """Whether every item names an unknown of its own: AB = 4, CD = 5. The roots x_1 = 2, x_2 = 3 are of one."""
+    names = [named(unindexed(item))[0] for item in items]
+    return len(items) > 1 and None not in names and len(set(names)) == len(items)

@@ -1,0 +1,199 @@
+"""Megatron's GPTModel for one pipeline stage, filled from Hugging Face tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.mcore import expert_layers, layers
+from oreal_megatron.mcore.cpu_shim import device_layer
+from oreal_megatron.mcore.output_heads import ScalarHead, WithoutProduct
+from oreal_megatron.models import tensors, torch_dist_keys
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.settings import nearest
+
+# Fused operations that not every installation has; a recipe may switch them on through config.megatron.
+NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device() -> torch.device:
+    """Where models live: the GPU, else the CPU; in a rehearsal the meta device, which it makes torch's default."""
+    default = torch.get_default_device()
+    if default.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return default
+
+
+def _interleaved(config: Config) -> int | None:
+    """Megatron's word for chunks per stage; it takes 1 for an interleaved schedule of one chunk."""
+    return config.parallel.virtual if config.parallel.virtual > 1 else None
+
+
+def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
+    """Megatron's description of the model and its layout; `config.megatron` passes further fields through.
+
+    Raises ConfigError for an unknown field, one that is derived from the model or the layout, or a combination that
+    Megatron refuses.
+    """
+    dtype = DTYPES[config.model.dtype]
+    fixed = dict(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=_interleaved(config),
+        context_parallel_size=config.parallel.context,
+        sequence_parallel=config.parallel.sequence,
+        variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
+        # Interleaved, two stages are each other's next and previous; batched, their messages would be mixed up.
+        overlap_p2p_comm=config.parallel.virtual > 1,
+        batch_p2p_comm=config.parallel.virtual == 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even for dense models
+        calculate_per_token_loss=True,  # our losses are divided by counts of the step; Megatron must not average again
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        gradient_accumulation_fusion=True,  # apex's, or ours: layers.WeightGradient
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,  # every tensor is filled from the Hugging Face folder
+        **expert_layers.fields(arch),
+    )
+    expert_layers.check(config.megatron)
+    known = [field.name for field in dataclasses.fields(TransformerConfig)]
+    for key in config.megatron:
+        if key not in known:
+            raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{nearest(key, known)}")
+        if key in fixed:
+            raise ConfigError(
+                f"config.megatron: {key} follows from the model and the other sections; set those instead"
+            )
+    if config.megatron.get("deterministic_mode"):
+        _let_libraries_be_deterministic()
+    try:
+        with device_layer():
+            return TransformerConfig(**fixed, **{**NEED_APEX_OR_TE, **config.megatron})
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _let_libraries_be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
+    if os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
+        raise ConfigError(
+            "deterministic_mode is set, and so is NVTE_ALLOW_NONDETERMINISTIC_ALGO="
+            f"{os.environ['NVTE_ALLOW_NONDETERMINISTIC_ALGO']}; Megatron refuses both together, so unset the latter"
+        )
+
+
+def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
+    """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head.
+
+    A list of its interleaved chunks of layers: `config.parallel.virtual` of them, usually one.
+    """
+    with device_layer():
+        megatron = transformer_config(arch, config)
+        if megatron.deterministic_mode:
+            torch.use_deterministic_algorithms(True)
+        expert_layers.prepare()
+        chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
+        return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
+
+
+def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
+    stages, stage = _place(config, chunk)
+    layer = layers.layer(arch, config)
+    model = GPTModel(
+        megatron,
+        TransformerBlockSubmodules([layer] * len(arch.stage_layers(stages, stage)), layer_norm=layers.RMSNorm),
+        vocab_size=arch.padded_vocab(config.parallel.tensor),
+        max_sequence_length=arch.max_positions,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=arch.tied and head == "lm",
+        vp_stage=chunk if config.parallel.virtual > 1 else None,
+    )
+    model.rotary_pos_emb = layers.Rotary(arch.rope.frequencies(arch.head_dim).to(device()))
+    if head == "scalar" and stage == stages - 1:
+        model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype, megatron.sequence_parallel)
+    elif stage == stages - 1:
+        model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
+    return model
+
+
+def _place(config: Config, chunk: int) -> tuple[int, int]:
+    """How many stages there are, each interleaved chunk counted, and which of them a chunk of this rank is."""
+    pipeline = config.parallel.pipeline
+    stage = chunk * pipeline + parallel_state.get_pipeline_model_parallel_rank()
+    return pipeline * config.parallel.virtual, stage
+
+
+def named_shards(
+    chunks: list[GPTModel], arch: Architecture, config: Config, head: str
+) -> Iterator[tuple[tensors.Entry, Tensor]]:
+    """The mapping entries of this rank's stage, each with the live parameter it describes."""
+    for number, chunk in enumerate(chunks):
+        stages, stage = _place(config, number)
+        live, offset = dict(chunk.named_parameters()), arch.stage_layers(stages, stage).start
+        for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
+            yield entry, live.pop(_live_name(entry.megatron, offset, live))
+        if live:
+            raise RuntimeError(f"Megatron's model has tensors that no mapping entry describes: {', '.join(live)}")
+
+
+def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, read: Callable[[str], Tensor]) -> None:
+    """Fill the model from Hugging Face tensors, given by name."""
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), config.parallel.tensor
+    with torch.no_grad():
+        for entry, parameter in named_shards(chunks, arch, config, head):
+            part = tensors.shard(entry, tensors.to_megatron(entry, arch, read), rank, ranks)
+            if part.shape != parameter.shape:
+                raise ConfigError(
+                    f"{entry.megatron}: the file gives {tuple(part.shape)} for this rank, the model has "
+                    f"{tuple(parameter.shape)}; does config.json belong to these weights?"
+                )
+            parameter.copy_(part)
+            # Megatron tags shards while it initialises them, which we skip. Untagged, a shard is taken for a copy of
+            # the first rank's and missing from the gradient norm, so that clipping differs between layouts.
+            parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE
+
+
+def _live_name(name: str, offset: int, live: Collection[str]) -> str:
+    """What the stage calls an entry: it counts its own layers, and Transformer Engine's hold the norm before them."""
+    parts = name.split(".", 3)
+    if parts[:2] != ["decoder", "layers"]:
+        return name
+    layer = f"decoder.layers.{int(parts[2]) - offset}."
+    return layer + (parts[3] if layer + parts[3] in live else torch_dist_keys.FUSED.get(parts[3], parts[3]))
+
+
+def unwrapped(model: Any) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model

@@ -1,0 +1,119 @@
+"""What comes out of the last pipeline stage: log-probs of action tokens, or the reward model's token scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oreal_kernels
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from oreal_megatron.algo import loss
+from oreal_megatron.config import LossConfig
+from oreal_megatron.mcore import context_parallel
+from oreal_megatron.records import Counts, MicroBatch
+
+
+class ScalarHead(nn.Module):
+    """Linear(H, 1) in place of Megatron's output layer; every tensor-parallel rank holds all of it.
+
+    The hidden states it reads are equal on all tensor-parallel ranks, hence so is its gradient: nothing to reduce.
+    With sequence parallelism each reads its own rows, so that scores are gathered and gradients marked to be summed.
+    """
+
+    def __init__(self, hidden: int, dtype: torch.dtype, sequence_parallel: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden, dtype=dtype))
+        self.weight.sequence_parallel = self.sequence_parallel = sequence_parallel
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        scores = nn.functional.linear(hidden, self.weight)
+        if self.sequence_parallel:  # every rank computes the same loss and takes the gradient of its own rows
+            scores = tensor_parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
+        return scores, None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
+        )
+
+
+class WithoutProduct(tensor_parallel.ColumnParallelLinear):
+    """Megatron's output layer with its parameters, but hidden states come out: the fused head multiplies."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden, None
+
+
+class LanguageModelHead:
+    """The fused operations on hidden states [1, S, H] of the last pipeline stage, vocabulary-parallel.
+
+    S is this rank's share where sequence or context parallelism cuts it.
+    """
+
+    def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int):
+        self.model, self.vocab_size, self.budget_bytes = model, vocab_size, budget_bytes
+
+    def log_probs(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """[T] log-prob of each action token."""
+        own, mine = context_parallel.part(micro_batch, micro_batch.action_index)
+        logp, _ = oreal_kernels.linear_logprob(*self._inputs(hidden, own), **self._options(own))
+        return context_parallel.whole(logp, mine, len(micro_batch.labels))
+
+    def oreal_loss(
+        self,
+        hidden: Tensor,
+        micro_batch: MicroBatch,
+        reference_logp_T: Tensor,
+        weight_T: Tensor,
+        counts: Counts,
+        config: LossConfig,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """OREAL's loss with its gradient taken at once, that of the weight straight into Megatron's buffer; metrics.
+
+        A plain sum over action tokens: context-parallel ranks take their own and need nothing of each other.
+        """
+        own, mine = context_parallel.part(micro_batch, micro_batch.action_index)
+        terms = loss.terms(reference_logp_T[mine], weight_T[mine], own, counts, config)
+        # Megatron's schedules hand every loss the gradient 1: nothing here sets a grad_scale_func.
+        fused = oreal_kernels.linear_oreal_loss
+        total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
+        return total, loss.metrics(context_parallel.total(total), context_parallel.total(sums), counts, config.kl_kind)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[1, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
+        return nn.functional.linear(hidden, self.weight)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """This rank's rows of the output layer, or of the embedding it shares."""
+        if self.model.share_embeddings_and_output_weights:
+            return self.model.shared_embedding_or_output_weight()
+        return self.model.output_layer.weight
+
+    def _inputs(self, hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden.flatten(0, 1), self.weight, micro_batch.labels
+
+    def _options(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        return dict(
+            rows=micro_batch.action_index,
+            vocab_size=self.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.model.config.sequence_parallel,
+            budget_bytes=self.budget_bytes,
+            main_grad=getattr(self.weight, "main_grad", None),
+        )
+
+
+def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tensor:
+    """[T] reward-model score of each action token, after reading it or before; scores [1, S / cp, 1]."""
+    rows = micro_batch.action_index + (1 if score_at == "token" else 0)
+    own, mine = context_parallel.part(micro_batch, rows)
+    score = scores.flatten().index_select(0, own.action_index).float()
+    return context_parallel.whole(score, mine, len(rows))

@@ -1,0 +1,125 @@
+"""Policy, reference and token-level reward model: workers bound to the losses of algo/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from oreal_megatron.algo import guard, loss, token_weighting
+from oreal_megatron.algo.schedule import learning_rate
+from oreal_megatron.config import Config
+from oreal_megatron.mcore import gpt_model, output_heads
+from oreal_megatron.mcore.scorer import Scorer, Trainer
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.models.tensors import Entry
+from oreal_megatron.records import Batch, MicroBatch
+
+Reader = Callable[[str], Tensor]
+
+
+def _language_model(
+    arch: Architecture, config: Config, read: Reader
+) -> tuple[list[GPTModel], output_heads.LanguageModelHead]:
+    """This rank's chunks of layers, filled, and the fused head over the output layer of the last one."""
+    chunks = gpt_model.build(arch, config, "lm")
+    gpt_model.load(chunks, arch, config, "lm", read)
+    return chunks, output_heads.LanguageModelHead(chunks[-1], arch.vocab, config.model.logits_mib * 2**20)
+
+
+class Reference(Scorer):
+    """The fixed SFT policy."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        chunks, head = _language_model(arch, config, read)
+        super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
+        if config.offload:
+            self.parts.leave()
+
+
+class Policy(Trainer):
+    """The policy being trained. The number of its updates is the version that the engine must hold."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        chunks, self.language_model = _language_model(arch, config, read)
+        super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
+        self.arch = arch
+
+    def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
+        """One OREAL step on the batch (paper, Eq. 11); refused where `weight` is None, as the reward model's was."""
+        if weight is None:
+            return _named("policy", self.skip())
+        config, fused = self.config, self.language_model.oreal_loss
+
+        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused(hidden, micro_batch, reference_logp[number], weight[number], batch.counts, config.loss)
+
+        rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
+        return _named("policy", self.train(batch, objective, rate))
+
+    def imitate(self, batch: Batch) -> dict[str, float]:
+        """One supervised step on demonstrations."""
+        config = self.config.supervised
+
+        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss.supervised(self.head(hidden, micro_batch), batch.counts)
+
+        rate = learning_rate(self.updates, config.steps, config.optimizer)
+        return _named("policy", self.train(batch, objective, rate))
+
+    def named_shards(self) -> Iterator[tuple[Entry, Tensor]]:
+        """This rank's tensors with their mapping entries, for whoever hands them on."""
+        return gpt_model.named_shards(
+            [gpt_model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm"
+        )
+
+
+class TokenRewardModel(Trainer):
+    """The policy's twin with a scalar head, trained by cross entropy on the mean token score (paper, Eq. 12)."""
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader):
+        stage = gpt_model.build(arch, config, "scalar")
+        gpt_model.load(stage, arch, config, "scalar", _with_fresh_head(arch, config, read))
+        head = partial(output_heads.token_scores, score_at=config.reward_model.score_at)
+        super().__init__(stage, head, config, config.reward_model.optimizer)
+
+    def update(self, batch: Batch) -> tuple[list[Tensor] | None, dict[str, float]]:
+        """One step; returns the token weights it believed in before the step, from the same forward pass, on the last
+        pipeline stage, and nothing before it ([]). None on every rank where the step was refused."""
+        believed: dict[int, Tensor] = {}
+
+        def objective(number: int, micro_batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            score_T = self.head(scores, micro_batch)
+            believed[number] = token_weighting.importance(score_T, micro_batch, self.config.weights)
+            return loss.reward_model(score_T, micro_batch, batch.counts)
+
+        rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
+        metrics = _named("reward_model", self.train(batch, objective, rate))
+        return None if guard.skipped(metrics) else [believed[number] for number in sorted(believed)], metrics
+
+
+class NoRewardModel:
+    """Every token weighs 1."""
+
+    def update(self, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
+        device = gpt_model.device()
+        return [torch.ones(len(part.labels), device=device) for part in batch.micro_batches], {}
+
+
+def _named(model: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the model's name, but those that have a section already."""
+    return {name if "/" in name else f"{model}/{name}": value for name, value in metrics.items()}
+
+
+def _with_fresh_head(arch: Architecture, config: Config, read: Reader) -> Reader:
+    """Backbone from the policy; the scalar head drawn as the policy's own matrices were, equal on every rank."""
+
+    def reader(name: str) -> Tensor:
+        if name != "score.weight":
+            return read(name)
+        return torch.randn(1, arch.hidden, generator=torch.Generator().manual_seed(config.seed)) * 0.02
+
+    return reader

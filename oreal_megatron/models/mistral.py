@@ -1,0 +1,27 @@
+"""Mistral, from 7B v0.2 on: Llama's layers; a sliding window, unless it is as long as the context, is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oreal_megatron.config import ConfigError
+from oreal_megatron.models import config_fields
+
+UNSAID_WINDOW = 4096  # what transformers takes when config.json has no sliding_window
+
+
+def read(hf: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Architecture from a Mistral config.json."""
+    config_fields.check(hf, read=["sliding_window"])
+    arch = config_fields.decoder(hf)
+    check_window(hf.get("sliding_window", UNSAID_WINDOW), arch["max_positions"])
+    return arch
+
+
+def check_window(window: int | None, positions: int) -> None:
+    """Refuse attention that sees less than the context."""
+    if window is not None and window < positions:
+        raise ConfigError(
+            f"sliding_window is {window} and max_position_embeddings {positions}: sliding-window attention is not "
+            "supported; lower max_position_embeddings to the window, or set sliding_window to null if it is off"
+        )

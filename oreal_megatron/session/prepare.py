@@ -1,0 +1,275 @@
+"""Everything a command needs: first all checks that need no GPU, then the pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import oreal_kernels
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.algo import advantages
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.convert import megatron_folder, to_megatron
+from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.data import problems
+from oreal_megatron.math_equality import rules
+from oreal_megatron.models import architecture
+from oreal_megatron.records import Prompt
+from oreal_megatron.reshard import gather_transport
+from oreal_megatron.reshard.byte_counter import ByteCounter
+from oreal_megatron.reshard.overlaps import ReshardLayout
+from oreal_megatron.reshard.weight_sync import WeightSync
+from oreal_megatron.runtime import distributed, versions
+from oreal_megatron.verify import judge
+
+CHOICES = {
+    "model.layers": ("local", "transformer_engine"),
+    "model.dtype": ("float32", "bfloat16"),
+    "engine.dtype": ("", "float32", "bfloat16"),
+    "engine.transport": ("direct", "gather"),
+    "selection.advantage": tuple(advantages.KINDS),
+    "selection.keep": ("pair", "all"),
+    "weights.rescale": ("threshold", "top_share"),
+    "loss.kl_kind": tuple(oreal_kernels.KL_KINDS),
+    "reward_model.score_at": ("token", "before"),
+}
+
+
+RANGES = (
+    ("sampling.temperature", 0.0, 2.0),
+    ("sampling.top_p", 1e-3, 1.0),
+    ("sampling.max_new_tokens", 1, 10**7),
+    ("data.prompts_per_step", 1, 10**6),
+    ("engine.parity_rollouts", 1, 10**6),
+    ("engine.buffer_mib", 1, 10**6),
+    ("model.logits_mib", 1, 10**6),
+    ("weights.threshold", 0.0, 0.99),
+    ("weights.top_share", 0.0, 1.0),
+    ("verify.unknown_limit", 0.0, 1.0),
+    ("guard.max_consecutive_skips", 1, 10**6),
+    ("guard.spike_factor", 0.0, 1e6),
+    ("guard.spike_window", 1, 10**4),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What was read and found sound before anything was loaded."""
+
+    config: Config
+    folder: Folder
+    arch: architecture.Architecture
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: list[int]
+
+    def prompts(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, with golds the verifier can work with."""
+        return problems.refuse_bad_golds(
+            self.rendered(path), path, rules.equals_itself, self.config.data.drop_unreadable_golds
+        )
+
+    def rendered(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, whatever their golds."""
+        room = self.config.engine.max_model_len - 1
+        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of what a resumed run must find unchanged."""
+        files = {f"data {path}": Path(path) for path in (self.config.data.path, self.config.supervised.path) if path}
+        digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
+        return {f"model {self.folder.path}": self.folder.fingerprint(), **digests}
+
+    def held_out(self) -> list[Prompt]:
+        """The problems to evaluate on; none when the recipe names no file."""
+        if not self.config.data.held_out:
+            return []
+        return self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
+
+
+def prepare(config: Config) -> Inputs:
+    """Check configuration, model folder and world size; each fault is a ConfigError with a sentence."""
+    versions.check(versions.MEGATRON)
+    versions.check(versions.VLLM)
+    _check_choices(config)
+    _check_judge(config)
+    _check_watchdog(config)
+    folder = Folder(config.model.path)
+    arch = architecture.read(folder.config)
+    if architecture.head(folder.config) != "lm":
+        raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
+    to_megatron.check_weights(folder, arch, "lm")
+    _check_allocator(config)
+    judge.refuse_secrets(config.verify.judge.urls)
+    arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
+    arch.check_training(config.parallel.tensor, config.parallel.sequence)
+    _check_world(config, arch)
+    if config.engine.max_model_len > arch.max_positions:
+        raise ConfigError(
+            f"engine.max_model_len is {config.engine.max_model_len}, but the model was made for "
+            f"{arch.max_positions} positions"
+        )
+    _check_cache(config, arch)
+    tokenizer = problems.load_tokenizer(config.model.path, config.model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
+    if len(tokenizer) > arch.vocab:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
+    return Inputs(config, folder, arch, tokenizer, problems.stop_tokens(tokenizer, config.model.path))
+
+
+def _check_choices(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in allowed:
+            raise ConfigError(f"{key} is {value!r}; wanted one of {', '.join(allowed)}")
+    for key, low, high in RANGES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:
+            raise ConfigError(f"{key} is {value}; wanted {low} to {high}")
+    if config.sampling.rollouts_per_prompt < 2:
+        raise ConfigError(
+            f"sampling.rollouts_per_prompt is {config.sampling.rollouts_per_prompt}; leave-one-out advantages compare "
+            "an answer with the others, so at least 2 are needed"
+        )
+    if config.reward_model.enabled and config.policy_freeze_steps >= config.steps:
+        raise ConfigError(
+            f"policy_freeze_steps is {config.policy_freeze_steps} and steps is {config.steps}: the policy would never "
+            "be trained"
+        )
+
+
+def _check_judge(config: Config) -> None:
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as `vllm serve` is), or to none to be graded by the rules alone"
+        )
+
+
+def _check_watchdog(config: Config) -> None:
+    """Limits that would end a sound job: of a phase below what may be waited for in it, or above the outer bound."""
+    limits, judge = config.watchdog, config.verify.judge
+    for name, value in vars(limits).items():
+        if name not in ("every_s", "collective_s") and not 5 * limits.every_s < value < limits.collective_s:
+            raise ConfigError(
+                f"watchdog.{name} is {value:g}; wanted more than 5 times watchdog.every_s ({limits.every_s:g}) and "
+                f"less than watchdog.collective_s ({limits.collective_s:g})"
+            )
+    if judge.urls and limits.verify_s <= judge.all_down_wait_s:
+        raise ConfigError(
+            f"watchdog.verify_s is {limits.verify_s:g}, but verify.judge.all_down_wait_s lets a step wait "
+            f"{judge.all_down_wait_s:g} s for judges; it must be longer"
+        )
+
+
+def _check_world(config: Config, arch: architecture.Architecture) -> None:
+    world, layout = distributed.world_size(), config.parallel
+    trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
+    for what, size in (trainer, ("engine.tensor", config.engine.tensor)):
+        if world % size:
+            raise ConfigError(
+                f"{world} processes were started, but {what} is {size}; start a multiple of {size} with "
+                "torchrun --nproc-per-node, or change the layout"
+            )
+    if layout.sequence and layout.tensor == 1:
+        raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
+    _check_engine(config.engine.tensor, arch)
+
+
+def _check_engine(size: int, arch: architecture.Architecture) -> None:
+    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    groups = arch.kv_groups
+    for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
+        if amount % size:
+            raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
+    if groups % size and size % groups:
+        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+    if len(arch.names.qkv) == 1 and size > groups:
+        raise ConfigError(
+            f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
+            f"set it to at most {groups}"
+        )
+
+
+def _check_allocator(config: Config) -> None:
+    """vLLM's sleep mode brings an allocator that expandable segments exclude."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if config.engine.sleep and "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ConfigError(
+                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; take them out of it, or set "
+                "engine.sleep=false"
+            )
+
+
+def _check_cache(config: Config, arch: architecture.Architecture) -> None:
+    """One sequence of full length must fit the key-value cache, or vLLM refuses after everything is loaded."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.engine_dtype]
+    groups = max(arch.kv_groups // config.engine.tensor, 1)
+    needed = 2 * arch.layers * groups * arch.head_dim * itemsize * config.engine.max_model_len / 2**30
+    if needed > config.engine.kv_cache_gib:
+        raise ConfigError(
+            f"engine.kv_cache_gib is {config.engine.kv_cache_gib:g}, but one sequence of {config.engine.max_model_len} "
+            f"tokens needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
+        )
+
+
+def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> tuple[Any, Any]:
+    """The engine and the verifier of what it generates; `leave`: whether to end generating early. Collective."""
+    from oreal_megatron.rollout.engine import VllmEngine  # imports vllm, which takes seconds
+    from oreal_megatron.verify.grader import Grader
+    from oreal_megatron.verify.step_verifier import StepVerifier
+
+    config = inputs.config
+    engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, leave)
+    return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
+
+
+def full_tensors(policy: Any, counted: ByteCounter | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it. Bytes that
+    travel are added to `counted`, for whoever asks."""
+    from oreal_megatron.mcore import gpt_model, parallel
+
+    config = policy.config
+    layout = gather_transport.GatherGroups(
+        *parallel.groups(), gpt_model.DTYPES[config.model.dtype], gpt_model.device(), config.parallel.virtual
+    )
+    with policy.readable():
+        yield from gather_transport.full_tensors(
+            policy.named_shards(), policy.arch, layout, counted or ByteCounter(distributed.node_size())
+        )
+
+
+def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
+    """Write into a checkpoint of "policy" or "reward_model" which model it is, so that it can be converted alone."""
+    head = "scalar" if name == "reward_model" else "lm"
+    megatron_folder.describe(inputs.folder, checkpoint, head, getattr(torch, inputs.config.model.dtype))
+
+
+def connect(policy: Any, engine: Any) -> WeightSync:
+    """What hands the policy's weights over to the engine. Says once by which transport. Collective."""
+    config, cut = policy.config, policy.config.parallel
+    layout = ReshardLayout(
+        policy.arch,
+        cut.tensor,
+        cut.pipeline,
+        cut.virtual,
+        config.engine.tensor,
+        distributed.world_size(),
+        distributed.node_size(),
+    )
+    buffer = config.engine.buffer_mib * 2**20
+    full = partial(full_tensors, policy)
+    made = WeightSync(layout, config.engine.transport, buffer, policy.named_shards, full, engine, policy.readable)
+    if distributed.rank() == 0:
+        print(f"weights reach the engine by the transport {made.description}", flush=True)
+    return made

@@ -1,0 +1,66 @@
+"""Verdicts of a step: each rank grades what it generated, while others still generate; then all ranks know all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from oreal_megatron.config import RunStopped
+from oreal_megatron.records import Outcome, Rollout, Verdict
+from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.verify.worker_pool import PoolBroken
+
+
+class TooManyUnknown(RunStopped):
+    """More verdicts of a step are UNKNOWN than the run tolerates."""
+
+
+class StepVerifier:
+    def __init__(self, grader: Grader, unknown_limit: float):
+        self.grader, self.unknown_limit = grader, unknown_limit
+        self.pending: dict[tuple[int, int], Future[Verdict]] = {}
+
+    def submit(self, rollout: Rollout) -> None:
+        """Start grading one answer of this rank."""
+        prompt = rollout.prompt
+        try:
+            future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question)
+        except Exception as error:  # no worker can be started: told in verdicts(), where all ranks hear it
+            future = Future()
+            future.set_exception(error)
+        self.pending[rollout.key] = future
+
+    def verdicts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Verdict]]:
+        """[P, K] verdicts, on every rank; each answer was submitted on one of them. Collective."""
+        shares = distributed.all_gather_object(self._collect())
+        if failures := [failure for _, failure in shares if failure]:
+            raise RunStopped(failures[0])
+        known = {key: verdict for share, _ in shares for key, verdict in share.items()}
+        table = [[known[rollout.key] for rollout in row] for row in rollouts]
+        self._refuse_too_many_unknown([verdict for row in table for verdict in row])
+        return table
+
+    def _collect(self) -> tuple[dict[tuple[int, int], Verdict], str]:
+        """This rank's verdicts, or why there are none: a rank that fails alone would leave the others waiting."""
+        pending, self.pending = self.pending, {}
+        verdicts = {}
+        try:
+            for key, future in pending.items():
+                verdicts[key] = future.result()
+                heartbeat.beat()
+        except (JudgesDown, PoolBroken) as error:
+            return {}, str(error)
+        except Exception as error:  # a bug of the verifier
+            return {}, f"grading answer {key} failed with {error!r} on rank {distributed.rank()}; please report it"
+        return verdicts, ""
+
+    def _refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
+        unknown = [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]
+        if len(unknown) > self.unknown_limit * len(verdicts):
+            methods = ", ".join(sorted({verdict.method for verdict in unknown}))
+            raise TooManyUnknown(
+                f"{len(unknown)} of {len(verdicts)} verdicts are unknown ({methods}), more than the "
+                f"{self.unknown_limit:.0%} that verify.unknown_limit allows. Nothing was trained on this step; "
+                "mend the judge or the limits and resume"
+            )
