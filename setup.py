@@ -115,7 +115,7 @@ setup(
     extras_require={
         # apex is never required and not named here: `pip install apex` fetches an unrelated package.
         "gpu": ["vllm>=0.26,<0.34"],
-        "te": ["transformer-engine[pytorch]"],  # its torch part is source only: docs/cluster.md, section 1
+        "te": ["transformer-engine[pytorch]"],  # its torch part is source only: docs/how_to/cluster.md, section 1
         "dev": ["pytest", "hypothesis", "ruff", "math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"],
     },
     entry_points={"console_scripts": ["oreal = oreal_megatron.cli.main:main"]},

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The six learning runs of docs/learning.md: three seeds, with and without the token-level reward model.
+# The six learning runs of docs/evidence/learning.md: three seeds, with and without the token-level reward model.
 #     bash examples/learning_runs.sh
 # About 25 minutes on two cores. Leaves runs/learning/seed_N and prints the table.
 set -euo pipefail

@@ -4,5 +4,5 @@
 #     bash examples/run_oreal_7b.sh --recipe oreal_7b_8_gpus this machine alone
 #     bash examples/run_oreal_7b.sh --dry-run                what each machine would run
 # Other recipes of this size: oreal_7b_without_reward_model, oreal_dsr1_distill_qwen_7b, each also with _8_gpus behind.
-# What must be there first (models, data, judge): docs/cluster.md. All options: examples/cluster/launch.sh.
+# What must be there first (models, data, judge): docs/how_to/cluster.md. All options: examples/cluster/launch.sh.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/cluster/launch.sh" --recipe oreal_7b "$@"

@@ -17,7 +17,7 @@ done
 
 folder=runs/smollm2 recipes=examples/recipes/smollm2.py
 if command -v nvidia-smi > /dev/null; then
-    [ -x .venv/bin/oreal ] || { echo "smollm2: no .venv; docs/cluster.md says how to make one for GPUs" >&2; exit 2; }
+    [ -x .venv/bin/oreal ] || { echo "smollm2: no .venv; docs/how_to/cluster.md says how to make one for GPUs" >&2; exit 2; }
 else
     bash tools/install_cpu.sh
     export OMP_NUM_THREADS=1

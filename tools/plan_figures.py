@@ -1,4 +1,4 @@
-"""The table of docs/planning.md: what `oreal plan` says of every recipe of the paper, on two kinds of GPU.
+"""The table of docs/how_to/planning.md: what `oreal plan` says of every recipe of the paper, on two kinds of GPU.
 
 python tools/plan_figures.py
 """

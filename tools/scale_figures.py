@@ -1,4 +1,4 @@
-"""Figures of docs/scale.md, measured here: packed against padded micro-batches, the cost of the CPU layer's stand-ins,
+"""Figures of docs/evidence/scale.md: packed against padded micro-batches, the cost of the CPU layer's stand-ins,
 bytes of every model in every phase. One process, one thread, a small model; some minutes.
 
     python tools/scale_figures.py

@@ -1,4 +1,4 @@
-"""Prints the verifier's figures on a folder of test data, as docs/verifier.md shows them:
+"""Prints the verifier's figures on a folder of test data, as docs/reference/verifier.md shows them:
 
     python tools/verifier_figures.py ../shared/data
 

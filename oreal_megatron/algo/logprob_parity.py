@@ -33,7 +33,7 @@ def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch, tolerance: f
 
     The worst, because one bad replica among many good ones would drown in a mean. Capped, because in half precision
     single tokens are off by whole nats where nothing is wrong: after a slip in a sum, rounding the weights alone moved
-    one by 1.5 (docs/learning.md). Wrong weights and stale caches move many.
+    one by 1.5 (docs/evidence/learning.md). Wrong weights and stale caches move many.
     """
     gaps, capped, tokens = [torch.zeros(1)], [torch.zeros(1)], 0
     for logp_T, micro_batch in zip(trainer_logp or (), batch.micro_batches, strict=trainer_logp is not None):

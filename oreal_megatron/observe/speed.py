@@ -1,4 +1,4 @@
-"""How fast the steps of a run are, measured while they run. docs/speed.md defines every term.
+"""How fast the steps of a run are, measured while they run. docs/evidence/speed.md defines every term.
 
 Tokens per second per GPU are NeMo-RL's (its docs/about/performance-summary.md, and `print_performance_metrics` in its
 nemo_rl/algorithms/utils.py): tokens that a phase processes, those of prompts included, by the phase's seconds and the

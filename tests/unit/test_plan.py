@@ -164,7 +164,7 @@ def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
 
 @pytest.mark.parametrize(("recipe", "received", "between"), [("oreal_32b", 61.44, 32.77), ("oreal_7b", 11.42, 0)])
 def test_gathering_brings_every_rank_what_it_does_not_hold(recipe, received, between):
-    """GB of docs/resharding.md: of 32B a shard comes from 7 ranks, and another machine's stage whole."""
+    """GB of docs/concepts/resharding.md: of 32B a shard comes from 7 ranks, and another machine's stage whole."""
     moved = timing.transfer(case(recipe, "engine.transport=gather"))
     assert (round(moved.received / 1e9, 2), round(moved.received_between / 1e9, 2)) == (received, between)
 

@@ -1,11 +1,11 @@
-"""The table of docs/verifier.md says what the rules do."""
+"""The table of docs/reference/verifier.md says what the rules do."""
 
 import re
 from pathlib import Path
 
 from oreal_megatron.math_equality import rules
 
-DOCS = Path(__file__).parents[3] / "docs" / "verifier.md"
+DOCS = Path(__file__).parents[3] / "docs/reference/verifier.md"
 
 
 def test_what_the_page_calls_equal_is_equal():

@@ -1,4 +1,4 @@
-"""The figures of docs/verifier.md, on ../shared/data where it is there."""
+"""The figures of docs/reference/verifier.md, on ../shared/data where it is there."""
 
 import random
 import statistics
