@@ -1,7 +1,7 @@
 """Bytes on each rank in each phase, by component; and the largest key-value cache that they leave room for.
 
-Parameters, gradients and optimizer are those of Megatron's DistributedOptimizer as docs/evidence/scale.md measures them: in bf16
-2 + 4 bytes a parameter and 12 over the ranks that share it, in fp32 4 + 4 and 8.
+Parameters, gradients and optimizer are those of Megatron's DistributedOptimizer as docs/evidence/scale.md measures
+them: in bf16 2 + 4 bytes a parameter and 12 over the ranks that share it, in fp32 4 + 4 and 8.
 """
 
 from __future__ import annotations
