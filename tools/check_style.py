@@ -39,7 +39,9 @@ CLI_LINES = 100
 
 # Names that could stand in any program.
 WEAK_NAMES = frozenset(
-    "asked bad cut done found handed held here kept made mine one piece place rest said spot theirs told wanted whole".split()
+    """
+    asked bad cut done found handed held here kept made mine one piece place rest said spot theirs told wanted whole
+    """.split()
 )
 WORDS = re.compile(
     r"\b(mend\w*|whoever|for ever|save that|gone on|goes on|out of all proportion|no multiple of|a sentence|under way"
