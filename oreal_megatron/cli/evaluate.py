@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import Config, ConfigError, SamplingConfig
+from oreal_megatron.data import problems
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.score import ask, greedy, pass_rates, summary
 from oreal_megatron.observe.progress import Bar
@@ -68,7 +69,7 @@ def rate(args: argparse.Namespace) -> int:
     with heartbeat.phase("evaluate"):
         rows = answer(config.data.path, asked, "rating", sampling, config, out, engine, verifier)
     if distributed.rank() == 0:
-        lines, rates = suite_prompts.read_problems(config.data.path), pass_rates(rows)
+        lines, rates = problems.read_problems(config.data.path), pass_rates(rows)
         rated = [lines[prompt.id] | {"pass_rate": rates[number]} for number, prompt in enumerate(asked)]
         files.write_text(Path(args.rate), "".join(json.dumps(line) + "\n" for line in rated))
         result = summary(rows, config.seed)
@@ -177,5 +178,5 @@ def overlap(asked: dict[str, list[Prompt]], training: str) -> dict[str, list[int
     """Problems of each suite that the training prompts hold as well; None without training prompts."""
     if not training:
         return None
-    texts = [line["question"] for line in suite_prompts.read_problems(training)]
+    texts = [line["question"] for line in problems.read_problems(training)]
     return {name: suites.seen([prompt.question for prompt in mine], texts) for name, mine in asked.items()}

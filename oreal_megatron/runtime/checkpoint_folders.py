@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from oreal_megatron.runtime import files
+
 Digests = dict[str, tuple[int, str]]  # path below the checkpoint -> bytes, SHA-256
 MANIFEST, LATEST, PARTIAL = "manifest.json", "latest", ".partial"
 
@@ -58,9 +60,9 @@ def finish(partial: Path, digests: Digests) -> Path:
     """
     everything = digest_files(partial, [name for name in list_files(partial) if name not in digests]) | digests
     measured = {name: dict(zip(("bytes", "sha256"), everything[name], strict=True)) for name in sorted(everything)}
-    list_files.write_text(partial / MANIFEST, json.dumps({"files": measured}, indent=1) + "\n")
+    files.write_text(partial / MANIFEST, json.dumps({"files": measured}, indent=1) + "\n")
     for folder in sorted({(partial / name).parent for name in everything}):
-        list_files.sync(folder)
+        files.sync(folder)
     path = partial.with_suffix("")
     if path.exists():  # the run went on from an earlier one
         remove(path)
@@ -70,7 +72,7 @@ def finish(partial: Path, digests: Digests) -> Path:
 
 
 def make_latest(path: Path) -> None:
-    list_files.write_text(path.parent / LATEST, path.name + "\n")
+    files.write_text(path.parent / LATEST, path.name + "\n")
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:

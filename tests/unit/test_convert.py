@@ -359,14 +359,14 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 from pathlib import Path
-from oreal_megatron.config import Parallel
+from oreal_megatron.config import ParallelConfig
 from oreal_megatron.convert import stream, to_megatron
 from oreal_megatron.convert.hf_folder import Folder
 def slowly(count):
     print("writing", flush=True)
     time.sleep(60)
 source = Folder(sys.argv[1], tokenizer=False)
-to_megatron.convert(source, Path(sys.argv[2]), Parallel(), stream.Cast(None), print, slowly)
+to_megatron.convert(source, Path(sys.argv[2]), ParallelConfig(), stream.Cast(None), print, slowly)
 """
 
 

@@ -71,7 +71,7 @@ def test_what_is_told_is_what_is_read():
 
 
 def test_phases_lie_within_phases_and_every_border_counts(monkeypatch):
-    monkeypatch.setattr(heartbeat, "here", heartbeat.Progress())
+    monkeypatch.setattr(heartbeat, "progress", heartbeat.Progress())
     heartbeat.step(4)
     with heartbeat.phase("evaluate"):
         heartbeat.beat(2)
@@ -83,7 +83,7 @@ def test_phases_lie_within_phases_and_every_border_counts(monkeypatch):
 
 
 def test_a_beat_costs_less_than_ten_microseconds(monkeypatch):
-    monkeypatch.setattr(heartbeat, "here", heartbeat.Progress())
+    monkeypatch.setattr(heartbeat, "progress", heartbeat.Progress())
     rounds = []
     for _ in range(20):
         start = time.perf_counter()

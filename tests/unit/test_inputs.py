@@ -21,10 +21,10 @@ from oreal_megatron.runtime import versions
 from oreal_megatron.session import prepare
 
 RECIPE = """
-from oreal_megatron.config import Config, Loss
-def good(): return Config(steps=7, loss=Loss(kl_coef=0.5))
+from oreal_megatron.config import Config, LossConfig
+def good(): return Config(steps=7, loss=LossConfig(kl_coef=0.5))
 def number(): return 3
-def typo(): return Config(loss=Loss(kl_coeff=0.5))
+def typo(): return Config(loss=LossConfig(kl_coeff=0.5))
 def untyped(): return Config(steps="many")
 """
 
@@ -90,7 +90,7 @@ def test_a_value_where_a_section_was_written_is_named():
         ("nowhere.py:good", "does not exist"),
         (":goood", "did you mean 'good'"),
         (":number", "returned int"),
-        (":typo", "Loss has no key 'kl_coeff'; did you mean 'kl_coef'"),
+        (":typo", "LossConfig has no key 'kl_coeff'; did you mean 'kl_coef'"),
         (":untyped", "steps is 'many'; wanted int"),
     ],
 )

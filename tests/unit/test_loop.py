@@ -326,7 +326,7 @@ def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     config = configuration(tmp_path)
     loop.train(
         config, FakePrompts(), FakeEngine(events), AllWrong(), FakePolicy("p", events), FakeModel("r", events),
-        FakeRewardModel("m", events), lambda version: {}, Run(config), lambda done: None,
+        FakeRewardModel("m", events), FakeWeightSync(FakeEngine([]), []), Run(config), FakeHooks([]), SPEC,
     )  # fmt: skip
     assert events == ["generate (0, 0)", "generate (0, 1)"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -303,8 +303,8 @@ def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from oreal_megatron.config import Config, Engine, Model\n"
-        f"def small(): return Config(gpus=2, model=Model({str(tmp_path)!r}), engine=Engine(max_model_len=64))\n"
+        "from oreal_megatron.config import Config, EngineConfig, ModelConfig\n"
+        f"def small(): return Config(gpus=2, model=ModelConfig({str(tmp_path)!r}), engine=EngineConfig(max_model_len=64))\n"
     )
     assert main(["plan", f"{recipe}:small"]) == 0
     assert "resharding (gather)" in capsys.readouterr().out
@@ -315,8 +315,8 @@ def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):
 def test_a_model_folder_that_is_there_is_read(model_folder, tmp_path, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from oreal_megatron.config import Config, Engine, Model\n"
-        f"def small(): return Config(model=Model({str(model_folder)!r}), engine=Engine(max_model_len=64))\n"
+        "from oreal_megatron.config import Config, EngineConfig, ModelConfig\n"
+        f"def small(): return Config(model=ModelConfig({str(model_folder)!r}), engine=EngineConfig(max_model_len=64))\n"
     )
     with pytest.raises(ConfigError, match="published"):
         published.config("somewhere/else")

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "oreal_megatron"
 # Lower rooms know nothing of higher ones; rooms of one height do not know each other.
 LEVELS = (
-    ("records", "protocols", "config", "math_equality"),
+    ("config", "records", "math_equality"),
+    ("protocols",),
     ("runtime", "settings", "algo", "models"),
     ("data", "verify", "rollout", "mcore", "convert", "reshard"),
     ("observe", "session", "loop"),
