@@ -13,10 +13,10 @@ from typing import Protocol
 from torch import Tensor
 
 from oreal_megatron.config import SamplingConfig
-from oreal_megatron.records import Batch, Prompt, Rollout, Verdict
+from oreal_megatron.records import Batch, Prompt, Rollout, TokenWeights, Verdict
 
 Metrics = dict[str, float]
-# One tensor [T] per micro-batch on the ranks of the last pipeline stage. Elsewhere None (scores) or empty (weights).
+# One tensor [T] per micro-batch, on the ranks of the last pipeline stage.
 TokenValues = list[Tensor]
 
 
@@ -96,16 +96,16 @@ class PolicyTrainer(Scorer, Protocol):
 
     updates: int  # optimizer steps taken so far: the version of its weights
 
-    def update(self, batch: Batch, reference_logp: TokenValues | None, token_weights: TokenValues | None) -> Metrics:
-        """Take one OREAL step (arXiv 2502.06781, Eq. 11). `token_weights=None`: skip it, as the reward model did."""
+    def update(self, batch: Batch, reference_logp: TokenValues | None, token_weights: TokenWeights) -> Metrics:
+        """Take one OREAL step (arXiv 2502.06781, Eq. 11); skip it where the token weights are not valid."""
         ...
 
 
 class RewardModelTrainer(Protocol):
     """The token-level reward model."""
 
-    def update(self, batch: Batch) -> tuple[TokenValues | None, Metrics]:
-        """Take one step; return the token weights from before it. None: the step was skipped (see algo/guard.py)."""
+    def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
+        """Take one step; return the token weights from before it, and metrics."""
         ...
 
 
@@ -133,7 +133,7 @@ class RunRecorder(Protocol):
         step: int,
         batch: Batch,
         reference_logp: TokenValues | None,
-        token_weights: TokenValues | None,
+        token_weights: TokenWeights,
         metrics: Metrics,
     ) -> None:
         """Write what the step is trained on, for `oreal replay`. Not collective."""

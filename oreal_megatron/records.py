@@ -107,6 +107,14 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """Weights of the action tokens in the policy's loss, from the reward model as it was before its own update."""
+
+    values: list[torch.Tensor]  # [T] per micro-batch; empty before the last pipeline stage and where not valid
+    valid: bool = True  # False: the guard skipped the reward model's step (algo/guard.py), so the policy skips it too
+
+
+@dataclass(frozen=True, slots=True)
 class PackingSpec:
     """How a step's samples are packed into micro-batches (algo/packing.py); the same on all ranks but for `rank`."""
 

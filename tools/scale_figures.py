@@ -89,9 +89,9 @@ def rows(group: list[Sample]) -> MicroBatch:
 
 def policy_step(folder: Folder, batch: Batch) -> Callable[[], object]:
     pieces = (architecture.read(folder.config), c.Config(), folder.tensor)
-    policy, weight = trained_models.Policy(*pieces), trained_models.NoRewardModel().update(batch)[0]
+    policy, token_weights = trained_models.Policy(*pieces), trained_models.NoRewardModel().update(batch)[0]
     reference = policy.score(batch)
-    return lambda: policy.update(batch, reference, weight)
+    return lambda: policy.update(batch, reference, token_weights)
 
 
 def seconds(steps: list[Callable[[], object]]) -> list[float]:
@@ -153,8 +153,8 @@ def memory(folder: Folder, dtype: str) -> None:
     for name, model in models.items():
         model.chunks[0].register_forward_pre_hook(lambda *_, name=name: record(name))
     record("generate")
-    weight, _ = models["reward_model"].update(batch)
-    models["policy"].update(batch, models["reference"].score(batch), weight)
+    token_weights, _ = models["reward_model"].update(batch)
+    models["policy"].update(batch, models["reference"].score(batch), token_weights)
     with models["policy"].readable():
         record("weight_sync")
     trained, sharded = {name: models[name] for name in ("reward_model", "policy")}, checkpoint_state.sharded

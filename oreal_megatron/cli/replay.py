@@ -70,11 +70,11 @@ def _steps(dump: Dump, first: int) -> list[Dump]:
 
 def _again(dump: Dump, share: Share, policy: Any, reference: Any, reward_model: Any) -> dict[str, float]:
     """Metrics of the step, in which the policy is given what it was given; and how far that is from what it is now."""
-    weight, metrics = reward_model.update(share.batch)
-    gaps = {"given/token_weights": _gap(share.weight, weight)}
+    token_weights, metrics = reward_model.update(share.batch)
+    gaps = {"given/token_weights": _gap(share.token_weights.values, token_weights.values)}
     if "policy/skipped" in dump.metrics:
         gaps["given/reference_logp"] = _gap(share.reference_logp, reference.score(share.batch))
-        metrics |= policy.update(share.batch, share.reference_logp, share.weight)
+        metrics |= policy.update(share.batch, share.reference_logp, share.token_weights)
     return metrics | {name: max(distributed.all_gather_object(gap)) for name, gap in gaps.items()}
 
 

@@ -6,7 +6,6 @@ outlive a killed rank and wait for ever for a killed writer.
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import shutil
 import time
@@ -144,7 +143,7 @@ def _bytes(trainer: Trainer) -> int:
 def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
     """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
-    state = common | {"updates": trainer.updates, "past": dataclasses.asdict(trainer.past)}
+    state = common | {"updates": trainer.updates, "past": trainer.guard_state.to_checkpoint()}
     with device_layer(), trainer.parts.here(*checkpoint_state.HELD), trainer.readable():
         request = dist_checkpointing.save(
             state | checkpoint_state.sharded(trainer, loading=False), str(folder), async_sharded_save=True

@@ -126,7 +126,7 @@ def _load(path: Path, trainer: Trainer) -> dict[str, Any]:
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
-    trainer.updates, trainer.past = state["updates"], guard.GuardState(**state["past"])
+    trainer.updates, trainer.guard_state = state["updates"], guard.GuardState.from_checkpoint(state["past"])
     return state
 
 

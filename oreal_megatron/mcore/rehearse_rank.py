@@ -108,11 +108,11 @@ def _step(models: dict[str, Any], config: Config, batch: Batch, record: fake_wor
 
     reward_model = models.get("reward_model", trained_models.NoRewardModel())
     if "reward_model" in models:
-        weight, _ = run("reward_model", reward_model.update, batch)
+        token_weights, _ = run("reward_model", reward_model.update, batch)
     else:
-        weight, _ = reward_model.update(batch)
+        token_weights, _ = reward_model.update(batch)
     reference = run("reference", models["reference"].score, batch)
-    run("policy", models["policy"].update, batch, reference, weight)
+    run("policy", models["policy"].update, batch, reference, token_weights)
     return kept
 
 

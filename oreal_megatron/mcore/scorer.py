@@ -105,7 +105,7 @@ class Trainer(Scorer):
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
         adam.allocate_state(self.optimizer)
-        self.config, self.updates, self.past = config, 0, guard.GuardState()
+        self.config, self.updates, self.guard_state = config, 0, guard.GuardState()
         super().__init__(wrapped, head)
         megatron = self.chunks[0].config
         megatron.finalize_model_grads_func = _sum_gradients
@@ -119,8 +119,10 @@ class Trainer(Scorer):
             self.parts.leave()
 
     def train(self, batch: Batch, objective: Objective, learning_rate: float) -> dict[str, float]:
-        """One optimizer step on the whole batch, or none where the guard refuses it; metrics summed over micro-batches
-        and data-parallel ranks."""
+        """Take one optimizer step on the whole batch unless the guard skips it; return metrics.
+
+        Metrics are summed over micro-batches and data-parallel ranks.
+        """
 
         def loss_function(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple:
             loss, metrics = objective(number, micro_batch, output)
@@ -133,29 +135,27 @@ class Trainer(Scorer):
             self.optimizer.zero_grad()
             outputs = self._run(batch, loss_function, forward_only=False)
             self.optimizer.prepare_grads()
-            found = {**_added(outputs), "gradient_norm": _agreed(self.optimizer.get_grad_norm())}
-            return {**found, "learning_rate": learning_rate, **self._step(found, learning_rate)}
+            metrics = {**_added(outputs), "gradient_norm": _agreed(self.optimizer.get_grad_norm())}
+            return {**metrics, "learning_rate": learning_rate, **self._step(metrics, learning_rate)}
 
-    def _step(self, found: dict[str, float], learning_rate: float) -> dict[str, float]:
-        """Take the step that was found, unless it is refused."""
-        limit = guard.limit(self.past, self.config.guard)
-        if guard.refuses(found, limit):
-            self.past = self.past.refused()
-        else:
+    def _step(self, metrics: dict[str, float], learning_rate: float) -> dict[str, float]:
+        """Let the optimizer step unless the guard decides to skip; return metrics of the decision."""
+        decision = guard.decide(self.guard_state, metrics, self.config.guard)
+        self.guard_state = decision.state
+        if not decision.skip:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
             self.updates += 1
-            self.past = self.past.taken(found["gradient_norm"], self.config.guard.spike_window)
         # With parallel.overlap, what a replica has not gathered yet counts as it was; its owner counts the new one.
         largest = max(distributed.all_gather_object(_largest(_parameters(self.chunks))))
-        spikes = {"gradient_norm_limit": limit} if math.isfinite(limit) else {}
-        return {**spikes, "largest_weight": largest, "updates": self.updates, **self.past.metrics()}
+        spikes = {"gradient_norm_limit": decision.norm_limit} if math.isfinite(decision.norm_limit) else {}
+        return {**spikes, "largest_weight": largest, "updates": self.updates, **self.guard_state.metrics()}
 
     def skip(self) -> dict[str, float]:
-        """Refuse a step without looking at it."""
-        self.past = self.past.refused()
-        return self.past.metrics()
+        """Skip a step without computing it; return the guard's counts."""
+        self.guard_state = self.guard_state.after_skip()
+        return self.guard_state.metrics()
 
     @contextlib.contextmanager
     def readable(self) -> Iterator[None]:

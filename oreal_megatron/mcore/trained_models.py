@@ -16,7 +16,7 @@ from oreal_megatron.mcore import gpt_model, output_heads
 from oreal_megatron.mcore.scorer import Scorer, Trainer
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
-from oreal_megatron.records import Batch, MicroBatch
+from oreal_megatron.records import Batch, MicroBatch, TokenWeights
 
 Reader = Callable[[str], Tensor]
 
@@ -48,11 +48,11 @@ class Policy(Trainer):
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
         self.arch = arch
 
-    def update(self, batch: Batch, reference_logp: list[Tensor] | None, weight: list[Tensor] | None) -> dict:
-        """One OREAL step on the batch (paper, Eq. 11); refused where `weight` is None, as the reward model's was."""
-        if weight is None:
+    def update(self, batch: Batch, reference_logp: list[Tensor] | None, token_weights: TokenWeights) -> dict:
+        """Take one OREAL step on the batch (paper, Eq. 11); skip it where the token weights are not valid."""
+        if not token_weights.valid:
             return _named("policy", self.skip())
-        config, fused = self.config, self.language_model.oreal_loss
+        config, fused, weight = self.config, self.language_model.oreal_loss, token_weights.values
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused(hidden, micro_batch, reference_logp[number], weight[number], batch.counts, config.loss)
@@ -86,27 +86,29 @@ class TokenRewardModel(Trainer):
         head = partial(output_heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
 
-    def update(self, batch: Batch) -> tuple[list[Tensor] | None, dict[str, float]]:
-        """One step; returns the token weights it believed in before the step, from the same forward pass, on the last
-        pipeline stage, and nothing before it ([]). None on every rank where the step was refused."""
-        believed: dict[int, Tensor] = {}
+    def update(self, batch: Batch) -> tuple[TokenWeights, dict[str, float]]:
+        """Take one step; return the token weights of the same forward pass, thus from before the step, and metrics."""
+        weights: dict[int, Tensor] = {}
 
         def objective(number: int, micro_batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             score_T = self.head(scores, micro_batch)
-            believed[number] = token_weighting.importance(score_T, micro_batch, self.config.weights)
+            weights[number] = token_weighting.importance(score_T, micro_batch, self.config.weights)
             return loss.reward_model(score_T, micro_batch, batch.counts)
 
         rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
         metrics = _named("reward_model", self.train(batch, objective, rate))
-        return None if guard.skipped(metrics) else [believed[number] for number in sorted(believed)], metrics
+        if guard.skipped_models(metrics):
+            return TokenWeights([], valid=False), metrics
+        return TokenWeights([weights[number] for number in sorted(weights)]), metrics
 
 
 class NoRewardModel:
-    """Every token weighs 1."""
+    """Stand-in for a reward model that is switched off: every token weighs 1."""
 
-    def update(self, batch: Batch) -> tuple[list[Tensor], dict[str, float]]:
+    def update(self, batch: Batch) -> tuple[TokenWeights, dict[str, float]]:
+        """Return weights of 1 and no metrics."""
         device = gpt_model.device()
-        return [torch.ones(len(part.labels), device=device) for part in batch.micro_batches], {}
+        return TokenWeights([torch.ones(len(part.labels), device=device) for part in batch.micro_batches]), {}
 
 
 def _named(model: str, metrics: dict[str, float]) -> dict[str, float]:

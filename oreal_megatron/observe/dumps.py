@@ -23,10 +23,10 @@ from torch import Tensor
 from oreal_megatron import settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.records import Batch, Counts, MicroBatch
+from oreal_megatron.records import Batch, Counts, MicroBatch, TokenWeights
 from oreal_megatron.runtime import files
 
-PER_TOKEN = ("reference_logp", "weight")  # [T] each, of what the policy's step was given beside the batch
+PER_TOKEN = ("reference_logp", "weight")  # names in the file of the policy step's inputs beside the batch, [T] each
 Values = list[Tensor] | None
 
 
@@ -36,17 +36,19 @@ def write(
     share: tuple[int, int],  # this data-parallel rank, and how many there are
     batch: Batch,
     reference_logp: Values,
-    weight: Values,
+    token_weights: TokenWeights,
     metrics: dict[str, float],
     config: Config,
 ) -> None:
-    """One data-parallel rank's share of a step; the first rank's with what all have in common. What the policy was not
-    given is left out."""
+    """Write one data-parallel rank's share of a step; the first rank also writes what all have in common.
+
+    Inputs that the policy's step did not get are left out: reference log-probs while it is frozen, invalid weights.
+    """
     tensors, (rank, shares) = {}, share
     for number, micro_batch in enumerate(batch.micro_batches):
         held = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
         held["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
-        given = zip(PER_TOKEN, (reference_logp, weight), strict=True)
+        given = zip(PER_TOKEN, (reference_logp, token_weights.values), strict=True)
         held |= {name: values[number] for name, values in given if values}
         tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in held.items()}
     path.mkdir(parents=True, exist_ok=True)
@@ -58,18 +60,17 @@ def write(
 
 @dataclass(frozen=True)
 class Share:
-    """What one data-parallel rank trained on; None where the policy was given nothing."""
+    """Training inputs of one data-parallel rank."""
 
     batch: Batch
-    reference_logp: Values
-    weight: Values
+    reference_logp: Values  # None: the policy was frozen
+    token_weights: TokenWeights
 
     def to(self, device: torch.device) -> Share:
-        """With the values on the device; micro-batches go there one at a time."""
-        moved = (
-            [value.to(device) for value in values] if values else None for values in (self.reference_logp, self.weight)
-        )
-        return Share(self.batch, *moved)
+        """Return this share with its values on the device; micro-batches go there one at a time."""
+        reference_logp = [value.to(device) for value in self.reference_logp] if self.reference_logp else None
+        weights = [value.to(device) for value in self.token_weights.values]
+        return Share(self.batch, reference_logp, TokenWeights(weights, self.token_weights.valid))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Dump:
             )
         parts = [part for share in range(rank, self.shares, ranks) for part in self._parts(share)]
         batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts)
-        return Share(batch, *([part[name] for part in parts] if name in parts[0] else None for name in PER_TOKEN))
+        reference_logp, weights = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
+        return Share(batch, reference_logp or None, TokenWeights(weights, valid=bool(weights)))
 
     def _parts(self, share: int) -> list[dict[str, Tensor]]:
         file = _share(self.path, share)
@@ -117,15 +119,15 @@ def read(path: Path) -> Dump:
 
 
 def forget(run: Path, gone: Callable[[str], bool]) -> None:
-    """Delete the dumps of steps that are gone by their name, but not of refused ones."""
+    """Delete the dumps of steps that are gone by their name, but not of skipped ones."""
     for path in (run / "dumps").glob("step_*"):
-        if gone(path.name) and not _is_refused(path):
+        if gone(path.name) and not _is_skipped(path):
             shutil.rmtree(path)
 
 
-def _is_refused(path: Path) -> bool:
+def _is_skipped(path: Path) -> bool:
     try:
-        return bool(guard.skipped(read(path).metrics))
+        return bool(guard.skipped_models(read(path).metrics))
     except ConfigError:  # a crash cut it off
         return False
 

@@ -20,7 +20,7 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.observe import dumps, speed
 from oreal_megatron.observe.dumps import Values
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.records import Batch, Rollout, Verdict
+from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat, versions
 
 
@@ -79,17 +79,20 @@ class Run:
         self._draw(step, row)
         self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/samples']}")
 
-    def dump(self, step: int, batch: Batch, reference_logp: Values, weight: Values, metrics: dict[str, float]) -> None:
-        """Dump what the step was trained on, and say so where a model refused it."""
+    def dump(
+        self, step: int, batch: Batch, reference_logp: Values, token_weights: TokenWeights, metrics: dict[str, float]
+    ) -> None:
+        """Write the step's training inputs for `oreal replay`, and report a step that a model skipped."""
         path = self.path / "dumps" / checkpoint_folders.name(step)
         if self.share:
             self.meter.trains_on(batch)
             try:
-                dumps.write(path, step, self.share, batch, reference_logp, weight, metrics, self.config)
+                dumps.write(path, step, self.share, batch, reference_logp, token_weights, metrics, self.config)
             except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
                 files.say(f"step {step} could not be dumped for oreal replay: {error}")
-        if self.writes and (refused := guard.skipped(metrics)):
-            line = f"step {step} was refused by {' and '.join(refused)}: {guard.why(metrics)}; see oreal replay {path}"
+        if self.writes and (models := guard.skipped_models(metrics)):
+            reason = guard.skip_reason(metrics)
+            line = f"{' and '.join(models)} skipped step {step}: {reason}; inspect it with oreal replay {path}"
             self.bar.console.print(line, highlight=False)
 
     def forget_dumps(self, checkpoints: Sequence[Path]) -> None:

@@ -110,7 +110,7 @@ def _lengths(part: MicroBatch) -> list[int]:
 def _computed(config: Config, metrics: dict[str, float], seconds: dict[str, float]) -> list[str]:
     """The models that computed something in this step: a policy whose reward model refused it does not."""
     idle = [] if config.reward_model.enabled else ["reward_model"]
-    idle += ["policy"] if "reward_model" in guard.skipped(metrics) else []
+    idle += ["policy"] if "reward_model" in guard.skipped_models(metrics) else []
     return [name for name in PASSES if name in seconds and name not in idle]
 
 

@@ -44,8 +44,10 @@ def go_on(models: dict, reference, samples: list, steps: range) -> list:
     rows, reward_model = [], models.get("reward_model", trained_models.NoRewardModel())
     for step in steps:
         batch = packing.batch(samples[4 * step : 4 * step + 4], parallel.packing_spec(60))
-        weight, learned = reward_model.update(batch)
-        rows.append(learned | (models["policy"].update(batch, reference.score(batch), weight) if step >= 1 else {}))
+        token_weights, learned = reward_model.update(batch)
+        rows.append(
+            learned | (models["policy"].update(batch, reference.score(batch), token_weights) if step >= 1 else {})
+        )
     return rows
 
 

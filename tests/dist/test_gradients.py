@@ -104,10 +104,10 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     if planted:
         share = packing._deal(samples, spec.ranks, spec.even_tokens)[spec.rank]
         batch = dataclasses.replace(batch, counts=selection.counts(share))
-    weight, metrics = judge.update(batch)
+    token_weights, metrics = judge.update(batch)
     reference_logp = reference.score(batch)
     # As if the policy had moved, so that the KL counts.
-    metrics |= policy.update(batch, reference_logp and [logp + 0.5 for logp in reference_logp], weight)
+    metrics |= policy.update(batch, reference_logp and [logp + 0.5 for logp in reference_logp], token_weights)
     gradients, weights = {}, {}
     for trainer, head in ((policy, "lm"), (judge, "scalar")):
         chunks = [gpt_model.unwrapped(chunk) for chunk in trainer.chunks]

@@ -1,4 +1,4 @@
-"""Steps that are refused: nothing changes on any rank, wherever the nan arose, and training goes on undisturbed."""
+"""Skipped steps: nothing changes on any rank, wherever the nan arose, and training continues undisturbed."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Models:
         self.policy, self.reference = trained_models.Policy(*pieces), trained_models.Reference(*pieces)
         self.reward_model = trained_models.TokenRewardModel(*pieces)
 
-    def step(self, batch, spoil=lambda weight: weight) -> dict:
-        weight, metrics = self.reward_model.update(batch)
-        return metrics | self.policy.update(batch, self.reference.score(batch), spoil(weight))
+    def step(self, batch) -> dict:
+        token_weights, metrics = self.reward_model.update(batch)
+        return metrics | self.policy.update(batch, self.reference.score(batch), token_weights)
 
     def state(self) -> list:
         """Everything that a step changes, on this rank."""
@@ -69,6 +69,7 @@ def story(folder: str, config, samples: list) -> dict:
 
     from oreal_megatron.algo import packing
     from oreal_megatron.mcore import parallel
+    from oreal_megatron.records import TokenWeights
     from oreal_megatron.runtime import distributed
 
     batches = [packing.batch(samples[4 * i : 4 * i + 4], parallel.packing_spec(60)) for i in range(3)]
@@ -76,7 +77,7 @@ def story(folder: str, config, samples: list) -> dict:
     last = distributed.rank() == distributed.world_size() - 1
     rows = {}
 
-    def refused(name: str, metrics: dict, before: list) -> None:
+    def record_skip(name: str, metrics: dict, before: list) -> None:
         rows[name] = metrics, all(map(torch.equal, before, models.state()))
 
     models.step(batches[0])
@@ -84,19 +85,16 @@ def story(folder: str, config, samples: list) -> dict:
     first = next(models.reward_model.chunks[0].parameters())
     mine = parallel_state.is_pipeline_first_stage() and (last or config.parallel.pipeline > 1)
     hook = first.register_hook(lambda gradient: gradient * math.nan if mine else gradient)
-    refused("gradient of one rank's reward model", models.step(batches[1]), before)
+    record_skip("gradient of one rank's reward model", models.step(batches[1]), before)
     hook.remove()
-
-    def spoil(weight: list) -> list:
-        for part in weight if last else ():
-            part[:1] = math.nan
-        return weight
 
     models.reward_model.update(batches[1])
     before = models.state()
     reference = models.reference.score(batches[1])
-    weight = spoil([torch.ones(len(part.labels)) for part in batches[1].micro_batches])
-    refused("token weight of one rank", models.policy.update(batches[1], reference, weight), before)
+    token_weights = TokenWeights([torch.ones(len(part.labels)) for part in batches[1].micro_batches])
+    for weight_T in token_weights.values if last else ():
+        weight_T[:1] = math.nan
+    record_skip("token weight of one rank", models.policy.update(batches[1], reference, token_weights), before)
 
     models.step(batches[2])
     twin.step(batches[0]), twin.reward_model.update(batches[1]), twin.step(batches[2])
@@ -105,16 +103,16 @@ def story(folder: str, config, samples: list) -> dict:
     for _ in range(2):
         models.step(batches[0])
     before = models.state()
-    refused("spike", models.step(batches[1]), before)
+    record_skip("spike", models.step(batches[1]), before)
 
     with torch.no_grad():
         next(models.policy.chunks[0].parameters()).view(-1)[0] = math.inf if last else 0.0
-    rows["broken"] = models.policy.update(batches[1], reference, weight)
+    rows["broken"] = models.policy.update(batches[1], reference, token_weights)
     return rows
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_a_refused_step_changes_nothing_on_any_rank(world, model_folder, in_processes, make_samples):
+def test_a_skipped_step_changes_nothing_on_any_rank(world, model_folder, in_processes, make_samples):
     from oreal_megatron import config as c
     from oreal_megatron.algo import guard
 
@@ -127,10 +125,10 @@ def test_a_refused_step_changes_nothing_on_any_rank(world, model_folder, in_proc
         assert math.isfinite(metrics["loss/reward_model"]), "only the gradient was spoilt"
         assert metrics["reward_model/skipped"] == metrics["policy/skipped"] == 1, "no policy learns from its weights"
         metrics, unchanged = rows["token weight of one rank"]
-        assert unchanged and metrics["policy/skipped"] == metrics["policy/skipped_in_a_row"] == 2, name
-        assert "policy/gradient_norm is nan" in guard.why(metrics)
-        assert rows["afterwards"], f"{name}: what was refused left a trace"
+        assert unchanged and metrics["policy/skipped"] == metrics["policy/consecutive_skips"] == 2, name
+        assert "policy/gradient_norm is nan" in guard.skip_reason(metrics)
+        assert rows["afterwards"], f"{name}: a skipped step left a trace"
         metrics, unchanged = rows["spike"]
         assert unchanged and metrics["reward_model/gradient_norm"] > metrics["reward_model/gradient_norm_limit"], name
-        with pytest.raises(c.RunStopped, match="policy holds weights that are not finite"):
+        with pytest.raises(c.RunStopped, match="policy has weights that are not finite"):
             guard.check(rows["broken"], c.GuardConfig(), 0)

@@ -66,8 +66,8 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     trainers = {name: models[name] for name in ("policy", "reward_model")}
 
     def step() -> dict[str, torch.Tensor]:
-        weight, _ = models["reward_model"].update(batch)
-        models["policy"].update(batch, models["reference"].score(batch), weight)
+        token_weights, _ = models["reward_model"].update(batch)
+        models["policy"].update(batch, models["reference"].score(batch), token_weights)
         return {name: tensor.clone() for name, tensor in prepare.full_tensors(models["policy"])}
 
     step()

@@ -172,7 +172,7 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
                f"reward_model.optimizer.lr={huge}", f"reward_model.optimizer.min_lr={huge}")  # fmt: skip
     assignments = [word for change in changes for word in ("--set", change)]
     told = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)
-    assert "step 2: the reward model has refused 2 steps in a row" in told
+    assert "step 2: the reward model has skipped 2 steps in a row" in told
     first, second = rows(run)
     assert (first["policy/skipped"], second["policy/skipped"], second["reward_model/skipped"]) == (0, 1, 1)
     assert second["reward_model/updates"] == first["policy/updates"] == 1

@@ -1,4 +1,4 @@
-"""Which steps are refused and when the run stops; dumps on disk and their comparison."""
+"""Skipped steps, the end of a run that skips too many; dumps on disk and their comparison."""
 
 from __future__ import annotations
 
@@ -13,38 +13,47 @@ from oreal_megatron import config as c
 from oreal_megatron.algo import guard, loss, packing
 from oreal_megatron.cli import replay
 from oreal_megatron.observe import dumps
-from oreal_megatron.records import PackingSpec
+from oreal_megatron.records import PackingSpec, TokenWeights
 from oreal_megatron.runtime import checkpoint_folders
 from oreal_megatron.training import supervised
 
-GOOD = {"loss/total": 1.0, "gradient_norm": 2.0}
+FINITE = {"loss/total": 1.0, "gradient_norm": 2.0}
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", GOOD)
-def test_a_step_that_is_not_a_number_is_refused(name, bad):
-    assert not guard.refuses(GOOD, math.inf)
-    assert guard.refuses(GOOD | {name: bad}, math.inf)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FINITE)
+def test_a_step_that_is_not_finite_is_skipped(name, value):
+    assert not guard.decide(guard.GuardState(), FINITE, c.GuardConfig()).skip
+    assert guard.decide(guard.GuardState(), FINITE | {name: value}, c.GuardConfig()).skip
 
 
 def test_a_spike_is_measured_by_the_median_of_the_steps_that_were_taken():
     config = c.GuardConfig(spike_factor=3.0, spike_window=3)
-    past = guard.GuardState()
+    state = guard.GuardState()
     for norm in (1.0, 100.0):
-        past = past.taken(norm, config.spike_window)
-        assert guard.limit(past, config) == math.inf, "before the window is full there is no median"
-    past = past.taken(2.0, config.spike_window)
-    assert guard.limit(past, config) == 6.0
-    assert guard.limit(past.refused(), config) == 6.0
-    assert guard.limit(past.taken(3.0, 3).taken(4.0, 3), config) == 9.0, "the oldest have left the window"
-    assert guard.limit(past, c.GuardConfig()) == math.inf
-    assert guard.refuses(GOOD | {"gradient_norm": 6.1}, 6.0) and not guard.refuses(GOOD | {"gradient_norm": 6.0}, 6.0)
+        state = guard.decide(state, {"gradient_norm": norm}, config).state
+        assert guard.norm_limit(state, config) == math.inf, "before the window is full there is no median"
+    state = guard.decide(state, {"gradient_norm": 2.0}, config).state
+    assert guard.norm_limit(state, config) == 6.0
+    assert guard.norm_limit(state.after_skip(), config) == 6.0
+    later = state.after_step(3.0, 3).after_step(4.0, 3)
+    assert guard.norm_limit(later, config) == 9.0, "the oldest have left the window"
+    assert guard.norm_limit(state, c.GuardConfig()) == math.inf
+    spike, largest = (guard.decide(state, FINITE | {"gradient_norm": norm}, config) for norm in (6.1, 6.0))
+    assert (spike.skip, spike.state, spike.norm_limit) == (True, state.after_skip(), 6.0)
+    assert (largest.skip, largest.state, largest.norm_limit) == (False, state.after_step(6.0, 3), 6.0)
 
 
-def test_refused_steps_are_counted_over_the_run_and_in_a_row():
-    past = guard.GuardState().refused().refused().taken(1.0, 5).refused()
-    assert past.metrics() == {"skipped": 3, "skipped_in_a_row": 1}
-    assert guard.GuardState(**json.loads(json.dumps(dataclasses.asdict(past)))).metrics() == past.metrics()
+def test_skipped_steps_are_counted_over_the_run_and_in_a_row():
+    state = guard.GuardState().after_skip().after_skip().after_step(1.0, 5).after_skip()
+    assert state.metrics() == {"skipped": 3, "consecutive_skips": 1}
+
+
+def test_the_history_survives_a_checkpoint_and_those_of_0_1_0_are_read():
+    state = guard.GuardState(3, 1, (1.0, 2.0))
+    stored = json.loads(json.dumps(state.to_checkpoint()))
+    assert stored == {"skipped": 3, "in_a_row": 1, "norms": [1.0, 2.0]}, "the keys of version 0.1.0"
+    assert guard.GuardState.from_checkpoint(stored) == state
 
 
 def row(model: str, **values: float) -> dict[str, float]:
@@ -53,11 +62,11 @@ def row(model: str, **values: float) -> dict[str, float]:
 
 def test_too_many_in_a_row_stop_the_run_with_the_reason():
     config = c.GuardConfig(max_consecutive_skips=2)
-    guard.check(row("policy", gradient_norm=math.nan, skipped=7, skipped_in_a_row=1), config, 4)
-    with pytest.raises(c.RunStopped, match="step 5: the policy has refused 2 steps in a row.*gradient_norm is nan"):
-        guard.check(row("policy", gradient_norm=math.nan, skipped=8, skipped_in_a_row=2), config, 5)
-    spike = row("reward_model", gradient_norm=5.0, gradient_norm_limit=4.0, skipped=2, skipped_in_a_row=2)
-    with pytest.raises(c.RunStopped, match="the reward model has refused .* is 5, more than 4"):
+    guard.check(row("policy", gradient_norm=math.nan, skipped=7, consecutive_skips=1), config, 4)
+    with pytest.raises(c.RunStopped, match="step 5: the policy has skipped 2 steps in a row.*gradient_norm is nan"):
+        guard.check(row("policy", gradient_norm=math.nan, skipped=8, consecutive_skips=2), config, 5)
+    spike = row("reward_model", gradient_norm=5.0, gradient_norm_limit=4.0, skipped=2, consecutive_skips=2)
+    with pytest.raises(c.RunStopped, match="the reward model has skipped .* is 5, above its limit of 4"):
         guard.check(spike, config, 5)
 
 
@@ -72,23 +81,23 @@ def test_one_bad_score_is_seen(bad, reward, make_samples):
     assert not metrics["reward_model/score_mean"].isfinite()
 
 
-def test_supervised_steps_that_are_refused_stop_it_too(make_samples):
+def test_supervised_steps_that_are_skipped_stop_it_too(make_samples):
     class Policy:
         def imitate(self, batch) -> dict[str, float]:
-            return {"loss/total": math.nan} | row("policy", skipped=1, skipped_in_a_row=1)
+            return {"loss/total": math.nan} | row("policy", skipped=1, consecutive_skips=1)
 
     class Demonstrations:
         def take(self, step: int) -> list:
             return make_samples(1)
 
     config = c.Config(guard=c.GuardConfig(max_consecutive_skips=1))
-    with pytest.raises(c.RunStopped, match="step 0: the policy has refused 1 steps in a row.*loss/total is nan"):
+    with pytest.raises(c.RunStopped, match="step 0: the policy has skipped 1 steps in a row.*loss/total is nan"):
         supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, False, PackingSpec(1000))
 
 
 def test_broken_weights_stop_the_run_at_once():
     guard.check(row("policy", largest_weight=1e30), c.GuardConfig(), 0)
-    with pytest.raises(c.RunStopped, match="step 0: the policy holds weights that are not finite"):
+    with pytest.raises(c.RunStopped, match="step 0: the policy has weights that are not finite"):
         guard.check(row("policy", largest_weight=math.inf), c.GuardConfig(), 0)
 
 
@@ -100,7 +109,7 @@ def dumped(tmp_path, make_samples):
     for rank in range(2):
         batch = packing.batch(samples, PackingSpec(30, rank, 2))
         values = [torch.rand(len(part.labels)) for part in batch.micro_batches]
-        dumps.write(path, 3, (rank, 2), batch, values, values, {"loss/total": math.nan}, config)
+        dumps.write(path, 3, (rank, 2), batch, values, TokenWeights(values), {"loss/total": math.nan}, config)
         shares.append((batch, values))
     return path, config, shares
 
@@ -120,16 +129,18 @@ def test_a_dump_gives_back_what_was_written(dumped):
         share = dump.share(rank, 2)
         assert share.batch.counts == batch.counts
         assert all(map(equal, share.batch.micro_batches, batch.micro_batches))
-        assert all(map(torch.equal, share.weight, values)) and all(map(torch.equal, share.reference_logp, values))
+        assert all(map(torch.equal, share.token_weights.values, values)) and all(
+            map(torch.equal, share.reference_logp, values)
+        )
     alone = dump.share(0, 1).batch.micro_batches
     assert len(alone) == sum(len(batch.micro_batches) for batch, _ in shares)
 
 
 def test_what_the_policy_was_not_given_is_not_there(tmp_path, make_samples):
     batch = packing.batch(make_samples(1), PackingSpec(30))
-    dumps.write(tmp_path / "step_000000", 0, (0, 1), batch, None, None, {}, c.Config())
+    dumps.write(tmp_path / "step_000000", 0, (0, 1), batch, None, TokenWeights([], valid=False), {}, c.Config())
     share = dumps.read(tmp_path / "step_000000").share(0, 1)
-    assert share.reference_logp is None and share.weight is None
+    assert share.reference_logp is None and not share.token_weights.valid
 
 
 def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
@@ -144,11 +155,12 @@ def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
         dumps.read(path)
 
 
-def test_dumps_go_with_the_checkpoint_before_them_but_refused_steps_stay(tmp_path, make_samples):
-    batch, refused = packing.batch(make_samples(1), PackingSpec(30)), {"policy/skipped_in_a_row": 1}
+def test_dumps_go_with_the_checkpoint_before_them_but_skipped_steps_stay(tmp_path, make_samples):
+    batch, skipped = packing.batch(make_samples(1), PackingSpec(30)), {"policy/consecutive_skips": 1}
+    token_weights = TokenWeights([], valid=False)
     for step in range(4):
         path = tmp_path / "dumps" / checkpoint_folders.name(step)
-        dumps.write(path, step, (0, 1), batch, None, None, refused if step == 1 else {}, c.Config())
+        dumps.write(path, step, (0, 1), batch, None, token_weights, skipped if step == 1 else {}, c.Config())
     (tmp_path / "dumps" / checkpoint_folders.name(0) / "step.json").write_text("cut of")
     dumps.forget(tmp_path, lambda name: name < "step_000003")
     assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]

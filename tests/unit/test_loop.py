@@ -13,7 +13,7 @@ from oreal_megatron import config as c
 from oreal_megatron import loop
 from oreal_megatron.algo.logprob_parity import LogprobMismatch
 from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existing
-from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, Verdict
+from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, TokenWeights, Verdict
 
 ANSWERS = 4
 
@@ -71,8 +71,8 @@ class FakeModel:
 
 
 class FakePolicy(FakeModel):
-    def update(self, batch, reference_logp, weight):
-        assert [len(w) for w in weight] == [len(r) for r in reference_logp]
+    def update(self, batch, reference_logp, token_weights):
+        assert [len(w) for w in token_weights.values] == [len(r) for r in reference_logp]
         self.updates += 1
         self.events.append(f"policy {batch.counts.sequences} {batch.counts.correct_tokens}")
         return {"loss/total": 1.0}
@@ -81,7 +81,8 @@ class FakePolicy(FakeModel):
 class FakeRewardModel(FakeModel):
     def update(self, batch):
         self.events.append("reward model")
-        return [torch.ones(len(part.labels)) for part in batch.micro_batches], {"reward_model/accuracy": 0.5}
+        values = [torch.ones(len(part.labels)) for part in batch.micro_batches]
+        return TokenWeights(values), {"reward_model/accuracy": 0.5}
 
 
 class FakeWeightSync:
@@ -273,42 +274,42 @@ def test_an_answer_of_an_older_policy_never_enters_the_loss(tmp_path):
     assert events[-1] == "generate (0, 2)", "nothing was trained on it"
 
 
-def run_refusing(tmp_path, metrics: dict, weight, events: list) -> None:
-    """Two steps in which the reward model gives these, and the policy is not frozen."""
+def run_with_reward_model(tmp_path, metrics: dict, token_weights: TokenWeights, events: list) -> None:
+    """Run two steps in which the reward model returns these values and the policy is not frozen."""
 
-    class Refusing(FakeRewardModel):
+    class Scripted(FakeRewardModel):
         def update(self, batch):
-            return weight, metrics
+            return token_weights, metrics
 
     class Policy(FakePolicy):
-        def update(self, batch, reference_logp, weight):
-            self.events.append("policy refuses" if weight is None else "policy learns")
+        def update(self, batch, reference_logp, token_weights):
+            self.events.append("policy learns" if token_weights.valid else "policy skips")
             return {}
 
     config = c.Config(
         run=str(tmp_path / "run"), steps=2, policy_freeze_steps=0, guard=c.GuardConfig(max_consecutive_skips=1)
     )
-    models = Policy("p", events), FakeModel("r", events), Refusing("m", events)
+    models = Policy("p", events), FakeModel("r", events), Scripted("m", events)
     loop.train(
         config, FakePrompts(), FakeEngine(events), FakeVerifier(), *models,
         FakeWeightSync(FakeEngine(events), events), Run(config), FakeHooks(events), SPEC,
     )  # fmt: skip
 
 
-def test_the_policy_does_not_learn_from_a_reward_model_that_refused_and_the_run_stops_after_dumping(tmp_path):
+def test_the_policy_does_not_learn_from_a_reward_model_that_skipped_and_the_run_stops_after_dumping(tmp_path):
     events: list[str] = []
-    metrics = {"loss/reward_model": float("nan"), "reward_model/skipped": 1, "reward_model/skipped_in_a_row": 1}
-    with pytest.raises(c.RunStopped, match="step 0: the reward model has refused 1 steps in a row"):
-        run_refusing(tmp_path, metrics, None, events)
-    assert events == ["generate (0, 0)", "policy refuses"], "nothing was handed over or saved"
+    metrics = {"loss/reward_model": float("nan"), "reward_model/skipped": 1, "reward_model/consecutive_skips": 1}
+    with pytest.raises(c.RunStopped, match="step 0: the reward model has skipped 1 steps in a row"):
+        run_with_reward_model(tmp_path, metrics, TokenWeights([], valid=False), events)
+    assert events == ["generate (0, 0)", "policy skips"], "nothing was synced or saved"
     assert (tmp_path / "run/dumps/step_000000/share_000.safetensors").is_file()
 
 
 def test_broken_weights_reach_neither_the_engine_nor_a_checkpoint(tmp_path):
     events: list[str] = []
-    weight = [torch.ones(8)]
-    with pytest.raises(c.RunStopped, match="holds weights that are not finite"):
-        run_refusing(tmp_path, {"reward_model/largest_weight": float("inf")}, weight, events)
+    metrics = {"reward_model/largest_weight": float("inf")}
+    with pytest.raises(c.RunStopped, match="has weights that are not finite"):
+        run_with_reward_model(tmp_path, metrics, TokenWeights([torch.ones(8)]), events)
     assert events == ["generate (0, 0)", "policy learns"]
 
 

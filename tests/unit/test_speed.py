@@ -150,8 +150,8 @@ def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_
     [
         ({}, True, {"reward_model", "reference", "policy"}),
         ({}, False, {"reference", "policy"}),
-        ({"reward_model/skipped_in_a_row": 1, "policy/skipped_in_a_row": 1}, True, {"reward_model", "reference"}),
-        ({"policy/skipped_in_a_row": 1}, True, {"reward_model", "reference", "policy"}),  # refused after computing
+        ({"reward_model/consecutive_skips": 1, "policy/consecutive_skips": 1}, True, {"reward_model", "reference"}),
+        ({"policy/consecutive_skips": 1}, True, {"reward_model", "reference", "policy"}),  # skipped after computing
     ],
 )
 def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, models):
