@@ -7,10 +7,9 @@ import importlib
 import os
 import sys
 import time
-import warnings
 
 from oreal_megatron.config import ConfigError, Preempted, RunStopped
-from oreal_megatron.runtime import distributed, watchdog
+from oreal_megatron.runtime import distributed, logging_setup, watchdog
 from oreal_megatron.runtime.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 
 COMMANDS = {
@@ -35,8 +34,8 @@ def complain(command: str, error: Exception) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if not sys.warnoptions:  # Megatron, vLLM and torch warn at every import; python -W shows them
-        warnings.simplefilter("ignore")
+    """Run one command; return its exit code (runtime/exit_codes.py)."""
+    logging_setup.set_up()
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = next((word for word in arguments if word in COMMANDS), None)
     args = parser(chosen).parse_args(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existi
 from oreal_megatron.plan import gpus
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat, preemption, watchdog
 from oreal_megatron.session import prepare
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +131,7 @@ def _config(args: argparse.Namespace) -> Config:
         now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
         changed = settings.differences(_written(Path(config.run)), now)
         if changed and distributed.rank() == 0:
-            files.say(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
+            log.info(f"{config.run} goes on with other settings than it was started with: {', '.join(changed)}")
     return config
 
 

@@ -6,6 +6,7 @@ outlive a killed rank and wait for ever for a killed writer.
 
 from __future__ import annotations
 
+import logging
 import queue
 import shutil
 import time
@@ -26,6 +27,8 @@ from oreal_megatron.mcore import adam, checkpoint_state
 from oreal_megatron.mcore.cpu_shim import device_layer
 from oreal_megatron.mcore.scorer import Trainer
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
+
+log = logging.getLogger(__name__)
 
 SPARE_BYTES = 16 * 2**20  # of disk, beyond the tensors: indices of the files
 Describe = Callable[[str, Path], None]
@@ -122,7 +125,7 @@ class Saver:
         told = False
         while (free := distributed.all_gather_object(shutil.disk_usage(self.folder).free)[0]) < needed:
             if distributed.rank() == 0 and not told:
-                files.say(
+                log.warning(
                     f"a checkpoint needs {needed / 2**20:.0f} MiB more, but {self.folder} has {free / 2**20:.0f}; "
                     "waiting until there is more, nothing is lost"
                 )
@@ -130,7 +133,7 @@ class Saver:
             heartbeat.beat()
             time.sleep(files.PAUSE_S)
         if distributed.rank() == 0 and told:
-            files.say(f"there is room in {self.folder} again; going on")
+            log.warning(f"there is space in {self.folder} again; continuing")
 
 
 def _bytes(trainer: Trainer) -> int:

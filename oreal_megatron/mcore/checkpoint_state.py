@@ -31,12 +31,9 @@ SHARDING = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 HELD = ("parameters", "optimizer")  # parts of a trainer that a checkpoint holds
-COMMON = ("step", "layout", "random", "updates", "past", "optimizer")  # what it holds besides tensors
+log = logging.getLogger(__name__)
 
-# Megatron warns that ranks hold different states, which is how its memory-efficient sharding works.
-logging.getLogger("megatron.core.dist_checkpointing.validation").addFilter(
-    lambda record: "('optimizer', 'param_state')" not in record.getMessage()
-)
+COMMON = ("step", "layout", "random", "updates", "past", "optimizer")  # what it holds besides tensors
 
 
 def load(path: Path, trainers: dict[str, Trainer]) -> int:
@@ -48,7 +45,7 @@ def load(path: Path, trainers: dict[str, Trainer]) -> int:
         if len(state["random"]) == distributed.world_size():
             _restore_random_state(state["random"][distributed.rank()])
     if distributed.rank() == 0 and state["layout"] != layout():
-        files.say(
+        log.info(
             f"{path.name} was written at {_described(state['layout'])} and is read at {_described(layout())}: sums are "
             "taken in another order, so the run goes on equal up to rounding, not bit by bit"
         )
@@ -84,7 +81,7 @@ def choose(folder: Path, models: list[str], step: int | None, damaged_too: bool)
         )
         raise ConfigError(f"{broken[0]}; {before}")
     for damage in broken if distributed.rank() == 0 else ():
-        files.say(f"{damage}; it is passed over")
+        log.warning(f"{damage}; it is passed over")
     for name in models if sound else ():
         check(sound / name)
     return sound

@@ -7,7 +7,6 @@ what is not. Offloading is left out, it says nothing to other ranks.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from oreal_megatron.mcore import checkpoint_state, fake_world, parallel, trained
 from oreal_megatron.models import tensors
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, Sample
-
-logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)  # there are no random states to check
 
 
 class Shard(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +24,6 @@ from oreal_megatron.mcore.gpt_model import device
 from oreal_megatron.mcore.offload import Part, Parts
 from oreal_megatron.records import Batch, MicroBatch
 from oreal_megatron.runtime import distributed, heartbeat
-
-logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # announces that it does nothing
 
 # Last stage's output [1, S, ...] of a micro-batch -> one value per action token [T], whole on every rank of the stage.
 Head = Callable[[Tensor, MicroBatch], Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from oreal_megatron.observe.dumps import Values
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat, versions
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -89,7 +92,7 @@ class Run:
             try:
                 dumps.write(path, step, self.share, batch, reference_logp, token_weights, metrics, self.config)
             except (OSError, SafetensorError) as error:  # a full disk, say: a dump is not worth a run
-                files.say(f"step {step} could not be dumped for oreal replay: {error}")
+                log.warning(f"step {step} could not be dumped for oreal replay: {error}")
         if self.writes and (models := guard.skipped_models(metrics)):
             reason = guard.skip_reason(metrics)
             line = f"{' and '.join(models)} skipped step {step}: {reason}; inspect it with oreal replay {path}"
@@ -130,7 +133,7 @@ class Run:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
         except OSError as error:
-            files.say(f"TensorBoard events of step {step} are lost ({error}); metrics.jsonl has them")
+            log.warning(f"TensorBoard events of step {step} are lost ({error}); metrics.jsonl has them")
             self.events = SummaryWriter(str(self.path / "tensorboard"))
 
     def _forget_from(self, step: int) -> None:

@@ -1,13 +1,10 @@
 """Prompts -> answers: the colocated vLLM engine.
 
-What vLLM reads when it is imported is set here: the engine lives in this process, binds no threads, and is quiet.
+What vLLM reads when it is imported is set here: the engine lives in this process and binds no threads.
 """
 
-import logging
 import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it reads its own setting

@@ -1,9 +1,10 @@
-"""What a command's end means to whoever started it: a shell, a launcher, a scheduler."""
+"""Process exit codes. docs/reference/exit_codes.md tells users about them."""
 
-PREEMPTED = 4  # told to leave, and saved: start again
+BAD_INPUT = 2  # the input must be fixed first
+STOPPED = 3  # results would be invalid: look at the message, then resume
+PREEMPTED = 4  # stopped by a signal after saving: start again
+LOST = 5  # hung, or a rank or a node was lost: start again
+UNFIT = 6  # the plan does not fit the GPUs, or the rehearsal found a fault
+INTERRUPTED = 130  # Ctrl-C where there was nothing to save; the shell's convention, 128 + SIGINT
 
-BAD_INPUT = 2  # a person mends the input first
-STOPPED = 3  # a person looks first; the run can be resumed
-LOST = 5  # hung, or a rank or machine was lost: start again
-UNFIT = 6  # a plan that does not fit the GPUs, or a rehearsal that found a fault
-FINAL = (BAD_INPUT, STOPPED, PREEMPTED)  # starting again at once, on the same machines, would not help
+FINAL = (BAD_INPUT, STOPPED, PREEMPTED, INTERRUPTED)  # restarting at once, on the same nodes, would not help

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.runtime import heartbeat
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 PAUSE_S = 10.0  # between looks at a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -75,13 +76,13 @@ def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Re
             if not is_full(error):
                 raise
             if not told:
-                say(f"no space left in {folder}; waiting until there is room, nothing is lost")
+                log.warning("no space left in %s; waiting until there is some, nothing is lost", folder)
                 told = True
             heartbeat.beat()
             time.sleep(PAUSE_S)
             continue
         if told:
-            say(f"there is room in {folder} again; going on")
+            log.warning("there is space in %s again; continuing", folder)
         return result
 
 
@@ -92,7 +93,3 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def say(sentence: str) -> None:
-    print(f"oreal: {sentence}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from torch.distributed.run import parse_args, run
 from oreal_megatron.runtime import preemption
 from oreal_megatron.runtime.exit_codes import FINAL, LOST, PREEMPTED
 
-LEAVE_S = 600  # for processes that were asked to leave to save; then they are killed
+SAVE_S = 600  # time for processes to save after a stop request; then they are killed
 
 
 class Agent(LocalElasticAgent):
@@ -43,7 +43,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     api.LocalElasticAgent = Agent
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LEAVE_S))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     try:
         run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))
     except ChildFailedError as error:

@@ -1,4 +1,4 @@
-"""Being asked to leave: SIGTERM and SIGUSR1 come from Slurm, Kubernetes and torchrun some time before they kill."""
+"""Stop requests: SIGTERM and SIGUSR1 from Slurm, Kubernetes and torchrun some time before they kill, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from types import FrameType
 
 from oreal_megatron.runtime.exit_codes import PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAME_NOTICE_S = 5.0  # a scheduler and torchrun may both pass on one and the same notice
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_REQUEST_S = 5.0  # a scheduler and torchrun, or the terminal and torchrun, may both pass on one request
 
 
-class Notice:
-    """Whether this process was asked to leave. A later, second signal ends it at once."""
+class StopRequest:
+    """The request to stop after the present step, once a signal has arrived. A second signal ends the process."""
 
     def __init__(self) -> None:
-        self.given_at: float | None = None
+        self.arrived_at: float | None = None
 
     def __bool__(self) -> bool:
-        return self.given_at is not None
+        return self.arrived_at is not None
 
-    def listen(self) -> Notice:
-        """Take the signals from now on; on the main thread only."""
+    def listen(self) -> StopRequest:
+        """Handle the signals from now on. On the main thread only."""
         for number in SIGNALS:
-            signal.signal(number, self._take)
+            signal.signal(number, self._handle)
         return self
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.given_at is None:
-            self.given_at = now
-            # Not print: the signal may have come in the middle of one.
-            os.write(sys.stderr.fileno(), b"oreal: asked to leave; finishing the step's update, then saving\n")
-        elif now - self.given_at > SAME_NOTICE_S:
+        if self.arrived_at is None:
+            self.arrived_at = now
+            if os.environ.get("RANK", "0") == "0":  # os.write: the signal may have arrived in the middle of a print
+                message = f"oreal: {signal.Signals(number).name} received; finishing the update, then saving"
+                os.write(sys.stderr.fileno(), f"{message} (a second signal stops at once)\n".encode())
+        elif now - self.arrived_at > SAME_REQUEST_S:
             os._exit(PREEMPTED)

@@ -11,7 +11,7 @@ from oreal_megatron.mcore import checkpoint_state
 from oreal_megatron.mcore.checkpoint_saver import Saver
 from oreal_megatron.observe.run_folder import Run
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
-from oreal_megatron.runtime.preemption import Notice
+from oreal_megatron.runtime.preemption import StopRequest
 
 
 @dataclass
@@ -22,7 +22,7 @@ class TrainingHooks:
     saver: Saver
     run: Run
     evaluate: Callable[[], dict[str, float]] | None  # held-out accuracy of the engine's weights; None: no problems
-    notice: Notice
+    stop_request: StopRequest
     keep_best: Callable[[], None]  # the policy that was evaluated just now is the best so far
 
     def begin(self, done: int, saved: bool) -> None:
@@ -39,8 +39,8 @@ class TrainingHooks:
                 self.saver.start(done)
                 self.saved = done
                 self.run.forget_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
-        if any(distributed.all_gather_object(bool(self.notice))):
-            raise Preempted(f"asked to leave after step {done}")
+        if any(distributed.all_gather_object(bool(self.stop_request))):
+            raise Preempted(f"stopped by a signal after step {done}")
         self._evaluate_if_due()
 
     @contextlib.contextmanager

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
+from oreal_megatron.runtime import preemption
+
 PROGRAM = """
 import time
-from oreal_megatron import preemption
-preemption.SAME_NOTICE_S = {same}
-notice = preemption.Notice().listen()
-print("listening", bool(notice), flush=True)
-while not notice:
+from oreal_megatron.runtime import preemption
+preemption.SAME_REQUEST_S = {same}
+request = preemption.StopRequest().listen()
+print("listening", bool(request), flush=True)
+while not request:
     time.sleep(0.01)
 print("noticed", flush=True)
 time.sleep({then})
@@ -30,14 +32,14 @@ def start(same: float, then: float) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_a_notice_lets_the_process_save_and_its_echo_is_none(number):
     process = start(same=60, then=0.3)
     process.send_signal(number)
     assert process.stdout.readline() == "noticed\n"
     process.send_signal(signal.SIGTERM)  # what torchrun passes on of the same notice
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (0, "saved\n") and err.count("asked to leave") == 1
+    assert (process.returncode, out) == (0, "saved\n") and err.count("received; finishing the update") == 1
 
 
 def test_a_second_notice_ends_the_process_at_once():

@@ -1,0 +1,89 @@
+"""Start and stop what a command runs with: process group, watchdog, engine, grader, Megatron.
+
+    with Session(config) as session:
+        engine, verifier = session.start_engine(inputs)
+        session.start_megatron()
+
+Whatever was started is stopped when the block ends, also by an error: no process, no shared memory stays behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from oreal_megatron.config import Config, ConfigError, RunStopped
+from oreal_megatron.runtime import heartbeat, watchdog
+from oreal_megatron.runtime.preemption import StopRequest
+from oreal_megatron.session.inputs import Inputs
+
+if TYPE_CHECKING:  # they import vLLM and torch's process pools, which takes seconds
+    from oreal_megatron.rollout.engine import VllmEngine
+    from oreal_megatron.verify.step_verifier import StepVerifier
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """Process group and watchdog of this rank, and what is started on top of them. Every method is collective."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.engine: VllmEngine | None = None
+        self.verifier: StepVerifier | None = None
+
+    def __enter__(self) -> Session:
+        """Join torchrun's process group and start the watchdog."""
+        from oreal_megatron.mcore import parallel
+
+        parallel.start_process_group(self.config.watchdog.collective_s)
+        watchdog.start(self.config)
+        return self
+
+    def start_engine(self, inputs: Inputs, stop_request: StopRequest | None = None) -> tuple[VllmEngine, StepVerifier]:
+        """Start vLLM and the grader of its rollouts. Generation ends early once `stop_request` is set."""
+        from oreal_megatron.rollout.engine import VllmEngine
+        from oreal_megatron.verify.grader import Grader
+        from oreal_megatron.verify.step_verifier import StepVerifier
+
+        config = inputs.config
+        is_asked_to_stop = stop_request.__bool__ if stop_request is not None else lambda: False
+        self.engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, is_asked_to_stop)
+        self.verifier = StepVerifier(Grader(config.verify), config.verify.unknown_limit)
+        return self.engine, self.verifier
+
+    def start_megatron(self) -> None:
+        """Make Megatron's groups. A running engine sleeps, so that the models find its memory free."""
+        from oreal_megatron.mcore import parallel
+
+        if self.engine:
+            self.engine.sleep()
+        parallel.start_megatron(self.config.parallel, self.config.seed, self.config.watchdog.collective_s)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop what was started, in reverse order; after an error without waiting for the other ranks."""
+        if error is None:
+            self._stop()
+            return
+        if isinstance(error, Exception) and not isinstance(error, ConfigError | RunStopped):
+            watchdog.failed(error)  # ends the process here where another rank was lost
+        watchdog.stop()
+        with contextlib.suppress(Exception):  # the error that is on its way matters more
+            if self.verifier:
+                self.verifier.close()
+        with contextlib.suppress(Exception):
+            if self.engine:
+                self.engine.close()
+
+    def _stop(self) -> None:
+        from oreal_megatron.mcore import parallel
+
+        if self.verifier:
+            self.verifier.close()
+        with heartbeat.phase("stop"):
+            parallel.stop(self.engine)
+        watchdog.stop()
