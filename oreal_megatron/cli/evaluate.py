@@ -17,7 +17,8 @@ from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.run_folder import read_rows, rollout_line
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files, heartbeat, watchdog
-from oreal_megatron.session import prepare
+from oreal_megatron.session.inputs import Inputs, read_inputs
+from oreal_megatron.session.session import start_engine
 
 BLOCK = 128  # problems that are asked, graded and written down together
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def rate(args: argparse.Namespace) -> int:
     """Pass rates of the recipe's training prompts under its model, into a file that it can train on."""
     config, out = results.config_of(args.model, args.set), args.out or Path(args.rate + ".answers")
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
     if not Path(args.rate).resolve().parent.is_dir():
         raise ConfigError(f"--rate {args.rate}: its folder does not exist")
     asked = inputs.prompts(config.data.path)
@@ -65,7 +66,7 @@ def rate(args: argparse.Namespace) -> int:
     watchdog.start(config)
     sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=args.samples or 16)
     results.claim(out, inputs, {"rating": sampling}, {config.data.path: asked})
-    engine, verifier = prepare.start_engine(inputs)
+    engine, verifier = start_engine(inputs)
     with heartbeat.phase("evaluate"):
         rows = answer(config.data.path, asked, "rating", sampling, config, out, engine, verifier)
     if distributed.rank() == 0:
@@ -96,12 +97,12 @@ def benchmark(args: argparse.Namespace) -> int:
     parallel.start_process_group(config.watchdog.collective_s)
     watchdog.start(dataclasses.replace(config, run=str(out)))
     config = results.with_cache(results.with_weights(config, args.model, out))
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
     whole = {name: suite_prompts(inputs, *suite) for name, suite in found.items()}
     asked = {name: mine[: args.problems or None] for name, mine in whole.items()}
     modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, args.samples)} if args.samples else {})
     results.claim(out, inputs, modes, whole)
-    engine, verifier = prepare.start_engine(inputs)
+    engine, verifier = start_engine(inputs)
     with heartbeat.phase("evaluate"):
         scores = {
             name: {
@@ -119,7 +120,7 @@ def benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
-def suite_prompts(inputs: prepare.Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
+def suite_prompts(inputs: Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
     """A suite's problems as training would render them."""
     read = inputs.rendered(path)
     wanted = suites.kept(suite, path)

@@ -15,7 +15,7 @@ from rich.table import Table
 from oreal_megatron.observe import dumps
 from oreal_megatron.observe.dumps import Dump, Share, Values
 from oreal_megatron.runtime import checkpoint_folders, distributed
-from oreal_megatron.session import prepare
+from oreal_megatron.session.inputs import read_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     dump = dumps.read(Path(args.dump))
     config = dataclasses.replace(dump.config, run=args.resume or dump.config.run)
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
 
     from oreal_megatron.mcore import (  # imports Megatron, which takes seconds
         checkpoint_state,

@@ -23,7 +23,7 @@ from oreal_megatron.plan import memory
 from oreal_megatron.plan.gpus import GPUS
 from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.runtime import checkpoint_folders, versions
-from oreal_megatron.session import prepare
+from oreal_megatron.session.inputs import read_inputs
 
 OK, WARNING, FAILED, ABSENT = "ok", "warning", "FAILED", "absent"
 SKEW_S, SHARED_MEMORY_GB = 5.0, 1.0
@@ -171,7 +171,7 @@ def existing(path: Path) -> Path:
 def inputs(config: Config) -> Iterator[Finding]:
     """Recipe, model and problems as `oreal train` will read them."""
     try:
-        read = prepare.prepare(config)
+        read = read_inputs(config)
     except ConfigError as error:
         yield Finding("recipe and model", FAILED, str(error))
         return

@@ -21,7 +21,9 @@ from oreal_megatron.algo import packing
 from oreal_megatron.config import Config, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
 from oreal_megatron.records import Prompt, Sample
 from oreal_megatron.runtime import distributed
-from oreal_megatron.session import prepare
+from oreal_megatron.session import policy_weights
+from oreal_megatron.session.inputs import read_inputs
+from oreal_megatron.session.session import start_engine
 
 PARTS = ("collective", "generate", "train", "weight sync")
 DONE = "doctor: "
@@ -53,12 +55,12 @@ def run(folder: str) -> None:
         sampling=SamplingConfig(rollouts_per_prompt=4, top_p=1.0, max_new_tokens=8),
         verify=VerifyConfig(workers=1),
     )
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
     parallel.start_process_group()
     with part("collective") as say:
         say(collective())
     with part("generate") as say:
-        engine, verifier = prepare.start_engine(inputs)
+        engine, verifier = start_engine(inputs)
         prompts = [Prompt(number, "", "", None, (number + 1, 2, 3)) for number in range(2 * engine.replicas)]
         rollouts = engine.generate(prompts, config.sampling, (0, 0))
         say(f"{sum(map(len, rollouts))} answers from {engine.replicas} engines")
@@ -69,7 +71,7 @@ def run(folder: str) -> None:
         gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
         say(f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}")
     with part("weight sync") as say:
-        metrics = prepare.connect(policy, engine).sync(policy.updates)
+        metrics = policy_weights.connect(policy, engine).sync(policy.updates)
         say(f"{metrics['reshard/verified_parameters']:.0f} parameters arrived")
     verifier.grader.close()
     parallel.stop(engine)

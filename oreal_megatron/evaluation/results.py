@@ -27,7 +27,7 @@ from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.evaluation import suites
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files
-from oreal_megatron.session import prepare
+from oreal_megatron.session.inputs import Inputs
 
 LONGEST = 16384  # tokens of prompt and response, where no run says it
 MARGIN_GB = 10.0  # of a GPU, that a cache which fills it leaves for activations, CUDA graphs and fragments
@@ -115,7 +115,7 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "metadata.json").is_file()
 
 
-def claim(out: Path, inputs: prepare.Inputs, modes: dict[str, SamplingConfig], whole: dict[str, list[Prompt]]) -> None:
+def claim(out: Path, inputs: Inputs, modes: dict[str, SamplingConfig], whole: dict[str, list[Prompt]]) -> None:
     """Write what the answers in `out` depend on; refuse a folder with answers of something else. Collective."""
     config = inputs.config
     settings_now = {

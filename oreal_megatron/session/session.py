@@ -44,14 +44,7 @@ class Session:
 
     def start_engine(self, inputs: Inputs, stop_request: StopRequest | None = None) -> tuple[VllmEngine, StepVerifier]:
         """Start vLLM and the grader of its rollouts. Generation ends early once `stop_request` is set."""
-        from oreal_megatron.rollout.engine import VllmEngine
-        from oreal_megatron.verify.grader import Grader
-        from oreal_megatron.verify.step_verifier import StepVerifier
-
-        config = inputs.config
-        is_asked_to_stop = stop_request.__bool__ if stop_request is not None else lambda: False
-        self.engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, is_asked_to_stop)
-        self.verifier = StepVerifier(Grader(config.verify), config.verify.unknown_limit)
+        self.engine, self.verifier = start_engine(inputs, stop_request)
         return self.engine, self.verifier
 
     def start_megatron(self) -> None:
@@ -87,3 +80,15 @@ class Session:
         with heartbeat.phase("stop"):
             parallel.stop(self.engine)
         watchdog.stop()
+
+
+def start_engine(inputs: Inputs, stop_request: StopRequest | None = None) -> tuple[VllmEngine, StepVerifier]:
+    """Start vLLM and the grader of its rollouts, without a Session around them. Collective."""
+    from oreal_megatron.rollout.engine import VllmEngine
+    from oreal_megatron.verify.grader import Grader
+    from oreal_megatron.verify.step_verifier import StepVerifier
+
+    config = inputs.config
+    is_asked_to_stop = stop_request.__bool__ if stop_request is not None else lambda: False
+    engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, is_asked_to_stop)
+    return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)

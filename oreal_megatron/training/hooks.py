@@ -25,7 +25,7 @@ class TrainingHooks:
     stop_request: StopRequest
     keep_best: Callable[[], None]  # the policy that was evaluated just now is the best so far
 
-    def begin(self, done: int, saved: bool) -> None:
+    def start(self, done: int, saved: bool) -> None:
         """Before the first step of this start; `saved`: it goes on from the checkpoint of `done`."""
         self.saved = done if saved else None
         self._remember(done)
@@ -44,7 +44,7 @@ class TrainingHooks:
         self._evaluate_if_due()
 
     @contextlib.contextmanager
-    def saving_when_asked_to_leave(self) -> Iterator[None]:
+    def saving_on_stop_request(self) -> Iterator[None]:
         """Save what is not saved yet before a notice ends the run."""
         try:
             yield

@@ -1,41 +1,117 @@
-"""Supervised fine-tuning: what `oreal sft` does before reinforcement learning."""
+"""`oreal sft`: supervised fine-tuning on demonstrations, before reinforcement learning."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
 from oreal_megatron.algo import guard, packing
-from oreal_megatron.config import Config
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.data import problems
+from oreal_megatron.data.sampler import Sampler
+from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.records import PackingSpec
-from oreal_megatron.runtime import heartbeat
+from oreal_megatron.observe.run_folder import append_row, refuse_existing, write_header
+from oreal_megatron.protocols import Metrics
+from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
+from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.session import policy_weights
+from oreal_megatron.session.inputs import Inputs, read_inputs
+from oreal_megatron.session.session import Session
+
+
+class Demonstrations(Protocol):
+    """Demonstrations in the order in which the run visits them."""
+
+    def take(self, step: int) -> list[Sample]:
+        """Return the samples of a step, counted from 0."""
+        ...
+
+
+class ImitationTrainer(Protocol):
+    """The policy, trained by cross entropy."""
+
+    def imitate(self, batch: Batch) -> Metrics:
+        """Take one step on demonstrations."""
+        ...
+
+
+def fine_tune(config: Config) -> int:
+    """Fine-tune the policy of a recipe into RUN/policy; return the steps taken. Collective."""
+    inputs = read_inputs(config)
+    demonstrations = problems.load_demonstrations(
+        config.supervised.path, inputs.tokenizer, config.data.system_prompt, inputs.arch.max_positions
+    )
+    held_out = inputs.held_out() if config.supervised.evaluate_every else []
+    if config.supervised.evaluate_every and not held_out:
+        raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
+    refuse_existing(config)
+    return _run(inputs, Sampler(demonstrations, config.supervised.samples_per_step, config.seed), held_out)
+
+
+def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt]) -> int:
+    from oreal_megatron.mcore import gpt_model, parallel, trained_models  # imports Megatron, which takes seconds
+
+    config = inputs.config
+    gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
+    with Session(config) as session:
+        if held_out:
+            session.start_engine(inputs)
+        session.start_megatron()
+        imitating = dataclasses.replace(config, optimizer=config.supervised.optimizer)
+        policy = trained_models.Policy(inputs.arch, imitating, inputs.folder.tensor)
+        weight_sync = policy_weights.connect(policy, session.engine) if session.engine else None
+
+        def accuracy() -> float:
+            weight_sync.sync(policy.updates)
+            result = score.evaluate(held_out, session.engine, session.verifier, config)
+            session.engine.sleep()
+            return result["accuracy"]
+
+        if distributed.rank() == 0:
+            write_header(config, inputs.fingerprints())
+        spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
+        steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
+        with heartbeat.phase("checkpoint"):
+            policy_weights.save_policy(inputs, policy, Path(config.run) / "policy")
+    return steps
 
 
 def imitate(
     config: Config,
-    demonstrations: Any,  # .take(step) -> samples
-    policy: Any,  # .imitate(batch) -> metrics
-    accuracy: Callable[[], float],  # greedy, held out, of the present weights
-    log: Callable[[int, dict[str, float]], None],
-    shown: bool,
+    demonstrations: Demonstrations,
+    policy: ImitationTrainer,
+    accuracy: Callable[[], float],  # greedy, on held-out problems, of the present weights
+    log: Callable[[int, Metrics], None],
     packing_spec: PackingSpec,
 ) -> int:
-    """Train for `supervised.steps`, or until the held-out accuracy is reached; returns the steps done."""
-    wanted = config.supervised
-    with Bar("sft", wanted.steps, shown) as bar:
-        for step in range(wanted.steps):
+    """Train for `supervised.steps`, or until the held-out accuracy is reached; return the steps taken. Collective."""
+    supervised = config.supervised
+    with Bar("sft", supervised.steps, distributed.rank() == 0) as bar:
+        for step in range(supervised.steps):
             heartbeat.step(step)
             batch = packing.batch(demonstrations.take(step), packing_spec)
             metrics = policy.imitate(batch)
             guard.check(metrics, config.guard, step)
             log(step, metrics)
             note = f"loss {metrics['loss/total']:.3f}"
-            if wanted.evaluate_every and (step + 1) % wanted.evaluate_every == 0:
-                reached = accuracy()
-                note += f", held-out accuracy {reached:.3f}"
-                if reached >= wanted.stop_at_accuracy:
+            if supervised.evaluate_every and (step + 1) % supervised.evaluate_every == 0:
+                held_out_accuracy = accuracy()
+                note += f", held-out accuracy {held_out_accuracy:.3f}"
+                if held_out_accuracy >= supervised.stop_at_accuracy:
                     bar.advance(1, note)
                     return step + 1
             bar.advance(1, note)
-    return wanted.steps
+    return supervised.steps
+
+
+def _log_to(run: Path) -> Callable[[int, Metrics], None]:
+    """Append metrics to the run folder, on the first rank."""
+
+    def log(step: int, metrics: Metrics) -> None:
+        if distributed.rank() == 0:
+            append_row(run / "metrics.jsonl", {"step": step, **metrics})
+
+    return log

@@ -21,6 +21,10 @@ class StepVerifier:
         self.grader, self.unknown_limit = grader, unknown_limit
         self.pending: dict[tuple[int, int], Future[Verdict]] = {}
 
+    def close(self) -> None:
+        """End the grading processes."""
+        self.grader.close()
+
     def submit(self, rollout: Rollout) -> None:
         """Start grading one answer of this rank."""
         prompt = rollout.prompt

@@ -18,7 +18,9 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     from oreal_megatron import config as c
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.records import Prompt
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session import policy_weights
+    from oreal_megatron.session.inputs import read_inputs
+    from oreal_megatron.session.session import start_engine
 
     config = c.Config(
         model=c.ModelConfig(folder),
@@ -30,15 +32,15 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
         supervised=c.SupervisedConfig(optimizer=c.OptimizerConfig(lr=0.02, min_lr=0.02, warmup_steps=0)),
         verify=c.VerifyConfig(workers=1),
     )
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
     parallel.start_process_group()
     gather = dataclasses.replace(config, engine=dataclasses.replace(config.engine, transport="gather"))
-    engine, _ = prepare.start_engine(dataclasses.replace(inputs, config=gather if packed else config))
+    engine, _ = start_engine(dataclasses.replace(inputs, config=gather if packed else config))
     parallel.start_megatron(config.parallel, seed=0)
     policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
     prompts = [Prompt(i, "", "", None, tuple(4 + (7 * i + j) % 70 for j in range(LONG_PROMPT))) for i in range(3)]
     table = Story(config, policy, engine, prompts, samples)
-    weight_sync = prepare.connect(policy, engine)
+    weight_sync = policy_weights.connect(policy, engine)
     own, one = table.own(prompts), table.own(prompts[:1])
 
     result = {
@@ -154,9 +156,9 @@ class Story:
         self.policy.imitate(packing.batch(self.samples, parallel.packing_spec(4096)))
 
     def gap_with_a_query_head_swapped_for_a_key(self) -> str | float:
-        from oreal_megatron.session import prepare
+        from oreal_megatron.session import policy_weights
 
-        weights = {name: tensor.clone() for name, tensor in prepare.full_tensors(self.policy)}
+        weights = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(self.policy)}
         query, key = (weights[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qk")
         head = self.policy.arch.head_dim
         query[:head], key[:head] = key[:head].clone(), query[:head].clone()
@@ -168,12 +170,12 @@ class Story:
         """Bit by bit, the parameters that `direct` wrote and those that vLLM's own loader makes of full tensors."""
         import torch
 
-        from oreal_megatron.session import prepare
+        from oreal_megatron.session import policy_weights
 
         written = {name: tensor.clone() for name, tensor in self.engine.live()[0].items()}
         for tensor in self.engine.live()[0].values():
             tensor.zero_()
-        self.engine.load(prepare.full_tensors(self.policy))
+        self.engine.load(policy_weights.full_tensors(self.policy))
         self.engine.accept(self.policy.updates)
         return all(torch.equal(tensor, written[name]) for name, tensor in self.engine.live()[0].items())
 

@@ -45,7 +45,7 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Prompt
     from oreal_megatron.rollout.engine import VllmEngine
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session import policy_weights
 
     config = c.Config(
         model=c.ModelConfig(folder),
@@ -62,17 +62,17 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
     engine = VllmEngine(config, [arch.vocab - 1], Tokenizer())
     parallel.start_megatron(config.parallel, seed=0)
     policy = trained_models.Policy(arch, config, source.tensor)
-    weight_sync = prepare.connect(policy, engine)
+    weight_sync = policy_weights.connect(policy, engine)
     policy.imitate(packing.batch(samples, parallel.packing_spec(4096)))
     metrics = weight_sync.sync(1)
     rollouts = engine.generate([Prompt(i, "", "", None, x) for i, x in enumerate(PROMPTS)], config.sampling, (0, 0))
     written = {name: tensor.clone() for name, tensor in engine.live()[0].items()}
     for tensor in engine.live()[0].values():
         tensor.zero_()
-    engine.load(prepare.full_tensors(policy))
+    engine.load(policy_weights.full_tensors(policy))
     engine.accept(1)
     loaded = {name: torch.equal(tensor, written[name]) for name, tensor in engine.live()[0].items()}
-    weights = {name: tensor.clone() for name, tensor in prepare.full_tensors(policy)}
+    weights = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(policy)}
     parallel.stop(engine)
     answers = [(row[0].prompt.tokens, row[0].tokens, row[0].logprobs) for row in rollouts]
     return {"metrics": metrics, "loaded": loaded, "weights": weights, "answers": answers, "config": source.config}

@@ -37,7 +37,8 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     from oreal_megatron.mcore import parallel
     from oreal_megatron.records import Prompt
     from oreal_megatron.runtime import distributed
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session.inputs import read_inputs
+    from oreal_megatron.session.session import start_engine
 
     config = c.Config(
         model=c.ModelConfig(folder),
@@ -46,7 +47,7 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
         verify=c.VerifyConfig(workers=1),
     )
     parallel.start_process_group()
-    engine, verifier = prepare.start_engine(prepare.prepare(config))
+    engine, verifier = start_engine(read_inputs(config))
     vllm = engine.llm.llm_engine
     prompts = [Prompt(i, "", "", None, (4 + i, 5, 6)) for i in range(5)]
     results = []

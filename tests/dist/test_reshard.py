@@ -112,11 +112,13 @@ def transfer(policy, engine, ranks: int, wanted: str):
 
     from oreal_megatron.reshard.overlaps import ReshardLayout
     from oreal_megatron.reshard.weight_sync import WeightSync
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session import policy_weights
 
     cut, world = policy.config.parallel, dist.get_world_size()
     layout = ReshardLayout(policy.arch, cut.tensor, cut.pipeline, cut.virtual, ranks, world, min(world, 2))
-    return WeightSync(layout, wanted, BUFFER_BYTES, policy.named_shards, partial(prepare.full_tensors, policy), engine)
+    return WeightSync(
+        layout, wanted, BUFFER_BYTES, policy.named_shards, partial(policy_weights.full_tensors, policy), engine
+    )
 
 
 def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dict[str, dict]:
@@ -166,14 +168,14 @@ def gathered() -> dict[str, dict]:
 
     from oreal_megatron.models import tensors
     from oreal_megatron.reshard.byte_counter import ByteCounter
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session import policy_weights
 
     results = {}
     for family in ("Qwen3Moe", "Qwen2"):
         policy, weights = start((2, 2, 1), family, True)
         engine, counted = Loader(), ByteCounter(2)
         metrics = transfer(policy, engine, 1, "direct")(3)
-        for _ in prepare.full_tensors(policy, counted):
+        for _ in policy_weights.full_tensors(policy, counted):
             pass
         stages = [sum(4 * entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 2, stage, "lm")
                       if entry.exported) for stage in (0, 1)]  # fmt: skip

@@ -51,18 +51,17 @@ class Recorder:
 def started(command: str, folder: str) -> list[str]:
     """What a command does with the engine and with the memory of its models, in order."""
     from oreal_megatron import loop
-    from oreal_megatron.cli import sft
     from oreal_megatron.cli.main import main
+    from oreal_megatron.evaluation import score
     from oreal_megatron.mcore import gpt_model, offload
-    from oreal_megatron.session import prepare
-    from oreal_megatron.training import hooks
+    from oreal_megatron.session import session
 
     done, make, leave = [], gpt_model.build, offload.Parts.leave
-    verifier = SimpleNamespace(grader=SimpleNamespace(close=lambda: None))
-    prepare.start_engine = lambda *_: (Recorder(done), verifier)
+    verifier = SimpleNamespace(close=lambda: None)
+    session.start_engine = lambda *_: (Recorder(done), verifier)
     gpt_model.build = lambda *shape: done.append("build") or make(*shape)
     offload.Parts.leave = lambda parts: done.append("leave") or leave(parts)
-    sft.evaluate = hooks.evaluate = lambda *_: done.append("evaluate") or {"accuracy": 0.0}
+    score.evaluate = lambda *_: done.append("evaluate") or {"accuracy": 0.0}
     loop.train = lambda *_: done.append("train")
     assert main([command, f"{folder}/recipe.py:small"]) == 0
     return done

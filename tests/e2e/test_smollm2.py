@@ -34,7 +34,8 @@ def greedy(folder: str) -> list[tuple]:
     from oreal_megatron.algo import packing
     from oreal_megatron.mcore import gpt_model, output_heads, parallel, scorer
     from oreal_megatron.records import PackingSpec, Prompt, Sample
-    from oreal_megatron.session import prepare
+    from oreal_megatron.session.inputs import read_inputs
+    from oreal_megatron.session.session import start_engine
 
     config = c.Config(
         model=c.ModelConfig(folder),
@@ -44,9 +45,9 @@ def greedy(folder: str) -> list[tuple]:
         sampling=c.SamplingConfig(rollouts_per_prompt=2, max_new_tokens=TOKENS),
         verify=c.VerifyConfig(workers=1),
     )
-    inputs = prepare.prepare(config)
+    inputs = read_inputs(config)
     parallel.start_process_group()
-    engine, _ = prepare.start_engine(inputs)
+    engine, _ = start_engine(inputs)
     parallel.start_megatron(config.parallel, seed=0)
     chunks = gpt_model.build(inputs.arch, config, "lm")
     gpt_model.load(chunks, inputs.arch, config, "lm", inputs.folder.tensor)

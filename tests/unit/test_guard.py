@@ -92,7 +92,7 @@ def test_supervised_steps_that_are_skipped_stop_it_too(make_samples):
 
     config = c.Config(guard=c.GuardConfig(max_consecutive_skips=1))
     with pytest.raises(c.RunStopped, match="step 0: the policy has skipped 1 steps in a row.*loss/total is nan"):
-        supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, False, PackingSpec(1000))
+        supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, PackingSpec(1000))
 
 
 def test_broken_weights_stop_the_run_at_once():

@@ -18,7 +18,8 @@ from oreal_megatron.cli import main
 from oreal_megatron.data import problems
 from oreal_megatron.models import architecture
 from oreal_megatron.runtime import versions
-from oreal_megatron.session import prepare
+from oreal_megatron.session import model_checks
+from oreal_megatron.session.inputs import read_inputs
 
 RECIPE = """
 from oreal_megatron.config import Config, LossConfig
@@ -201,7 +202,7 @@ def config_for(folder: Path, **changes) -> c.Config:
 def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world, says):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(c.ConfigError, match=says):
-        prepare.prepare(config_for(model_folder, **changes))
+        read_inputs(config_for(model_folder, **changes))
 
 
 @pytest.mark.parametrize(
@@ -215,20 +216,20 @@ def test_groups_that_vllm_cannot_share_are_refused(family, heads, groups, size, 
     row = json.loads((Path(__file__).parent.parent / "families.json").read_text())[family]
     arch = architecture.read(row | {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 16})
     with pytest.raises(c.ConfigError, match=says):
-        prepare._check_engine(size, arch)
-    prepare._check_engine(groups, arch)
+        model_checks.check_engine(size, arch)
+    model_checks.check_engine(groups, arch)
 
 
 def test_expandable_segments_are_refused_where_the_engine_sleeps(model_folder, monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     with pytest.raises(c.ConfigError, match="expandable segments, which exclude"):
-        prepare.prepare(config_for(model_folder))
-    prepare.prepare(config_for(model_folder, engine=c.EngineConfig(sleep=False, max_model_len=64)))
+        read_inputs(config_for(model_folder))
+    read_inputs(config_for(model_folder, engine=c.EngineConfig(sleep=False, max_model_len=64)))
 
 
 def test_what_fits_is_accepted(model_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    inputs = prepare.prepare(config_for(model_folder, parallel=c.ParallelConfig(2, 2)))
+    inputs = read_inputs(config_for(model_folder, parallel=c.ParallelConfig(2, 2)))
     assert inputs.arch.layers == 4 and inputs.arch.kv_groups == 2
 
 
@@ -322,7 +323,7 @@ def with_field(**fields):
 )
 def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says):
     with pytest.raises(c.ConfigError, match=says):
-        prepare.prepare(damaged(model_folder, tmp_path, change))
+        read_inputs(damaged(model_folder, tmp_path, change))
 
 
 @pytest.mark.parametrize(

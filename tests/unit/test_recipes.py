@@ -9,7 +9,8 @@ import pytest
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.models import architecture
-from oreal_megatron.session import prepare
+from oreal_megatron.session import config_checks, model_checks
+from oreal_megatron.session.inputs import read_inputs
 
 FILE = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
 GPUS = {
@@ -83,9 +84,9 @@ def test_the_layout_cuts_the_model_and_the_world_evenly(name, monkeypatch):
     config, arch = recipe(name), shape(name)
     monkeypatch.setenv("WORLD_SIZE", str(config.gpus))
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    prepare._check_choices(config)
-    prepare._check_world(config, arch)
-    prepare._check_cache(config, arch)
+    config_checks.check_choices(config)
+    model_checks.check_world(config, arch)
+    model_checks.check_kv_cache(config, arch)
     replicas = config.gpus // config.engine.tensor
     assert config.engine.max_num_seqs * replicas == 1024, "every answer of a step has a place in an engine"
     assert config.parallel.tensor <= 8 and 8 % config.engine.tensor == 0, "tensor-parallel ranks share a machine"
@@ -118,7 +119,7 @@ def test_a_missing_judge_or_model_is_told_before_anything_is_loaded(judge, says,
     if judge:
         monkeypatch.setenv("OREAL_JUDGE_URLS", judge)
     with pytest.raises(ConfigError, match=says):
-        prepare.prepare(recipe("oreal_7b_8_gpus"))
+        read_inputs(recipe("oreal_7b_8_gpus"))
 
 
 def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
@@ -128,7 +129,7 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
                                     "parallel.sequence=false"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match="data/oreal_prompts.jsonl does not exist"):
-        prepare.prepare(config).prompts(config.data.path)
+        read_inputs(config).prompts(config.data.path)
 
 
 @pytest.mark.parametrize("name", ["quickstart.py:oreal", "quickstart.py:oreal_without_reward_model",

@@ -231,7 +231,6 @@ def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_pa
 
 def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, monkeypatch, model_folder):
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.session import prepare
 
     data, recipe, rated = tmp_path / "data.jsonl", tmp_path / "recipe.py", tmp_path / "rated.jsonl"
     lines = [{"question": f"q{number}", "gold_answer": "1", "source": "s"} for number in range(10)]
@@ -246,7 +245,7 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
     verifier.grader = SimpleNamespace(close=lambda: None)
     started = iter(engines)
     monkeypatch.setattr(evaluate, "BLOCK", 4)
-    monkeypatch.setattr(prepare, "start_engine", lambda inputs: (next(started), verifier))
+    monkeypatch.setattr(evaluate, "start_engine", lambda inputs: (next(started), verifier))
     for name in ("start_process_group", "stop"):
         monkeypatch.setattr(parallel, name, lambda *args: None)
     monkeypatch.setattr(evaluate.watchdog, "start", lambda config: None)

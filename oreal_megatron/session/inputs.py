@@ -1,0 +1,85 @@
+"""Read and check what a run starts from: recipe, model folder, tokenizer, problems. Needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.convert import to_megatron
+from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.data import problems
+from oreal_megatron.math_equality import rules
+from oreal_megatron.models import architecture
+from oreal_megatron.records import Prompt
+from oreal_megatron.runtime import versions
+from oreal_megatron.session import config_checks, model_checks
+from oreal_megatron.verify import judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What was read and found sound before anything was loaded."""
+
+    config: Config
+    folder: Folder
+    arch: architecture.Architecture
+    tokenizer: PreTrainedTokenizerBase
+    stop_tokens: list[int]
+
+    def prompts(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, with golds the verifier can work with."""
+        return problems.refuse_bad_golds(
+            self.rendered(path), path, rules.equals_itself, self.config.data.drop_unreadable_golds
+        )
+
+    def rendered(self, path: str) -> list[Prompt]:
+        """The problems of a JSONL file, whatever their golds."""
+        room = self.config.engine.max_model_len - 1
+        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of what a resumed run must find unchanged."""
+        files = {f"data {path}": Path(path) for path in (self.config.data.path, self.config.supervised.path) if path}
+        digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
+        return {f"model {self.folder.path}": self.folder.fingerprint(), **digests}
+
+    def held_out(self) -> list[Prompt]:
+        """The problems to evaluate on; none when the recipe names no file."""
+        if not self.config.data.held_out:
+            return []
+        return self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check configuration, model folder and world size; each fault is a ConfigError with a sentence."""
+    versions.check(versions.MEGATRON)
+    versions.check(versions.VLLM)
+    config_checks.check_choices(config)
+    config_checks.check_judge(config)
+    config_checks.check_watchdog(config)
+    folder = Folder(config.model.path)
+    arch = architecture.read(folder.config)
+    if architecture.head(folder.config) != "lm":
+        raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
+    to_megatron.check_weights(folder, arch, "lm")
+    model_checks.check_allocator(config)
+    judge.refuse_secrets(config.verify.judge.urls)
+    arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
+    arch.check_training(config.parallel.tensor, config.parallel.sequence)
+    model_checks.check_world(config, arch)
+    if config.engine.max_model_len > arch.max_positions:
+        raise ConfigError(
+            f"engine.max_model_len is {config.engine.max_model_len}, but the model was made for "
+            f"{arch.max_positions} positions"
+        )
+    model_checks.check_kv_cache(config, arch)
+    tokenizer = problems.load_tokenizer(config.model.path, config.model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
+    if len(tokenizer) > arch.vocab:
+        raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
+    return Inputs(config, folder, arch, tokenizer, problems.stop_tokens(tokenizer, config.model.path))

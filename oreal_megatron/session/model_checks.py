@@ -1,0 +1,63 @@
+"""Checks of a configuration against the model, the number of processes and vLLM, before anything is loaded.
+
+Each raises ConfigError: what was found, what is expected, how to fix it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.runtime import distributed
+
+
+def check_world(config: Config, arch: Architecture) -> None:
+    world, layout = distributed.world_size(), config.parallel
+    trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
+    for what, size in (trainer, ("engine.tensor", config.engine.tensor)):
+        if world % size:
+            raise ConfigError(
+                f"{world} processes were started, but {what} is {size}; start a multiple of {size} with "
+                "torchrun --nproc-per-node, or change the layout"
+            )
+    if layout.sequence and layout.tensor == 1:
+        raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
+    check_engine(config.engine.tensor, arch)
+
+
+def check_engine(size: int, arch: Architecture) -> None:
+    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    groups = arch.kv_groups
+    for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
+        if amount % size:
+            raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
+    if groups % size and size % groups:
+        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+    if len(arch.names.qkv) == 1 and size > groups:
+        raise ConfigError(
+            f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
+            f"set it to at most {groups}"
+        )
+
+
+def check_allocator(config: Config) -> None:
+    """vLLM's sleep mode brings an allocator that expandable segments exclude."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if config.engine.sleep and "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ConfigError(
+                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; take them out of it, or set "
+                "engine.sleep=false"
+            )
+
+
+def check_kv_cache(config: Config, arch: Architecture) -> None:
+    """One sequence of full length must fit the key-value cache, or vLLM refuses after everything is loaded."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.engine_dtype]
+    groups = max(arch.kv_groups // config.engine.tensor, 1)
+    needed = 2 * arch.layers * groups * arch.head_dim * itemsize * config.engine.max_model_len / 2**30
+    if needed > config.engine.kv_cache_gib:
+        raise ConfigError(
+            f"engine.kv_cache_gib is {config.engine.kv_cache_gib:g}, but one sequence of {config.engine.max_model_len} "
+            f"tokens needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
+        )

@@ -1,0 +1,91 @@
+"""`oreal train`: start the engine and the models, run `loop.train`, leave the policy as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from oreal_megatron import loop
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.data import sampler
+from oreal_megatron.evaluation import score
+from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+from oreal_megatron.mcore.checkpoint_saver import Saver
+from oreal_megatron.observe import report, speed_report
+from oreal_megatron.observe.run_folder import Run, refuse_changed
+from oreal_megatron.plan import gpus
+from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
+from oreal_megatron.runtime.preemption import StopRequest
+from oreal_megatron.session import policy_weights
+from oreal_megatron.session.inputs import Inputs, read_inputs
+from oreal_megatron.session.session import Session
+from oreal_megatron.training.hooks import TrainingHooks
+
+AUTO = "auto"  # resume where there is a sound checkpoint, else begin
+
+
+def train(config: Config, resume: str | None, step: int | None, stop_request: StopRequest) -> None:
+    """Train the policy of a recipe into its run folder; `resume` and `step` as on the command line. Collective.
+
+    All input is read and checked before anything is loaded: ConfigError. RunStopped: see exit codes 3 and 4.
+    """
+    inputs = read_inputs(config)
+    dataset = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
+    held_out = inputs.held_out()
+    gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
+    folder = Path(config.run) / "checkpoints"
+    fingerprints = inputs.fingerprints()
+    _check_resumable(resume, folder, fingerprints)
+    with Session(config) as session:
+        names = ["policy", "reward_model"] if config.reward_model.enabled else ["policy"]
+        checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None
+        engine, verifier = session.start_engine(inputs, stop_request)
+        session.start_megatron()
+        policy, reference, reward_model = _models(inputs)
+        trainers = {"policy": policy} | ({"reward_model": reward_model} if config.reward_model.enabled else {})
+        weight_sync = policy_weights.connect(policy, engine)
+        first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
+        run = Run(config, first_step, fingerprints, parallel.share(), inputs.arch, _peak_flops(config))
+        retention = (config.checkpoint.keep, config.checkpoint.keep_every)
+        saver = Saver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
+        evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
+        save_best = partial(policy_weights.save_policy, inputs, policy, Path(config.run) / "best")
+        hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_best)
+        packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
+        models = (policy, reference, reward_model)
+        with hooks.saving_on_stop_request():
+            weight_sync.sync(policy.updates)
+            hooks.start(first_step, saved=checkpoint is not None)
+            loop.train(config, dataset, engine, verifier, *models, weight_sync, run, hooks, packing_spec)
+        with heartbeat.phase("checkpoint"):
+            saver.finish()
+            policy_weights.save_policy(inputs, policy, Path(config.run) / "policy")
+        if distributed.rank() == 0:
+            speed_report.leave(report.read(Path(config.run)))
+
+
+def _models(
+    inputs: Inputs,
+) -> tuple[
+    trained_models.Policy, trained_models.Reference, trained_models.TokenRewardModel | trained_models.NoRewardModel
+]:
+    parts = (inputs.arch, inputs.config, inputs.folder.tensor)
+    policy, reference = trained_models.Policy(*parts), trained_models.Reference(*parts)
+    if inputs.config.reward_model.enabled:
+        return policy, reference, trained_models.TokenRewardModel(*parts)
+    return policy, reference, trained_models.NoRewardModel()
+
+
+def _check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, str]) -> None:
+    checkpoints = checkpoint_folders.complete(folder)
+    if resume and resume != AUTO and not checkpoints:
+        raise ConfigError(f"{folder} holds no finished checkpoint to resume from; start the run with its recipe")
+    if checkpoints:
+        refuse_changed(folder.parent, fingerprints)
+
+
+def _peak_flops(config: Config) -> float | None:
+    """Peak operations per second of this rank's GPU, where its data sheet is known (plan/gpus.py)."""
+    return gpus.peak(torch.cuda.get_device_name(), config.model.dtype) if torch.cuda.is_available() else None
