@@ -12,7 +12,8 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.data import problems
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation.score import evaluate
-from oreal_megatron.observe.run_folder import append_row, refuse_existing, write_header
+from oreal_megatron.observe.rows import append_row
+from oreal_megatron.observe.run_folder import RunFolder, refuse_existing
 from oreal_megatron.runtime import distributed, heartbeat, watchdog
 from oreal_megatron.session import prepare
 from oreal_megatron.training import supervised
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     shown = distributed.rank() == 0
     if shown:
-        write_header(config, inputs.fingerprints())
+        RunFolder(config).write_header(inputs.fingerprints())
     sampler = Sampler(demonstrations, wanted.samples_per_step, config.seed)
 
     def log(step: int, metrics: dict[str, float]) -> None:

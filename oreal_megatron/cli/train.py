@@ -17,7 +17,8 @@ from oreal_megatron.convert import to_hf
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe import report, speed_report
-from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existing
+from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
 from oreal_megatron.plan import gpus
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat, preemption, watchdog
 from oreal_megatron.session import prepare
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     trainers = dict(zip(trained, (policy, reward_model), strict=False))
     weight_sync = prepare.connect(policy, engine)
     first = checkpoint_state.load(resumed, trainers) if resumed else 0
-    record = Run(config, first, inputs_read, parallel.share(), inputs.arch, _peak(config))
+    record = Recorder(config, first, inputs_read, parallel.share(), inputs.arch, _peak(config))
     kept = (config.checkpoint.keep, config.checkpoint.keep_every)
     saver = Saver(folder, trainers, *kept, describe=partial(prepare.describe, inputs))
     keep_best = partial(save_policy, inputs, policy, Path(config.run) / "best")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.mcore import checkpoint_state
 from oreal_megatron.mcore.checkpoint_saver import Saver
-from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
 from oreal_megatron.runtime.preemption import Notice
 
@@ -20,7 +20,7 @@ class TrainingHooks:
 
     config: Config
     saver: Saver
-    run: Run
+    run: Recorder
     evaluate: Callable[[], dict[str, float]] | None  # held-out accuracy of the engine's weights; None: no problems
     notice: Notice
     keep_best: Callable[[], None]  # the policy that was evaluated just now is the best so far
@@ -38,7 +38,7 @@ class TrainingHooks:
             if due(done, self.config.checkpoint.every, self.config.steps):
                 self.saver.start(done)
                 self.saved = done
-                self.run.forget_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
+                self.run.delete_old_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
         if any(distributed.all_gather_object(bool(self.notice))):
             raise Preempted(f"asked to leave after step {done}")
         self._evaluate_if_due()
@@ -67,10 +67,10 @@ class TrainingHooks:
 
     def _evaluate_if_due(self) -> None:
         done, config = self.done, self.config
-        if self.evaluate and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
+        if self.evaluate and due(done, config.evaluation.every, config.steps) and not self.run.metrics.is_evaluated(done):
             with self.run.phase("evaluate"):
-                self.run.log_evaluation(done, self.evaluate())
-            if done and self.run.best(done):
+                self.run.metrics.log_evaluation(done, self.evaluate())
+            if done and self.run.metrics.is_best(done):
                 with self.run.phase("checkpoint"):
                     self.keep_best()
 

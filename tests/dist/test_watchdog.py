@@ -48,7 +48,7 @@ def start():
     """Processes that are forked from one that has imported torch and Megatron: seconds less for each."""
     sys.path.insert(0, str(HERE))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.run_folder"])
+    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.recorder"])
     import hanging_job
 
     def start(folder: Path, kind: str, phase: str, limits=LIMITS, rank=1, world=2) -> Outcome:
