@@ -60,7 +60,9 @@ class PhaseTimer:
         works = [work for work in works if work]
         models = speed.computed_models(self.config, metrics, seconds) if works else []
         rollout_tokens = sum(
-            len(rollout.prompt.tokens) + len(rollout.tokens) for prompt_rollouts in rollouts for rollout in prompt_rollouts
+            len(rollout.prompt.tokens) + len(rollout.tokens)
+            for prompt_rollouts in rollouts
+            for rollout in prompt_rollouts
         )
         trained_tokens = sum(work.tokens for work in works)
         tokens = {"generate": rollout_tokens, **dict.fromkeys(models, trained_tokens), "step": rollout_tokens}

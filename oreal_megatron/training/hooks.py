@@ -67,7 +67,11 @@ class TrainingHooks:
 
     def _evaluate_if_due(self) -> None:
         done, config = self.done, self.config
-        if self.evaluate and due(done, config.evaluation.every, config.steps) and not self.run.metrics.is_evaluated(done):
+        if (
+            self.evaluate
+            and due(done, config.evaluation.every, config.steps)
+            and not self.run.metrics.is_evaluated(done)
+        ):
             with self.run.phase("evaluate"):
                 self.run.metrics.log_evaluation(done, self.evaluate())
             if done and self.run.metrics.is_best(done):
