@@ -33,7 +33,7 @@ PHASES = (
     "checkpoint",
     "evaluate",
 )
-SCRIPTED_WORKER = str(Path(__file__).parent.parent / "unit/verify/scripted_worker.py")
+SCRIPTED_WORKER = str(Path(__file__).with_name("scripted_worker.py"))
 
 
 def sleep() -> None:
