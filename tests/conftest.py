@@ -53,7 +53,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
     config.stash[LEFT_OUT] = len(left_out)
-    config.stash[CHOSEN] = {tier: sum(tier_of(item.path) == tier for item in items) for tier in TIERS}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[CHOSEN] = {tier: sum(tier_of(item.path) == tier for item in session.items) for tier in TIERS}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

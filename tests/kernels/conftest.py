@@ -1,4 +1,4 @@
-"""Each operation by each backend on CPU tensors. Kernels run in Triton's interpreter, chosen before they are defined."""
+"""Each operation by each backend on CPU tensors. Triton's interpreter is chosen before kernels are defined."""
 
 from __future__ import annotations
 
