@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
-import multiprocessing
 import os
 import random
-import socket
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +13,62 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from cost_recorder import CostRecorder
+from gloo_processes import run_in_processes
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # a first call imports, a neighbour computes
 hypothesis.settings.load_profile("shared machine")
 
 ROOT = Path(__file__).parent.parent
+TIERS = ("unit", "dist", "engine", "e2e", "faults", "kernels", "gpu")  # folders of tests/, and markers
+CHOSEN = pytest.StashKey[dict[str, int]]()
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def tier_of(path: Path) -> str:
+    """Return the folder of tests/ that a test file lies in."""
+    return next((tier for tier in TIERS if path.is_relative_to(ROOT / "tests" / tier)), "")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the full matrices too: tests marked `full`")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := os.environ.get("OREAL_TEST_COSTS"):
+        config.pluginmanager.register(CostRecorder(Path(file)))
+    if {tier_of(Path(arg.split("::")[0]).resolve()) for arg in config.args} == {"kernels"}:
+        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined; elsewhere vLLM and torch would see it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark each test with the tier of its folder and take out what only --full runs."""
+    left_out = []
+    for item in items:
+        item.add_marker(tier_of(item.path))
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[CHOSEN] = {tier: sum(tier_of(item.path) == tier for item in session.items) for tier in TIERS}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how many tests of each tier were chosen, and how many are left to --full."""
+    counts = ", ".join(f"{tier} {count}" for tier, count in config.stash.get(CHOSEN, {}).items())
+    terminalreporter.write_line(f"tiers: {counts}; left to --full: {config.stash.get(LEFT_OUT, 0)}")
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """True if the full matrices are asked for with --full."""
+    return pytestconfig.getoption("--full")
 
 
 @pytest.fixture(scope="session")
@@ -98,45 +144,4 @@ def make_samples() -> Callable[..., list]:
 @pytest.fixture(scope="session")
 def in_processes() -> Callable[..., list[Any]]:
     """Run a module-level function in `world` gloo processes and return each rank's result."""
-    return _in_processes
-
-
-def _in_processes(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results: Any = context.Queue()
-    workers = [
-        context.Process(target=_child, args=(rank, world, port, results, function, args)) for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        gathered = dict(results.get(timeout=timeout_s) for _ in workers)
-    finally:
-        for worker in workers:
-            worker.join(timeout=20)
-            worker.kill()
-    failures = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(gathered.items()) if error]
-    assert not failures, "\n".join(failures)
-    return [torch.load(io.BytesIO(gathered[rank][0]), weights_only=False) for rank in range(world)]
-
-
-def _child(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], args: tuple) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
-    try:
-        packed = io.BytesIO()  # bytes, because tensors in a queue are file descriptors of a process that is gone
-        torch.save(function(*args), packed)
-        results.put((rank, (packed.getvalue(), "")))
-    except BaseException:
-        results.put((rank, (None, traceback.format_exc())))
-        sys.exit(1)
+    return run_in_processes

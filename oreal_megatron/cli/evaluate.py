@@ -14,7 +14,8 @@ from oreal_megatron.data import problems
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.score import ask, greedy, pass_rates, summary
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.observe.run_folder import read_rows, rollout_line
+from oreal_megatron.observe.rows import read_rows
+from oreal_megatron.observe.run_folder import rollout_row
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files, heartbeat, watchdog
 from oreal_megatron.session.inputs import Inputs, read_inputs
@@ -152,7 +153,7 @@ def answer(
             if start not in done:
                 rollouts, verdicts = ask(block, engine, verifier, sampling, (config.seed, -1 - start))
                 fresh = [
-                    {"problem": start + slot, **rollout_line(rollout, verdict)}
+                    {"problem": start + slot, **rollout_row(rollout, verdict)}
                     for slot, both in enumerate(zip(rollouts, verdicts, strict=True))
                     for rollout, verdict in zip(*both, strict=True)
                 ]

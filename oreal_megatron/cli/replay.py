@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.observe import dumps
-from oreal_megatron.observe.dumps import Dump, Share, Values
+from oreal_megatron.observe.dumps import Dump, DumpShare
+from oreal_megatron.protocols import TokenValues
 from oreal_megatron.runtime import checkpoint_folders, distributed
 from oreal_megatron.session.inputs import read_inputs
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    dump = dumps.read(Path(args.dump))
+    dump = dumps.read_dump(Path(args.dump))
     config = dataclasses.replace(dump.config, run=args.resume or dump.config.run)
     inputs = read_inputs(config)
 
@@ -65,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
 def _steps(dump: Dump, first: int) -> list[Dump]:
     """The dumped steps from `first` up to this one. A step that had nothing to learn from has no dump."""
     earlier = [dump.path.with_name(checkpoint_folders.name(step)) for step in range(first, dump.step)]
-    return [*(dumps.read(path) for path in earlier if path.is_dir()), dump]
+    return [*(dumps.read_dump(path) for path in earlier if path.is_dir()), dump]
 
 
-def _again(dump: Dump, share: Share, policy: Any, reference: Any, reward_model: Any) -> dict[str, float]:
+def _again(dump: Dump, share: DumpShare, policy: Any, reference: Any, reward_model: Any) -> dict[str, float]:
     """Metrics of the step, in which the policy is given what it was given; and how far that is from what it is now."""
     token_weights, metrics = reward_model.update(share.batch)
     gaps = {"given/token_weights": _gap(share.token_weights.values, token_weights.values)}
@@ -78,7 +79,7 @@ def _again(dump: Dump, share: Share, policy: Any, reference: Any, reward_model: 
     return metrics | {name: max(distributed.all_gather_object(gap)) for name, gap in gaps.items()}
 
 
-def _gap(given: Values, now: Values) -> float:
+def _gap(given: TokenValues | None, now: TokenValues | None) -> float:
     """The largest difference, infinite where only one is a number; 0 on ranks that have no such values."""
     if not given or not now:
         return 0.0

@@ -1,19 +1,22 @@
-"""What a step was trained on, as files from which `oreal replay` computes it again.
+"""Dumps of what a step was trained on, from which `oreal replay` computes the step again.
 
 RUN/dumps/step_000013/step.json               step, counts, metrics, configuration
                       share_000.safetensors   micro-batches of data-parallel rank 0, with the reference's log-probs
                                               and the token weights that the policy was given
+
+A share holds one tensor `M/FIELD` per micro-batch M and field of records.MicroBatch, and `M/reference_logp` [T] and
+`M/weight` [T] if the policy was given them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,81 +26,95 @@ from torch import Tensor
 from oreal_megatron import settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Counts, MicroBatch, TokenWeights
-from oreal_megatron.runtime import files
+from oreal_megatron.runtime import checkpoint_folders, files
 
+log = logging.getLogger(__name__)
 PER_TOKEN = ("reference_logp", "weight")  # names in the file of the policy step's inputs beside the batch, [T] each
-Values = list[Tensor] | None
 
 
-def write(
-    path: Path,
-    step: int,
-    share: tuple[int, int],  # this data-parallel rank, and how many there are
-    batch: Batch,
-    reference_logp: Values,
-    token_weights: TokenWeights,
-    metrics: dict[str, float],
-    config: Config,
-) -> None:
-    """Write one data-parallel rank's share of a step; the first rank also writes what all have in common.
+class StepDumps:
+    """Writer of the dumps of a run. `share`: (data-parallel rank, ranks) to dump; None if this rank dumps nothing."""
 
-    Inputs that the policy's step did not get are left out: reference log-probs while it is frozen, invalid weights.
-    """
-    tensors, (rank, shares) = {}, share
-    for number, micro_batch in enumerate(batch.micro_batches):
-        held = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
-        held["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
-        given = zip(PER_TOKEN, (reference_logp, token_weights.values), strict=True)
-        held |= {name: values[number] for name, values in given if values}
-        tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in held.items()}
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, _share(path, rank))
-    if rank == 0:
-        common = {"step": step, "shares": shares, "counts": dataclasses.asdict(batch.counts), "metrics": metrics}
-        (path / "step.json").write_text(json.dumps(common | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
+    def __init__(self, config: Config, share: tuple[int, int] | None):
+        self.config, self.share, self.run = config, share, Path(config.run)
+
+    def folder_of(self, step: int) -> Path:
+        """Return the folder of a step's dump."""
+        return self.run / "dumps" / checkpoint_folders.name(step)
+
+    def write(
+        self,
+        step: int,
+        batch: Batch,
+        reference_logp: TokenValues | None,
+        token_weights: TokenWeights,
+        metrics: Metrics,
+    ) -> None:
+        """Dump this rank's share of a step. A dump that cannot be written is reported, and the run continues."""
+        if not self.share:
+            return
+        try:
+            write_dump(
+                self.folder_of(step), step, self.share, batch, reference_logp, token_weights, metrics, self.config
+            )
+        except (OSError, SafetensorError) as error:  # for example a full disk
+            log.warning("step %d could not be dumped for oreal replay: %s", step, error)
+
+    def delete_from(self, step: int) -> None:
+        """Delete the dumps of `step` and later ones, which are run again."""
+        delete_dumps(self.run, lambda name: name >= checkpoint_folders.name(step))
+
+    def delete_before(self, checkpoints: Sequence[Path]) -> None:
+        """Delete the dumps of steps before the oldest of these checkpoints: nothing is left to replay them from."""
+        if checkpoints:
+            delete_dumps(self.run, lambda name: name < checkpoints[0].name)
 
 
 @dataclass(frozen=True)
-class Share:
+class DumpShare:
     """Training inputs of one data-parallel rank."""
 
     batch: Batch
-    reference_logp: Values  # None: the policy was frozen
+    reference_logp: TokenValues | None  # None: the policy was frozen
     token_weights: TokenWeights
 
-    def to(self, device: torch.device) -> Share:
-        """Return this share with its values on the device; micro-batches go there one at a time."""
+    def to(self, device: torch.device) -> DumpShare:
+        """Return the share with its values per token on the device; micro-batches move there one at a time."""
         reference_logp = [value.to(device) for value in self.reference_logp] if self.reference_logp else None
         weights = [value.to(device) for value in self.token_weights.values]
-        return Share(self.batch, reference_logp, TokenWeights(weights, self.token_weights.valid))
+        return DumpShare(self.batch, reference_logp, TokenWeights(weights, self.token_weights.valid))
 
 
 @dataclass(frozen=True)
 class Dump:
-    """One dumped step; its tensors are read when asked for."""
+    """One dumped step. Its tensors stay on disk until `share` reads them."""
 
     path: Path
     step: int
-    shares: int  # data-parallel ranks that it was cut for
+    shares: int  # data-parallel ranks of the run that wrote it
     counts: Counts
-    metrics: dict[str, float]
+    metrics: Metrics
     config: Config
 
-    def share(self, rank: int, ranks: int) -> Share:
-        """Of data-parallel rank `rank` of `ranks`. Where these are fewer than there were, each takes several shares:
-        all have equally many micro-batches."""
+    def share(self, rank: int, ranks: int) -> DumpShare:
+        """Return what data-parallel rank `rank` of `ranks` trains on.
+
+        Fewer ranks than the run had take several shares each; all shares have equally many micro-batches.
+        """
         if self.shares % ranks:
             raise ConfigError(
-                f"{self.path} is cut for {self.shares} data-parallel ranks, which {ranks} cannot share evenly"
+                f"{self.path} was dumped by {self.shares} data-parallel ranks, which {ranks} cannot share evenly"
             )
-        parts = [part for share in range(rank, self.shares, ranks) for part in self._parts(share)]
+        parts = [part for share in range(rank, self.shares, ranks) for part in self._read_parts(share)]
         batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts)
         reference_logp, weights = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
-        return Share(batch, reference_logp or None, TokenWeights(weights, valid=bool(weights)))
+        return DumpShare(batch, reference_logp or None, TokenWeights(weights, valid=bool(weights)))
 
-    def _parts(self, share: int) -> list[dict[str, Tensor]]:
-        file = _share(self.path, share)
+    def _read_parts(self, share: int) -> list[dict[str, Tensor]]:
+        """Read the tensors of each micro-batch of a share."""
+        file = _share_file(self.path, share)
         try:
             parts: dict[int, dict[str, Tensor]] = {}
             for name, value in load_file(file).items():
@@ -105,37 +122,65 @@ class Dump:
                 parts.setdefault(int(number), {})[field] = value
             return [parts[number] for number in range(len(parts))]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ConfigError(f"{file} is missing, damaged or not a step's: {error}") from None
+            raise ConfigError(f"{file} is missing, damaged or not part of a dump: {error}") from None
 
 
-def read(path: Path) -> Dump:
-    """A dumped step, its tensors still on disk."""
+def write_dump(
+    folder: Path,
+    step: int,
+    share: tuple[int, int],  # this data-parallel rank, and how many there are
+    batch: Batch,
+    reference_logp: TokenValues | None,
+    token_weights: TokenWeights,
+    metrics: Metrics,
+    config: Config,
+) -> None:
+    """Write one data-parallel rank's share of a step; the first rank also writes step.json.
+
+    Inputs that the policy's step did not get are left out: reference log-probs while it is frozen, invalid weights.
+    """
+    tensors, (rank, shares) = {}, share
+    for number, micro_batch in enumerate(batch.micro_batches):
+        fields = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
+        fields["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
+        per_token = zip(PER_TOKEN, (reference_logp, token_weights.values), strict=True)
+        fields |= {name: values[number] for name, values in per_token if values}
+        tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in fields.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, _share_file(folder, rank))
+    if rank == 0:
+        header = {"step": step, "shares": shares, "counts": dataclasses.asdict(batch.counts), "metrics": metrics}
+        (folder / "step.json").write_text(json.dumps(header | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
+
+
+def read_dump(folder: Path) -> Dump:
+    """Read the header of a dumped step."""
     try:
-        whole = files.read_object(path / "step.json")
-        counts, config = Counts(**whole["counts"]), settings.from_dict(whole["config"])
-        return Dump(path, whole["step"], whole["shares"], counts, whole["metrics"], config)
+        header = files.read_object(folder / "step.json")
+        counts, config = Counts(**header["counts"]), settings.from_dict(header["config"])
+        return Dump(folder, header["step"], header["shares"], counts, header["metrics"], config)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
+        raise ConfigError(f"{folder} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
 
 
-def forget(run: Path, gone: Callable[[str], bool]) -> None:
-    """Delete the dumps of steps that are gone by their name, but not of skipped ones."""
+def delete_dumps(run: Path, is_obsolete: Callable[[str], bool]) -> None:
+    """Delete the dumps whose name is obsolete, except those of skipped steps."""
     for path in (run / "dumps").glob("step_*"):
-        if gone(path.name) and not _is_skipped(path):
+        if is_obsolete(path.name) and not _is_skipped(path):
             shutil.rmtree(path)
 
 
 def _is_skipped(path: Path) -> bool:
     try:
-        return bool(guard.skipped_models(read(path).metrics))
-    except ConfigError:  # a crash cut it off
+        return bool(guard.skipped_models(read_dump(path).metrics))
+    except ConfigError:  # incomplete after a crash
         return False
 
 
-def _share(path: Path, share: int) -> Path:
-    return path / f"share_{share:03d}.safetensors"
+def _share_file(folder: Path, share: int) -> Path:
+    return folder / f"share_{share:03d}.safetensors"
 
 
-def _micro_batch(part: dict[str, Any]) -> MicroBatch:
+def _micro_batch(part: dict[str, Tensor]) -> MicroBatch:
     fields = {field.name: part[field.name] for field in dataclasses.fields(MicroBatch)}
-    return MicroBatch(**fields | {"sequence_offsets": tuple(part["sequence_offsets"].tolist())})
+    return MicroBatch(**fields | {"sequence_offsets": tuple(part["sequence_offsets"].tolist())})  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.observe.run_folder import read_rows
+from oreal_megatron.observe.rows import read_rows
 from oreal_megatron.runtime import files
 
 

@@ -3,7 +3,7 @@
 `qkv_proj` holds the rank's queries, then its keys, then its values; `gate_up_proj` its gate, then its up. An engine of
 more ranks than key-value groups repeats each group's key and value. InternLM2's one `wqkv` keeps its own order and is
 cut in three as if it were queries, keys and values. The vocabulary is padded to a multiple of 64. Read from vLLM
-0.31 (model_executor/layers/linear.py, vocab_parallel_embedding.py); tests/dist/test_engine.py compares with what its
+0.31 (model_executor/layers/linear.py, vocab_parallel_embedding.py); tests/engine/test_engine.py compares with what its
 loaders do, and a live engine of another layout is not written to.
 """
 

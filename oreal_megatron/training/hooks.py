@@ -1,4 +1,4 @@
-"""What happens between two steps of training: save and evaluate when due, leave when asked to."""
+"""Work between two steps of training: save and evaluate when due, stop when a signal asked for it."""
 
 from __future__ import annotations
 
@@ -9,72 +9,77 @@ from dataclasses import dataclass
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.mcore import checkpoint_state
 from oreal_megatron.mcore.checkpoint_saver import Saver
-from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 
 
 @dataclass
 class TrainingHooks:
-    """Implementation of protocols.StepHooks. Collective."""
+    """Implementation of protocols.StepHooks. Every method is collective."""
 
     config: Config
     saver: Saver
-    run: Run
-    evaluate: Callable[[], dict[str, float]] | None  # held-out accuracy of the engine's weights; None: no problems
+    run: Recorder
+    evaluate: Callable[[], Metrics] | None  # held-out accuracy of the engine's weights; None: no problems
     stop_request: StopRequest
-    keep_best: Callable[[], None]  # the policy that was evaluated just now is the best so far
+    save_best: Callable[[], None]  # called when the policy just evaluated is the best so far
 
-    def start(self, done: int, saved: bool) -> None:
-        """Before the first step of this start; `saved`: it goes on from the checkpoint of `done`."""
-        self.saved = done if saved else None
-        self._remember(done)
+    def start(self, steps_done: int, saved: bool) -> None:
+        """Evaluate before the first step of this start; `saved`: there is a checkpoint after `steps_done` steps."""
+        self.saved_step = steps_done if saved else None
+        self._remember_state(steps_done)
         self._evaluate_if_due()  # a run may have ended between saving and evaluating
 
-    def after_step(self, done: int) -> None:
-        self._remember(done)
+    def after_step(self, steps_done: int) -> None:
+        """Save, stop or evaluate, whichever is due after `steps_done` steps. Raises Preempted."""
+        self._remember_state(steps_done)
         with self.run.phase("checkpoint"):
             self.saver.poll()
-            if due(done, self.config.checkpoint.every, self.config.steps):
-                self.saver.start(done)
-                self.saved = done
-                self.run.forget_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
+            if is_due(steps_done, self.config.checkpoint.every, self.config.steps):
+                self.saver.start(steps_done)
+                self.saved_step = steps_done
+                self.run.delete_old_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
         if any(distributed.all_gather_object(bool(self.stop_request))):
-            raise Preempted(f"stopped by a signal after step {done}")
+            raise Preempted(f"stopped by a signal after step {steps_done}")
         self._evaluate_if_due()
 
     @contextlib.contextmanager
     def saving_on_stop_request(self) -> Iterator[None]:
-        """Save what is not saved yet before a notice ends the run."""
+        """Save the state after the last whole step when a stop request ends the run, and tell how to continue."""
         try:
             yield
         except Preempted:
             with heartbeat.phase("checkpoint"):
-                self._save_last()
+                self._save_last_state()
             raise Preempted(
-                f"asked to leave, and saved after step {self.done}; go on with --resume {self.config.run}"
+                f"stopped by a signal; step {self.steps_done} is saved. Continue with: "
+                f"oreal train --resume {self.config.run}"
             ) from None
 
-    def _save_last(self) -> None:
-        """The state after the last whole step. Nothing has changed it since: generating reads the weights only, and
-        whoever began to update them has finished the step."""
+    def _save_last_state(self) -> None:
+        """Save unless it is saved. Nothing has changed since the last whole step: generation only reads the weights,
+        and an update that had begun was finished."""
         self.saver.finish()
-        if self.saved != self.done:
-            self.saver.save(self.done, self.random_state)
+        if self.saved_step != self.steps_done:
+            self.saver.save(self.steps_done, self.random_state)
 
-    def _remember(self, done: int) -> None:
-        self.done, self.random_state = done, checkpoint_state.random_state()
+    def _remember_state(self, steps_done: int) -> None:
+        self.steps_done, self.random_state = steps_done, checkpoint_state.random_state()
 
     def _evaluate_if_due(self) -> None:
-        done, config = self.done, self.config
-        if self.evaluate and due(done, config.evaluation.every, config.steps) and not self.run.evaluated(done):
-            with self.run.phase("evaluate"):
-                self.run.log_evaluation(done, self.evaluate())
-            if done and self.run.best(done):
-                with self.run.phase("checkpoint"):
-                    self.keep_best()
+        step, metrics = self.steps_done, self.run.metrics
+        due = self.evaluate and is_due(step, self.config.evaluation.every, self.config.steps)
+        if not due or metrics.is_evaluated(step):
+            return
+        with self.run.phase("evaluate"):
+            metrics.log_evaluation(step, self.evaluate())
+        if step and metrics.is_best(step):
+            with self.run.phase("checkpoint"):
+                self.save_best()
 
 
-def due(done: int, every: int, steps: int) -> bool:
-    """Before the first step, every so many steps, and after the last."""
-    return done in (0, steps) or (every > 0 and done % every == 0)
+def is_due(steps_done: int, every: int, steps: int) -> bool:
+    """Return whether something due every so many steps is due: before the first, every so many, and after the last."""
+    return steps_done in (0, steps) or (every > 0 and steps_done % every == 0)

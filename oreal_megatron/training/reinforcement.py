@@ -14,7 +14,8 @@ from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
 from oreal_megatron.mcore.checkpoint_saver import Saver
 from oreal_megatron.observe import report, speed_report
-from oreal_megatron.observe.run_folder import Run, refuse_changed
+from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import refuse_changed
 from oreal_megatron.plan import gpus
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
@@ -47,7 +48,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         trainers = {"policy": policy} | ({"reward_model": reward_model} if config.reward_model.enabled else {})
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
-        run = Run(config, first_step, fingerprints, parallel.share(), inputs.arch, _peak_flops(config))
+        run = Recorder(config, first_step, fingerprints, parallel.share(), inputs.arch, _peak_flops(config))
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = Saver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None

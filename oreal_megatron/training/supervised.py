@@ -13,7 +13,8 @@ from oreal_megatron.data import problems
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.observe.run_folder import append_row, refuse_existing, write_header
+from oreal_megatron.observe.rows import append_row
+from oreal_megatron.observe.run_folder import RunFolder, refuse_existing
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
 from oreal_megatron.runtime import distributed, heartbeat
@@ -71,7 +72,7 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
             return result["accuracy"]
 
         if distributed.rank() == 0:
-            write_header(config, inputs.fingerprints())
+            RunFolder(config).write_header(inputs.fingerprints())
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
         with heartbeat.phase("checkpoint"):

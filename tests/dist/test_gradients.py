@@ -1,20 +1,18 @@
 """Every layout and every cut into micro-batches gives the same losses, the same gradient of every parameter and the
 same updated weights, through real Megatron on gloo; and they agree with transformers and the plain formulas.
 
-Each case is one step of policy and reward model on samples that are like a step's rollouts. By default some layouts;
-OREAL_MATRIX=whole, which tests/scale.sh sets, takes all of them.
+Each case is one step of policy and reward model on samples that are like a step's rollouts. By default some layouts of
+four processes; with --full all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 
 import pytest
 import torch
 
-WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 # Layout, tokens of a micro-batch, further fields of Megatron's.
 CUTS = {
@@ -221,10 +219,10 @@ def test_every_cut_gives_the_same_gradient(alone, rollouts):
 
 
 @pytest.mark.parametrize("world, layouts", [(2, PAIRS), (4, FOURS)], ids=["two processes", "four processes"])
-def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, rollouts, in_processes):
-    if not WHOLE:
+def test_every_layout_gives_the_same_gradient(world, layouts, folders, alone, rollouts, in_processes, full):
+    if not full:
         layouts = {name: layout for name, layout in layouts.items() if world == 2 or name in FEW}
-    some = folders if WHOLE or world == 2 else folders[:1]
+    some = folders if full or world == 2 else folders[:1]
     in_processes(world, compared, some, layouts, rollouts, alone(rollouts)[0], timeout_s=600.0)
 
 

@@ -4,16 +4,12 @@ border of a sequence, and no random batch makes the ranks wait for each other.""
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
-WHOLE = os.environ.get("OREAL_MATRIX") == "whole"
-REPLICAS = (2, 3, 4) if WHOLE else (2,)  # of two pipeline stages each
-BATCHES = 40 if WHOLE else 10
 SHAPES = {"two stages": dict(pipeline=2), "interleaved": dict(pipeline=2, virtual=2)}
 
 
@@ -59,7 +55,7 @@ def test_packed_log_probs_are_those_of_transformers_and_move_with_no_neighbour(f
         assert same == [number != 2 for number in range(len(samples))], name
 
 
-def random_batches(folder: str) -> list[tuple[int, int]]:
+def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
     """Train on random batches at both shapes; the micro-batches that this rank ran, and how many of them were empty.
     Hangs if ranks disagree."""
     from megatron.core import parallel_state
@@ -78,7 +74,7 @@ def random_batches(folder: str) -> list[tuple[int, int]]:
         config = c.Config(parallel=c.ParallelConfig(**shape))
         parallel.start_megatron(config.parallel, seed=0)
         policy = trained_models.Policy(arch, config, source.tensor)
-        for _ in range(BATCHES):
+        for _ in range(batches):
             lengths = [generator.randint(1, 20) for _ in range(generator.randint(1, 8))]
             samples = [Sample((5,) * 3, (6,) * length, 1.0, 1.0) for length in lengths]
             batch = packing.batch(samples, generator.randint(4, parallel.packing_spec(50), arch))
@@ -90,15 +86,16 @@ def random_batches(folder: str) -> list[tuple[int, int]]:
     return ran
 
 
-@pytest.mark.parametrize("replicas", REPLICAS)
-def test_no_random_batch_makes_ranks_wait_for_each_other(replicas, families, in_processes):
-    ranks = in_processes(2 * replicas, random_batches, families["Qwen2"], timeout_s=600.0 if WHOLE else 120.0)
+@pytest.mark.parametrize("replicas", [2, *(pytest.param(more, marks=pytest.mark.full) for more in (3, 4))])
+def test_no_random_batch_makes_ranks_wait_for_each_other(replicas, families, in_processes, full):
+    batches = 40 if full else 10
+    ranks = in_processes(2 * replicas, random_batches, families["Qwen2"], batches, timeout_s=600.0)
     numbers = [[number for number, _ in ran] for ran in ranks]
     assert all(theirs == numbers[0] for theirs in numbers) and len(set(numbers[0])) > 1
-    assert all(number % 2 == 0 for number in numbers[0][BATCHES:]), "interleaved, in groups of the stages"
-    assert len(numbers[0]) == BATCHES * len(SHAPES)
-    empty = [sum(batches) for batches in zip(*([empty for _, empty in ran] for ran in ranks), strict=True)]
-    assert any(empty[:BATCHES]) and any(empty[BATCHES:]), "ranks with less to do must have met empty micro-batches"
+    assert all(number % 2 == 0 for number in numbers[0][batches:]), "interleaved, in groups of the stages"
+    assert len(numbers[0]) == batches * len(SHAPES)
+    empty = [sum(counts) for counts in zip(*([empty for _, empty in ran] for ran in ranks), strict=True)]
+    assert any(empty[:batches]) and any(empty[batches:]), "ranks with less to do must have met empty micro-batches"
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,25 @@
 """Real Megatron models in gloo processes, handed over to parameter sets of vLLM's layout: bit by bit what the plain
 oracle says, under both transports, at every pair of layouts; and planted errors are caught and named, by either proof.
 
-All pairs: OREAL_EVERY_LAYOUT=1 python -m pytest tests/dist/test_reshard.py
+All pairs and families: python -m pytest --full tests/dist/test_reshard.py
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import os
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import reshard_oracle as oracle
 import torch
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
 DENSE = [name for name, row in ROWS.items() if not any("experts" in field for field in row)]  # others go by gather
-SPEC = importlib.util.spec_from_file_location("reshard_oracle", TESTS / "reshard_oracle.py")
-oracle = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(oracle)
 
 # Processes, trainer's (tensor, pipeline, chunks), ranks of a replica of the engine.
 FEW = [(2, (1, 2, 2), (2,)), (4, (2, 2, 1), (4,)), (4, (2, 1, 1), (2,))]
@@ -32,8 +28,7 @@ EVERY = [
     (4, (2, 1, 1), (1, 2, 4)), (4, (4, 1, 1), (1, 2, 4)), (2, (1, 2, 1), (1, 2)), (4, (1, 2, 1), (1, 2, 4)),
     (4, (2, 2, 1), (1, 2, 4)), (2, (1, 2, 2), (1, 2)),
 ]  # fmt: skip
-ALL = bool(os.environ.get("OREAL_EVERY_LAYOUT"))
-FAMILIES = tuple(DENSE) if ALL else ("Qwen2", "Qwen3", "InternLM2")  # names, biases and orders of their own
+FEW_FAMILIES = ("Qwen2", "Qwen3", "InternLM2")  # names, biases and orders of their own
 BUFFER_BYTES = 64 * 2**10  # many batches; no slice fits at once
 
 
@@ -121,7 +116,7 @@ def transfer(policy, engine, ranks: int, wanted: str):
     )
 
 
-def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dict[str, dict]:
+def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...], families: tuple[str, ...]) -> dict[str, dict]:
     import torch.distributed as dist
 
     from oreal_megatron.config import ParallelConfig
@@ -130,7 +125,7 @@ def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dic
     parallel.start_process_group()
     parallel.start_megatron(ParallelConfig(*trainer), seed=0)
     results = {}
-    for family, tied, ranks in itertools.product(FAMILIES, (False, True), engines):
+    for family, tied, ranks in itertools.product(families, (False, True), engines):
         policy, weights = start(trainer, family, tied)
         rank = dist.get_rank() % ranks
         held = oracle.engine(policy.arch, weights, ranks, rank)
@@ -144,10 +139,13 @@ def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...]) -> dic
     return results
 
 
-@pytest.mark.parametrize(("world", "trainer", "engines"), EVERY if ALL else FEW)
-def test_the_engine_holds_the_trainers_weights_bit_by_bit(world, trainer, engines, in_processes):
-    for results in in_processes(world, every_family, trainer, engines):
-        assert len(results) == 2 * 3 * len(FAMILIES) * len(engines)
+@pytest.mark.parametrize(
+    ("world", "trainer", "engines"), [*FEW, *(pytest.param(*row, marks=pytest.mark.full) for row in EVERY)]
+)
+def test_the_engine_holds_the_trainers_weights_bit_by_bit(world, trainer, engines, in_processes, full):
+    families = tuple(DENSE) if full else FEW_FAMILIES
+    for results in in_processes(world, every_family, trainer, engines, families):
+        assert len(results) == 2 * 3 * len(families) * len(engines)
         for case, metrics in results.items():
             assert metrics["equal"] and metrics["version"] == 3 and metrics["again"] == {}, case
             assert (

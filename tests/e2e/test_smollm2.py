@@ -1,7 +1,7 @@
 """A pretrained model through every door: Hugging Face to Megatron and back without a changed bit, and vLLM's greedy
 text is what Megatron finds most likely.
 
-    python tools/make_smollm2.py smollm2 && OREAL_SMOLLM2=smollm2 python -m pytest tests/e2e/test_smollm2.py
+    python tools/make_smollm2.py smollm2 && OREAL_SMOLLM2=smollm2 python -m pytest --full tests/e2e/test_smollm2.py
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def greedy(folder: str) -> list[tuple]:
     return results
 
 
+@pytest.mark.full
 def test_smollm2_round_trips_exactly_and_speaks_the_same_through_megatron_and_vllm(smollm2, in_processes, tmp_path):
     from oreal_megatron.cli.main import main
 

@@ -164,7 +164,7 @@ def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(
     assert "not reproduced: the largest relative difference is 0.000999, of loss/kl" in told
 
 
-@pytest.mark.skipif(not os.environ.get("OREAL_ALL_FAULTS"), reason="OREAL_ALL_FAULTS is not set")
+@pytest.mark.full
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
     run, huge = trained / "blown", "1e30"

@@ -1,22 +1,25 @@
-"""Triton kernels run in the interpreter here, which must be chosen before they are defined: `pytest tests/kernels`."""
+"""Each operation by each backend on CPU tensors. Triton's interpreter is chosen before kernels are defined."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Iterator
 
 import pytest
 
-if "oreal_kernels" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("tests/kernels needs a pytest of its own: Triton's interpreter is chosen at import")
-os.environ["TRITON_INTERPRET"] = "1"
 
-from oreal_kernels import backend, native  # noqa: E402
+@pytest.fixture(autouse=True)
+def interpreted() -> None:
+    """Skip in a process whose kernels were defined without the interpreter; tests/conftest.py chooses it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a pytest of its own: python -m pytest tests/kernels")
 
 
 @pytest.fixture(params=["triton", "native", "reference"])
-def served_by(request):
-    """Each operation by each backend, on CPU tensors."""
+def served_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the backend in use."""
+    from oreal_kernels import backend, native  # not above: conftest files are imported before the interpreter is chosen
+
     if request.param == "native" and not native.available():
         pytest.skip("the native library is not built here: cmake and a C++ compiler are needed")
     with backend.use(request.param):

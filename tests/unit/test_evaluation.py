@@ -9,7 +9,7 @@ import pytest
 from oreal_megatron.cli import main
 from oreal_megatron.config import Config
 from oreal_megatron.evaluation.score import evaluate, pass_rates, wilson_interval
-from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
@@ -75,9 +75,9 @@ def test_report_on_a_folder_that_is_no_run(tmp_path, capsys):
 
 
 def test_the_best_policy_is_better_than_all_before(tmp_path):
-    run = Run(Config(run=str(tmp_path / "run")))
+    run = Recorder(Config(run=str(tmp_path / "run")))
     seen = []
     for step, accuracy in ((0, 0.5), (10, 0.4), (20, 0.6), (30, 0.6), (40, 0.7)):
-        run.log_evaluation(step, {"accuracy": accuracy})
-        seen.append(run.best(step))
+        run.metrics.log_evaluation(step, {"accuracy": accuracy})
+        seen.append(run.metrics.is_best(step))
     assert seen == [True, False, True, False, True]

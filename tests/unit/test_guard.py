@@ -109,7 +109,7 @@ def dumped(tmp_path, make_samples):
     for rank in range(2):
         batch = packing.batch(samples, PackingSpec(30, rank, 2))
         values = [torch.rand(len(part.labels)) for part in batch.micro_batches]
-        dumps.write(path, 3, (rank, 2), batch, values, TokenWeights(values), {"loss/total": math.nan}, config)
+        dumps.write_dump(path, 3, (rank, 2), batch, values, TokenWeights(values), {"loss/total": math.nan}, config)
         shares.append((batch, values))
     return path, config, shares
 
@@ -123,7 +123,7 @@ def equal(one, other) -> bool:
 
 def test_a_dump_gives_back_what_was_written(dumped):
     path, config, shares = dumped
-    dump = dumps.read(path)
+    dump = dumps.read_dump(path)
     assert (dump.step, dump.shares, dump.config) == (3, 2, config) and math.isnan(dump.metrics["loss/total"])
     for rank, (batch, values) in enumerate(shares):
         share = dump.share(rank, 2)
@@ -138,21 +138,21 @@ def test_a_dump_gives_back_what_was_written(dumped):
 
 def test_what_the_policy_was_not_given_is_not_there(tmp_path, make_samples):
     batch = packing.batch(make_samples(1), PackingSpec(30))
-    dumps.write(tmp_path / "step_000000", 0, (0, 1), batch, None, TokenWeights([], valid=False), {}, c.Config())
-    share = dumps.read(tmp_path / "step_000000").share(0, 1)
+    dumps.write_dump(tmp_path / "step_000000", 0, (0, 1), batch, None, TokenWeights([], valid=False), {}, c.Config())
+    share = dumps.read_dump(tmp_path / "step_000000").share(0, 1)
     assert share.reference_logp is None and not share.token_weights.valid
 
 
 def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
     path, _, _ = dumped
     with pytest.raises(c.ConfigError, match="which 3 cannot share evenly"):
-        dumps.read(path).share(0, 3)
+        dumps.read_dump(path).share(0, 3)
     (path / "share_001.safetensors").write_bytes(b"12345678")
     with pytest.raises(c.ConfigError, match="share_001.safetensors is missing, damaged"):
-        dumps.read(path).share(1, 2)
+        dumps.read_dump(path).share(1, 2)
     (path / "step.json").write_text("{}")
     with pytest.raises(c.ConfigError, match="is not the dump of a step"):
-        dumps.read(path)
+        dumps.read_dump(path)
 
 
 def test_dumps_go_with_the_checkpoint_before_them_but_skipped_steps_stay(tmp_path, make_samples):
@@ -160,9 +160,9 @@ def test_dumps_go_with_the_checkpoint_before_them_but_skipped_steps_stay(tmp_pat
     token_weights = TokenWeights([], valid=False)
     for step in range(4):
         path = tmp_path / "dumps" / checkpoint_folders.name(step)
-        dumps.write(path, step, (0, 1), batch, None, token_weights, skipped if step == 1 else {}, c.Config())
+        dumps.write_dump(path, step, (0, 1), batch, None, token_weights, skipped if step == 1 else {}, c.Config())
     (tmp_path / "dumps" / checkpoint_folders.name(0) / "step.json").write_text("cut of")
-    dumps.forget(tmp_path, lambda name: name < "step_000003")
+    dumps.delete_dumps(tmp_path, lambda name: name < "step_000003")
     assert sorted(path.name for path in (tmp_path / "dumps").iterdir()) == ["step_000001", "step_000003"]
 
 

@@ -12,7 +12,8 @@ import torch
 from oreal_megatron import config as c
 from oreal_megatron import loop
 from oreal_megatron.algo.logprob_parity import LogprobMismatch
-from oreal_megatron.observe.run_folder import Run, refuse_changed, refuse_existing
+from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
 from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, TokenWeights, Verdict
 
 ANSWERS = 4
@@ -119,7 +120,7 @@ def run_loop(tmp_path: Path, config: c.Config, events: list, engine=None, first:
         FakeModel("reference", events),
         FakeRewardModel("reward model", events),
         FakeWeightSync(engine, events),
-        Run(config, first),
+        Recorder(config, first),
         FakeHooks(events),
         SPEC,
     )
@@ -192,7 +193,7 @@ def test_a_line_cut_off_by_a_crash_does_not_stop_the_resume(tmp_path):
 
 def test_changed_inputs_are_refused_on_resume(tmp_path):
     config = configuration(tmp_path)
-    Run(config, 0, {"model m": "aaa", "data d": "bbb"})
+    Recorder(config, 0, {"model m": "aaa", "data d": "bbb"})
     refuse_changed(Path(config.run), {"model m": "aaa", "data d": "bbb"})
     with pytest.raises(c.ConfigError, match="data d has changed since the run"):
         refuse_changed(Path(config.run), {"model m": "aaa", "data d": "ccc"})
@@ -292,7 +293,7 @@ def run_with_reward_model(tmp_path, metrics: dict, token_weights: TokenWeights, 
     models = Policy("p", events), FakeModel("r", events), Scripted("m", events)
     loop.train(
         config, FakePrompts(), FakeEngine(events), FakeVerifier(), *models,
-        FakeWeightSync(FakeEngine(events), events), Run(config), FakeHooks(events), SPEC,
+        FakeWeightSync(FakeEngine(events), events), Recorder(config), FakeHooks(events), SPEC,
     )  # fmt: skip
 
 
@@ -327,7 +328,7 @@ def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     config = configuration(tmp_path)
     loop.train(
         config, FakePrompts(), FakeEngine(events), AllWrong(), FakePolicy("p", events), FakeModel("r", events),
-        FakeRewardModel("m", events), FakeWeightSync(FakeEngine([]), []), Run(config), FakeHooks([]), SPEC,
+        FakeRewardModel("m", events), FakeWeightSync(FakeEngine([]), []), Recorder(config), FakeHooks([]), SPEC,
     )  # fmt: skip
     assert events == ["generate (0, 0)", "generate (0, 1)"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -304,8 +304,8 @@ def test_a_mixture_is_planned_but_not_rehearsed(tmp_path, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "from oreal_megatron.config import Config, EngineConfig, ModelConfig\n"
-        f"def small(): return Config(gpus=2, model=ModelConfig({str(tmp_path)!r}),\n"
-        "    engine=EngineConfig(max_model_len=64))\n"
+        f"def small():\n    model = ModelConfig({str(tmp_path)!r})\n"
+        "    return Config(gpus=2, model=model, engine=EngineConfig(max_model_len=64))\n"
     )
     assert main(["plan", f"{recipe}:small"]) == 0
     assert "resharding (gather)" in capsys.readouterr().out

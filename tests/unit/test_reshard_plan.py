@@ -4,7 +4,6 @@ it, with no more bytes than must travel."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reshard_oracle as oracle
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
@@ -27,9 +27,6 @@ TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
 MIXTURE = architecture.read(ROWS["Qwen3Moe"])
 ROWS = {name: row for name, row in ROWS.items() if not any("experts" in field for field in row)}  # those go by gather
-SPEC = importlib.util.spec_from_file_location("reshard_oracle", TESTS / "reshard_oracle.py")
-oracle = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(oracle)
 
 BATCH_BYTES = 4096  # small, so that there are many batches and large slices are cut
 ITEMSIZE = 2

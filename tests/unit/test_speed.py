@@ -17,6 +17,7 @@ from oreal_megatron.algo import packing
 from oreal_megatron.cli.main import main
 from oreal_megatron.models import architecture, flops
 from oreal_megatron.observe import report, speed, speed_report
+from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.plan import gpus
 from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
 from oreal_megatron.runtime import heartbeat
@@ -68,7 +69,7 @@ def test_the_work_of_all_ranks_is_that_of_the_samples_however_they_are_cut(cut):
     budget, ranks, multiple, pad_to = cut
     lengths = (9, 7, 6, 4, 3)
     each = [
-        speed.work(packing.batch(samples(*lengths), PackingSpec(budget, rank, ranks, multiple, pad_to)), tiny())
+        speed.replica_work(packing.batch(samples(*lengths), PackingSpec(budget, rank, ranks, multiple, pad_to)), tiny())
         for rank in range(ranks)
     ]
     assert sum(one.tokens for one in each) == sum(lengths)
@@ -77,7 +78,7 @@ def test_the_work_of_all_ranks_is_that_of_the_samples_however_they_are_cut(cut):
         assert sum(one.forward[head] for one in each) == flops.forward(tiny(), lengths, rows, head)
 
 
-def test_mfu_is_six_operations_a_parameter_and_token_and_absent_where_the_peak_is_not_known():
+def test_mfu_is_six_operations_a_paratimer_and_token_and_absent_where_the_peak_is_not_known():
     seconds, tokens = {"reference": 2.0, "policy": 4.0}, {"policy": 800}
     computed = {"reference": 2 * 5e9 * 800, "policy": 6 * 5e9 * 800}
     found = speed.rates(seconds, tokens, computed, 2, 1e13)
@@ -99,16 +100,16 @@ def test_a_peak_is_of_a_device_that_is_known_and_of_bf16():
     [([4.0], 0.0), ([4.0] * 4, 0.0), ([1.0, 2.0, 3.0, 4.0], 0.375), ([0.0, 4.0], 0.5), ([0, 0], None)],
 )
 def test_idle_share_of_planted_times(each, share):
-    assert speed.waiting(each) == share
+    assert speed.load_imbalance(each) == share
 
 
 def test_idle_shares_of_phases_add_up_to_that_of_the_step_by_their_seconds():
     seconds = {"generate": 6.0, "verify": 1.0, "reference": 1.0, "policy": 2.0, "weight_sync": 1.0, "step": 12.0}
     alone = [{"generate": 3.0, "verify": 0.8}, {"generate": 6.0, "verify": 0.8}]
-    found = speed.idle(seconds, alone, [90.0, 100.0])
+    found = speed.idle_shares(seconds, alone, [90.0, 100.0])
     assert found.pop("speed/idle/step") == pytest.approx((6 * 0.25 + 3 * 0.05) / 12)
     assert found == {"speed/idle/generate": 0.25, "speed/idle/verify": 0, "speed/idle/training": pytest.approx(0.05)}
-    assert speed.idle(seconds, [{}, {}], []) == {"speed/idle/step": 0}, "nothing was measured"
+    assert speed.idle_shares(seconds, [{}, {}], []) == {"speed/idle/step": 0}, "nothing was measured"
 
 
 @pytest.mark.parametrize(
@@ -125,21 +126,21 @@ def rollouts() -> list[list[Rollout]]:
 
 
 def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_the_step_s():
-    began, meter = time.monotonic(), speed.Meter(c.Config(), tiny(), 1e9)
-    with meter.phase("generate"):
+    began, timer = time.monotonic(), PhaseTimer(c.Config(), tiny(), 1e9)
+    with timer.phase("generate"):
         time.sleep(0.05)
         heartbeat.beat()
         time.sleep(0.1)  # in a collective
-    assert 0.05 <= meter.alone["generate"] <= meter.seconds["generate"] - 0.1
-    with meter.phase("evaluate"):
+    assert 0.05 <= timer.own_seconds["generate"] <= timer.seconds["generate"] - 0.1
+    with timer.phase("evaluate"):
         time.sleep(0.1)
-    found = meter.step({}, rollouts())
+    found = timer.finish_step({}, rollouts())
     assert time.monotonic() - began - 0.1 >= found["seconds/step"] >= found["seconds/generate"]
     assert found["seconds/evaluate"] >= 0.1
     assert found["speed/tokens_per_second_per_gpu/step"] == pytest.approx(22 / found["seconds/step"])
     assert not any("policy" in name or "bubble" in name for name in found), "nothing was trained"
     assert sum(value for name, value in found.items() if "share" in name) == pytest.approx(1)
-    again = meter.step({}, [])
+    again = timer.finish_step({}, [])
     assert "seconds/generate" not in again and again["seconds/step"] < found["seconds/step"], (
         "every step is measured anew"
     )
@@ -156,12 +157,12 @@ def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_
 )
 def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, models):
     config = c.Config(reward_model=c.RewardModelConfig(enabled=reward_model), parallel=c.ParallelConfig(pipeline=2))
-    meter = speed.Meter(config, tiny(), 1e9)
+    timer = PhaseTimer(config, tiny(), 1e9)
     for name in ("reward_model", "reference", "policy"):
-        with meter.phase(name):
+        with timer.phase(name):
             time.sleep(0.001)
-    meter.trains_on(packing.batch(samples(5, 4), PackingSpec(4)))
-    found = meter.step(metrics, rollouts())
+    timer.count_work(packing.batch(samples(5, 4), PackingSpec(4)))
+    found = timer.finish_step(metrics, rollouts())
     assert {name.split("/")[2] for name in found if "tflops" in name} == models
     assert {name.split("/")[2] for name in found if "mfu" in name} == models
     assert found["speed/bubble"] == pytest.approx(1 / 3)  # two micro-batches on two stages

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import filesystem
 from oreal_megatron import config as c
 from oreal_megatron.convert.torch_dist import Writer
 from oreal_megatron.data import problems
-from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import Outcome
 from oreal_megatron.runtime import safe_load
 from oreal_megatron.verify.grader import Grader
@@ -164,7 +164,7 @@ def test_the_key_reaches_the_judge_and_nothing_else(server, tmp_path, monkeypatc
     monkeypatch.setenv(API_KEY, KEY)
     judge = c.JudgeConfig((url,), model="m", cache=str(tmp_path / "run/verdicts.jsonl"))
     config = c.Config(run=str(tmp_path / "run"), verify=c.VerifyConfig(workers=1, judge=judge))
-    Run(config)
+    Recorder(config)
     with caplog.at_level(logging.DEBUG):
         grader = Grader(config.verify)
         verdict = grader.submit("5", "\\boxed{6}").result(timeout=30)

@@ -19,7 +19,7 @@ class JudgeServer:
     def __init__(self, *behaviours, port=0):
         environment = {**os.environ, "PORT": str(port)}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "scripted_judge.py"), *behaviours],
+            [sys.executable, str(HERE.parents[1] / "helpers/scripted_judge.py"), *behaviours],
             stdout=subprocess.PIPE,
             text=True,
             env=environment,

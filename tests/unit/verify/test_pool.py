@@ -11,7 +11,7 @@ import pytest
 
 from oreal_megatron.verify.worker_pool import Pool, PoolBroken
 
-SCRIPT = [sys.executable, str(Path(__file__).parent / "scripted_worker.py")]
+SCRIPT = [sys.executable, str(Path(__file__).parents[2] / "helpers/scripted_worker.py")]
 
 
 @pytest.fixture

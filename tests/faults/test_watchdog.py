@@ -1,13 +1,12 @@
 """Hangs and lost ranks of real processes: who is named, what is written, that the job ends with code 5 in time.
 
-`OREAL_ALL_FAULTS=1 pytest tests/dist/test_watchdog.py` tries all of them, in every phase.
+`python -m pytest --full tests/faults/test_watchdog.py` tries all of them, in every phase.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import socket
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import hanging_job
 import pytest
 
-HERE = Path(__file__).parent
 PHASES = ("start", "generate", "verify", "parity", "reward_model", "reference", "policy", "weight_sync", "checkpoint",
           "evaluate")  # fmt: skip
 LIMITS = {f"{phase}_s": 1.5 for phase in ("start", "generate", "verify", "reward_model", "reference", "policy",
@@ -46,10 +45,8 @@ class Outcome:
 @pytest.fixture(scope="module")
 def start():
     """Processes that are forked from one that has imported torch and Megatron: seconds less for each."""
-    sys.path.insert(0, str(HERE))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.run_folder"])
-    import hanging_job
+    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.recorder"])
 
     def start(folder: Path, kind: str, phase: str, limits=LIMITS, rank=1, world=2) -> Outcome:
         job = {"folder": str(folder), "kind": kind, "phase": phase, "rank": rank, "limits": limits,
@@ -70,15 +67,11 @@ def start():
         return Outcome([child.exitcode for child in children], time.monotonic() - begin, folder)
 
     yield start
-    sys.path.remove(str(HERE))
 
 
 def every_phase_or(*phases: str):
-    chosen = PHASES if os.environ.get("OREAL_ALL_FAULTS") else phases
-    return pytest.mark.parametrize("phase", chosen)
-
-
-all_faults = pytest.mark.skipif(not os.environ.get("OREAL_ALL_FAULTS"), reason="OREAL_ALL_FAULTS is not set")
+    rows = [phase if phase in phases else pytest.param(phase, marks=pytest.mark.full) for phase in PHASES]
+    return pytest.mark.parametrize("phase", rows)
 
 
 def place(phase: str) -> str:
@@ -115,7 +108,7 @@ def test_a_killed_rank_is_named_within_seconds(start, tmp_path, phase):
     assert "Thread" in ended.written("rank_0")
 
 
-@all_faults
+@pytest.mark.full
 @every_phase_or("weight_sync")
 def test_a_killed_first_rank_takes_the_store_with_it_and_is_named(start, tmp_path, phase):
     ended = start(tmp_path, "kill", phase, PATIENT, rank=0)
@@ -123,7 +116,7 @@ def test_a_killed_first_rank_takes_the_store_with_it_and_is_named(start, tmp_pat
     assert f"rank 0 is lost, last seen in {place(phase)}" in ended.stderr(1)
 
 
-@all_faults
+@pytest.mark.full
 @every_phase_or("reference")
 def test_a_stopped_rank_is_silent(start, tmp_path, phase):
     ended = start(tmp_path, "stop", phase, PATIENT | {"silent_s": 3.0})
@@ -133,7 +126,7 @@ def test_a_stopped_rank_is_silent(start, tmp_path, phase):
     assert "state T" in ended.written("rank_1")
 
 
-@all_faults
+@pytest.mark.full
 @every_phase_or("checkpoint")
 def test_a_rank_that_holds_pythons_lock_is_silent_and_its_stacks_are_written(start, tmp_path, phase):
     ended = start(tmp_path, "lock", phase, PATIENT | {"silent_s": 4.0})
@@ -163,7 +156,7 @@ def test_no_alarm_while_a_slow_rank_goes_on_and_the_other_waits(start, tmp_path)
     assert ended.seconds > 3
 
 
-@all_faults
+@pytest.mark.full
 def test_one_process_watches_itself(start, tmp_path):
     ended = start(tmp_path, "sleep", "policy", rank=0, world=1)
     assert ended.codes == [5] and "rank 0 is stuck in phase policy of step 1" in ended.stderr(0)
@@ -188,18 +181,18 @@ def time_outs() -> list[float]:
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
 
 
-@all_faults
+@pytest.mark.full
 def test_process_groups_wait_no_longer_than_the_outer_bound(in_processes):
     assert in_processes(1, time_outs) == [[240.0, 240.0, 240.0]]
 
 
-@all_faults
+@pytest.mark.full
 def test_torchrun_restarts_after_a_hang(tmp_path):
     job = {"folder": str(tmp_path), "kind": "sleep", "phase": "policy", "rank": 1, "limits": LIMITS, "step": 1,
            "restarts": 1}  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
-        [*torchrun, "--max-restarts", "1", str(HERE / "hanging_job.py"), json.dumps(job)],
+        [*torchrun, "--max-restarts", "1", hanging_job.__file__, json.dumps(job)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

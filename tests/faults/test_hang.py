@@ -1,6 +1,6 @@
 """`oreal train` whose second rank is killed, or stopped, in the middle: the exit code, and who is named.
 
-Takes a minute: `OREAL_ALL_FAULTS=1 pytest tests/e2e/test_hang.py`.
+Takes a minute: `python -m pytest --full tests/faults/test_hang.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not os.environ.get("OREAL_ALL_FAULTS"), reason="OREAL_ALL_FAULTS is not set")
+pytestmark = pytest.mark.full
 RECIPE = """
 from oreal_megatron.config import *
 

@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-SCRIPT = [sys.executable, str(Path(__file__).parent.parent / "unit/verify/scripted_worker.py")]
+SCRIPT = [sys.executable, str(Path(__file__).parent.parent / "helpers/scripted_worker.py")]
 
 
 class FailingGrader:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 
@@ -65,10 +63,7 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     return results
 
 
-all_faults = pytest.mark.skipif(not os.environ.get("OREAL_ALL_FAULTS"), reason="OREAL_ALL_FAULTS is not set")
-
-
-@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=all_faults)])
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in_processes):
     both = {rank: ["raise"] for rank in (0, 1)}  # of one replica: one that fails alone leaves the other in vLLM
     alone = {1: ["raise"]} if tensor == 1 else both

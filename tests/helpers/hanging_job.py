@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from oreal_megatron import config as c
 from oreal_megatron.mcore import parallel
-from oreal_megatron.observe.run_folder import Run
+from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.runtime import heartbeat, watchdog
 from oreal_megatron.verify.worker_pool import Pool
 
@@ -33,7 +33,7 @@ PHASES = (
     "checkpoint",
     "evaluate",
 )
-SCRIPTED_WORKER = str(Path(__file__).parent.parent / "unit/verify/scripted_worker.py")
+SCRIPTED_WORKER = str(Path(__file__).with_name("scripted_worker.py"))
 
 
 def sleep() -> None:
@@ -89,7 +89,7 @@ def main(job: SimpleNamespace) -> None:
     try:
         watchdog.start(config)
         work(job, None, "start")
-        run = Run(config)
+        run = Recorder(config)
         with run.steps() as steps:
             for step in steps:
                 for phase in PHASES:

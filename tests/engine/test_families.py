@@ -1,12 +1,10 @@
 """Every family through a real vLLM: after an update its engine holds, bit by bit, what vLLM's own loader would make of
 the new weights, and answers with the log-probs of transformers on them.
 
-All families: OREAL_EVERY_LAYOUT=1 python -m pytest tests/dist/test_engine_families.py
+All families: python -m pytest --full tests/engine/test_families.py
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ CASES = {
     "InternLM3": (2, (2, 1), 2, 1, False),
     "Qwen2": (2, (1, 2), 2, 1, True),
 }
-FAMILIES = tuple(CASES) if os.environ.get("OREAL_EVERY_LAYOUT") else ("Llama", "Qwen3")
+FAMILIES = [name if name in ("Llama", "Qwen3") else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 192,

@@ -1,0 +1,99 @@
+"""The record of a training run: progress bar, phase times, metrics, rollouts and dumps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from oreal_megatron.algo import guard
+from oreal_megatron.config import Config
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.observe.dumps import StepDumps
+from oreal_megatron.observe.metrics_log import MetricsLog
+from oreal_megatron.observe.phase_timer import PhaseTimer
+from oreal_megatron.observe.progress import Bar
+from oreal_megatron.observe.run_folder import RunFolder
+from oreal_megatron.protocols import Metrics, TokenValues
+from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
+from oreal_megatron.runtime import distributed, heartbeat
+
+
+class Recorder:
+    """Implementation of protocols.RunRecorder.
+
+    The first rank writes metrics and rollouts; one rank of each data-parallel replica dumps its share of the batch;
+    every rank times its phases.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        first_step: int = 0,
+        fingerprints: Mapping[str, str] | None = None,
+        dump_share: tuple[int, int] | None = (0, 1),  # (data-parallel rank, ranks) to dump; None: this rank dumps none
+        arch: Architecture | None = None,  # architecture of the policy, to count operations
+        peak_flops: float | None = None,  # operations per second of one GPU, if known
+    ):
+        self.config, self.first_step = config, first_step
+        self.writes = distributed.rank() == 0
+        self.folder = RunFolder(config)
+        if self.writes:
+            self.folder.write_header(fingerprints or {}, first_step, peak_flops)
+        self.metrics = MetricsLog(self.folder.path, first_step)
+        self.timer = PhaseTimer(config, arch, peak_flops)
+        self.dumps = StepDumps(config, dump_share)
+        if self.writes:
+            self.dumps.delete_from(first_step)
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[Iterator[int]]:
+        """Iterate over the steps that remain, under a progress bar."""
+        with Bar(f"oreal {self.folder.path.name}", self.config.steps, self.writes, self.first_step) as self.bar:
+            self.timer.start()
+            yield self._step_numbers()
+
+    def _step_numbers(self) -> Iterator[int]:
+        for step in range(self.first_step, self.config.steps):
+            heartbeat.step(step)
+            yield step
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Time a phase of the step on this rank. Not collective."""
+        return self.timer.phase(name)
+
+    def dump(
+        self,
+        step: int,
+        batch: Batch,
+        reference_logp: TokenValues | None,
+        token_weights: TokenWeights,
+        metrics: Metrics,
+    ) -> None:
+        """Write what the step is trained on, and report a step that a model skipped. Not collective."""
+        if self.dumps.share:
+            self.timer.count_work(batch)
+            self.dumps.write(step, batch, reference_logp, token_weights, metrics)
+        if self.writes and (models := guard.skipped_models(metrics)):
+            line = f"{' and '.join(models)} skipped step {step}: {guard.skip_reason(metrics)}; "
+            line += f"inspect it with oreal replay {self.dumps.folder_of(step)}"
+            self.bar.console.print(line, highlight=False)
+
+    def delete_old_dumps(self, checkpoints: Sequence[Path]) -> None:
+        """Delete the dumps of steps before the oldest of these checkpoints. Not collective."""
+        if self.writes:
+            self.dumps.delete_before(checkpoints)
+
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        rollouts: Sequence[Sequence[Rollout]],
+        verdicts: Sequence[Sequence[Verdict]],
+    ) -> None:
+        """Write metrics, timings and rollouts of a finished step. Collective."""
+        metrics = metrics | self.timer.finish_step(metrics, rollouts)
+        if self.writes:
+            self.folder.write_rollouts(step, rollouts, verdicts)
+            self.metrics.log_step(step, metrics)
+            self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/samples']}")
