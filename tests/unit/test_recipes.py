@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, validate
 from oreal_megatron.models import architecture
 from oreal_megatron.session import prepare
 
@@ -83,7 +83,7 @@ def test_the_layout_cuts_the_model_and_the_world_evenly(name, monkeypatch):
     config, arch = recipe(name), shape(name)
     monkeypatch.setenv("WORLD_SIZE", str(config.gpus))
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    prepare._check_choices(config)
+    validate(config)
     prepare._check_world(config, arch)
     prepare._check_cache(config, arch)
     replicas = config.gpus // config.engine.tensor
@@ -108,7 +108,7 @@ def test_inputs_come_from_the_environment(monkeypatch, model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("judge", "says"),
     [
-        (None, "wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
+        (None, "requires a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
         ("none", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
         ("http://judge:8000", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
     ],
