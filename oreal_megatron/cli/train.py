@@ -16,7 +16,7 @@ from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.convert import to_hf
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
-from oreal_megatron.observe import report, speed_report
+from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
 from oreal_megatron.plan import gpus
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         saver.finish()
         save_policy(inputs, policy, Path(config.run) / "policy")
     if distributed.rank() == 0:
-        speed_report.leave(report.read(Path(config.run)))
+        speed_report.write_and_print(run_report.read_run(Path(config.run)))
     verifier.grader.close()
     with heartbeat.phase("stop"):
         parallel.stop(engine)
