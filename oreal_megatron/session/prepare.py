@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import Config, ConfigError, require_judge, validate
@@ -20,11 +18,9 @@ from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.data import problems
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
+from oreal_megatron.protocols import WeightReceiver
 from oreal_megatron.records import Prompt
-from oreal_megatron.reshard import gather_transport
-from oreal_megatron.reshard.byte_counter import ByteCounter
-from oreal_megatron.reshard.overlaps import ReshardLayout
-from oreal_megatron.reshard.weight_sync import WeightSync
+from oreal_megatron.reshard import weight_sync
 from oreal_megatron.runtime import distributed, versions
 from oreal_megatron.verify import judge
 
@@ -153,19 +149,7 @@ def start_engine(inputs: Inputs, leave: Callable[[], bool] = lambda: False) -> t
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)
 
 
-def full_tensors(policy: Any, counted: ByteCounter | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The policy's weights in Hugging Face terms, on every rank. Collective: every rank must exhaust it. Bytes that
-    travel are added to `counted`, for whoever asks."""
-    from oreal_megatron.mcore import gpt_model, parallel
-
-    config = policy.config
-    layout = gather_transport.GatherGroups(
-        *parallel.groups(), gpt_model.DTYPES[config.model.dtype], gpt_model.device(), config.parallel.virtual
-    )
-    with policy.readable():
-        yield from gather_transport.full_tensors(
-            policy.named_shards(), policy.arch, layout, counted or ByteCounter(distributed.node_size())
-        )
+full_tensors = weight_sync.full_tensors
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
@@ -174,21 +158,9 @@ def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
     megatron_folder.describe(inputs.folder, checkpoint, head, getattr(torch, inputs.config.model.dtype))
 
 
-def connect(policy: Any, engine: Any) -> WeightSync:
-    """What hands the policy's weights over to the engine. Says once by which transport. Collective."""
-    config, cut = policy.config, policy.config.parallel
-    layout = ReshardLayout(
-        policy.arch,
-        cut.tensor,
-        cut.pipeline,
-        cut.virtual,
-        config.engine.tensor,
-        distributed.world_size(),
-        distributed.node_size(),
-    )
-    buffer = config.engine.buffer_mib * 2**20
-    full = partial(full_tensors, policy)
-    made = WeightSync(layout, config.engine.transport, buffer, policy.named_shards, full, engine, policy.readable)
+def connect(policy: weight_sync.WeightSource, engine: WeightReceiver) -> weight_sync.EngineWeightSync:
+    """Return the weight sync of a policy and an engine, and print its transport once. Collective."""
+    connection = weight_sync.connect(policy, engine)
     if distributed.rank() == 0:
-        print(f"weights reach the engine by the transport {made.description}", flush=True)
-    return made
+        print(f"weight sync: {connection.description}", flush=True)
+    return connection

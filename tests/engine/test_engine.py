@@ -132,18 +132,18 @@ class Story:
                 return llm.reset_prefix_cache()
 
         if weight_sync.direct:
-            made = weight_sync.direct.buffers
+            made = weight_sync.direct.allocate_buffers
 
             def watched():
                 pairs = made()
                 buffers.extend(weakref.ref(buffer) for pair in pairs for buffer in pair)
                 return pairs
 
-            weight_sync.direct.buffers = watched
+            weight_sync.direct.allocate_buffers = watched
         engine.llm, engine.can_sleep = Sleeper(), True
         engine.sleep()
         engine.sleep()
-        weight_sync(engine.version)
+        weight_sync.sync(engine.version)
         engine.llm, engine.can_sleep = llm, False
         return asked
 
@@ -185,7 +185,7 @@ class Story:
         qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
         if distributed.rank() == distributed.world_size() - 1:
             qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
-        return [found.name for found in weight_sync.checksums.differing()]
+        return [found.name for found in weight_sync.engine_checksum.mismatches()]
 
     def reset_refused_while_a_request_runs(self, weight_sync) -> str:
         from oreal_megatron.rollout.engine import EngineError
