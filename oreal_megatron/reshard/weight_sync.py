@@ -193,7 +193,7 @@ class EngineWeightSync:
         raise WeightMismatch(
             f"policy version {version} was sent by the {self.transport} transport, but the checksum of "
             f"{tensors[0].name} {side} on rank {rank} differs from the trainer's: {state} ({len(tensors)} tensors "
-            f"differ on this rank, {len(failing)} ranks are affected). Nothing was generated with these weights; resume "
+            f"differ on this rank, {len(failing)} ranks are affected). No response was generated with them; resume "
             "from the last checkpoint"
         )
 

@@ -198,7 +198,7 @@ def test_an_engine_of_another_layout_is_not_written_to():
     assert "the first difference is model.layers.0.mlp.experts" in vllm_layout.mismatch(
         live | {"model.layers.0.mlp.experts": torch.zeros(1)}, qwen, 2
     )
-    assert "of the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
+    assert "have the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
 
 
 LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064)
