@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron import config as configuration
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, schema
 
 
 def from_recipe(name: str) -> Config:
@@ -92,7 +92,7 @@ def _replace(node: Any, path: list[str], text: str, assignment: str) -> Any:
         raise ConfigError(f"--set {assignment}: {key} is a section; name one of {', '.join(vars(value))}")
     # A name like 2024_01 or 1e5 is a text where a text is wanted.
     plain = text if hints[key] is str else _parse(text)
-    new = _replace(value, rest, text, assignment) if rest else _typed(plain, hints[key], key)
+    new = _replace(value, rest, text, assignment) if rest else _typed(plain, hints[key], assignment.partition("=")[0])
     return dataclasses.replace(node, **{key: new})
 
 
@@ -104,20 +104,17 @@ def _parse(text: str) -> Any:
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """The value as its annotated type: dictionaries become dataclasses, lists tuples, integers floats."""
+    """Convert a value to its annotated type: dictionaries become sections, lists tuples, integers floats."""
     if dataclasses.is_dataclass(hint):
         return from_dict(value, hint, f"{where}.")
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _typed(value, typing.get_args(hint)[0], where)
-    origin = typing.get_origin(hint) or hint
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is str and not isinstance(value, dict | list | tuple):
-        return str(value)
-    if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
-        raise ConfigError(f"configuration key {where} is {value!r}; wanted {getattr(hint, '__name__', hint)}")
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    elif isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
+        value = float(value)
+    elif hint is str and not isinstance(value, dict | list | tuple):
+        value = str(value)
+    if problem := schema.type_problem(where, value, hint):
+        raise ConfigError(problem)
     return value
 
 

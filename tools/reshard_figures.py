@@ -15,7 +15,7 @@ import time
 
 from oreal_megatron.models import architecture
 from oreal_megatron.reshard import planner
-from oreal_megatron.reshard.overlaps import ReshardLayout
+from oreal_megatron.reshard.overlaps import ReshardLayout, overlaps
 
 SIZES = {"7B": (28, 3584, 18944, 28, 4), "32B": (64, 5120, 27648, 40, 8)}
 # Model, trainer's tensor, pipeline and data parallelism, ranks of a replica of the engine.
@@ -40,11 +40,11 @@ def row(size: str, tensor: int, pipeline: int, data: int, engine: int) -> str:
     world = tensor * pipeline * data
     layout = ReshardLayout(architecture_of(size), tensor, pipeline, 1, engine, world, NODE)
     start = time.process_time()
-    made = planner.make(layout, world - 1, ITEMSIZE, BATCH_BYTES)
+    made = planner.plan_transfer(layout, world - 1, ITEMSIZE, BATCH_BYTES)
     seconds = time.process_time() - start
     traffic = made.traffic
     wire = max(((traffic.received - traffic.received_between) / 450e9).max(), (traffic.received_between / 50e9).max())
-    total = sum(part.rows * part.columns for part in planner.slices(layout)) * ITEMSIZE / 1e9
+    total = sum(part.rows * part.columns for part in overlaps(layout)) * ITEMSIZE / 1e9
     gathered = total * (1 - 1 / tensor) + total / tensor * (1 - 1 / pipeline)
     return (
         f"| {size} | {tensor} x {pipeline} x {data} | {engine} x {world // engine} "

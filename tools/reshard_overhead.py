@@ -22,8 +22,8 @@ import torch.distributed as dist
 from oreal_megatron.models import architecture, tensors
 from oreal_megatron.reshard import planner, vllm_layout
 from oreal_megatron.reshard.byte_counter import ByteCounter
-from oreal_megatron.reshard.checksum import Checksums
-from oreal_megatron.reshard.direct_transport import Direct
+from oreal_megatron.reshard.checksum import EngineChecksum
+from oreal_megatron.reshard.direct_transport import DirectTransfer
 from oreal_megatron.reshard.overlaps import ReshardLayout
 
 REPEATS = 20
@@ -54,13 +54,13 @@ def process(rank: int) -> None:
     for name, full in held.items():
         if "norm" in name:  # replicated
             full.fill_(1)
-    live = {name: torch.empty(shape) for name, shape in vllm_layout.shapes(arch, 1).items()}
-    made = measured("plan, once", lambda: planner.make(layout, rank, 4, 2**20))
-    direct = measured("views, once", lambda: Direct(made, held, live))
-    checksums = measured("views for the proof, once", lambda: Checksums(layout, made, rank, held, live))
+    live = {name: torch.empty(shape) for name, shape in vllm_layout.parameter_shapes(arch, 1).items()}
+    made = measured("plan, once", lambda: planner.plan_transfer(layout, rank, 4, 2**20))
+    direct = measured("views, once", lambda: DirectTransfer(made, held, live))
+    checksums = measured("views for the proof, once", lambda: EngineChecksum(layout, made, rank, held, live))
     direct.run(ByteCounter(1))
     measured("transfer", lambda: direct.run(ByteCounter(1)), REPEATS)
-    wrong = measured("proof", checksums.differing, REPEATS)
+    wrong = measured("proof", checksums.mismatches, REPEATS)
     if rank == 0:
         slices = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in made.batches)
         print(f"\n{len(held)} tensors of the trainer, {len(live)} of the engine, {slices} slices on this rank, "

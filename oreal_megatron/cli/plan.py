@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oreal_megatron import settings
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import ConfigError, validate
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, search
 from oreal_megatron.plan.scenario import Scenario
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _case(args: argparse.Namespace, console: Console) -> Scenario:
     config = settings.override(settings.from_recipe(args.recipe), args.set)
+    validate(config)
     world = args.gpus or config.gpus
     if world < 1:
         raise ConfigError("the recipe does not say how many GPUs it is for; give --gpus N")

@@ -105,6 +105,6 @@ def share() -> tuple[int, int] | None:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
-def groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Tensor-parallel ranks and pipeline stages that hold one replica of a model together with this rank."""
+def tensor_and_pipeline_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Return the groups over tensor-parallel ranks and over pipeline stages in which this rank is."""
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()

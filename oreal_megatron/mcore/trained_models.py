@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from oreal_megatron.algo import guard, loss, token_weighting
 from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
-from oreal_megatron.mcore import gpt_model, output_heads
+from oreal_megatron.mcore import gpt_model, output_heads, parallel
 from oreal_megatron.mcore.scorer import Scorer, Trainer
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
@@ -70,8 +71,12 @@ class Policy(Trainer):
         rate = learning_rate(self.updates, config.steps, config.optimizer)
         return _named("policy", self.train(batch, objective, rate))
 
+    def process_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Return the tensor-parallel and the pipeline-parallel group of this rank."""
+        return parallel.tensor_and_pipeline_groups()
+
     def named_shards(self) -> Iterator[tuple[Entry, Tensor]]:
-        """This rank's tensors with their mapping entries, for whoever hands them on."""
+        """Return this rank's parameters with their mapping entries."""
         return gpt_model.named_shards(
             [gpt_model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm"
         )

@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Bar:
-    """Progress of one long phase; silent on all ranks but the first."""
+    """Progress of one long phase. `shown` is False on all ranks but the first; `done` counts from an earlier start."""
 
     def __init__(self, title: str, total: int, shown: bool = True, done: int = 0):
         self.title, self.total, self.done, self.note = title, total, done, ""
@@ -24,28 +24,31 @@ class Bar:
         self.bar = Progress(*columns, console=self.console) if shown and self.console.is_terminal else None
 
     def __enter__(self) -> Bar:
+        """Show the bar."""
         if self.bar:
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        """Remove the bar, or print the last line."""
         if self.bar:
             self.bar.stop()
         elif self.done != self.printed:
-            self._line()
+            self._print_line()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count finished items; `note` replaces the text at the end of the line."""
         self.done += count
         self.note = self.note if note is None else note
         if self.bar:
             self.bar.update(self.task, completed=self.done, note=self.note)
         elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self._line()
+            self._print_line()
 
-    def _line(self) -> None:
+    def _print_line(self) -> None:
         self.last_line, self.printed = time.monotonic(), self.done
-        spent = self.last_line - self.started
-        left = spent / max(self.done - self.first, 1) * (self.total - self.done)
-        times = f"{spent:.0f} s gone, about {left:.0f} s left" if self.done < self.total else f"{spent:.0f} s"
+        elapsed = self.last_line - self.started
+        remaining = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
+        times = f"{elapsed:.0f} s, about {remaining:.0f} s left" if self.done < self.total else f"{elapsed:.0f} s"
         self.console.print(f"{self.title} {self.done}/{self.total} ({times}) {self.note}", highlight=False)

@@ -130,13 +130,13 @@ def _overlap(one: Shard, two: Shard) -> bool:
 def handover(layout: ReshardLayout, ranks: Sequence[Rehearsed], itemsize: int, batch_bytes: int) -> Iterator[str]:
     """The transfers to the engine: among these ranks, and between the first of them and some of its peers, both ends
     agree; every slice lies in a tensor of the trainer's real model, or of the engine's layout."""
-    plans = {one.rank: planner.make(layout, one.rank, itemsize, batch_bytes) for one in ranks}
+    plans = {one.rank: planner.plan_transfer(layout, one.rank, itemsize, batch_bytes) for one in ranks}
     for one in ranks:
         yield from _outside(one, plans[one.rank], layout)
     first = plans[ranks[0].rank]
     peers = {move.peer for batch in first.batches for move in (*batch.sends, *batch.receives)} - plans.keys()
     spread = sorted(peers)[:: max(len(peers) // PEERS, 1)]
-    plans |= {peer: planner.make(layout, peer, itemsize, batch_bytes) for peer in spread}
+    plans |= {peer: planner.plan_transfer(layout, peer, itemsize, batch_bytes) for peer in spread}
     sends, receives = ({rank: _moves(made, way) for rank, made in plans.items()} for way in ("sends", "receives"))
     known = {one.rank for one in ranks}
     for source, destination in itertools.permutations(plans, 2):
@@ -155,11 +155,13 @@ def _moves(made: planner.TransferPlan, way: str) -> dict[int, list[tuple]]:
 
 def _outside(one: Rehearsed, made: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
     """Slices that lie in no tensor of the trainer's real model, or of the engine's layout."""
-    engine = vllm_layout.shapes(layout.arch, layout.engine)
+    engine = vllm_layout.parameter_shapes(layout.arch, layout.engine)
     for batch in made.batches:
         found = [(copy.source, copy.rows, copy.columns, one.shapes) for copy in batch.copies]
-        found += [(move.spot, move.rows, move.columns, engine if move.relayed else one.shapes) for move in batch.sends]
-        found += [(move.spot, move.rows, move.columns, engine) for move in batch.receives]
+        found += [
+            (move.offset, move.rows, move.columns, engine if move.relayed else one.shapes) for move in batch.sends
+        ]
+        found += [(move.offset, move.rows, move.columns, engine) for move in batch.receives]
         for spot, rows, columns, shapes in found:
             if why := _not_in(spot, rows, columns, shapes):
                 yield f"rank {one.rank}: {why}"

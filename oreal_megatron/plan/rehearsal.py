@@ -15,7 +15,7 @@ from oreal_megatron.mcore import gpt_model, rehearse_rank
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.plan import activations, matching, memory, report_tables, synthetic, timing
 from oreal_megatron.plan.scenario import Scenario
-from oreal_megatron.reshard.direct_transport import BUFFERS
+from oreal_megatron.reshard.planner import BUFFERS
 
 FAULTS_SHOWN = 5
 

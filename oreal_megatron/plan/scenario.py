@@ -168,4 +168,4 @@ def _all_elements(arch: Architecture, head: str) -> int:
 
 @cache
 def _engine_elements(arch: Architecture, ranks: int) -> int:
-    return sum(math.prod(shape) for shape in vllm_layout.shapes(arch, ranks).values())
+    return sum(math.prod(shape) for shape in vllm_layout.parameter_shapes(arch, ranks).values())

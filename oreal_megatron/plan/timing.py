@@ -56,7 +56,7 @@ def transfer(case: Scenario) -> Transfer:
     cut, itemsize = case.config.parallel, ITEMSIZE[case.config.engine_dtype]
     if case.config.engine.transport == "direct" and not case.arch.experts:
         buffer = case.config.engine.buffer_mib * 2**20 // 4
-        traffic = planner.make(layout(case), 0, itemsize, buffer).traffic
+        traffic = planner.plan_transfer(layout(case), 0, itemsize, buffer).traffic
         return Transfer(
             traffic.received.max(), traffic.received_between.max(), traffic.received_between.sum(), "direct"
         )

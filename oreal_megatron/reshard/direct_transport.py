@@ -1,7 +1,7 @@
-"""The direct transport: slices travel from rank to rank and are written into the engine's live parameters.
+"""Direct transport: overlaps travel from rank to rank and are written into the engine's live parameters.
 
-One message for each peer and batch, packed in a buffer. Two batches are under way at once, each with a buffer for what
-is sent and one for what is received; a batch's buffers are used again only after all of it has arrived.
+Each batch has one message per peer, packed in a buffer. Two batches are in flight at once, each with a buffer to send
+and one to receive; the buffers of a batch are reused only after all of it has arrived.
 """
 
 from __future__ import annotations
@@ -16,117 +16,125 @@ from torch import Tensor
 
 from oreal_megatron.reshard.byte_counter import ByteCounter
 from oreal_megatron.reshard.planner import Move, TransferBatch, TransferPlan
-from oreal_megatron.reshard.shards import Offset, cut, matrix
-
-BUFFERS = 4  # two batches under way, each sends and receives
+from oreal_megatron.reshard.shards import Offset, as_matrix, submatrix
 
 
 @dataclass(frozen=True)
 class Message:
-    """What goes to, or comes from, one peer in one batch: views of this rank's tensors, in the peer's order."""
+    """A message to or from one peer in one batch: views of this rank's tensors, in the peer's order."""
 
     peer: int
-    parts: list[Tensor]
+    views: list[Tensor]
     elements: int
 
 
 @dataclass(frozen=True)
-class Step:
-    """A batch whose slices have become views."""
+class BatchViews:
+    """A batch of the plan with views of this rank's tensors."""
 
     sends: list[Message]
     receives: list[Message]
     sources: list[Tensor]
-    targets: list[Tensor]  # of the slices that stay on this rank
+    targets: list[Tensor]  # of overlaps that stay on this rank
 
 
-class Direct:
-    """The transfers of a plan, with the tensors of both sides of this rank.
+class DirectTransfer:
+    """A transfer plan with this rank's tensors of both sides.
 
-    `held` are the trainer's tensors by Megatron's names, `live` the engine's parameters by vLLM's; both stay where they
-    are as long as this object is used, which `moved` tells.
+    `trainer_tensors` have Megatron's names, `parameters` (of the engine) vLLM's. The views that this object holds are
+    valid as long as no tensor moves; `is_stale` checks that.
     """
 
-    def __init__(self, plan: TransferPlan, held: dict[str, Tensor], live: dict[str, Tensor]):
-        self.addresses = _addresses(held, live)
-        ours, theirs = ({name: matrix(x) for name, x in side.items()} for side in (held, live))
-        engine = next(iter(theirs.values()))
-        self.dtype, self.device = engine.dtype, engine.device
-        self.steps = [_step(batch, ours, theirs) for batch in plan.batches]
+    def __init__(self, plan: TransferPlan, trainer_tensors: dict[str, Tensor], parameters: dict[str, Tensor]):
+        self.addresses = _addresses(trainer_tensors, parameters)
+        sources = {name: as_matrix(tensor) for name, tensor in trainer_tensors.items()}
+        targets = {name: as_matrix(tensor) for name, tensor in parameters.items()}
+        first = next(iter(targets.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.batches = [_batch_views(batch, sources, targets) for batch in plan.batches]
 
-    def moved(self, held: dict[str, Tensor], live: dict[str, Tensor]) -> bool:
-        """Whether a tensor lies elsewhere than when the views were made."""
-        return self.addresses != _addresses(held, live)
+    def is_stale(self, trainer_tensors: dict[str, Tensor], parameters: dict[str, Tensor]) -> bool:
+        """Check whether a tensor has moved in memory since the views were made."""
+        return self.addresses != _addresses(trainer_tensors, parameters)
 
     @torch.no_grad()
-    def run(self, counted: ByteCounter) -> None:
-        """Carry out all transfers and count what travels. Collective."""
-        under_way, buffers = deque(), self.buffers()
-        for number, step in enumerate(self.steps):
-            if len(under_way) == 2:
-                self.arrive(*under_way.popleft())
+    def run(self, counter: ByteCounter) -> None:
+        """Carry out all transfers and count the bytes. Collective."""
+        in_flight: deque[tuple[BatchViews, Tensor, list[dist.Work]]] = deque()
+        buffers = self.allocate_buffers()
+        for number, batch in enumerate(self.batches):
+            if len(in_flight) == 2:
+                self.finish_batch(*in_flight.popleft())
             sending, receiving = buffers[number % 2]
-            under_way.append((step, receiving, self.post(step, sending, receiving, counted)))
-        while under_way:
-            self.arrive(*under_way.popleft())
+            in_flight.append((batch, receiving, self.start_batch(batch, sending, receiving, counter)))
+        while in_flight:
+            self.finish_batch(*in_flight.popleft())
 
-    def buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """For even and for odd batches: what is sent, what is received. Freed after every run."""
-        sizes = [
-            max((sum(message.elements for message in getattr(step, way)) for step in self.steps), default=0)
-            for way in ("sends", "receives")
-        ]
-        return [tuple(torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes) for _ in range(2)]
+    def allocate_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (send, receive) buffers for even and for odd batches; they are freed after every run."""
+        send = max((_elements(batch.sends) for batch in self.batches), default=0)
+        receive = max((_elements(batch.receives) for batch in self.batches), default=0)
 
-    def post(self, step: Step, sending: Tensor, receiving: Tensor, counted: ByteCounter) -> list[dist.Work]:
-        """Copy what stays, pack what leaves, and start the messages."""
-        if step.sources:
-            torch._foreach_copy_(step.targets, step.sources)
+        def empty(size: int) -> Tensor:
+            return torch.empty(size, dtype=self.dtype, device=self.device)
+
+        return [(empty(send), empty(receive)) for _ in range(2)]
+
+    def start_batch(
+        self, batch: BatchViews, sending: Tensor, receiving: Tensor, counter: ByteCounter
+    ) -> list[dist.Work]:
+        """Copy the overlaps that stay, pack those that leave, and start the messages."""
+        if batch.sources:
+            torch._foreach_copy_(batch.targets, batch.sources)
         operations = []
-        for message, buffer in _parcels(step.sends, sending):
-            torch._foreach_copy_(_views(buffer, message.parts), message.parts)
+        for message, buffer in _with_buffers(batch.sends, sending):
+            torch._foreach_copy_(_unpacked(buffer, message.views), message.views)
             operations.append(dist.P2POp(dist.isend, buffer, message.peer))
-            counted.add("sent", message.peer, buffer)
-        for message, buffer in _parcels(step.receives, receiving):
+            counter.add("sent", message.peer, buffer)
+        for message, buffer in _with_buffers(batch.receives, receiving):
             operations.append(dist.P2POp(dist.irecv, buffer, message.peer))
-            counted.add("received", message.peer, buffer)
+            counter.add("received", message.peer, buffer)
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def arrive(self, step: Step, receiving: Tensor, works: list[dist.Work]) -> None:
-        """Wait for a batch and write what came into the engine's parameters."""
+    def finish_batch(self, batch: BatchViews, receiving: Tensor, works: list[dist.Work]) -> None:
+        """Wait for a batch and write the received overlaps into the engine's parameters."""
         for work in works:
             work.wait()
-        for message, buffer in _parcels(step.receives, receiving):
-            torch._foreach_copy_(message.parts, _views(buffer, message.parts))
+        for message, buffer in _with_buffers(batch.receives, receiving):
+            torch._foreach_copy_(message.views, _unpacked(buffer, message.views))
 
 
-def _addresses(held: dict[str, Tensor], live: dict[str, Tensor]) -> list[int]:
-    return [tensor.data_ptr() for side in (held, live) for tensor in side.values()]
+def _addresses(trainer_tensors: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[int]:
+    return [tensor.data_ptr() for side in (trainer_tensors, parameters) for tensor in side.values()]
 
 
-def _step(batch: TransferBatch, held: dict[str, Tensor], live: dict[str, Tensor]) -> Step:
-    def view(side: dict[str, Tensor], spot: Offset, rows: int, columns: int) -> Tensor:
-        return cut(side[spot.tensor], spot, rows, columns)
+def _batch_views(batch: TransferBatch, trainer_tensors: dict[str, Tensor], parameters: dict[str, Tensor]) -> BatchViews:
+    def view(side: dict[str, Tensor], offset: Offset, rows: int, columns: int) -> Tensor:
+        return submatrix(side[offset.tensor], offset, rows, columns)
 
     def messages(moves: list[Move], side: dict[str, Tensor]) -> list[Message]:
-        found = []
-        for peer, same in groupby(sorted(moves, key=lambda move: move.peer), key=lambda move: move.peer):
-            parts = [view(live if move.relayed else side, move.spot, move.rows, move.columns) for move in same]
-            found.append(Message(peer, parts, sum(part.numel() for part in parts)))
-        return found
+        result = []
+        for peer, group in groupby(sorted(moves, key=lambda move: move.peer), key=lambda move: move.peer):
+            views = [view(parameters if move.relayed else side, *move[1:4]) for move in group]
+            result.append(Message(peer, views, sum(part.numel() for part in views)))
+        return result
 
-    sources = [view(held, copy.source, copy.rows, copy.columns) for copy in batch.copies]
-    targets = [view(live, copy.target, copy.rows, copy.columns) for copy in batch.copies]
-    return Step(messages(batch.sends, held), messages(batch.receives, live), sources, targets)
+    sources = [view(trainer_tensors, copy.source, copy.rows, copy.columns) for copy in batch.copies]
+    targets = [view(parameters, copy.target, copy.rows, copy.columns) for copy in batch.copies]
+    return BatchViews(messages(batch.sends, trainer_tensors), messages(batch.receives, parameters), sources, targets)
 
 
-def _parcels(messages: list[Message], buffer: Tensor) -> list[tuple[Message, Tensor]]:
-    """Each message with its own part of the buffer."""
-    parts = buffer[: sum(message.elements for message in messages)].split([message.elements for message in messages])
+def _elements(messages: list[Message]) -> int:
+    return sum(message.elements for message in messages)
+
+
+def _with_buffers(messages: list[Message], buffer: Tensor) -> list[tuple[Message, Tensor]]:
+    """Give each message its own part of the buffer."""
+    parts = buffer[: _elements(messages)].split([message.elements for message in messages])
     return list(zip(messages, parts, strict=True))
 
 
-def _views(buffer: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """The buffer cut into the shapes of the parts."""
-    flat = buffer.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(flat, parts, strict=True)]
+def _unpacked(buffer: Tensor, views: list[Tensor]) -> list[Tensor]:
+    """Split the buffer into the shapes of the views."""
+    parts = buffer.split([view.numel() for view in views])
+    return [part.view(view.shape) for part, view in zip(parts, views, strict=True)]

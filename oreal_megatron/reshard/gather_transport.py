@@ -1,4 +1,4 @@
-"""Trainer's shards -> full Hugging Face tensors on every rank: the generic transport, correct for every layout.
+"""Gather transport: full Hugging Face tensors on every rank. Generic, and correct for every layout.
 
 Every rank derives the same sequence of tensors from the mapping, so no names or shapes are communicated. Tensors
 travel in buckets: one all-gather over tensor-parallel ranks and one broadcast over pipeline stages for each bucket.
@@ -22,69 +22,74 @@ BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class GatherGroups:
-    """Who holds what: process groups over tensor-parallel ranks and over pipeline stages, in rank order."""
+    """Process groups over tensor-parallel ranks and over pipeline stages, and the tensors that travel in them."""
 
     tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup  # ranks in order of their stages
     dtype: torch.dtype
     device: torch.device
     chunks: int = 1  # interleaved chunks of layers on every pipeline stage
 
 
-def full_tensors(
-    placed: Iterable[tuple[tensors.Entry, Tensor]], arch: Architecture, layout: GatherGroups, counted: ByteCounter
+def gather_tensors(
+    named_shards: Iterable[tuple[tensors.Entry, Tensor]],
+    arch: Architecture,
+    groups: GatherGroups,
+    counter: ByteCounter,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor) in Hugging Face terms, the same on every rank. Collective: every rank must exhaust it.
+    """Yield (name, full tensor) in Hugging Face terms, the same on every rank; every rank must exhaust the iterator.
 
-    `placed` are this rank's tensors with their entries. Buffers are fresh for every bucket, because vLLM's loaders
-    may keep a tensor until the last of its layer has come. What travels is added to `counted`.
+    `named_shards` are this rank's parameters with their mapping entries. Buffers are fresh for every bucket, because
+    vLLM's loaders may keep a tensor until the last one of its layer arrives. Bytes are added to `counter`. Collective.
     """
-    mine = {entry.megatron: tensor.detach() for entry, tensor in placed}
-    stages, ranks = layout.pipeline_group.size(), layout.tensor_group.size()
-    for part in range(stages * layout.chunks):
-        stage = part % stages
-        cut = tensors.entries(arch, ranks, stages * layout.chunks, part, "lm")
-        wanted = [entry for entry in cut if entry.exported]
-        here = stage == layout.pipeline_group.rank()
-        for bucket in _buckets(wanted, ranks, layout.dtype):
-            yield from _bucket_tensors(bucket, mine if here else None, stage, arch, layout, counted)
+    shards = {entry.megatron: tensor.detach() for entry, tensor in named_shards}
+    stages, ranks = groups.pipeline_group.size(), groups.tensor_group.size()
+    for number in range(stages * groups.chunks):
+        stage = number % stages
+        entries = [
+            entry for entry in tensors.entries(arch, ranks, stages * groups.chunks, number, "lm") if entry.exported
+        ]
+        is_own_stage = stage == groups.pipeline_group.rank()
+        for bucket in _buckets(entries, ranks, groups.dtype):
+            yield from _bucket_tensors(bucket, shards if is_own_stage else None, stage, arch, groups, counter)
 
 
 def _buckets(entries: list[tensors.Entry], ranks: int, dtype: torch.dtype) -> Iterator[list[tensors.Entry]]:
-    """Consecutive entries whose full tensors fit BUCKET_BYTES together; a larger one travels alone."""
+    """Split entries into consecutive buckets of at most BUCKET_BYTES of full tensors; a larger one travels alone."""
     bucket: list[tensors.Entry] = []
     size = 0
     for entry in entries:
-        bytes_needed = entry.shard_shape(ranks).numel() * ranks * dtype.itemsize
-        if bucket and size + bytes_needed > BUCKET_BYTES:
+        entry_bytes = entry.shard_shape(ranks).numel() * ranks * dtype.itemsize
+        if bucket and size + entry_bytes > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(entry)
-        size += bytes_needed
+        size += entry_bytes
     yield bucket
 
 
 def _bucket_tensors(
     bucket: list[tensors.Entry],
-    mine: dict[str, Tensor] | None,
+    shards: dict[str, Tensor] | None,
     stage: int,
     arch: Architecture,
-    layout: GatherGroups,
-    counted: ByteCounter,
+    groups: GatherGroups,
+    counter: ByteCounter,
 ) -> Iterator[tuple[str, Tensor]]:
-    ranks = layout.tensor_group.size()
+    """Yield the full tensors of one bucket. `shards` is None on the ranks of other stages."""
+    ranks = groups.tensor_group.size()
     shapes = [entry.shard_shape(ranks) for entry in bucket]
-    flat = torch.empty(ranks, sum(shape.numel() for shape in shapes), dtype=layout.dtype, device=layout.device)
-    if mine is not None:
-        packed = torch.cat([mine[entry.megatron].flatten() for entry in bucket])
-        dist.all_gather(list(flat.unbind(0)), packed, group=layout.tensor_group)
-        counted.all_gather(packed, layout.tensor_group)
-    if layout.pipeline_group.size() > 1:
-        source = dist.get_global_rank(layout.pipeline_group, stage)
-        dist.broadcast(flat, source, group=layout.pipeline_group)
-        counted.broadcast(flat, source, layout.pipeline_group)
-    offset = 0
+    flat = torch.empty(ranks, sum(shape.numel() for shape in shapes), dtype=groups.dtype, device=groups.device)
+    if shards is not None:
+        packed = torch.cat([shards[entry.megatron].flatten() for entry in bucket])
+        dist.all_gather(list(flat.unbind(0)), packed, group=groups.tensor_group)
+        counter.all_gather(packed, groups.tensor_group)
+    if groups.pipeline_group.size() > 1:
+        source = dist.get_global_rank(groups.pipeline_group, stage)
+        dist.broadcast(flat, source, group=groups.pipeline_group)
+        counter.broadcast(flat, source, groups.pipeline_group)
+    start = 0
     for entry, shape in zip(bucket, shapes, strict=True):
-        shards = [part[offset : offset + shape.numel()].view(shape) for part in flat]
-        offset += shape.numel()
-        yield from tensors.to_hf(entry, arch, tensors.unshard(entry, shards)).items()
+        rank_shards = [part[start : start + shape.numel()].view(shape) for part in flat]
+        start += shape.numel()
+        yield from tensors.to_hf(entry, arch, tensors.unshard(entry, rank_shards)).items()

@@ -1,7 +1,7 @@
-"""The proof for an engine whose parameters cannot be read: what its loader is given are the trainer's weights.
+"""Checksum of the tensors given to the engine's loader, for engines whose parameters cannot be read.
 
-Each rank sums every full tensor when the loader takes it; the trainer's ranks sum what they hold of it (checksum.py).
-What the loader makes of the tensors is left to the comparison of log-probs.
+Each rank sums every full tensor when the loader takes it; the trainer's ranks sum their shards of it (checksum.py).
+The loader's own work is covered by the logprob parity check only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from oreal_megatron.models import tensors
 from oreal_megatron.reshard import shards
-from oreal_megatron.reshard.checksum import Difference, WeightChecksums, differences
+from oreal_megatron.reshard.checksum import ChecksumMismatch, PositionWeights, compare
 from oreal_megatron.reshard.overlaps import ReshardLayout
-from oreal_megatron.reshard.shards import Offset, Shard, matrix
+from oreal_megatron.reshard.shards import Offset, Region, Shard, as_matrix
 
 
 class LoaderChecksum:
@@ -25,38 +25,45 @@ class LoaderChecksum:
     def __init__(self, layout: ReshardLayout, rank: int, dtype: torch.dtype, device: torch.device):
         entries = [entry for entry in tensors.entries(layout.arch, 1, 1, 0, "lm") if entry.exported]
         shapes = {name: shape for entry in entries for name, shape in tensors.hf_shapes(entry, layout.arch).items()}
-        self.place = {name: number for number, name in enumerate(shapes)}
-        self.weights = WeightChecksums(max(max(shape) for shape in shapes.values()), dtype, device)
-        self.answered = list(answered(layout, rank))
-        self.before: Tensor | None = None
+        self.index = {name: number for number, name in enumerate(shapes)}
+        self.weights = PositionWeights(max(max(shape) for shape in shapes.values()), dtype, device)
+        self.shards = list(responsible_shards(layout, rank))
+        self.loaded: Tensor | None = None
+        self.previous: Tensor | None = None
 
     @torch.no_grad()
-    def passing(self, full: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, each summed before it is passed on."""
-        self.own = torch.zeros(len(self.place), dtype=torch.int64, device=self.weights.device)
-        for name, tensor in full:
-            whole = self.weights.term(tensor, Offset(name, 0, 0), 0, 0, *matrix(tensor).shape)
-            self.own += self.weights.sums([self.place[name]], [whole], len(self.place))
+    def watch(self, full_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same tensors, each one summed first."""
+        self.loaded = torch.zeros(len(self.index), dtype=torch.int64, device=self.weights.device)
+        for name, tensor in full_tensors:
+            term = self.weights.term(tensor, Offset(name, 0, 0), 0, 0, *as_matrix(tensor).shape)
+            self.loaded += self.weights.sums([self.index[name]], [term], len(self.index))
             yield name, tensor
 
     @torch.no_grad()
-    def differing(self, held: dict[str, Tensor]) -> list[Difference]:
-        """The tensors passed on to this rank's loader that are not what the trainer holds. Collective."""
-        terms = [self.weights.term(held[spot.tensor], spot, *rectangle) for _, rectangle, spot in self.answered]
-        expected = self.weights.sums([self.place[piece.name] for piece in self.answered], terms, len(self.place))
+    def mismatches(self, trainer_tensors: dict[str, Tensor]) -> list[ChecksumMismatch]:
+        """Return the tensors given to this rank's loader that differ from the trainer's weights. Collective."""
+        if self.loaded is None:
+            raise RuntimeError("no tensors were watched before the comparison")
+        terms = [
+            self.weights.term(trainer_tensors[offset.tensor], offset, *region) for _, region, offset in self.shards
+        ]
+        expected = self.weights.sums([self.index[shard.name] for shard in self.shards], terms, len(self.index))
         dist.all_reduce(expected)
-        found = differences(list(self.place), expected, self.own, self.before)
-        self.before = self.own
-        return found
+        result = compare(list(self.index), expected, self.loaded, self.previous)
+        self.previous = self.loaded
+        return result
 
 
-def answered(layout: ReshardLayout, rank: int) -> Iterator[Shard]:
-    """The pieces of the trainer that a rank answers for: every element of the model has one rank that does."""
-    seen = set()
+def responsible_shards(layout: ReshardLayout, rank: int) -> Iterator[Shard]:
+    """Yield the trainer's shards that a rank sums; every element of the model belongs to exactly one rank."""
+    seen: set[tuple[str, Region]] = set()
     for stage in range(layout.pipeline):
-        for tensor in range(layout.tensor):
-            for piece in shards.trainer(layout.arch, layout.tensor, tensor, layout.pipeline, stage, layout.chunks):
-                if piece[:2] not in seen:  # replicas hold the same rectangles
-                    seen.add(piece[:2])
-                    if rank == layout.ranks(stage, tensor)[0]:
-                        yield piece
+        for tensor_rank in range(layout.tensor):
+            for shard in shards.trainer_shards(
+                layout.arch, layout.tensor, tensor_rank, layout.pipeline, stage, layout.chunks
+            ):
+                if shard[:2] not in seen:  # replicas hold the same regions
+                    seen.add(shard[:2])
+                    if rank == layout.replica_ranks(stage, tensor_rank)[0]:
+                        yield shard

@@ -1,4 +1,4 @@
-"""The slices that travel: where what a trainer's rank holds and what an engine's rank needs overlap."""
+"""Overlaps between the shards of the trainer and those of the engine: the parts of tensors that must travel."""
 
 from __future__ import annotations
 
@@ -11,68 +11,76 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.reshard import shards, vllm_layout
 from oreal_megatron.reshard.shards import Offset, Region, Shard
 
+StageAndTensorRank = tuple[int, int]  # pipeline stage, tensor-parallel rank of the trainer
+
 
 @dataclass(frozen=True)
 class ReshardLayout:
-    """Trainer and engine on the same ranks; Megatron's order of ranks is tensor, data, pipeline."""
+    """Parallel layout of trainer and engine on the same ranks. Megatron's order of ranks is tensor, data, pipeline."""
 
     arch: Architecture
     tensor: int
     pipeline: int
     chunks: int  # interleaved chunks of layers on each pipeline stage
-    engine: int  # ranks of one replica of the engine, consecutive
+    engine: int  # ranks of one engine replica, consecutive
     world: int
     node: int  # ranks on one node
 
     @property
     def data(self) -> int:
+        """Number of data-parallel replicas of the trainer, context-parallel ranks included."""
         return self.world // (self.tensor * self.pipeline)
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """(pipeline stage, tensor-parallel rank) of a rank of the trainer."""
+    def stage_and_tensor_rank(self, rank: int) -> StageAndTensorRank:
+        """Return pipeline stage and tensor-parallel rank of a rank of the trainer."""
         return rank // (self.tensor * self.data), rank % self.tensor
 
-    def ranks(self, stage: int, tensor: int) -> range:
-        """The data-parallel ranks that hold the same shard."""
+    def replica_ranks(self, stage: int, tensor_rank: int) -> range:
+        """Return the data-parallel ranks that hold the same shards."""
         first = stage * self.tensor * self.data
-        return range(first + tensor, first + self.tensor * self.data, self.tensor)
+        return range(first + tensor_rank, first + self.tensor * self.data, self.tensor)
 
 
 class Overlap(NamedTuple):
-    """A rectangle of a Hugging Face tensor that travels as one."""
+    """A region of a Hugging Face tensor that travels in one part."""
 
     rows: int
     columns: int
-    holders: dict[tuple[int, int], Offset]  # by (pipeline stage, tensor-parallel rank) of the trainer
-    targets: dict[int, Offset]  # by rank within a replica of the engine
+    holders: dict[StageAndTensorRank, Offset]  # trainer
+    targets: dict[int, Offset]  # by rank within an engine replica
 
 
 def overlaps(layout: ReshardLayout) -> Iterator[Overlap]:
-    """All slices, those of different pipeline stages in turn so that all of them send from the beginning."""
-    held: dict[str, list[tuple[tuple[int, int], Shard]]] = {}
+    """Yield all overlaps, pipeline stages in turn so that all of them send from the beginning."""
+    trainer_shards: dict[str, list[tuple[StageAndTensorRank, Shard]]] = {}
     for stage in range(layout.pipeline):
-        for tensor in range(layout.tensor):
-            for piece in shards.trainer(layout.arch, layout.tensor, tensor, layout.pipeline, stage, layout.chunks):
-                held.setdefault(piece.name, []).append(((stage, tensor), piece))
-    wanted: dict[str, list[tuple[int, Shard]]] = {}
-    for engine in range(layout.engine):
-        for piece in vllm_layout.pieces(layout.arch, layout.engine, engine):
-            wanted.setdefault(piece.name, []).append((engine, piece))
-    stages: list[list[Overlap]] = [[] for _ in range(layout.pipeline)]
-    for name, targets in wanted.items():
-        stages[held[name][0][0][0]] += _cross(held[name], targets)
-    for row in zip_longest(*stages):
+        for tensor_rank in range(layout.tensor):
+            for shard in shards.trainer_shards(
+                layout.arch, layout.tensor, tensor_rank, layout.pipeline, stage, layout.chunks
+            ):
+                trainer_shards.setdefault(shard.name, []).append(((stage, tensor_rank), shard))
+    engine_shards: dict[str, list[tuple[int, Shard]]] = {}
+    for engine_rank in range(layout.engine):
+        for shard in vllm_layout.engine_shards(layout.arch, layout.engine, engine_rank):
+            engine_shards.setdefault(shard.name, []).append((engine_rank, shard))
+    by_stage: list[list[Overlap]] = [[] for _ in range(layout.pipeline)]
+    for name, targets in engine_shards.items():
+        first_stage = trainer_shards[name][0][0][0]
+        by_stage[first_stage] += _tensor_overlaps(trainer_shards[name], targets)
+    for row in zip_longest(*by_stage):
         yield from (part for part in row if part is not None)
 
 
-def _cross(held: list[tuple[tuple[int, int], Shard]], wanted: list[tuple[int, Shard]]) -> list[Overlap]:
-    """The slices of one Hugging Face tensor."""
-    found: dict[Region, Overlap] = {}
-    for place, source in held:
-        for engine, target in wanted:
+def _tensor_overlaps(
+    trainer_shards: list[tuple[StageAndTensorRank, Shard]], engine_shards: list[tuple[int, Shard]]
+) -> list[Overlap]:
+    """Return the overlaps of one Hugging Face tensor."""
+    by_region: dict[Region, Overlap] = {}
+    for holder, source in trainer_shards:
+        for engine_rank, target in engine_shards:
             if shared := shards.overlap(source, target):
-                rectangle, origin, end = shared
-                part = found.setdefault(rectangle, Overlap(rectangle.rows, rectangle.columns, {}, {}))
-                part.holders[place] = origin
-                part.targets[engine] = end
-    return list(found.values())
+                region, source_offset, target_offset = shared
+                part = by_region.setdefault(region, Overlap(region.rows, region.columns, {}, {}))
+                part.holders[holder] = source_offset
+                part.targets[engine_rank] = target_offset
+    return list(by_region.values())

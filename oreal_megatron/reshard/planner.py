@@ -1,6 +1,7 @@
-"""Which slice travels from which rank to which: a pure function of the layouts, the same on every rank.
+"""Planner of the direct transport: which overlap travels from which rank to which, in which batch.
 
-Slices travel in batches that are the same on every rank and bounded in bytes.
+The plan is a pure function of the layouts, so every rank computes its own part without communication. Batches are the
+same on every rank and bounded in bytes.
 """
 
 from __future__ import annotations
@@ -10,25 +11,34 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
-from oreal_megatron.reshard.overlaps import Overlap, ReshardLayout, overlaps
-from oreal_megatron.reshard.routes import RELAY_DELAY, Ledger, Route, Traffic, most, routes
+from oreal_megatron.reshard.overlaps import Overlap, ReshardLayout, StageAndTensorRank, overlaps
+from oreal_megatron.reshard.routes import (
+    RELAY_DELAY,
+    Ledger,
+    Ranks,
+    Route,
+    Traffic,
+    max_transfers_per_rank,
+    routes,
+)
 from oreal_megatron.reshard.shards import Offset
 
-LOOK_BACK = 4  # batches that may still have room for a slice
+LOOK_BACK = 4  # earlier batches that may still have room for an overlap
+BUFFERS = 4  # of the direct transport: two batches in flight, each with one buffer to send and one to receive
 
 
 class Move(NamedTuple):
-    """One end of a slice's travel: a part of one of this rank's tensors."""
+    """One end of a transfer: a region of one of this rank's tensors."""
 
     peer: int
-    spot: Offset
+    offset: Offset
     rows: int
     columns: int
-    relayed: bool  # the spot is in an engine parameter although it is sent
+    relayed: bool  # the offset lies in an engine parameter although it is sent
 
 
 class Copy(NamedTuple):
-    """A slice that this rank holds and needs."""
+    """An overlap that this rank both holds and needs."""
 
     source: Offset
     target: Offset
@@ -36,10 +46,10 @@ class Copy(NamedTuple):
     columns: int
 
 
-class Check(NamedTuple):
-    """A slice that this rank's share of the trainer answers for, and where rank `engine` of a replica keeps it."""
+class ChecksumPart(NamedTuple):
+    """An overlap for whose checksum this rank's trainer is responsible, and its target on a rank of each replica."""
 
-    engine: int
+    engine_rank: int
     source: Offset
     target: Offset
     rows: int
@@ -48,7 +58,7 @@ class Check(NamedTuple):
 
 @dataclass
 class TransferBatch:
-    """What this rank sends, receives and copies; for each peer in the same order as the peer's."""
+    """Sends, receives and copies of this rank; for each peer in the same order as the peer's."""
 
     sends: list[Move] = field(default_factory=list)
     receives: list[Move] = field(default_factory=list)
@@ -57,63 +67,86 @@ class TransferBatch:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Everything one rank needs to take part in a transfer, and the traffic of all ranks."""
+    """One rank's part of a weight transfer, and the traffic of all ranks."""
 
     batches: list[TransferBatch]
-    checks: list[Check]
+    checksum_parts: list[ChecksumPart]
     traffic: Traffic
 
 
-def make(layout: ReshardLayout, rank: int, itemsize: int, batch_bytes: int) -> TransferPlan:
-    """The plan of one rank. `itemsize` is of the engine's elements, to which the trainer's are cast before they travel;
-    no rank sends or receives more than `batch_bytes` in one batch."""
-    ledger, batches, checks, first = Ledger(layout, batch_bytes), [TransferBatch()], [], 0
-    for part, holders, destinations, owners in _bounded(layout, itemsize, batch_bytes):
+class _BoundedOverlap(NamedTuple):
+    part: Overlap
+    holders: Ranks
+    destinations: Ranks
+    shard_of: dict[int, StageAndTensorRank]  # by holder
+
+
+def plan_transfer(layout: ReshardLayout, rank: int, itemsize: int, batch_bytes: int) -> TransferPlan:
+    """Plan the transfers of one rank.
+
+    `itemsize` is that of the engine's elements, to which the trainer's are cast before they travel. No rank sends or
+    receives more than `batch_bytes` in one batch.
+    """
+    ledger, batches, first = Ledger(layout, batch_bytes), [TransferBatch()], 0
+    checksum_parts: list[ChecksumPart] = []
+    for part, holders, destinations, shard_of in _bounded_overlaps(layout, itemsize, batch_bytes):
         size = part.rows * part.columns * itemsize
-        turn = ledger.turn(holders, destinations, size)
-        first = ledger.enter(holders, destinations, turn, size, max(first - LOOK_BACK, 0))
+        turn = ledger.next_turn(holders, destinations, size)
+        first = ledger.assign_batch(holders, destinations, turn, size, max(first - LOOK_BACK, 0))
         batches += [TransferBatch() for _ in range(first + RELAY_DELAY + 1 - len(batches))]
-        for route in _own(holders, destinations, layout.node, turn, rank):
-            batch = batches[first + RELAY_DELAY * route.relayed]
-            _add(batch, route, rank, part, part.holders.get(owners.get(rank)), layout.engine)
-        if (answering := holders[turn % len(holders)]) == rank:
-            source = part.holders[owners[answering]]
-            checks += [Check(e, source, target, *part[:2]) for e, target in part.targets.items()]
-    return TransferPlan(batches, checks, ledger.traffic())
+        for route in _routes_of_rank(holders, destinations, layout.node, turn, rank):
+            _add(batches[first + RELAY_DELAY * route.relayed], route, rank, part, shard_of, layout.engine)
+        responsible = holders[turn % len(holders)]
+        if responsible == rank:
+            source = part.holders[shard_of[rank]]
+            checksum_parts += [ChecksumPart(e, source, target, *part[:2]) for e, target in part.targets.items()]
+    return TransferPlan(batches, checksum_parts, ledger.traffic())
 
 
-def _bounded(layout: ReshardLayout, itemsize: int, limit: int) -> Iterator[tuple]:
-    """(slice, ranks that hold it, ranks that need it, which shard each holder has); slices are cut by rows so that no
-    rank sends or receives more than `limit` bytes of one."""
+def _bounded_overlaps(layout: ReshardLayout, itemsize: int, limit: int) -> Iterator[_BoundedOverlap]:
+    """Yield overlaps, split by rows so that no rank sends or receives more than `limit` bytes of one."""
     for part in overlaps(layout):
-        holders, destinations, owners = _ranks(layout, tuple(part.holders), tuple(part.targets))
-        copies = max(most(holders, destinations, layout.node, layout.world), 1)
+        holders, destinations, shard_of = _ranks(layout, tuple(part.holders), tuple(part.targets))
+        copies = max(max_transfers_per_rank(holders, destinations, layout.node, layout.world), 1)
         step = max(limit // (part.columns * itemsize * copies), 1)
         for row in range(0, part.rows, step):
-            lower = [
-                {key: spot._replace(row=spot.row + row) for key, spot in spots.items()} if row else spots
-                for spots in (part.holders, part.targets)
-            ]
-            yield Overlap(min(step, part.rows - row), part.columns, *lower), holders, destinations, owners
+            sources = {shard: _shifted(offset, row) for shard, offset in part.holders.items()} if row else part.holders
+            targets = {rank: _shifted(offset, row) for rank, offset in part.targets.items()} if row else part.targets
+            rows = Overlap(min(step, part.rows - row), part.columns, sources, targets)
+            yield _BoundedOverlap(rows, holders, destinations, shard_of)
+
+
+def _shifted(offset: Offset, rows: int) -> Offset:
+    return offset._replace(row=offset.row + rows)
 
 
 @cache
-def _ranks(layout: ReshardLayout, places: tuple, targets: tuple) -> tuple:
-    owners = {rank: place for place in places for rank in layout.ranks(*place)}
-    destinations = tuple(first + target for first in range(0, layout.world, layout.engine) for target in targets)
-    return tuple(sorted(owners)), destinations, owners
+def _ranks(
+    layout: ReshardLayout, holders: tuple[StageAndTensorRank, ...], engine_ranks: Ranks
+) -> tuple[Ranks, Ranks, dict[int, StageAndTensorRank]]:
+    """Return the global ranks that hold an overlap, those that need it, and the shard of each holder."""
+    shard_of = {rank: holder for holder in holders for rank in layout.replica_ranks(*holder)}
+    destinations = tuple(first + rank for first in range(0, layout.world, layout.engine) for rank in engine_ranks)
+    return tuple(sorted(shard_of)), destinations, shard_of
 
 
 @cache
-def _own(holders: tuple, destinations: tuple, node: int, turn: int, rank: int) -> tuple[Route, ...]:
+def _routes_of_rank(holders: Ranks, destinations: Ranks, node: int, turn: int, rank: int) -> tuple[Route, ...]:
     return tuple(route for route in routes(holders, destinations, node, turn) if rank in route[:2])
 
 
-def _add(batch: TransferBatch, route: Route, rank: int, part: Overlap, held: Offset | None, engine: int) -> None:
-    target = part.targets.get(rank % engine)
+def _add(
+    batch: TransferBatch,
+    route: Route,
+    rank: int,
+    part: Overlap,
+    shard_of: dict[int, StageAndTensorRank],
+    engine_ranks: int,
+) -> None:
     if route.source == route.destination:
-        batch.copies.append(Copy(held, target, *part[:2]))
+        batch.copies.append(Copy(part.holders[shard_of[rank]], part.targets[rank % engine_ranks], *part[:2]))
     elif route.source == rank:
-        batch.sends.append(Move(route.destination, target if route.relayed else held, *part[:2], route.relayed))
+        source = part.targets[rank % engine_ranks] if route.relayed else part.holders[shard_of[rank]]
+        batch.sends.append(Move(route.destination, source, *part[:2], route.relayed))
     else:
-        batch.receives.append(Move(route.source, target, *part[:2], False))
+        batch.receives.append(Move(route.source, part.targets[rank % engine_ranks], *part[:2], False))

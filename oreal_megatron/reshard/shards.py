@@ -1,8 +1,8 @@
-"""What each rank holds of the Hugging Face tensors, on the trainer's side and on the engine's.
+"""Shards of the trainer: the parts of Hugging Face tensors that a rank of Megatron holds.
 
-Both sides are described as pieces: a rectangle of a Hugging Face tensor, and where it lies in a tensor of the rank. A
-tensor of one dimension counts as one column. Rows are those of the stored matrices, not heads, because a shard of
-Megatron's `linear_qkv` may end inside a group of heads.
+Trainer and engine are both described by shards: a rectangular region of a Hugging Face tensor, and its offset in a
+tensor of the rank. A tensor of one dimension counts as one column. Rows are those of the stored matrices, not heads,
+because a shard of Megatron's `linear_qkv` may end inside a group of heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from oreal_megatron.models.architecture import Architecture
 
 
 class Region(NamedTuple):
-    """Rows and columns of a Hugging Face tensor."""
+    """A rectangle of a Hugging Face tensor."""
 
     row: int
     column: int
@@ -26,7 +26,7 @@ class Region(NamedTuple):
 
 
 class Offset(NamedTuple):
-    """Where a rectangle begins in a tensor of a rank."""
+    """The first row and column of a region within a tensor of a rank."""
 
     tensor: str
     row: int
@@ -34,72 +34,75 @@ class Offset(NamedTuple):
 
 
 class Shard(NamedTuple):
+    """A region of a Hugging Face tensor, and its offset in a tensor of the rank that holds it."""
+
     name: str  # of the Hugging Face tensor
-    rectangle: Region
-    spot: Offset
+    region: Region
+    offset: Offset
 
 
-def overlap(one: Shard, other: Shard) -> tuple[Region, Offset, Offset] | None:
-    """The rectangle that two pieces of the same Hugging Face tensor share, and where it begins in each."""
-    (row, column, rows, columns), (row2, column2, rows2, columns2) = one.rectangle, other.rectangle
-    top, left = max(row, row2), max(column, column2)
-    height, width = min(row + rows, row2 + rows2) - top, min(column + columns, column2 + columns2) - left
+def overlap(a: Shard, b: Shard) -> tuple[Region, Offset, Offset] | None:
+    """Return the region that two shards of one Hugging Face tensor share and its offset in each; None without one."""
+    (row_a, column_a, rows_a, columns_a), (row_b, column_b, rows_b, columns_b) = a.region, b.region
+    top, left = max(row_a, row_b), max(column_a, column_b)
+    height, width = min(row_a + rows_a, row_b + rows_b) - top, min(column_a + columns_a, column_b + columns_b) - left
     if height <= 0 or width <= 0:
         return None
-    first, second = one.spot, other.spot
     return (
         Region(top, left, height, width),
-        Offset(first.tensor, first.row + top - row, first.column + left - column),
-        Offset(second.tensor, second.row + top - row2, second.column + left - column2),
+        Offset(a.offset.tensor, a.offset.row + top - row_a, a.offset.column + left - column_a),
+        Offset(b.offset.tensor, b.offset.row + top - row_b, b.offset.column + left - column_b),
     )
 
 
-def matrix(tensor: Tensor) -> Tensor:
-    """[R, C] view of a parameter; a vector is one column."""
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return a [rows, columns] view of a parameter; a vector becomes one column."""
     return tensor.detach().view(tensor.shape[0], -1)
 
 
-def cut(matrix: Tensor, spot: Offset, rows: int, columns: int) -> Tensor:
-    """[rows, columns] view of a matrix, beginning at a spot."""
-    return matrix[spot.row : spot.row + rows, spot.column : spot.column + columns]
+def submatrix(matrix: Tensor, offset: Offset, rows: int, columns: int) -> Tensor:
+    """Return the [rows, columns] view of a matrix that begins at an offset."""
+    return matrix[offset.row : offset.row + rows, offset.column : offset.column + columns]
 
 
-def trainer(arch: Architecture, ranks: int, rank: int, stages: int, stage: int, chunks: int) -> Iterator[Shard]:
-    """Pieces of one tensor-parallel rank on one pipeline stage of Megatron (models/tensors.py).
+def trainer_shards(
+    arch: Architecture, tensor_ranks: int, tensor_rank: int, stages: int, stage: int, chunks: int
+) -> Iterator[Shard]:
+    """Yield the shards of one tensor-parallel rank on one pipeline stage of Megatron (models/tensors.py).
 
-    The tied copy of the embedding on the last stage is a piece as well: it is a replica like any other.
+    The tied copy of the embedding on the last stage is a shard too: a replica like any other.
     """
     for chunk in range(chunks):
-        for entry in tensors.entries(arch, ranks, stages * chunks, chunk * stages + stage, "lm"):
+        for entry in tensors.entries(arch, tensor_ranks, stages * chunks, chunk * stages + stage, "lm"):
             row = 0  # in the shard
-            for region in entry.regions(rank, ranks):
-                yield from _region(entry, arch, region, row)
+            for region in entry.regions(tensor_rank, tensor_ranks):
+                yield from _region_shards(entry, arch, region, row)
                 row += region.size[0]
 
 
-def _region(entry: tensors.Entry, arch: Architecture, region: tensors.Region, at: int) -> Iterator[Shard]:
-    """Pieces of a rectangle of a full Megatron tensor that begins at row `at` of the shard."""
+def _region_shards(entry: tensors.Entry, arch: Architecture, region: tensors.Region, first_row: int) -> Iterator[Shard]:
+    """Yield the shards within a region of a full Megatron tensor that begins at `first_row` of the rank's tensor."""
     column, columns = (region.start[1], region.size[1]) if len(region.size) > 1 else (0, 1)
     top, bottom = region.start[0], region.start[0] + region.size[0]
-    for name, row, first, count in _blocks(entry, arch):
-        start, stop = max(top, row), min(bottom, row + count)
+    for name, megatron_row, hf_row, rows in _row_blocks(entry, arch):
+        start, stop = max(top, megatron_row), min(bottom, megatron_row + rows)
         if start < stop:
-            rectangle = Region(first + start - row, column, stop - start, columns)
-            yield Shard(name, rectangle, Offset(entry.megatron, at + start - top, 0))
+            hf_region = Region(hf_row + start - megatron_row, column, stop - start, columns)
+            yield Shard(name, hf_region, Offset(entry.megatron, first_row + start - top, 0))
 
 
-def _blocks(entry: tensors.Entry, arch: Architecture) -> Iterator[tuple[str, int, int, int]]:
-    """(Hugging Face name, first row in Megatron's tensor, first row in Hugging Face's, rows) of consecutive rows."""
-    if len(entry.hf) == 3:  # for each group its queries, its key, its value
+def _row_blocks(entry: tensors.Entry, arch: Architecture) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (Hugging Face name, first row in Megatron's tensor, first row in Hugging Face's, rows) of row blocks."""
+    if len(entry.hf) == 3:  # each group's queries, its key, its value
         query, key, value = entry.hf
-        size = arch.head_dim
-        queries = arch.heads // arch.kv_groups * size
+        head = arch.head_dim
+        query_rows = arch.heads // arch.kv_groups * head
         for group in range(arch.kv_groups):
-            row = group * (queries + 2 * size)
-            yield query, row, group * queries, queries
-            yield key, row + queries, group * size, size
-            yield value, row + queries + size, group * size, size
-    elif entry.cut is tensors.Cut.VOCABULARY:  # what lies beyond is padding
+            row = group * (query_rows + 2 * head)
+            yield query, row, group * query_rows, query_rows
+            yield key, row + query_rows, group * head, head
+            yield value, row + query_rows + head, group * head, head
+    elif entry.cut is tensors.Cut.VOCABULARY:  # the rows beyond are padding
         yield entry.hf[0], 0, 0, arch.vocab
     else:
         rows = entry.shape[0] // len(entry.hf)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, require_judge, validate
 from oreal_megatron.convert import to_megatron
 from oreal_megatron.convert.hf_folder import Folder
 from oreal_megatron.data import problems
@@ -16,7 +16,7 @@ from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import versions
-from oreal_megatron.session import config_checks, model_checks
+from oreal_megatron.session import model_checks
 from oreal_megatron.verify import judge
 
 
@@ -58,9 +58,8 @@ def read_inputs(config: Config) -> Inputs:
     """Check configuration, model folder and world size; each fault is a ConfigError with a sentence."""
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
-    config_checks.check_choices(config)
-    config_checks.check_judge(config)
-    config_checks.check_watchdog(config)
+    validate(config)
+    require_judge(config)
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":

@@ -21,8 +21,6 @@ def check_world(config: Config, arch: Architecture) -> None:
                 f"{world} processes were started, but {what} is {size}; start a multiple of {size} with "
                 "torchrun --nproc-per-node, or change the layout"
             )
-    if layout.sequence and layout.tensor == 1:
-        raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
     check_engine(config.engine.tensor, arch)
 
 

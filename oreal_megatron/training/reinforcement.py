@@ -13,7 +13,7 @@ from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
 from oreal_megatron.mcore.checkpoint_saver import Saver
-from oreal_megatron.observe import report, speed_report
+from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed
 from oreal_megatron.plan import gpus
@@ -64,7 +64,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
             saver.finish()
             policy_weights.save_policy(inputs, policy, Path(config.run) / "policy")
         if distributed.rank() == 0:
-            speed_report.leave(report.read(Path(config.run)))
+            speed_report.write_and_print(run_report.read_run(Path(config.run)))
 
 
 def _models(

@@ -146,7 +146,7 @@ def test_transformer_engine_does_not_change_the_optimizer(model_folder, in_proce
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.mcore import parallel
     from oreal_megatron.mcore.checkpoint_saver import Saver
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
@@ -154,21 +154,21 @@ def save_only(folder: str, tensor: int, samples: list, path: str):
     go_on(models, reference, samples, range(2))
     Saver(Path(path), models, keep=1).save(2)
     rows = go_on(models, reference, samples, range(2, 4))
-    weights = {name: value.clone() for name, value in policy_weights.full_tensors(models["policy"])}
+    weights = {name: value.clone() for name, value in full_tensors(models["policy"])}
     parallel.stop()
     return rows, weights
 
 
 def load_only(folder: str, tensor: int, pipeline: int, samples: list, path: str):
     from oreal_megatron.mcore import checkpoint_state, parallel
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor, pipeline)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor, pipeline)
     step = checkpoint_state.load(checkpoint_state.choose(Path(path), list(models), None, False), models)
     rows = go_on(models, reference, samples, range(step, 4))
-    weights = {name: value.clone() for name, value in policy_weights.full_tensors(models["policy"])}
+    weights = {name: value.clone() for name, value in full_tensors(models["policy"])}
     parallel.stop()
     return rows, weights
 

@@ -192,7 +192,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import parallel
     from oreal_megatron.mcore.checkpoint_saver import Saver
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     config, source = start(layout), Folder(folder)
     made = models(folder, config, source)
@@ -205,7 +205,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
         megatron_folder.describe(source, where, head, torch.float32)
 
     Saver(Path(path), made, keep=1, describe=describe).save(1)
-    weights = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(made["policy"])}
+    weights = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
     parallel.stop()
     return weights
 
@@ -217,18 +217,18 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel
     from oreal_megatron.mcore.cpu_shim import device_layer
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     config, source = start(layout), Folder(folder)
     made = models(folder, config, source)
     checkpoint_state.load(Path(path) / "step_000001", made)
-    trained = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(made["policy"])}
+    trained = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
     chunks = {f"chunk{number}": chunk.module for number, chunk in enumerate(made["policy"].chunks)}
     with device_layer():
         state = dist_checkpointing.load({name: chunk.sharded_state_dict() for name, chunk in chunks.items()}, converted)
         for name, chunk in chunks.items():
             chunk.load_state_dict(state[name])
-    loaded = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(made["policy"])}
+    loaded = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
     parallel.stop()
     return trained, loaded
 

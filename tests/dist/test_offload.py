@@ -38,7 +38,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import Saver
     from oreal_megatron.models import architecture
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=0)
     config = c.Config(
@@ -68,7 +68,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     def step() -> dict[str, torch.Tensor]:
         token_weights, _ = models["reward_model"].update(batch)
         models["policy"].update(batch, models["reference"].score(batch), token_weights)
-        return {name: tensor.clone() for name, tensor in policy_weights.full_tensors(models["policy"])}
+        return {name: tensor.clone() for name, tensor in full_tensors(models["policy"])}
 
     step()
     saved = Saver(Path(scratch), trainers, keep=1).save(0)

@@ -36,7 +36,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import Saver
     from oreal_megatron.models import architecture
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     config = c.Config(
         model=c.ModelConfig(folder),
@@ -56,12 +56,12 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
             if name == "score":
                 found[name] += policy.score(batch)
             elif name == "hand-over":
-                found[name] += [value.clone() for _, value in policy_weights.full_tensors(policy)]
+                found[name] += [value.clone() for _, value in full_tensors(policy)]
             else:
                 saved = Saver(scratch, {"policy": policy}, keep=1).save(step)
                 fresh = trained_models.Policy(*pieces)
                 checkpoint_state.load(saved, {"policy": fresh})
-                found[name] += [value.clone() for _, value in policy_weights.full_tensors(fresh)]
+                found[name] += [value.clone() for _, value in full_tensors(fresh)]
     return found
 
 

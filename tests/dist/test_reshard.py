@@ -39,7 +39,7 @@ class Parameters:
         from oreal_megatron.reshard import vllm_layout
 
         self.arch, self.ranks, self.rank, self.refusal, self.awake, self.version = arch, ranks, rank, refusal, True, -1
-        shapes = vllm_layout.shapes(arch, ranks)
+        shapes = vllm_layout.parameter_shapes(arch, ranks)
         self.parameters = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()}
         self.padded = (arch.names.embedding, arch.names.output)
 
@@ -87,7 +87,7 @@ class Loader:
 def start(trainer: tuple[int, int, int], family: str, tied: bool):
     """A policy with weights of its own on every layout, and its architecture; Megatron is started once a process."""
     from oreal_megatron import config as c
-    from oreal_megatron.mcore import gpt_model
+    from oreal_megatron.mcore import gpt_model, parallel
     from oreal_megatron.models import architecture
 
     arch = architecture.read(ROWS[family] | {"tie_word_embeddings": tied, "vocab_size": 203})
@@ -96,8 +96,9 @@ def start(trainer: tuple[int, int, int], family: str, tied: bool):
     config = c.Config(parallel=c.ParallelConfig(*trainer))
     chunks = gpt_model.build(arch, config, "lm")
     gpt_model.load(chunks, arch, config, "lm", weights.__getitem__)
-    placed = partial(gpt_model.named_shards, chunks, arch, config, "lm")
-    policy = SimpleNamespace(config=config, arch=arch, named_shards=placed, readable=nullcontext)
+    named_shards = partial(gpt_model.named_shards, chunks, arch, config, "lm")
+    policy = SimpleNamespace(config=config, arch=arch, named_shards=named_shards, readable=nullcontext,
+                             process_groups=parallel.tensor_and_pipeline_groups)  # fmt: skip
     return policy, weights
 
 
@@ -106,14 +107,12 @@ def transfer(policy, engine, ranks: int, wanted: str):
     import torch.distributed as dist
 
     from oreal_megatron.reshard.overlaps import ReshardLayout
-    from oreal_megatron.reshard.weight_sync import WeightSync
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import EngineWeightSync, full_tensors
 
     cut, world = policy.config.parallel, dist.get_world_size()
     layout = ReshardLayout(policy.arch, cut.tensor, cut.pipeline, cut.virtual, ranks, world, min(world, 2))
-    return WeightSync(
-        layout, wanted, BUFFER_BYTES, policy.named_shards, partial(policy_weights.full_tensors, policy), engine
-    )
+    full = partial(full_tensors, policy)
+    return EngineWeightSync(layout, wanted, BUFFER_BYTES, policy.named_shards, full, engine)
 
 
 def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...], families: tuple[str, ...]) -> dict[str, dict]:
@@ -166,14 +165,14 @@ def gathered() -> dict[str, dict]:
 
     from oreal_megatron.models import tensors
     from oreal_megatron.reshard.byte_counter import ByteCounter
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     results = {}
     for family in ("Qwen3Moe", "Qwen2"):
         policy, weights = start((2, 2, 1), family, True)
         engine, counted = Loader(), ByteCounter(2)
-        metrics = transfer(policy, engine, 1, "direct")(3)
-        for _ in policy_weights.full_tensors(policy, counted):
+        metrics = transfer(policy, engine, 1, "direct").sync(3)
+        for _ in full_tensors(policy, counted):
             pass
         stages = [sum(4 * entry.shard_shape(2).numel() for entry in tensors.entries(policy.arch, 2, 2, stage, "lm")
                       if entry.exported) for stage in (0, 1)]  # fmt: skip
@@ -227,7 +226,7 @@ def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(two_by_two
         for family, result in everyone.items():
             own, other = result["own"], result["other"]
             # The own stage's shard to and from one other rank, then whole stages between the nodes.
-            assert result["counted"] == {"node": 2, "sent": 3 * own, "sent_between": 2 * own,
+            assert result["counted"] == {"node_size": 2, "sent": 3 * own, "sent_between": 2 * own,
                                          "received": own + 2 * other, "received_between": 2 * other}  # fmt: skip
             assert result["weight_sync/received_bytes"] == max(own + 2 * other, other + 2 * own)
             assert result["weight_sync/between_nodes_bytes"] == 4 * (own + other)
@@ -238,8 +237,8 @@ def test_gather_counts_what_travels_and_proves_what_a_loader_is_given(two_by_two
 
 def written(direct):
     """Lists of the views of engine parameters that a transfer writes to."""
-    for step in direct.steps:
-        yield from (message.parts for message in step.receives)
+    for step in direct.batches:
+        yield from (message.views for message in step.receives)
         yield step.targets
 
 
@@ -267,15 +266,15 @@ def a_layer_not_written(weight_sync, guilty) -> None:
 
 def a_bucket_sent_again(weight_sync, guilty) -> None:
     """The largest batch of the version before."""
-    busy = max(weight_sync.direct.steps, key=lambda step: sum(message.elements for message in step.sends))
+    busy = max(weight_sync.direct.batches, key=lambda step: sum(message.elements for message in step.sends))
     for message in busy.sends if guilty else ():
-        message.parts[:] = [part.clone() for part in message.parts]
+        message.views[:] = [part.clone() for part in message.views]
 
 
 def a_buffer_used_too_early(weight_sync, guilty) -> None:
     """Every batch is received where the one before it still waits to be written."""
     direct = weight_sync.direct
-    buffers, waiting, arrive = direct.buffers, [], direct.arrive
+    buffers, waiting, arrive = direct.allocate_buffers, [], direct.finish_batch
 
     def late(step, receiving, works):
         for work in works:
@@ -283,11 +282,11 @@ def a_buffer_used_too_early(weight_sync, guilty) -> None:
         waiting.append((step, receiving))
         if len(waiting) > 1:
             arrive(*waiting.pop(0), [])
-        if step is direct.steps[-1]:
+        if step is direct.batches[-1]:
             arrive(*waiting.pop(0), [])
 
     if guilty:
-        direct.buffers, direct.arrive = lambda: [buffers()[0]] * 2, late
+        direct.allocate_buffers, direct.finish_batch = lambda: [buffers()[0]] * 2, late
 
 
 def gathering(change):
@@ -296,10 +295,10 @@ def gathering(change):
     def plant(weight_sync, guilty) -> None:
         from oreal_megatron.reshard.byte_counter import ByteCounter
 
-        full = weight_sync.full
+        full = weight_sync.full_tensors
         last = {name: tensor.clone() for name, tensor in full(ByteCounter(2))}
         if guilty:
-            weight_sync.full = lambda counted: change(dict(full(counted)), last).items()
+            weight_sync.full_tensors = lambda counted: change(dict(full(counted)), last).items()
 
     return plant
 
@@ -338,18 +337,26 @@ def a_layer_not_loaded(weight_sync, guilty) -> None:
 
 
 # Transport, whether the engine's parameters can be read, the error, and what is said.
-STALE, OTHER = "it is what it was after the hand-over before", "it holds something else"
-ENGINE, LOADER = " of the engine on rank ", " given to the loader of the engine on rank 1 is"
-QKV, KEY = "layers.2.self_attn.qkv_proj.weight of the engine on rank 1 is", "layers.2.self_attn.k_proj.weight given to"
+STALE, OTHER = "it is unchanged since the previous weight sync", "it holds other values"
+ENGINE, LOADER = " of the engine on rank ", " given to the loader of the engine on rank 1 differs"
+QKV, KEY = (
+    "layers.2.self_attn.qkv_proj.weight of the engine on rank 1 differs",
+    "layers.2.self_attn.k_proj.weight given to",
+)
 ERRORS = {
     "swapped, direct": ("direct", True, a_key_written_as_a_value, (QKV, OTHER)),
     "skipped, direct": ("direct", True, a_layer_not_written, ("model.layers.3.", ENGINE, STALE)),  # and relayed
     "stale, direct": ("direct", True, a_bucket_sent_again, ("model.", ENGINE)),
     "reused, direct": ("direct", True, a_buffer_used_too_early, ("model.", ENGINE)),
     "swapped, gather": ("gather", True, gathering(key_and_value_exchanged), (QKV, OTHER)),
-    "skipped, gather": ("gather", True, a_layer_not_loaded, ("model.layers.3.", ENGINE + "1 is", STALE)),
-    "stale, gather": ("gather", True, gathering(a_layer_of_the_last_version), ("layers.1.", ENGINE + "1 is", STALE)),
-    "reused, gather": ("gather", True, gathering(one_buffer_for_all), ("model.", ENGINE + "1 is", OTHER)),
+    "skipped, gather": ("gather", True, a_layer_not_loaded, ("model.layers.3.", ENGINE + "1 differs", STALE)),
+    "stale, gather": (
+        "gather",
+        True,
+        gathering(a_layer_of_the_last_version),
+        ("layers.1.", ENGINE + "1 differs", STALE),
+    ),
+    "reused, gather": ("gather", True, gathering(one_buffer_for_all), ("model.", ENGINE + "1 differs", OTHER)),
     "swapped, packed": ("gather", False, gathering(key_and_value_exchanged), (KEY, LOADER, OTHER)),
     "skipped, packed": ("gather", False, gathering(a_layer_left_out), ("model.layers.3.", LOADER, OTHER)),
     "stale, packed": ("gather", False, gathering(a_layer_of_the_last_version), ("layers.1.", LOADER, STALE)),
@@ -362,5 +369,5 @@ def test_planted_errors_are_caught_and_named(two_by_two):
     assert all(other == said for other in everyones), "all ranks stop together"
     assert said.keys() == ERRORS.keys()
     for error, (transport, _, _, words) in ERRORS.items():
-        assert f"policy version 2 was handed over by the {transport} transport" in said[error]
+        assert f"policy version 2 was sent by the {transport} transport" in said[error]
         assert all(word in said[error] for word in words), f"{error}: {said[error]}"

@@ -82,7 +82,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import Saver
     from oreal_megatron.models import architecture
-    from oreal_megatron.session import policy_weights
+    from oreal_megatron.reshard.weight_sync import full_tensors
 
     source, found, saved = Folder(folder), {}, {}
     arch = architecture.read(source.config)
@@ -94,7 +94,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
 
     def step(trainer: trained_models.Policy) -> tuple[dict, dict]:
         metrics = trainer.imitate(batch)
-        return metrics, {name: value.clone() for name, value in policy_weights.full_tensors(trainer)}
+        return metrics, {name: value.clone() for name, value in full_tensors(trainer)}
 
     batch = packing.batch(samples, parallel.packing_spec(60, arch))
     for kind in KINDS:
@@ -107,7 +107,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     for kind, other in (KINDS, KINDS[::-1]):
         trainer = policy(kind)
         checkpoint_state.load(saved[other], {"policy": trainer})
-        loaded = {name: value.clone() for name, value in policy_weights.full_tensors(trainer)}
+        loaded = {name: value.clone() for name, value in full_tensors(trainer)}
         found[kind] |= dict(loaded=loaded, third=step(trainer))
     return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from oreal_kernels import native
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMPILER = bool(shutil.which("cmake") and shutil.which("c++"))
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no cmake or no C++ compiler is here")
 LIBRARY = "oreal_kernels/liboreal_kernels.so"

@@ -134,18 +134,18 @@ class Story:
                 return llm.reset_prefix_cache()
 
         if weight_sync.direct:
-            made = weight_sync.direct.buffers
+            made = weight_sync.direct.allocate_buffers
 
             def watched():
                 pairs = made()
                 buffers.extend(weakref.ref(buffer) for pair in pairs for buffer in pair)
                 return pairs
 
-            weight_sync.direct.buffers = watched
+            weight_sync.direct.allocate_buffers = watched
         engine.llm, engine.can_sleep = Sleeper(), True
         engine.sleep()
         engine.sleep()
-        weight_sync(engine.version)
+        weight_sync.sync(engine.version)
         engine.llm, engine.can_sleep = llm, False
         return asked
 
@@ -156,9 +156,9 @@ class Story:
         self.policy.imitate(packing.batch(self.samples, parallel.packing_spec(4096)))
 
     def gap_with_a_query_head_swapped_for_a_key(self) -> str | float:
-        from oreal_megatron.session import policy_weights
+        from oreal_megatron.reshard.weight_sync import full_tensors
 
-        weights = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(self.policy)}
+        weights = {name: tensor.clone() for name, tensor in full_tensors(self.policy)}
         query, key = (weights[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qk")
         head = self.policy.arch.head_dim
         query[:head], key[:head] = key[:head].clone(), query[:head].clone()
@@ -170,12 +170,12 @@ class Story:
         """Bit by bit, the parameters that `direct` wrote and those that vLLM's own loader makes of full tensors."""
         import torch
 
-        from oreal_megatron.session import policy_weights
+        from oreal_megatron.reshard.weight_sync import full_tensors
 
         written = {name: tensor.clone() for name, tensor in self.engine.live()[0].items()}
         for tensor in self.engine.live()[0].values():
             tensor.zero_()
-        self.engine.load(policy_weights.full_tensors(self.policy))
+        self.engine.load(full_tensors(self.policy))
         self.engine.accept(self.policy.updates)
         return all(torch.equal(tensor, written[name]) for name, tensor in self.engine.live()[0].items())
 
@@ -187,7 +187,7 @@ class Story:
         qkv = self.engine.live()[0]["model.layers.1.self_attn.qkv_proj.weight"]
         if distributed.rank() == distributed.world_size() - 1:
             qkv[[-1, -1 - self.policy.arch.head_dim]] = qkv[[-1 - self.policy.arch.head_dim, -1]]
-        return [found.name for found in weight_sync.checksums.differing()]
+        return [found.name for found in weight_sync.engine_checksum.mismatches()]
 
     def reset_refused_while_a_request_runs(self, weight_sync) -> str:
         from oreal_megatron.rollout.engine import EngineError

@@ -42,6 +42,7 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Prompt
+    from oreal_megatron.reshard.weight_sync import full_tensors
     from oreal_megatron.rollout.engine import VllmEngine
     from oreal_megatron.session import policy_weights
 
@@ -67,10 +68,10 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
     written = {name: tensor.clone() for name, tensor in engine.live()[0].items()}
     for tensor in engine.live()[0].values():
         tensor.zero_()
-    engine.load(policy_weights.full_tensors(policy))
+    engine.load(full_tensors(policy))
     engine.accept(1)
     loaded = {name: torch.equal(tensor, written[name]) for name, tensor in engine.live()[0].items()}
-    weights = {name: tensor.clone() for name, tensor in policy_weights.full_tensors(policy)}
+    weights = {name: tensor.clone() for name, tensor in full_tensors(policy)}
     parallel.stop(engine)
     answers = [(row[0].prompt.tokens, row[0].tokens, row[0].logprobs) for row in rollouts]
     return {"metrics": metrics, "loaded": loaded, "weights": weights, "answers": answers, "config": source.config}

@@ -11,8 +11,8 @@ import torch
 
 from oreal_megatron import config as c
 from oreal_megatron.algo import guard, loss, packing
-from oreal_megatron.cli import replay
 from oreal_megatron.observe import dumps
+from oreal_megatron.observe.metric_comparison import compare_metrics
 from oreal_megatron.records import PackingSpec, TokenWeights
 from oreal_megatron.runtime import checkpoint_folders
 from oreal_megatron.training import supervised
@@ -169,8 +169,8 @@ def test_dumps_go_with_the_checkpoint_before_them_but_skipped_steps_stay(tmp_pat
 def test_a_replay_compares_numbers_and_what_is_none():
     before = {"loss": 1.0, "norm": math.nan, "clip": math.inf, "gone": 2.0}
     same = {"loss": 1.0 + 1e-7, "norm": math.nan, "clip": math.inf, "given/token_weights": 0.0}
-    assert all(row.same for row in replay.compare(before, same, 1e-5))
-    assert not replay.compare(before, same, 0.0)[0].same
+    assert all(row.same for row in compare_metrics(before, same, 1e-5))
+    assert not compare_metrics(before, same, 0.0)[0].same
     for name, value in {"loss": 1.1, "norm": 1.0, "clip": 3.0, "new": 1.0, "given/token_weights": 0.1}.items():
-        changed = {row.name: row.same for row in replay.compare(before, same | {name: value}, 1e-5)}
+        changed = {row.name: row.same for row in compare_metrics(before, same | {name: value}, 1e-5)}
         assert not changed[name], name

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import settings
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, validate
 from oreal_megatron.models import architecture
-from oreal_megatron.session import config_checks, model_checks
+from oreal_megatron.session import model_checks
 from oreal_megatron.session.inputs import read_inputs
 
 FILE = Path(__file__).parent.parent.parent / "examples/recipes/oreal.py"
@@ -84,7 +84,7 @@ def test_the_layout_cuts_the_model_and_the_world_evenly(name, monkeypatch):
     config, arch = recipe(name), shape(name)
     monkeypatch.setenv("WORLD_SIZE", str(config.gpus))
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline)
-    config_checks.check_choices(config)
+    validate(config)
     model_checks.check_world(config, arch)
     model_checks.check_kv_cache(config, arch)
     replicas = config.gpus // config.engine.tensor
@@ -109,7 +109,7 @@ def test_inputs_come_from_the_environment(monkeypatch, model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("judge", "says"),
     [
-        (None, "wants a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
+        (None, "requires a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
         ("none", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
         ("http://judge:8000", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
     ],

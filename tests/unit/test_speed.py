@@ -16,7 +16,7 @@ from oreal_megatron import config as c
 from oreal_megatron.algo import packing
 from oreal_megatron.cli.main import main
 from oreal_megatron.models import architecture, flops
-from oreal_megatron.observe import report, speed, speed_report
+from oreal_megatron.observe import run_report, speed, speed_report
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.plan import gpus
 from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
@@ -204,7 +204,7 @@ def some_rows() -> list[dict]:
 def test_the_table_is_over_all_rows_but_the_frozen_ones_and_first_ones_after_a_start(tmp_path):
     run = written(tmp_path / "run", some_rows())
     (run / "config_before_step_3.json").write_text("{}")
-    found = speed_report.summary(report.read(run))
+    found = speed_report.summary(run_report.read_run(run))
     assert found["steps"] == {"logged": 5, "counted": 2, "first": 2}
     phases = found["phases"]
     assert phases["generate"] == {"seconds": 4, "share": 0.5, "tokens_per_second_per_gpu": 40.0, "idle": 0.5}, (
@@ -217,11 +217,11 @@ def test_the_table_is_over_all_rows_but_the_frozen_ones_and_first_ones_after_a_s
 
 
 def test_a_run_of_frozen_steps_alone_or_of_one_step_is_reported_from_what_there_is(tmp_path):
-    frozen = report.read(written(tmp_path / "frozen", some_rows()[:2]))
+    frozen = run_report.read_run(written(tmp_path / "frozen", some_rows()[:2]))
     assert speed_report.summary(frozen)["steps"] == {"logged": 2, "counted": 1, "first": 1}
-    one = report.read(written(tmp_path / "one", some_rows()[:1]))
+    one = run_report.read_run(written(tmp_path / "one", some_rows()[:1]))
     assert speed_report.summary(one)["steps"] == {"logged": 1, "counted": 1, "first": 0}
-    speed_report.leave(report.read(written(tmp_path / "none", [])))
+    speed_report.write_and_print(run_report.read_run(written(tmp_path / "none", [])))
     assert not (tmp_path / "none/speed.json").exists()
 
 
@@ -231,12 +231,13 @@ def test_the_report_prints_several_runs_and_those_that_were_not_evaluated(tmp_pa
     assert main(["report", str(new), str(old)]) == 0
     said = capsys.readouterr().out
     for words in (
-        "16 ranks on 2 machines (NVIDIA H200)",
+        "16 ranks on 2 nodes (NVIDIA H200)",
         "30.0%",
         "2 GB/s",
         "hardware not recorded",
         "not evaluated",
     ):
         assert words in said
-    speed_report.leave(report.read(new))
+    assert max(map(len, said.splitlines())) <= 80
+    speed_report.write_and_print(run_report.read_run(new))
     assert json.loads((new / "speed.json").read_text())["hardware"] == on

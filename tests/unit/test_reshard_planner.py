@@ -18,10 +18,10 @@ from hypothesis import strategies as some
 
 from oreal_megatron.models import architecture, tensors
 from oreal_megatron.reshard import planner, vllm_layout
-from oreal_megatron.reshard.checksum import Checksums
-from oreal_megatron.reshard.loader_checksum import answered
+from oreal_megatron.reshard.checksum import EngineChecksum
+from oreal_megatron.reshard.loader_checksum import responsible_shards
 from oreal_megatron.reshard.overlaps import ReshardLayout
-from oreal_megatron.reshard.shards import cut, matrix
+from oreal_megatron.reshard.shards import as_matrix, submatrix
 
 TESTS = Path(__file__).parent.parent
 ROWS = json.loads((TESTS / "families.json").read_text())
@@ -48,16 +48,16 @@ class World:
 
     def __init__(self, layout: ReshardLayout):
         self.layout, self.weights = layout, oracle.numbered(layout.arch)
-        self.plans = [planner.make(layout, rank, ITEMSIZE, BATCH_BYTES) for rank in range(layout.world)]
+        self.plans = [planner.plan_transfer(layout, rank, ITEMSIZE, BATCH_BYTES) for rank in range(layout.world)]
         self.held = [self._held(rank) for rank in range(layout.world)]
-        shapes = vllm_layout.shapes(layout.arch, layout.engine)
+        shapes = vllm_layout.parameter_shapes(layout.arch, layout.engine)
         self.live = [{name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()} for _ in self.held]
         self.written = [{name: torch.zeros_like(x) for name, x in side.items()} for side in self.live]
         self.sent = np.zeros((layout.world, layout.world), np.int64)
 
     def _held(self, rank: int) -> dict[str, torch.Tensor]:
         layout = self.layout
-        stage, shard = layout.place(rank)
+        stage, shard = layout.stage_and_tensor_rank(rank)
         parts = range(stage, layout.pipeline * layout.chunks, layout.pipeline)
         return oracle.held(layout.arch, self.weights, layout.tensor, shard, layout.pipeline * layout.chunks, [*parts])
 
@@ -68,22 +68,24 @@ class World:
             for rank, one in enumerate(self.plans):
                 batch = one.batches[number] if number < len(one.batches) else planner.TransferBatch()
                 for copy in batch.copies:
-                    self._write(rank, copy.target, cut(matrix(self.held[rank][copy.source.tensor]), *_size(copy, 0)))
+                    self._write(
+                        rank, copy.target, submatrix(as_matrix(self.held[rank][copy.source.tensor]), *_size(copy, 0))
+                    )
                 for move in batch.sends:
                     side = self.live if move.relayed else self.held
-                    part = cut(matrix(side[rank][move.spot.tensor]), move.spot, move.rows, move.columns)
+                    part = submatrix(as_matrix(side[rank][move.offset.tensor]), move.offset, move.rows, move.columns)
                     mail[rank, move.peer].append(part.clone())
                     self.sent[rank, move.peer] += part.numel() * ITEMSIZE
             for rank, one in enumerate(self.plans):
                 for move in one.batches[number].receives if number < len(one.batches) else ():
                     part = mail[move.peer, rank].pop(0)
                     assert part.shape == (move.rows, move.columns)
-                    self._write(rank, move.spot, part)
+                    self._write(rank, move.offset, part)
             assert not any(mail.values()), "sent and never received"
 
     def _write(self, rank, spot, part) -> None:
         for side, value in ((self.live, part), (self.written, 1)):
-            view = cut(matrix(side[rank][spot.tensor]), spot, *part.shape)
+            view = submatrix(as_matrix(side[rank][spot.tensor]), spot, *part.shape)
             view.copy_(value) if side is self.live else view.add_(value)
 
 
@@ -152,7 +154,7 @@ def _elements(side: dict[str, torch.Tensor]) -> np.ndarray:
 def test_batches_are_bounded_and_a_relay_waits_for_what_it_passes_on(layout):
     for rank in range(layout.world):
         received: list[set] = []
-        for number, batch in enumerate(planner.make(layout, rank, ITEMSIZE, BATCH_BYTES).batches):
+        for number, batch in enumerate(planner.plan_transfer(layout, rank, ITEMSIZE, BATCH_BYTES).batches):
             for moves in (batch.sends, batch.receives):
                 assert sum(move.rows * move.columns * ITEMSIZE for move in moves) <= BATCH_BYTES
             arrived = set().union(*received[: max(number - 1, 0)])  # two batches are under way at once
@@ -164,8 +166,8 @@ def test_the_proof_asks_for_every_slice_of_one_replica_once():
     layout = ReshardLayout(arch("Llama", 2), 2, 2, 1, 4, 8, 4)
     asked = defaultdict(int)
     for rank in range(layout.world):
-        for check in planner.make(layout, rank, ITEMSIZE, BATCH_BYTES).checks:
-            asked[check.engine] += check.rows * check.columns
+        for check in planner.plan_transfer(layout, rank, ITEMSIZE, BATCH_BYTES).checksum_parts:
+            asked[check.engine_rank] += check.rows * check.columns
     weights = oracle.numbered(layout.arch)
     held = [oracle.engine(layout.arch, weights, 4, engine).values() for engine in range(4)]
     assert asked == {engine: sum((x > 0).sum().item() for x in side) for engine, side in enumerate(held)}
@@ -177,7 +179,7 @@ def test_the_proof_asks_for_every_slice_of_one_replica_once():
 def test_one_rank_answers_for_every_element_that_a_loader_is_given(layout):
     asked = {name: np.zeros(shape, int) for name, shape in hf_shapes(layout.arch)}
     for rank in range(layout.world):
-        for name, (row, column, rows, columns), _ in answered(layout, rank):
+        for name, (row, column, rows, columns), _ in responsible_shards(layout, rank):
             asked[name].reshape(len(asked[name]), -1)[row : row + rows, column : column + columns] += 1
     assert all((count == 1).all() for count in asked.values())
 
@@ -189,14 +191,14 @@ def hf_shapes(arch: architecture.Architecture):
 
 def test_an_engine_of_another_layout_is_not_written_to():
     qwen = arch("Qwen2")
-    live = {name: torch.zeros(shape) for name, shape in vllm_layout.shapes(qwen, 2).items()}
+    live = {name: torch.zeros(shape) for name, shape in vllm_layout.parameter_shapes(qwen, 2).items()}
     assert vllm_layout.mismatch(live, qwen, 2) == ""
     qkv = "model.layers.3.self_attn.qkv_proj.weight"
     assert "shape (0,) in the engine" in vllm_layout.mismatch(live | {qkv: torch.zeros(0)}, qwen, 2)
-    assert "beginning with model.layers.0.mlp.experts" in vllm_layout.mismatch(
+    assert "the first difference is model.layers.0.mlp.experts" in vllm_layout.mismatch(
         live | {"model.layers.0.mlp.experts": torch.zeros(1)}, qwen, 2
     )
-    assert "of the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
+    assert "have the types" in vllm_layout.mismatch(live | {qkv: live[qkv].bfloat16()}, qwen, 2)
 
 
 LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648, heads=40, head_dim=128, vocab=152064)
@@ -205,7 +207,7 @@ LARGE = dataclasses.replace(arch("Qwen2", 8), layers=64, hidden=5120, ffn=27648,
 @pytest.mark.parametrize("layout", [(8, 2, 1, 4, 16, 8), (4, 4, 1, 2, 16, 8), (8, 1, 1, 4, 16, 8)])
 def test_ranks_share_the_sending(layout):
     """Replicas and relays take turns: 32B on two nodes."""
-    traffic = planner.make(ReshardLayout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
+    traffic = planner.plan_transfer(ReshardLayout(LARGE, *layout), 0, ITEMSIZE, 128 * 2**20).traffic
     assert traffic.sent.max() < 1.15 * traffic.sent.mean()
     assert traffic.sent_between.max() <= 1.05 * traffic.sent_between.mean()
     assert traffic.received_between.max() <= 1.05 * traffic.received_between.mean()
@@ -213,7 +215,7 @@ def test_ranks_share_the_sending(layout):
 
 def test_32b_on_128_ranks_is_planned_in_a_second():
     start = time.process_time()
-    planner.make(ReshardLayout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
+    planner.plan_transfer(ReshardLayout(LARGE, 8, 2, 1, 4, 128, 8), 77, 2, 128 * 2**20)
     assert time.process_time() - start < 3  # 0.3 s on a quiet machine; tools/reshard_figures.py prints it
 
 
@@ -224,9 +226,9 @@ def test_a_checksum_tells_every_change_of_a_parameter(dtype, change):
     weights = {name: torch.randn(x.shape) for name, x in oracle.numbered(layout.arch).items()}
     live = {name: x.to(dtype) for name, x in oracle.engine(layout.arch, weights, 1, 0).items()}
     held = oracle.held(layout.arch, weights, 1, 0, 1, [0])
-    sums = Checksums(layout, planner.make(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
-    before = sums.own_sums()
-    assert torch.equal(before, sums.answered_sums()[0]), "alone, a rank answers for everything, whatever its type"
+    sums = EngineChecksum(layout, planner.plan_transfer(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
+    before = sums.engine_sums()
+    assert torch.equal(before, sums.trainer_sums()[0]), "alone, a rank answers for everything, whatever its type"
     changed = live["model.layers.7.mlp.down_proj.weight"]
     if change == "one element":
         changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(torch.inf, dtype=dtype))
@@ -234,5 +236,5 @@ def test_a_checksum_tells_every_change_of_a_parameter(dtype, change):
         changed[[2, 3]] = changed[[3, 2]]
     else:
         changed[:, [2, 3]] = changed[:, [3, 2]]
-    differing = (sums.own_sums() != before).nonzero().flatten().tolist()
+    differing = (sums.engine_sums() != before).nonzero().flatten().tolist()
     assert [sums.names[number] for number in differing] == ["model.layers.7.mlp.down_proj.weight"]

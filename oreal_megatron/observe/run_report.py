@@ -1,40 +1,43 @@
-"""Reading run folders back: table, learning curve, summary."""
+"""Results of run folders: table of held-out accuracy, learning curve, summary."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.observe.rows import read_rows
+from oreal_megatron.observe.rows import Row, read_rows
+from oreal_megatron.observe.tables import add_columns, simple_table
 from oreal_megatron.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """One run folder."""
+class RunRecord:
+    """Contents of one run folder."""
 
     name: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    starts: frozenset[int]  # steps that were the first after a start
+    metrics: list[Row]
+    evaluations: list[Row]
+    starts: frozenset[int]  # first step after each start of the run
 
     @property
     def seconds(self) -> float:
+        """Wall-clock seconds of all steps."""
         return sum(row["seconds/step"] for row in self.metrics)
 
 
-def read(path: Path) -> Record:
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder; raise ConfigError if it is not one."""
     for name in ("config.json", "metrics.jsonl"):
         if not (path / name).is_file():
             raise ConfigError(f"{path} is not a run folder: it has no {name}")
-    return Record(
+    return RunRecord(
         str(path),
         files.read_object(path / "config.json"),
         files.read_object(path / "environment.json"),
@@ -44,9 +47,9 @@ def read(path: Path) -> Record:
     )
 
 
-def summary(record: Record) -> dict[str, Any]:
-    """What the run was and what it reached."""
-    first, last = _ends(record)
+def summary(record: RunRecord) -> dict[str, Any]:
+    """Return settings and held-out accuracy of a run as JSON values."""
+    first, last = _first_and_last(record)
     return {
         "accuracy_before": first["accuracy"],
         "accuracy_after": last["accuracy"],
@@ -60,24 +63,24 @@ def summary(record: Record) -> dict[str, Any]:
     }
 
 
-def print_table(records: list[Record]) -> None:
-    table = Table(title="held-out accuracy, greedy, with 95 % interval")
-    for column in ("run", "seed", "reward model", "before", "after", "gain", "steps", "seconds"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+def print_table(records: Sequence[RunRecord]) -> None:
+    """Print held-out accuracy before and after training, one line per run."""
+    table = simple_table("\nheld-out accuracy, greedy, with 95 % interval")
+    add_columns(table, "run", "seed", "reward model", "before", "after", "gain (points)", "steps", "seconds")
     for record in records:
         table.add_row(
             record.name,
             str(record.config["seed"]),
             "yes" if record.config["reward_model"]["enabled"] else "no",
-            *(_reached(record) if record.evaluations else ("not evaluated", "", "")),
+            *(_accuracies(record) if record.evaluations else ("not evaluated", "", "")),
             str(len(record.metrics)),
             f"{record.seconds:.0f}",
         )
-    Console(width=150).print(table)
+    Console().print(table)
 
 
-def draw(records: list[Record], path: Path) -> None:
-    """Held-out accuracy with its 95 % band, and the pass rate of sampled answers, over steps."""
+def draw(records: Sequence[RunRecord], path: Path) -> None:
+    """Draw held-out accuracy with its 95 % band, and the pass rate of rollouts, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,8 +94,8 @@ def draw(records: list[Record], path: Path) -> None:
         held_out.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         rates = [row["reward/pass_rate"] for row in record.metrics]
         sampled.plot([row["step"] for row in record.metrics], rates, linewidth=0.9, color=line.get_color())
-    held_out.set(title="held-out accuracy (greedy, 95 % band)", xlabel="step", ylabel="share right", ylim=(0, 1))
-    sampled.set(title="pass rate of sampled answers (training prompts)", xlabel="step")
+    held_out.set(title="held-out accuracy (greedy, 95 % band)", xlabel="step", ylabel="share correct", ylim=(0, 1))
+    sampled.set(title="pass rate of rollouts (training prompts)", xlabel="step")
     held_out.legend()
     for axes in (held_out, sampled):
         axes.grid(alpha=0.3)
@@ -101,18 +104,17 @@ def draw(records: list[Record], path: Path) -> None:
     plt.close(figure)
 
 
-def _ends(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+def _first_and_last(record: RunRecord) -> tuple[Row, Row]:
     if not record.evaluations:
         raise ConfigError(f"run {record.name} has no held-out evaluation; set data.held_out in its recipe")
     return record.evaluations[0], record.evaluations[-1]
 
 
-def _reached(record: Record) -> tuple[str, str, str]:
-    """Accuracy before and after, and the gain."""
-    first, last = _ends(record)
-    gain = f"{100 * (last['accuracy'] - first['accuracy']):+.1f} points"
-    return _with_interval(first), _with_interval(last), gain
+def _accuracies(record: RunRecord) -> tuple[str, str, str]:
+    """Format accuracy before and after, and the gain in percentage points."""
+    first, last = _first_and_last(record)
+    return _with_interval(first), _with_interval(last), f"{100 * (last['accuracy'] - first['accuracy']):+.1f}"
 
 
-def _with_interval(row: dict[str, Any]) -> str:
-    return f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+def _with_interval(row: Row) -> str:
+    return f"{row['accuracy']:.1%}\n{100 * row['low']:.1f} to {100 * row['high']:.1f}"

@@ -1,0 +1,55 @@
+"""Configuration of a run: one tree of frozen dataclasses, whose fields declare choices, bounds and meaning."""
+
+from oreal_megatron.config.algorithm import (
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    SelectionConfig,
+    SupervisedConfig,
+    WeightsConfig,
+)
+from oreal_megatron.config.errors import ConfigError, Preempted, RunStopped
+from oreal_megatron.config.schema import Key, Section, problems, validate
+from oreal_megatron.config.system import (
+    CheckpointConfig,
+    EngineConfig,
+    JudgeConfig,
+    ModelConfig,
+    ParallelConfig,
+    VerifyConfig,
+    WatchdogConfig,
+)
+from oreal_megatron.config.tree import Config, require_judge
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "JudgeConfig",
+    "Key",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Preempted",
+    "RewardModelConfig",
+    "RunStopped",
+    "SamplingConfig",
+    "Section",
+    "SelectionConfig",
+    "SupervisedConfig",
+    "VerifyConfig",
+    "WatchdogConfig",
+    "WeightsConfig",
+    "problems",
+    "require_judge",
+    "validate",
+]

@@ -1,0 +1,158 @@
+"""Sections of the algorithm: data, sampling, selection, token weights, loss, optimizers, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from oreal_megatron.config.schema import Key, Section
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Section):
+    """Sampling of the responses that a step trains on."""
+
+    rollouts_per_prompt: Annotated[int, Key("responses sampled per prompt; advantages compare them", low=2)] = 16
+    temperature: Annotated[float, Key("sampling temperature; 0 is greedy", 0.0, 2.0)] = 1.0
+    top_p: Annotated[float, Key("probability mass that sampling draws from", 0.001, 1.0)] = 0.9
+    max_new_tokens: Annotated[int, Key("longest response; a longer one is cut off", low=1, unit="tokens")] = 14000
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Problems: JSONL with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
+
+    path: Annotated[str, Key("JSONL file of the problems to train on")] = ""
+    held_out: Annotated[str, Key("JSONL file of the problems to evaluate on; empty: no evaluation")] = ""
+    prompts_per_step: Annotated[int, Key("problems of a step", low=1)] = 64
+    system_prompt: Annotated[str, Key("system message of every prompt; empty: that of the chat template")] = ""
+    drop_unreadable_golds: Annotated[
+        bool, Key("skip problems whose gold answer the verifier cannot equate with itself, instead of refusing them")
+    ] = False
+    buckets: Annotated[
+        tuple[tuple[float, float, int], ...],
+        Key("(low, high, times): a problem with low <= pass rate < high is used so many times in an epoch"),
+    ] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield messages about buckets that hold no pass rate or no repetition."""
+        if not self.buckets:
+            yield f"{path}buckets is empty; expected at least one (low, high, times), e.g. ((0.0, 1.0, 1),)"
+        for bucket in self.buckets:
+            low, high, times = bucket
+            if not (0 <= low < high and times >= 1):
+                yield f"{path}buckets holds {bucket}; expected (low, high, times) with 0 <= low < high and times >= 1"
+
+
+@dataclass(frozen=True)
+class SelectionConfig(Section):
+    """Choice of the rollouts that a step trains on, and their advantage."""
+
+    advantage: Annotated[
+        Literal["leave_one_out", "group_normalised"],
+        Key("reward minus the mean of the prompt's other rollouts, or minus the mean over the standard deviation"),
+    ] = "leave_one_out"
+    keep: Annotated[
+        Literal["pair", "all"],
+        Key("one correct and one incorrect rollout of each mixed prompt, or all of its rollouts"),
+    ] = "pair"
+
+
+@dataclass(frozen=True)
+class WeightsConfig(Section):
+    """Token weights from the scores of the reward model (paper, Eq. 10)."""
+
+    rescale: Annotated[
+        Literal["threshold", "top_share"],
+        Key("weight tokens by their score above a threshold, or only the tokens with the highest scores"),
+    ] = "threshold"
+    threshold: Annotated[float, Key("score at which a token's weight is 0, for rescale=threshold", 0.0, 0.99)] = 0.5
+    top_share: Annotated[float, Key("share of a response's tokens that count, for rescale=top_share", 0.0, 1.0)] = 0.25
+
+
+@dataclass(frozen=True)
+class LossConfig(Section):
+    """Coefficients of the policy loss (paper, Eq. 11; values of the authors' configuration)."""
+
+    positive_coef: Annotated[float, Key("coefficient of the correct samples' loss", low=0.0)] = 1.0
+    negative_coef: Annotated[float, Key("coefficient of the incorrect samples' loss", low=0.0)] = 0.5
+    kl_coef: Annotated[float, Key("coefficient of the KL divergence from the reference model", low=0.0)] = 0.01
+    kl_kind: Annotated[Literal["k1", "k1_reversed", "k2", "k3"], Key("estimator of the KL divergence")] = "k3"
+    advantage_on_positives: Annotated[bool, Key("multiply the correct samples' loss by their advantage")] = True
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: Annotated[float, Key("peak learning rate", 0.0, 10.0)] = 5e-7
+    min_lr: Annotated[float, Key("learning rate of the last update", 0.0, 10.0)] = 1e-7
+    warmup_steps: Annotated[int, Key("updates of linear warm-up", low=0)] = 10
+    weight_decay: Annotated[float, Key("decoupled weight decay", 0.0, 10.0)] = 0.01
+    clip_grad: Annotated[float, Key("largest gradient norm; 0: gradients are not clipped", low=0.0)] = 1.0
+    adam_beta1: Annotated[float, Key("decay of the first moment", 0.0, 0.99999)] = 0.9
+    adam_beta2: Annotated[float, Key("decay of the second moment", 0.0, 0.99999)] = 0.999
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message if the learning rate would rise instead of decaying."""
+        if self.min_lr > self.lr:
+            yield f"{path}min_lr is {self.min_lr:g}, above {path}lr, which is {self.lr:g}; set it to at most {path}lr"
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(Section):
+    """The token-level reward model; without it every token has weight 1."""
+
+    enabled: Annotated[bool, Key("train and use the token-level reward model")] = True
+    score_at: Annotated[
+        Literal["token", "before"],
+        Key("score a token after reading it (paper, w(s_<=t)), or before (authors' code)"),
+    ] = "token"
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
+
+
+@dataclass(frozen=True)
+class GuardConfig(Section):
+    """Skipping of updates whose loss or gradient is not finite, or whose gradient norm is a spike."""
+
+    max_consecutive_skips: Annotated[int, Key("skipped updates of one model in a row that stop the run", low=1)] = 5
+    spike_factor: Annotated[
+        float, Key("a gradient norm above so many times the running median is a spike; 0: none is", 0.0, 1e6)
+    ] = 0.0
+    spike_window: Annotated[
+        int, Key("updates that the median is taken over; before there are so many, nothing is a spike", 1, 10000)
+    ] = 20
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Evaluation on the held-out problems during training."""
+
+    every: Annotated[int, Key("steps between two evaluations; 0: none during training", low=0, unit="steps")] = 10
+    problems: Annotated[int, Key("use only the first so many held-out problems; 0: all", low=0)] = 0
+    max_new_tokens: Annotated[int, Key("longest response in evaluation", low=1, unit="tokens")] = 14000
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(Section):
+    """Supervised fine-tuning with `oreal sft`: cross entropy on JSONL with question and response."""
+
+    path: Annotated[str, Key("JSONL file of the demonstrations")] = ""
+    steps: Annotated[int, Key("updates", low=1, unit="steps")] = 1000
+    samples_per_step: Annotated[int, Key("demonstrations of a step", low=1)] = 128
+    evaluate_every: Annotated[
+        int, Key("steps between two evaluations; 0: none, and no engine is started", low=0, unit="steps")
+    ] = 0
+    stop_at_accuracy: Annotated[
+        float, Key("stop when greedy held-out accuracy reaches it; needs evaluate_every", 0.0, 1.0)
+    ] = 1.0
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6))
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message if the peak learning rate would never be reached."""
+        if self.path and self.optimizer.warmup_steps > self.steps:
+            yield (
+                f"{path}optimizer.warmup_steps is {self.optimizer.warmup_steps}, but only {self.steps} updates are "
+                f"taken ({path}steps); set it to at most {self.steps}"
+            )

@@ -1,0 +1,180 @@
+"""Declaration of configuration keys and the check of a configuration against it.
+
+A field declares its type (`Literal` for choices) and a `Key` with its meaning and bounds:
+
+    lr: Annotated[float, Key("peak learning rate", low=0.0, high=10.0)] = 5e-7
+
+Rules that connect several keys are methods named `conflicts` of the section that holds them. Error messages,
+`oreal config` and docs/reference/config.md are all made from these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from oreal_megatron.config.errors import ConfigError
+
+TYPE_NAMES = {int: "int", float: "float", bool: "bool", str: "str", type(None): "None"}
+PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """Meaning, bounds (inclusive; None: no bound) and unit of a key."""
+
+    meaning: str
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words, empty where there are none."""
+        unit = f" {self.unit}" if self.unit else ""
+        if self.low is not None and self.high is not None:
+            return f"{format_number(self.low)} to {format_number(self.high)}{unit}"
+        if self.low is not None:
+            return f"at least {format_number(self.low)}{unit}"
+        return "" if self.high is None else f"at most {format_number(self.high)}{unit}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base class of the sections of a configuration."""
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message for each rule between several keys that is broken; `path` is the section's, with a dot."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of a configuration: declaration, value and default."""
+
+    path: str
+    hint: Any
+    key: Key
+    value: object
+    default: object
+
+    @property
+    def type_name(self) -> str:
+        """The type as a user writes it."""
+        return type_name(self.hint)
+
+    def problem(self) -> str | None:
+        """Return a message if type, choice or bounds are violated."""
+        return type_problem(self.path, self.value, self.hint) or self._bound_problem()
+
+    def _bound_problem(self) -> str | None:
+        value, low, high = self.value, self.key.low, self.key.high
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        if not math.isfinite(value):
+            return f"{self.path} is {value}; expected a finite number, {self.key.bounds} ({self.key.meaning})"
+        if (low is None or low <= value) and (high is None or value <= high):
+            return None
+        return f"{self.path} is {format_number(value)}; expected {self.key.bounds} ({self.key.meaning})"
+
+
+def entries(section: Section, default: Section | None = None, path: str = "") -> Iterator[Entry]:
+    """Yield all keys of a section and of the sections in it, in the order of declaration."""
+    default = type(section)() if default is None else default
+    for name, hint in hints(type(section)).items():
+        value, usual = getattr(section, name), getattr(default, name)
+        if isinstance(value, Section):
+            yield from entries(value, usual, f"{path}{name}.")
+        else:
+            yield Entry(f"{path}{name}", *_declaration(hint), value, usual)
+
+
+def sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:
+    """Yield the path (with a dot at its end) and the value of a section and of all sections in it."""
+    yield path, section
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, Section):
+            yield from sections(value, f"{path}{field.name}.")
+
+
+def problems(section: Section) -> list[str]:
+    """Return a message for each key that is out of its bounds; if there are none, for each broken rule between keys."""
+    single = [problem for entry in entries(section) if (problem := entry.problem())]
+    return single or [message for path, part in sections(section) for message in part.conflicts(path)]
+
+
+def validate(section: Section) -> None:
+    """Raise ConfigError if a key or a rule between keys is violated."""
+    found = problems(section)
+    if len(found) > 1:
+        raise ConfigError("\n  ".join([f"the configuration has {len(found)} problems:", *found]))
+    if found:
+        raise ConfigError(found[0])
+
+
+@cache
+def hints(kind: type) -> dict[str, Any]:
+    """Return the annotation of each field of a section."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def plain_hint(hint: Any) -> Any:
+    """Return an annotation without its `Key`."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def type_problem(path: str, value: object, hint: Any) -> str | None:
+    """Return a message if the value has another type than annotated, or is none of the choices."""
+    if _accepts(value, hint):
+        return None
+    if typing.get_origin(hint) is Literal:
+        return f"{path} is {value!r}; expected one of {type_name(hint).replace(' | ', ', ')}"
+    return f"{path} is {value!r}; expected {PLAIN_TYPES.get(hint, type_name(hint))}"
+
+
+def type_name(hint: Any) -> str:
+    """Return an annotation as a user writes values of it: choices by their names, tuples with their items."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " | ".join(str(choice) or "''" for choice in args)
+    if origin is types.UnionType:
+        return " | ".join(map(type_name, args))
+    if origin is tuple:
+        return f"tuple of {type_name(args[0])}" if args[-1] is Ellipsis else f"({', '.join(map(type_name, args))})"
+    return "dict" if origin is dict else TYPE_NAMES.get(hint, str(hint))
+
+
+def format_number(number: float) -> str:
+    """Return a number in its shortest usual form that is still this number."""
+    if number == round(number) and abs(number) < 1e15:
+        return str(round(number))
+    return short if float(short := f"{number:g}") == number else repr(number)
+
+
+def _declaration(hint: Any) -> tuple[Any, Key]:
+    args = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+    keys = [extra for extra in args[1:] if isinstance(extra, Key)]
+    return args[0], keys[0] if keys else Key("")
+
+
+def _accepts(value: object, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is types.UnionType:
+        return any(_accepts(value, choice) for choice in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(items) == len(value) and all(map(_accepts, value, items))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

@@ -1,0 +1,154 @@
+"""Sections of the system: model, parallelism, engine, verification, checkpoints, watchdog."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from oreal_megatron.config.schema import Key, Section
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The starting policy; reward model and reference are initialised from it as well."""
+
+    path: Annotated[str, Key("Hugging Face folder of the starting policy")] = ""
+    dtype: Annotated[Literal["float32", "bfloat16"], Key("precision of the trained models")] = "float32"
+    layers: Annotated[
+        Literal["local", "transformer_engine"],
+        Key("modules of Megatron and of this project, or the fused ones of Transformer Engine (must be installed)"),
+    ] = "local"
+    logits_mib: Annotated[int, Key("memory that the output layer may fill with logits", 1, 10**6, "MiB")] = 1024
+    trust_remote_code: Annotated[bool, Key("run the Python code that a tokenizer brings with it")] = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Megatron's parallel layout; the data-parallel size is the number of processes divided by the others."""
+
+    tensor: Annotated[int, Key("tensor-parallel size", low=1)] = 1
+    pipeline: Annotated[int, Key("pipeline-parallel size", low=1)] = 1
+    virtual: Annotated[int, Key("interleaved chunks of layers per stage; above 1 needs pipeline above 1", low=1)] = 1
+    context: Annotated[int, Key("context-parallel size: ranks that share each packed sequence", low=1)] = 1
+    sequence: Annotated[bool, Key("sequence parallelism over the tensor-parallel ranks; needs tensor above 1")] = False
+    overlap: Annotated[
+        bool, Key("data-parallel ranks reduce gradients and gather weights while micro-batches compute")
+    ] = False
+
+    def bubble(self, micro_batches: int) -> float:
+        """Return the ideal pipeline bubble: the share of a pass in which stages wait for each other."""
+        waiting = self.pipeline - 1
+        return waiting / (micro_batches * self.virtual + waiting)
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message if sequence parallelism has no ranks to share sequences among."""
+        if self.sequence and self.tensor == 1:
+            yield f"{path}sequence is set, which needs {path}tensor of at least 2; unset it or raise {path}tensor"
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """The colocated vLLM engine: replicas of `tensor` consecutive ranks each."""
+
+    tensor: Annotated[int, Key("tensor-parallel size of a replica", low=1)] = 1
+    max_model_len: Annotated[int, Key("longest prompt with its response", low=2, unit="tokens")] = 16384
+    max_num_seqs: Annotated[int, Key("responses that a replica generates at once", low=1)] = 256
+    kv_cache_gib: Annotated[float, Key("GPU memory of the key-value cache on each rank", low=1e-4, unit="GiB")] = 1.0
+    dtype: Annotated[
+        Literal["", "float32", "bfloat16"], Key("precision of the engine's weights; empty: that of the model")
+    ] = ""
+    transport: Annotated[
+        Literal["direct", "gather"],
+        Key("weight sync shard by shard, or by gathering full tensors that vLLM's own loader reads"),
+    ] = "direct"
+    buffer_mib: Annotated[int, Key("memory of the direct transport on each rank", 1, 10**6, "MiB")] = 512
+    sleep: Annotated[bool, Key("free the engine's GPU memory while the trainer works (not on CPUs)")] = True
+    enforce_eager: Annotated[bool, Key("run the engine without CUDA graphs and compilation")] = False
+    retries: Annotated[int, Key("further attempts for responses that an engine failed to give", 0, 100)] = 1
+    parity_rollouts: Annotated[int, Key("rollouts per replica and step in the logprob parity check", low=1)] = 2
+    parity_tokens: Annotated[int, Key("first tokens of each that are compared", low=1, unit="tokens")] = 64
+    parity_tolerance_nats: Annotated[
+        float | None,
+        Key("largest mean |difference| of a rollout's log-probs; None: 1e-4 in float32, 0.1 in bfloat16", 0.0, 100.0),
+    ] = None
+
+
+@dataclass(frozen=True)
+class JudgeConfig(Section):
+    """LLM judge behind an OpenAI-compatible API, called for answers that the rules find incorrect."""
+
+    urls: Annotated[tuple[str, ...], Key("servers, e.g. http://HOST:8000; empty: no judge")] = ()
+    required: Annotated[bool, Key("refuse to start if urls is empty")] = False
+    model: Annotated[str, Key("model name in requests; empty: the one that the server offers")] = ""
+    connect_timeout_s: Annotated[float, Key("time to connect", 0.01, 3600.0, "s")] = 5.0
+    read_timeout_s: Annotated[float, Key("time to wait for a verdict", 0.01, 86400.0, "s")] = 60.0
+    retries: Annotated[int, Key("further attempts per request", 0, 100)] = 3
+    concurrency: Annotated[int, Key("requests in flight, all servers together", low=1)] = 64
+    all_down_wait_s: Annotated[
+        float, Key("wait for a server when all are down, before the run stops", 0.0, 604800.0, "s")
+    ] = 600.0
+    max_answer_chars: Annotated[int, Key("longest extracted answer shown to the judge", low=1, unit="characters")] = 500
+    cache: Annotated[str, Key("file of verdicts that survives a restart; empty: in memory only")] = ""
+
+
+@dataclass(frozen=True)
+class VerifyConfig(Section):
+    """Verification of responses."""
+
+    workers: Annotated[int, Key("verifier processes of each rank that holds rollouts", 1, 1024)] = 2
+    timeout_s: Annotated[float, Key("time per response; the worker is killed after it", 0.01, 3600.0, "s")] = 2.0
+    memory_mib: Annotated[int, Key("memory limit of a worker", 64, 10**6, "MiB")] = 1024
+    thinking_end: Annotated[
+        tuple[str, ...], Key("the answer is looked for after the last of these words")
+    ] = ("</think>",)  # fmt: skip
+    unknown_limit: Annotated[float, Key("share of unknown verdicts in a step above which the run stops", 0.0, 1.0)] = (
+        0.2
+    )
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Checkpoints during a run."""
+
+    every: Annotated[int, Key("steps between two checkpoints; 0: only at the end", low=0, unit="steps")] = 10
+    keep: Annotated[int, Key("newest checkpoints that are not deleted", low=1)] = 3
+    keep_every: Annotated[
+        int, Key("checkpoints at multiples of this step stay as well; 0: none", low=0, unit="steps")
+    ] = 0
+
+
+@dataclass(frozen=True)
+class WatchdogConfig(Section):
+    """Time that a rank may spend in a phase without progress, before the job ends with exit code 5.
+
+    Progress is an engine step, a micro-batch, a verified response or the begin of a phase. A rank that waits for others
+    in a collective is not counted as long as one of them makes progress.
+    """
+
+    every_s: Annotated[float, Key("time between two looks at all ranks; 0: no watchdog", 0.0, 3600.0, "s")] = 1.0
+    silent_s: Annotated[
+        float, Key("without any report of a rank's process: it is stopped, or its host is gone", 0.0, unit="s")
+    ] = 120.0
+    start_s: Annotated[float, Key("until the first step: loading, compiling", 0.0, unit="s")] = 3600.0
+    generate_s: Annotated[float, Key("generation", 0.0, unit="s")] = 600.0
+    verify_s: Annotated[float, Key("verification; longer than verify.judge.all_down_wait_s", 0.0, unit="s")] = 1800.0
+    reward_model_s: Annotated[float, Key("update of the reward model", 0.0, unit="s")] = 1800.0
+    reference_s: Annotated[float, Key("scoring by the reference model", 0.0, unit="s")] = 1800.0
+    policy_s: Annotated[float, Key("update of the policy", 0.0, unit="s")] = 1800.0
+    checkpoint_s: Annotated[float, Key("writing a checkpoint", 0.0, unit="s")] = 3600.0
+    other_s: Annotated[float, Key("everything else", 0.0, unit="s")] = 1800.0
+    collective_s: Annotated[
+        float, Key("time-out of the process groups, which know no phases: above all others", 1.0, unit="s")
+    ] = 7200.0
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message for each limit that would end a healthy job, or that the process groups' time-out hides."""
+        for name in (limit.name for limit in fields(self) if limit.name not in ("every_s", "collective_s")):
+            value = getattr(self, name)
+            if not 5 * self.every_s < value < self.collective_s:
+                yield (
+                    f"{path}{name} is {value:g}; expected more than 5 times {path}every_s ({self.every_s:g}) and less "
+                    f"than {path}collective_s ({self.collective_s:g})"
+                )

@@ -1,0 +1,118 @@
+"""The root of the configuration. Recipes are Python functions that build it; derived numbers are properties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from oreal_megatron.config.algorithm import (
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    SelectionConfig,
+    SupervisedConfig,
+    WeightsConfig,
+)
+from oreal_megatron.config.errors import ConfigError
+from oreal_megatron.config.schema import Key, Section
+from oreal_megatron.config.system import (
+    CheckpointConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    VerifyConfig,
+    WatchdogConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """Everything that a run depends on."""
+
+    run: Annotated[str, Key("run folder")] = "runs/oreal"
+    gpus: Annotated[
+        int, Key("GPUs that the recipe is made for, which `oreal plan` takes; 0: not said", low=0, unit="GPUs")
+    ] = 0
+    seed: Annotated[int, Key("seed of data order, sampling and new weights", 0, 2**32 - 1)] = 0
+    steps: Annotated[int, Key("steps of the run", low=1, unit="steps")] = 90
+    policy_freeze_steps: Annotated[
+        int, Key("first steps, which train the reward model alone", low=0, unit="steps")
+    ] = 10  # fmt: skip
+    tokens_per_micro_batch: Annotated[
+        int, Key("sequences are packed up to this length; a longer one is alone", low=1, unit="tokens")
+    ] = 16384
+    offload: Annotated[bool, Key("move idle models to host memory: parameters, gradients and optimizer states")] = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    megatron: Annotated[
+        dict[str, Any], Key("further fields of Megatron's TransformerConfig, passed on as they are")
+    ] = field(default_factory=dict)
+
+    @property
+    def frozen_steps(self) -> int:
+        """First steps without an update of the policy; none without a reward model."""
+        return self.policy_freeze_steps if self.reward_model.enabled else 0
+
+    @property
+    def parity_tolerance_nats(self) -> float:
+        """Tolerance of the logprob parity check in nats, by precision where the recipe names none."""
+        if self.engine.parity_tolerance_nats is not None:
+            return self.engine.parity_tolerance_nats
+        return 1e-4 if self.model.dtype == self.engine_dtype == "float32" else 0.1
+
+    @property
+    def engine_dtype(self) -> str:
+        """Precision of the engine's weights."""
+        return self.engine.dtype or self.model.dtype
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield messages about phases without an update, warm-ups that do not fit, and waits above their limit."""
+        if self.frozen_steps >= self.steps:
+            yield (
+                f"policy_freeze_steps is {self.policy_freeze_steps} and steps is {self.steps}: the policy would never "
+                "be trained; set policy_freeze_steps below steps"
+            )
+            return
+        updates = {"optimizer": (self.optimizer, self.steps - self.frozen_steps, "steps - policy_freeze_steps")}
+        if self.reward_model.enabled:
+            updates["reward_model.optimizer"] = (self.reward_model.optimizer, self.steps, "steps")
+        for name, (optimizer, count, sum_of) in updates.items():
+            if optimizer.warmup_steps > count:
+                yield (
+                    f"{name}.warmup_steps is {optimizer.warmup_steps}, but only {count} updates are taken ({sum_of}); "
+                    f"set it to at most {count}"
+                )
+        judge, limit_s = self.verify.judge, self.watchdog.verify_s
+        if judge.urls and limit_s <= judge.all_down_wait_s:
+            yield (
+                f"watchdog.verify_s is {limit_s:g}, but a step may wait {judge.all_down_wait_s:g} s for judges "
+                "(verify.judge.all_down_wait_s); set it above that"
+            )
+
+
+def require_judge(config: Config) -> None:
+    """Raise ConfigError if the recipe needs a judge and none is named; planning a run needs none."""
+    if config.verify.judge.required and not config.verify.judge.urls:
+        raise ConfigError(
+            "the recipe requires a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS=http://HOST:PORT,... "
+            "(servers of an OpenAI-compatible API, as of `vllm serve`), or to none to verify by the rules alone"
+        )

@@ -1,0 +1,118 @@
+"""Every key of the configuration declares its meaning and bounds, and what is outside them is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+
+import oreal_kernels
+import pytest
+
+from oreal_megatron import config as c
+from oreal_megatron import settings
+from oreal_megatron.algo import advantages
+from oreal_megatron.config import schema
+
+ENTRIES = {entry.path: entry for entry in schema.entries(c.Config())}
+NUMBERS = [path for path, entry in ENTRIES.items() if {int, float} & {entry.hint, *typing.get_args(entry.hint)}]
+CHOICES = [path for path, entry in ENTRIES.items() if typing.get_origin(entry.hint) is typing.Literal]
+
+
+def with_value(path: str, value: object) -> c.Config:
+    """Return the default configuration with one other value, whatever it is."""
+
+    def replaced(section: c.Section, keys: list[str]) -> c.Section:
+        key, *rest = keys
+        return dataclasses.replace(section, **{key: replaced(getattr(section, key), rest) if rest else value})
+
+    return replaced(c.Config(), path.split("."))
+
+
+def problem(path: str, value: object) -> str | None:
+    return next(entry for entry in schema.entries(with_value(path, value)) if entry.path == path).problem()
+
+
+def just_outside(path: str, bound: float, direction: int) -> float:
+    whole = ENTRIES[path].hint is int
+    return int(bound) + direction if whole else math.nextafter(bound, direction * math.inf)
+
+
+@pytest.mark.parametrize("path", ENTRIES)
+def test_every_key_declares_what_it_means(path):
+    key = ENTRIES[path].key
+    assert 4 < len(key.meaning) < 110 and not key.meaning.endswith("."), "one line for a table and for messages"
+
+
+def test_every_number_has_a_lower_bound_at_least():
+    assert len(NUMBERS) > 70
+    assert [path for path in NUMBERS if ENTRIES[path].key.low is None] == []
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_a_bound_is_accepted_and_the_next_number_is_refused_by_name(path):
+    key = ENTRIES[path].key
+    for bound, direction in ((key.low, -1), (key.high, +1)):
+        if bound is not None:
+            assert problem(path, int(bound) if ENTRIES[path].hint is int else bound) is None
+            outside = just_outside(path, bound, direction)
+            with pytest.raises(c.ConfigError, match=rf"^{path} is .*; expected {re.escape(key.bounds)}"):
+                c.validate(with_value(path, outside))
+    for strange in (math.nan, math.inf, -math.inf, "1", True):
+        assert problem(path, strange), f"{path} accepts {strange!r}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, entry in ENTRIES.items() if typing.get_origin(entry.hint) is typing.Literal]
+)
+def test_a_choice_names_the_known_ones(path):
+    choices = typing.get_args(ENTRIES[path].hint)
+    assert all(problem(path, choice) is None for choice in choices)
+    with pytest.raises(c.ConfigError, match=rf"^{path} is 'other'; expected one of .*{choices[-1]}"):
+        c.validate(with_value(path, "other"))
+
+
+def test_choices_are_those_that_the_code_knows():
+    assert typing.get_args(ENTRIES["loss.kl_kind"].hint) == tuple(oreal_kernels.KL_KINDS)
+    assert typing.get_args(ENTRIES["selection.advantage"].hint) == tuple(advantages.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        (["parallel.tensor=0"], "parallel.tensor is 0; expected at least 1"),
+        (["parallel.pipeline=-1"], "parallel.pipeline is -1"),
+        (["engine.tensor=0"], "engine.tensor is 0"),
+        (["engine.max_num_seqs=0"], "engine.max_num_seqs is 0"),
+        (["checkpoint.keep=-1"], "checkpoint.keep is -1"),
+        (["checkpoint.every=-1"], "checkpoint.every is -1"),
+        (["optimizer.clip_grad=-1"], "optimizer.clip_grad is -1"),
+        (["optimizer.lr=-0.001"], "optimizer.lr is -0.001; expected 0 to 10"),
+        (["reward_model.optimizer.adam_beta1=1.5"], "reward_model.optimizer.adam_beta1 is 1.5"),
+        (["optimizer.weight_decay=-1"], "optimizer.weight_decay is -1"),
+        (["loss.kl_coef=-1"], "loss.kl_coef is -1"),
+        (["verify.workers=0"], "verify.workers is 0"),
+        (["verify.timeout_s=0"], "verify.timeout_s is 0; expected 0.01 to 3600 s"),
+        (["tokens_per_micro_batch=0"], "tokens_per_micro_batch is 0"),
+        (["evaluation.problems=-1"], "evaluation.problems is -1"),
+        (["evaluation.max_new_tokens=0"], "evaluation.max_new_tokens is 0"),
+        (["data.buckets=[[0,1]]"], "data.buckets is ((0, 1),); expected tuple of (float, float, int)"),
+        (["data.buckets=[[0.5,0.5,1]]"], "data.buckets holds (0.5, 0.5, 1); expected (low, high, times)"),
+        (["data.buckets=[]"], "data.buckets is empty"),
+        (["steps=12"], "optimizer.warmup_steps is 10, but only 2 updates are taken (steps - policy_freeze_steps)"),
+        (["steps=9", "policy_freeze_steps=0"], "reward_model.optimizer.warmup_steps is 10, but only 9 updates"),
+        (["supervised.path=x", "supervised.steps=9"], "supervised.optimizer.warmup_steps is 10, but only 9 updates"),
+        (["optimizer.lr=1e-8"], "optimizer.min_lr is 1e-07, above optimizer.lr"),
+        (["seed=-1", "gpus=-1"], "the configuration has 2 problems:\n  gpus is -1"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused(assignments, says):
+    with pytest.raises(c.ConfigError) as error:
+        c.validate(settings.override(c.Config(), assignments))
+    assert says in str(error.value)
+
+
+def test_a_warm_up_as_long_as_the_run_is_accepted():
+    c.validate(settings.override(c.Config(), ["steps=20", "reward_model.optimizer.warmup_steps=20"]))
+    c.validate(settings.override(c.Config(), ["steps=10", "reward_model.enabled=false"]))
