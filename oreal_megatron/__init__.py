@@ -1,3 +1,3 @@
 """OREAL (arXiv 2502.06781) on Megatron-core with colocated vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

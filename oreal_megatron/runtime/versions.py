@@ -1,4 +1,4 @@
-"""Which releases are supported; setup.py says the same, which tests/unit/test_doctor.py holds."""
+"""Which releases are supported; pyproject.toml says the same, held by tests/unit/test_doctor.py."""
 
 from __future__ import annotations
 

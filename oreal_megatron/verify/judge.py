@@ -247,7 +247,7 @@ class JudgeClient:
         try:
             response = await asyncio.wait_for(self._client.get(f"{host.url}/v1/models"), PROBE_S)
             alive = response.status_code < 500 or response.status_code == 501  # a server without that page lives too
-        except (httpx.HTTPError, TimeoutError, asyncio.TimeoutError):
+        except (httpx.HTTPError, TimeoutError):
             alive = False
         finally:
             host.probing = False
@@ -265,7 +265,7 @@ class JudgeClient:
             # the whole exchange is timed as well: a server that sends a byte now and then never meets the read time-out
             limit = self.config.connect_timeout_s + self.config.read_timeout_s
             text = await asyncio.wait_for(self._exchange(host, chat), limit)
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             failure = _Failed("no complete reply in time")
         except httpx.HTTPError as error:
             failure = _Failed(f"{type(error).__name__} {error}".strip())

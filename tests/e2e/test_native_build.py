@@ -24,9 +24,9 @@ LIBRARY = "oreal_kernels/liboreal_kernels.so"
 def checkout(tmp_path):
     """A copy, because setuptools leaves a build folder and takes old files from one."""
     source = tmp_path / "checkout"
-    for name in ("oreal_megatron", "kernels"):
+    for name in ("oreal_megatron", "kernels", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "CMakeLists.txt"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, source)
     return source
 

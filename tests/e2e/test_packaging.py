@@ -33,7 +33,7 @@ def test_both_packages_come_from_this_checkout_from_any_folder(tmp_path):
 
 def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     source = tmp_path / "source"  # a copy, because setuptools leaves a build folder and takes old files from one
-    for name in ("oreal_megatron", "kernels", "tests", "tools", "examples"):
+    for name in ("oreal_megatron", "kernels", "tests", "tools", "examples", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ROOT.iterdir():
         if file.is_file() and not file.name.startswith("."):
@@ -44,6 +44,7 @@ def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"oreal_megatron", "oreal_kernels"}
     assert {"oreal_megatron/mcore/scorer.py", "oreal_kernels/linear_logprob.py"} <= {*names}
+    assert {"oreal_megatron/py.typed", "oreal_kernels/py.typed"} <= {*names}
 
 
 def test_the_command_lists_its_subcommands(tmp_path):

@@ -54,7 +54,7 @@ def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch
 
 
 def test_every_package_is_compared_with_what_setup_asks_for(monkeypatch):
-    setup = (Path(__file__).parent.parent.parent / "setup.py").read_text()
+    setup = (Path(__file__).parent.parent.parent / "pyproject.toml").read_text()
     assert all(f'"{name}>={first}"' in setup for name, first in versions.AT_LEAST.items())
     first, stop = versions.VLLM["vllm"]
     assert f'"vllm>={first},<{stop}"' in setup and f'"megatron-core=={versions.MEGATRON["megatron-core"][0]}"' in setup
