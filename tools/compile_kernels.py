@@ -22,10 +22,10 @@ import triton
 from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine_kernel
 from oreal_kernels.linear_statistics import linear_statistics_kernel
-from oreal_kernels.oreal_loss import terms_kernel
+from oreal_kernels.policy_loss import terms_kernel
 from oreal_kernels.row_gradient import gradient_kernel
 from oreal_kernels.row_statistics import statistics_kernel
-from oreal_kernels.token_weights import weights_kernel
+from oreal_kernels.scores_to_weights import weights_kernel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,14 +38,14 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDG.E.128", "LDGSTS.E.BYPASS.128", 
 TENSORS = dict(logits="bf16", out="fp32", parts="fp32", scores="bf16", hidden="bf16", weight="fp32")
 INTEGERS = ("label_column", "cu_seqlens", "owner")
 SCALARS = {
-    **dict.fromkeys(("threshold", "right_scale", "wrong_scale", "kl_scale"), "fp32"),
+    **dict.fromkeys(("threshold", "correct_scale", "incorrect_scale", "kl_scale"), "fp32"),
     **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width", "units"), "i32"),
     **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i32"),
 }
 
 
 def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
-    """Row of the table, name in launch.py, kernel, constants, dtypes that differ from the usual ones."""
+    """Yield row of the table, name in triton_launch.py, kernel, constants, and dtypes that differ from the defaults."""
     parts = dict(PARTS=4)
     yield "statistics bf16", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), {}
     yield "statistics fp32", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), dict(logits="fp32")
@@ -66,7 +66,7 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
             f"policy terms {name}",
             "policy_terms",
             terms_kernel,
-            dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True, FARTHEST=60.0),
+            dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True, MAX_DISTANCE=60.0),
             {},
         )
     for name, constants in {
@@ -78,12 +78,14 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
 
 
 def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
+    """Return Triton's type of each argument."""
+
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
         if name in SCALARS:
             return SCALARS[name]
-        if name == "right":
+        if name == "correct":
             return "*u8"
         return "*i64" if name in INTEGERS else "*" + {**TENSORS, **dtypes}.get(name, "fp32")
 
@@ -91,6 +93,7 @@ def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
 
 
 def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: int) -> dict:
+    """Compile a kernel for an architecture; return shared memory, registers, spills and instructions."""
     options = dict(triton_launch.TABLES[architecture][name])
     runtime = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
     constants = {**constants, **options}
@@ -103,38 +106,40 @@ def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: 
 
 
 def assembled(cubin: bytes) -> dict:
-    """Registers, stack (which holds what was spilled), and how often some machine instructions occur."""
+    """Return registers, spilled bytes (the stack), and counts of some machine instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = run("cuobjdump", "--dump-resource-usage", file.name)
         code = run("nvdisasm", file.name)
-    found = {word: len(re.findall(rf"\s{re.escape(word)}\b", code)) for word in INSTRUCTIONS}
+    counts = {word: len(re.findall(rf"\s{re.escape(word)}\b", code)) for word in INSTRUCTIONS}
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill_bytes": max(int(re.search(rf"{where}:(\d+)", usage)[1]) for where in ("STACK", "LOCAL")),
-        "instructions": {word: count for word, count in found.items() if count},
+        "instructions": {word: count for word, count in counts.items() if count},
     }
 
 
 def run(tool: str, *arguments: str) -> str:
+    """Run one of the CUDA tools that Triton ships; return its output."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def faults(rows: list[dict]) -> list[str]:
-    """Sentences about what would not run, or slowly."""
-    wrong = []
+    """Return a message for each kernel that would not run, or run slowly."""
+    messages = []
     for row in rows:
         limit, where = SHARED_MEMORY[row["architecture"]], f"{row['kernel']} on sm_{row['architecture']}"
         if row["shared"] > limit:
-            wrong.append(f"{where} wants {row['shared']} bytes of shared memory; a block may have {limit}")
+            messages.append(f"{where} wants {row['shared']} bytes of shared memory; a block may have {limit}")
         if row["spill_bytes"]:
-            wrong.append(f"{where} spills {row['spill_bytes']} bytes of registers; use more warps or smaller blocks")
-    return wrong
+            messages.append(f"{where} spills {row['spill_bytes']} bytes of registers; use more warps or smaller blocks")
+    return messages
 
 
 def main() -> int:
+    """Compile all kernels and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--architectures", type=int, nargs="+", default=list(triton_launch.TABLES), choices=triton_launch.TABLES
@@ -145,22 +150,22 @@ def main() -> int:
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it")
     work = [(variant, architecture) for variant in variants() for architecture in arguments.architectures]
     rows = []
-    with tempfile.TemporaryDirectory() as cache:  # a cached result would prove nothing about this installation
+    with tempfile.TemporaryDirectory() as cache:  # a cached result would say nothing about this installation
         os.environ["TRITON_CACHE_DIR"] = cache
         for (title, *kernel), architecture in track(work, "compiling", console=Console(stderr=True)):
             rows.append({"kernel": title, "architecture": architecture, **compile_one(*kernel, architecture)})
     table = Table(title=f"Triton {triton.__version__}, compiled without a GPU")
-    for column in ("kernel", "sm", "registers", "spill bytes", "shared bytes", "instructions"):
+    for column in ("kernel", "sm", "registers", "spill\nbytes", "shared\nbytes", "instructions"):
         table.add_column(column, justify="left" if column in ("kernel", "instructions") else "right")
     for row in rows:
-        found = ", ".join(f"{word} x{count}" for word, count in row["instructions"].items())
+        instructions = ", ".join(f"{word} x{count}" for word, count in row["instructions"].items())
         numbers = (row["architecture"], row["registers"], row["spill_bytes"], row["shared"])
-        table.add_row(row["kernel"], *map(str, numbers), found)
-    Console(width=120).print(table)
+        table.add_row(row["kernel"], *map(str, numbers), instructions)
+    Console(width=80).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
-    for sentence in faults(rows):
-        print(sentence, file=sys.stderr)
+    for message in faults(rows):
+        print(message, file=sys.stderr)
     return bool(faults(rows))
 
 

@@ -1,4 +1,4 @@
-// The C ABI: chooses the instruction set, hands rows and sequences to threads.
+// The C ABI: selects the instruction set and distributes rows and sequences over threads.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -39,12 +39,12 @@ const char* at(const void* base, int64_t element, int dtype) {
     return (const char*)base + element * (dtype == 0 ? 4 : 2);
 }
 
-// Fewer elements than this are done before a thread has started.
-int worth(int64_t elements, int threads) { return elements < 1 << 16 ? 1 : threads; }
+// Fewer elements than this are computed before a thread has started.
+int threads_for_elements(int64_t elements, int threads) { return elements < 1 << 16 ? 1 : threads; }
 
-// Tokens take half a millisecond at most up to here; a second thread may wait longer than that behind torch's own
+// Up to this many tokens take half a millisecond at most. A second thread may wait longer than that for torch's
 // workers, which spin for a while after each operation.
-int worth_of_tokens(int64_t tokens, int threads) { return tokens < 1 << 18 ? 1 : threads; }
+int threads_for_tokens(int64_t tokens, int threads) { return tokens < 1 << 18 ? 1 : threads; }
 
 }  // namespace
 
@@ -72,11 +72,11 @@ void oreal_row_statistics(const void* logits, int dtype, int64_t rows, int64_t c
                           const int64_t* label_column, const float* inverse_temperature, float softcap, float* out,
                           int threads) {
     const Passes& passes = *chosen;
-    parallel_for(rows, worth(rows * columns, threads), [=](int64_t row, int) {
-        float found[4];
+    parallel_for(rows, threads_for_elements(rows * columns, threads), [=](int64_t row, int) {
+        float values[4];
         passes.statistics({at(logits, row * row_stride, dtype), dtype, columns, label_column[row],
-                           inverse_temperature[row], softcap}, found);
-        for (int i = 0; i < 4; ++i) out[i * rows + row] = found[i];
+                           inverse_temperature[row], softcap}, values);
+        for (int i = 0; i < 4; ++i) out[i * rows + row] = values[i];
     });
 }
 
@@ -85,7 +85,7 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
                         const float* inverse_temperature, float softcap, const float* maximum, const float* log_total,
                         const float* entropy, const float* a, const float* b, int threads) {
     const Passes& passes = *chosen;
-    parallel_for(rows, worth(rows * total_columns, threads), [=](int64_t row, int) {
+    parallel_for(rows, threads_for_elements(rows * total_columns, threads), [=](int64_t row, int) {
         passes.gradient({at(logits, row * stride, dtype), dtype, columns, label_column[row], inverse_temperature[row],
                          softcap},
                         {(void*)at(out, row * out_stride, out_dtype), out_dtype, total_columns, maximum[row],
@@ -94,40 +94,41 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
 }
 
 void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlens, int64_t sequences,
-                         const uint8_t* right, float threshold, float* weights, float* means, int threads) {
+                         const uint8_t* correct, float threshold, float* weights, float* means, int threads) {
     const Passes& passes = *chosen;
-    parallel_for(sequences, worth_of_tokens(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
+    parallel_for(sequences, threads_for_tokens(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
         const int64_t begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
-        means[sequence] = passes.weights(at(scores, begin, dtype), dtype, end - begin, right[sequence] ? 1 : -1, threshold,
-                                         weights + begin);
+        const float sign = correct[sequence] ? 1 : -1;
+        means[sequence] =
+            passes.weights(at(scores, begin, dtype), dtype, end - begin, sign, threshold, weights + begin);
     });
 }
 
 void oreal_policy_terms(const float* logp, const float* reference, const float* weight, const int64_t* cu_seqlens,
                         int64_t sequences, const float* reward, const float* advantage, int advantage_on_positives,
-                        float right_scale, float wrong_scale, float kl_scale, int kl_kind, float* grad, double* sums,
-                        int threads) {
+                        float correct_scale, float incorrect_scale, float kl_scale, int kl_kind, float* grad,
+                        double* sums, int threads) {
     const Passes& passes = *chosen;
     const int64_t tokens = cu_seqlens[sequences], block = 4096, blocks = (tokens + block - 1) / block;
     std::vector<std::array<double, 8>> parts(blocks);
-    parallel_for(blocks, worth_of_tokens(tokens, threads), [&](int64_t index, int) {
+    parallel_for(blocks, threads_for_tokens(tokens, threads), [&](int64_t index, int) {
         auto& part = parts[index] = {};
         const int64_t stop = std::min(tokens, (index + 1) * block);
         int64_t sequence = std::upper_bound(cu_seqlens, cu_seqlens + sequences, index * block) - cu_seqlens - 1;
         for (int64_t begin = index * block; begin < stop; ++sequence) {
             const int64_t end = std::min(stop, cu_seqlens[sequence + 1]);
-            const bool right = reward[sequence] > 0;
-            const float factor = right && !advantage_on_positives ? 1 : advantage[sequence];
-            const TokenSums found =
+            const bool correct = reward[sequence] > 0;
+            const float factor = correct && !advantage_on_positives ? 1 : advantage[sequence];
+            const TokenSums token_sums =
                 passes.policy({logp + begin, reference + begin, weight + begin, grad + begin, end - begin,
-                               (right ? right_scale : wrong_scale) * factor, kl_scale, kl_kind});
-            part[0] += right ? factor * found.weighted_logp : 0;
-            part[1] += right ? 0 : factor * found.weight;
-            part[2] -= found.difference;
-            part[3] += found.square / 2;
-            part[4] += found.k3;
-            part[5] += found.logp;
-            part[right ? 6 : 7] += found.weight;
+                               (correct ? correct_scale : incorrect_scale) * factor, kl_scale, kl_kind});
+            part[0] += correct ? factor * token_sums.weighted_logp : 0;
+            part[1] += correct ? 0 : factor * token_sums.weight;
+            part[2] -= token_sums.difference;
+            part[3] += token_sums.square / 2;
+            part[4] += token_sums.k3;
+            part[5] += token_sums.logp;
+            part[correct ? 6 : 7] += token_sums.weight;
             begin = end;
         }
     });

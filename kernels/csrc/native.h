@@ -8,7 +8,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Raised with every change of a signature; native.py refuses a library with another one.
+// Incremented with every change of a signature; native.py rejects a library of another version.
 int oreal_abi_version();
 
 // Instruction set in use, such as "avx512 avx512_bf16".
@@ -32,16 +32,16 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
                         const float* inverse_temperature, float softcap, const float* maximum, const float* log_total,
                         const float* entropy, const float* a, const float* b, int threads);
 
-// Of each sequence: belief = sigmoid(running mean of the scores), 1 - belief where the sequence is wrong, and
+// For each sequence: belief = sigmoid(running mean of the scores), 1 - belief where the sequence is incorrect, and
 // weight = clamp((belief - threshold) / (1 - threshold), 0, 1); means [sequences] are 0 for empty ones.
 void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlens, int64_t sequences,
-                         const uint8_t* right, float threshold, float* weights, float* means, int threads);
+                         const uint8_t* correct, float threshold, float* weights, float* means, int threads);
 
 // Gradient of the policy loss by the log-prob of every token, and eight unscaled sums, see policy_terms in native.py.
 void oreal_policy_terms(const float* logp, const float* reference, const float* weight, const int64_t* cu_seqlens,
                         int64_t sequences, const float* reward, const float* advantage, int advantage_on_positives,
-                        float right_scale, float wrong_scale, float kl_scale, int kl_kind, float* grad, double* sums,
-                        int threads);
+                        float correct_scale, float incorrect_scale, float kl_scale, int kl_kind, float* grad,
+                        double* sums, int threads);
 
 // main_grad [columns, width] += dlogits [rows, columns] transposed @ hidden [rows, width]: bf16 operands, fp32 sums,
 // subnormal operands count as 0. Returns 0 and touches nothing without AVX512-BF16, or without memory to pack into.

@@ -75,11 +75,11 @@ void statistics(const Row& row, float out[4]) {
         if (largest > sums.maximum) sums.raise(largest);
         sums.add(z, count);
     }
-    const bool here = row.label >= 0 && row.label < row.columns;
+    const bool label_is_local = row.label >= 0 && row.label < row.columns;
     out[0] = sums.maximum;
     out[1] = (float)sum_of(sums.sum);
     out[2] = (float)sum_of(sums.first);
-    out[3] = here ? logit<capped>(load_some(raw + row.label, 1), row)[0] : 0;
+    out[3] = label_is_local ? logit<capped>(load_some(raw + row.label, 1), row)[0] : 0;
 }
 
 template <bool capped>
@@ -105,15 +105,15 @@ void gradient(const Row& row, const RowGradient& to) {
         memset(out, 0, to.total_columns * sizeof(Out));
         return;
     }
-    const bool here = row.label >= 0 && row.label < row.columns;
-    const Float at_label = here ? label_entry<capped>(load_some(raw + row.label, 1), row, to) : Float{};
+    const bool label_is_local = row.label >= 0 && row.label < row.columns;
+    const Float at_label = label_is_local ? label_entry<capped>(load_some(raw + row.label, 1), row, to) : Float{};
     int64_t i = 0;
     for (; i + LANES <= row.columns; i += LANES) store(out + i, entry<capped>(load(raw + i), row, to));
     if (i < row.columns) {
-        const int64_t rest = row.columns - i;
-        store_some(out + i, entry<capped>(load_some(raw + i, rest), row, to), rest);
+        const int64_t remaining = row.columns - i;
+        store_some(out + i, entry<capped>(load_some(raw + i, remaining), row, to), remaining);
     }
-    if (here) store_some(out + row.label, at_label, 1);
+    if (label_is_local) store_some(out + row.label, at_label, 1);
     memset(out + row.columns, 0, (to.total_columns - row.columns) * sizeof(Out));
 }
 
@@ -132,13 +132,13 @@ void gradient_of(const Row& row, const RowGradient& to) {
     return to.dtype == 0 ? gradient_to<bf16, float>(row, to) : gradient_to<bf16, bf16>(row, to);
 }
 
-// Writes the sums of the scores so far and returns the sum of all: in fp64, so that a long answer keeps its digits.
+// Writes the sums of the scores so far and returns the sum of all: in fp64, so that a long response keeps its digits.
 template <class T>
 double running_sums(const T* scores, int64_t count, float* out) {
     double carried = 0;
     for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t rest = count - i;
-        const Float score = rest < LANES ? load_some(scores + i, rest) : load(scores + i);
+        const int64_t remaining = count - i;
+        const Float score = remaining < LANES ? load_some(scores + i, remaining) : load(scores + i);
         Narrow halves[2];
         memcpy(halves, &score, sizeof score);
         const Wide low = running_sum(__builtin_convertvector(halves[0], Wide));
@@ -146,8 +146,8 @@ double running_sums(const T* scores, int64_t count, float* out) {
         halves[0] = __builtin_convertvector(low + carried, Narrow);
         halves[1] = __builtin_convertvector(high + carried, Narrow);
         carried += high[WIDE - 1];
-        if (rest < LANES)
-            memcpy(out + i, halves, rest * sizeof(float));
+        if (remaining < LANES)
+            memcpy(out + i, halves, remaining * sizeof(float));
         else
             memcpy(out + i, halves, sizeof halves);
     }
@@ -161,12 +161,12 @@ float weights_of(const void* scores, int dtype, int64_t count, float sign, float
     Float read;
     for (int lane = 0; lane < LANES; ++lane) read[lane] = (float)(lane + 1);
     for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t rest = count - i;
-        const Float sum = rest < LANES ? load_some(weights + i, rest) : load(weights + i);
+        const int64_t remaining = count - i;
+        const Float sum = remaining < LANES ? load_some(weights + i, remaining) : load(weights + i);
         const Float mean = sum / (read + (float)i);
         const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-sign * mean, LOWEST), HIGHEST)));
         const Float weight = at_most(at_least((belief - threshold) * scale, 0), 1);
-        rest < LANES ? store_some(weights + i, weight, rest) : store(weights + i, weight);
+        remaining < LANES ? store_some(weights + i, weight, remaining) : store(weights + i, weight);
     }
     return count ? (float)(total / (double)count) : 0;
 }
@@ -184,14 +184,14 @@ struct PolicySums {
     OREAL_INLINE void add(const Tokens& tokens, int64_t begin, int64_t end) {
         Float weighted_logps{}, weights{}, differences{}, squares{}, k3s{}, logps{};
         for (int64_t i = begin; i < end; i += LANES) {
-            const int64_t rest = end - i;
-            const bool some = rest < LANES;
-            const Float l = some ? load_some(tokens.logp + i, rest) : load(tokens.logp + i);
-            const Float reference = some ? load_some(tokens.reference + i, rest) : load(tokens.reference + i);
-            const Float w = some ? load_some(tokens.weight + i, rest) : load(tokens.weight + i);
+            const int64_t remaining = end - i;
+            const bool some = remaining < LANES;
+            const Float l = some ? load_some(tokens.logp + i, remaining) : load(tokens.logp + i);
+            const Float reference = some ? load_some(tokens.reference + i, remaining) : load(tokens.reference + i);
+            const Float w = some ? load_some(tokens.weight + i, remaining) : load(tokens.weight + i);
             const Float d = at_most(at_least(reference - l, -60), 60), after_line = exponential_after_line(d);
             const Float grad = tokens.kl_scale * kl_slope(d, after_line, tokens.kl_kind) - tokens.scale * w;
-            some ? store_some(tokens.grad + i, grad, rest) : store(tokens.grad + i, grad);
+            some ? store_some(tokens.grad + i, grad, remaining) : store(tokens.grad + i, grad);
             weighted_logps += w * l;
             weights += w;
             differences += d;

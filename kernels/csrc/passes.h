@@ -33,7 +33,7 @@ struct Passes {
     const char* name;
     void (*statistics)(const Row&, float out[4]);
     void (*gradient)(const Row&, const RowGradient&);
-    // The weights of one sequence from its scores, and the mean score; sign is 1 if it is right and -1 if it is wrong.
+    // The weights of one sequence from its scores, and the mean score; sign is 1 if it is correct and -1 if not.
     float (*weights)(const void* scores, int dtype, int64_t count, float sign, float threshold, float* weights);
     TokenSums (*policy)(const Tokens&);
 };

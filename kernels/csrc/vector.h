@@ -65,7 +65,7 @@ OREAL_INLINE void store_some(T* to, Float x, int64_t count) {
     memcpy(to, padded, count * sizeof(T));
 }
 
-// A value rounded to fp32, which no multiply-add may look behind: what one pass computes another finds again.
+// A value rounded to fp32 before any multiply-add, so that two passes compute the same bits.
 OREAL_INLINE Float rounded(Float x) {
 #if defined(__AVX512F__)
     asm("" : "+v"(x));

@@ -1,18 +1,19 @@
 """Fused operations of OREAL training: language-model heads, token weights and losses. Imports torch and triton only.
 
-Each file holds one operation in the order reference, kernel, autograd, public function. References are plain torch: the
-same mathematics on one rank, without what only says how (groups, memory, buffers). Triton serves GPUs, the native
-library (kernels/csrc) CPUs, the references everything else.
+Each module holds one operation in the order reference, kernel, autograd, public function. A reference is plain torch:
+the same mathematics on one rank, without arguments that concern groups, memory or buffers. Triton kernels serve GPUs,
+the native library (kernels/csrc) CPUs, the references everything else.
 """
 
-from oreal_kernels.linear_logprob import linear_logprob
-from oreal_kernels.linear_oreal_loss import linear_oreal_loss
-from oreal_kernels.logprob_from_logits import logprob_from_logits
-from oreal_kernels.oreal_loss import KL_KINDS, SUMS, Terms, oreal_loss
-from oreal_kernels.reward_loss import reward_loss
-from oreal_kernels.token_weights import token_weights
+from oreal_kernels.hidden_to_logprob import linear_logprob
+from oreal_kernels.hidden_to_loss import OrealLossResult, linear_oreal_loss
+from oreal_kernels.logits_to_logprob import logprob_from_logits
+from oreal_kernels.policy_loss import KL_KINDS, SUMS, LossTerms, oreal_loss
+from oreal_kernels.reward_model_loss import reward_loss
+from oreal_kernels.scores_to_weights import token_weights
 
+__version__ = "0.2.0"
 __all__ = [
-    "KL_KINDS", "SUMS", "Terms", "linear_logprob", "linear_oreal_loss", "logprob_from_logits", "oreal_loss",
-    "reward_loss", "token_weights",
+    "KL_KINDS", "SUMS", "LossTerms", "OrealLossResult", "linear_logprob", "linear_oreal_loss", "logprob_from_logits",
+    "oreal_loss", "reward_loss", "token_weights",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which implementation serves an operation: Triton on GPUs, the native library on CPUs, plain torch for the rest."""
+"""Choice of the implementation of an operation: Triton on GPUs, the native library on CPUs, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _forced: str | None = None  # a plain global: autograd's backward thread must se
 
 
 def choose(*tensors: Tensor) -> str:
-    """The backend for an operation on these tensors, all on one device."""
+    """Return the backend for an operation on these tensors, all on one device."""
     if _forced is not None:
         return _forced
     if all(tensor.is_cuda for tensor in tensors):
@@ -28,10 +28,13 @@ def choose(*tensors: Tensor) -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve every operation by one backend, e.g. to compare two. Triton on CPU tensors needs TRITON_INTERPRET=1."""
+    """Run every operation by one backend within the context, e.g. to compare two.
+
+    Triton on CPU tensors needs TRITON_INTERPRET=1. Raises ValueError for an unknown name.
+    """
     global _forced
     if name not in NAMES:
-        raise ValueError(f"backend is {name!r}; wanted one of {', '.join(NAMES)}")
+        raise ValueError(f"backend is {name!r}; expected one of {', '.join(NAMES)}")
     before, _forced = _forced, name
     try:
         yield

@@ -1,6 +1,6 @@
-"""How many rows of logits exist at a time, and how many are kept for the backward: a cost model, no measurement.
+"""Choice of the chunk size of a head and of the chunks saved for the backward, by a cost model without measurement.
 
-One product of N x H x V costs 2NHV operations. Forward and backward need three; logits that were not kept cost a
+One product of N x H x V costs 2NHV operations. Forward and backward need three; logits that were not saved cost a
 fourth. Every chunk reads and writes the fp32 weight gradient once, so small chunks cost memory traffic.
 """
 
@@ -12,53 +12,60 @@ from typing import NamedTuple
 
 import torch
 
-MOST_ROWS = 8192  # of a chunk: larger ones gain nothing
+MAX_ROWS = 8192  # rows of a chunk; larger chunks gain nothing
 MODES = ("auto", "save", "recompute")
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    flops: float  # of bf16 products, per second
-    bytes_per_second: float  # of memory
+class DeviceSpeed:
+    """Peak speeds of a device, as far as the cost model needs them."""
+
+    flops: float  # operations per second of bf16 matrix products
+    bytes_per_second: float  # memory bandwidth
 
 
-GPU = Machine(790e12, 4.3e12)  # an H200; only the ratio matters, and it is alike on A100 to B200
-CPU = Machine(0.35e12, 10e9)  # per core
+GPU = DeviceSpeed(790e12, 4.3e12)  # an H200; only the ratio matters, which is similar from A100 to B200
+CPU = DeviceSpeed(0.35e12, 10e9)  # per core
 
 
-class Plan(NamedTuple):
+class ChunkPlan(NamedTuple):
+    """Rows of a chunk, and the number of chunks whose logits are saved."""
+
     chunk_rows: int
-    kept_chunks: int  # the first ones; the others are computed again in the backward
+    saved_chunks: int  # the first ones; the backward recomputes the others
 
 
-def machine(device: torch.device) -> Machine:
+def device_speed(device: torch.device) -> DeviceSpeed:
+    """Return the speeds assumed for a device."""
     return GPU if device.type == "cuda" else CPU
 
 
-def choose(rows: int, hidden: int, vocabulary: int, row_bytes: int, budget: int, mode: str, on: Machine) -> Plan:
-    """The fastest plan whose logits fit into `budget` bytes (one row always does).
+def choose(
+    rows: int, hidden: int, vocabulary: int, row_bytes: int, budget: int, mode: str, speed: DeviceSpeed
+) -> ChunkPlan:
+    """Return the fastest plan whose logits fit into `budget` bytes (one row is always allowed).
 
-    "auto" keeps all of them, some (a hybrid) or none, as the budget allows; "save" keeps all, whatever the budget;
-    "recompute" keeps none.
+    "auto" saves the logits of all chunks, some or none, as the budget allows; "save" saves all, whatever the budget;
+    "recompute" saves none. Raises ValueError for another mode.
     """
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(MODES)}")
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if rows == 0:
-        return Plan(1, 0)
-    fitting = max(1, rows if mode == "save" else budget // row_bytes)
-    if fitting >= rows and mode != "recompute":
-        return Plan(rows, 1)
+        return ChunkPlan(1, 0)
+    fitting_rows = max(1, rows if mode == "save" else budget // row_bytes)
+    if fitting_rows >= rows and mode != "recompute":
+        return ChunkPlan(rows, 1)
     plans = []
-    for parts in (1, 2, 3, 4, 6, 8, 12, 16):  # one is worked on; the others are kept, or not used
-        size = min(max(1, fitting // parts), rows, MOST_ROWS)
+    for parts in (1, 2, 3, 4, 6, 8, 12, 16):  # one is being computed; the others are saved, or not used
+        size = min(max(1, fitting_rows // parts), rows, MAX_ROWS)
         size = size // 64 * 64 or size  # whole tiles of the products
-        plans.append(Plan(size, 0 if mode == "recompute" else fitting // size - 1))
-    return min(plans, key=lambda plan: seconds(plan, rows, hidden, vocabulary, on))
+        plans.append(ChunkPlan(size, 0 if mode == "recompute" else fitting_rows // size - 1))
+    return min(plans, key=lambda plan: modelled_seconds(plan, rows, hidden, vocabulary, speed))
 
 
-def seconds(plan: Plan, rows: int, hidden: int, vocabulary: int, on: Machine) -> float:
-    """Modelled time of forward and backward, without what lies between the products."""
-    recomputed = max(0, rows - plan.chunk_rows * plan.kept_chunks)
-    products = 2 * hidden * vocabulary * (3 * rows + recomputed) / on.flops
-    weight_gradient = 8 * hidden * vocabulary * math.ceil(rows / plan.chunk_rows) / on.bytes_per_second
+def modelled_seconds(plan: ChunkPlan, rows: int, hidden: int, vocabulary: int, speed: DeviceSpeed) -> float:
+    """Return the modelled time of forward and backward, without the passes between the products."""
+    recomputed = max(0, rows - plan.chunk_rows * plan.saved_chunks)
+    products = 2 * hidden * vocabulary * (3 * rows + recomputed) / speed.flops
+    weight_gradient = 8 * hidden * vocabulary * math.ceil(rows / plan.chunk_rows) / speed.bytes_per_second
     return products + weight_gradient

@@ -1,4 +1,4 @@
-"""The exchanges of a tensor-parallel head; without a group, or in a group of one, nothing is sent."""
+"""Collectives of a tensor-parallel head; without a group, or in a group of one, nothing is sent."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from torch import Tensor
 
 
 def size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks; 1 without a group."""
     return 1 if group is None else group.size()
 
 
-def gather_parts(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[4, N] of every rank -> [ranks, 4, N] in rank order: the one exchange of the forward."""
-    if size(group) == 1:
-        return mine[None]
-    return gather_rows(mine[None], group)
+def gather_statistics(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Gather [4, N] of every rank into [ranks, 4, N], in rank order: the only exchange of the forward."""
+    if group is None or group.size() == 1:
+        return local[None]
+    return gather_rows(local[None], group)
 
 
-def gather_rows(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N / ranks, H] -> [N, H]: a sequence-parallel input made whole."""
-    whole = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
-    dist.all_gather_into_tensor(whole, mine.contiguous(), group=group)
-    return whole
+def gather_rows(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather [N / ranks, H] of every rank into [N, H], e.g. a sequence-parallel input."""
+    gathered = local.new_empty(group.size() * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    return gathered
 
 
-def scatter_sum(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[N, H] of every rank -> this rank's [N / ranks, H] of the sum."""
-    mine = whole.new_empty(len(whole) // group.size(), *whole.shape[1:])
-    dist.reduce_scatter_tensor(mine, whole, group=group)
-    return mine
+def reduce_scatter_rows(full: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum [N, H] over the ranks and return this rank's [N / ranks, H] of the sum."""
+    local = full.new_empty(len(full) // group.size(), *full.shape[1:])
+    dist.reduce_scatter_tensor(local, full, group=group)
+    return local
 
 
-def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:
-    """Start adding up a contiguous tensor over the ranks, in place; wait for the returned work."""
+def start_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:
+    """Start to sum a contiguous tensor over the ranks, in place; the caller waits for the returned work."""
     return None if size(group) == 1 else dist.all_reduce(tensor, group=group, async_op=True)

@@ -1,4 +1,4 @@
-"""Statistics of several parts of the vocabulary -> those of the whole, log-prob, normaliser and entropy."""
+"""Merge of the statistics of several parts of the vocabulary, with log-prob, normaliser and entropy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from oreal_kernels import backend, triton_launch
 
 
 class Combined(NamedTuple):
-    statistics: Tensor  # [4, N] of the whole vocabulary
+    """Statistics of the full vocabulary and what follows from them."""
+
+    statistics: Tensor  # [4, N]
     logp: Tensor  # [N] of the label, nats
-    log_total: Tensor  # [N] log-sum-exp less the maximum, next to which it would lose digits
+    log_total: Tensor  # [N] log-sum-exp minus the maximum, apart because their sum would lose digits
     entropy: Tensor  # [N] nats
 
 
 def reference(parts: Tensor) -> Combined:
-    """[P, 4, N] -> Combined. A part without columns has maximum -inf and adds nothing."""
+    """Merge [parts, 4, N] in plain torch. A part without columns has maximum -inf and adds nothing."""
     maxima, sums, spreads, targets = parts.unbind(1)
     maximum = maxima.amax(0)
-    moved = torch.where(maxima == -torch.inf, 0, maxima - maximum)
-    fade = torch.where(maxima == -torch.inf, 0, torch.exp(moved))
+    shift = torch.where(maxima == -torch.inf, 0, maxima - maximum)
+    fade = torch.where(maxima == -torch.inf, 0, torch.exp(shift))
     total, target = (sums * fade).sum(0), targets.sum(0)
-    spread = (fade * (spreads + sums * moved)).sum(0)
+    spread = (fade * (spreads + sums * shift)).sum(0)
     log_total = torch.log(total)
     return Combined(
         torch.stack([maximum, total, spread, target]),
@@ -38,6 +40,7 @@ def reference(parts: Tensor) -> Combined:
 
 @triton.jit(do_not_specialize=["rows"])
 def combine_kernel(parts, out, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Merge the parts of BLOCK rows per program; `out` is [7, N]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -46,28 +49,28 @@ def combine_kernel(parts, out, rows, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     spread = tl.zeros((BLOCK,), tl.float32)
     target = tl.zeros((BLOCK,), tl.float32)
-    for part in range(PARTS):  # in rank order: bitwise the same on every rank
-        place = parts + part * 4 * rows + row
-        own = tl.load(place, mask=inside, other=0.0)
-        some = tl.load(place + rows, mask=inside, other=1.0)
-        moved = tl.where(own == float("-inf"), 0.0, own - maximum)
-        fade = tl.where(own == float("-inf"), 0.0, tl.exp(moved))
-        total += some * fade
-        spread += fade * (tl.load(place + 2 * rows, mask=inside, other=0.0) + some * moved)
-        target += tl.load(place + 3 * rows, mask=inside, other=0.0)
+    for part in range(PARTS):  # in rank order, so that every rank gets the same bits
+        source = parts + part * 4 * rows + row
+        part_maximum = tl.load(source, mask=inside, other=0.0)
+        part_total = tl.load(source + rows, mask=inside, other=1.0)
+        shift = tl.where(part_maximum == float("-inf"), 0.0, part_maximum - maximum)
+        fade = tl.where(part_maximum == float("-inf"), 0.0, tl.exp(shift))
+        total += part_total * fade
+        spread += fade * (tl.load(source + 2 * rows, mask=inside, other=0.0) + part_total * shift)
+        target += tl.load(source + 3 * rows, mask=inside, other=0.0)
     log_total = tl.log(total)
-    place = out + row
-    tl.store(place, maximum, mask=inside)
-    tl.store(place + rows, total, mask=inside)
-    tl.store(place + 2 * rows, spread, mask=inside)
-    tl.store(place + 3 * rows, target, mask=inside)
-    tl.store(place + 4 * rows, target - maximum - log_total, mask=inside)
-    tl.store(place + 5 * rows, log_total, mask=inside)
-    tl.store(place + 6 * rows, log_total - spread / total, mask=inside)
+    target_row = out + row
+    tl.store(target_row, maximum, mask=inside)
+    tl.store(target_row + rows, total, mask=inside)
+    tl.store(target_row + 2 * rows, spread, mask=inside)
+    tl.store(target_row + 3 * rows, target, mask=inside)
+    tl.store(target_row + 4 * rows, target - maximum - log_total, mask=inside)
+    tl.store(target_row + 5 * rows, log_total, mask=inside)
+    tl.store(target_row + 6 * rows, log_total - spread / total, mask=inside)
 
 
 def combine(parts: Tensor) -> Combined:
-    """As `reference`, by the backend of the device; parts in rank order, so that all ranks get the same bits."""
+    """Merge [parts, 4, N] fp32 by the backend of the device, in rank order: all ranks get the same bits."""
     rows = parts.shape[2]
     if backend.choose(parts) != "triton" or not rows:
         return reference(parts)

@@ -1,4 +1,4 @@
-"""The three matrix products of a language-model head. cuBLAS and oneDNN do them; fp32 sums are the only thing added."""
+"""Matrix products of a language-model head, by cuBLAS and oneDNN; this module adds sums in fp32 for bf16 operands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _COLUMNS_AT_ONCE = 8192  # of the vocabulary, where a product needs a buffer bef
 
 
 def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out [n, V] = hidden [n, H] weight [V, H]^T; `out` may be fp32 where the operands are bf16."""
+    """Compute out [n, V] = hidden [n, H] weight [V, H]^T; `out` may be fp32 where the operands are bf16."""
     if out.dtype is hidden.dtype:
         return torch.mm(hidden, weight.t(), out=out)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    wide = hidden.to(out.dtype)  # torch has no mixed product on CPU; block by block, the weight is large
+    wide = hidden.to(out.dtype)  # torch has no mixed product on CPU; in blocks, because the weight is large
     for first in range(0, len(weight), _COLUMNS_AT_ONCE):
         block = slice(first, first + _COLUMNS_AT_ONCE)
         out[:, block] = wide @ weight[block].to(out.dtype).t()
@@ -24,7 +24,7 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def add_weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor) -> None:
-    """total [V, H] += dlogits [n, V]^T hidden [n, H], summed in the dtype of `total`, usually fp32."""
+    """Add dlogits [n, V]^T hidden [n, H] to total [V, H], summed in the dtype of `total`, usually fp32."""
     if total.dtype is dlogits.dtype:
         total.addmm_(dlogits.t(), hidden)
     elif total.is_cuda:

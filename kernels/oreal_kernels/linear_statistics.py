@@ -1,6 +1,6 @@
-"""Statistics of each row of hidden x weight^T without the logits ever being written: forward only.
+"""Statistics of each row of hidden x weight^T without writing the logits: forward only.
 
-cuBLAS with a pass over its result is faster for wide hidden states; this one wins where the product is short.
+cuBLAS with a pass over its result is faster for wide hidden states; this kernel is for narrow ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def reference(
     inverse_temperature: Tensor,  # [N]
     softcap: float,
     columns: int,
-    logits_dtype: torch.dtype,  # that the product is rounded to
+    logits_dtype: torch.dtype,  # dtype that the product is rounded to
 ) -> Tensor:
-    """[4, N] as row_statistics of the product."""
+    """Return the [4, N] statistics (see row_statistics.py) of the product, in plain torch."""
     product = (hidden.float() @ weight.float().t()).to(logits_dtype)
     return row_statistics_reference(product, label_column, inverse_temperature, softcap, columns)
 
@@ -36,12 +36,13 @@ def linear_statistics_kernel(
     EVEN: tl.constexpr, ROUND: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    """Compute the statistics of BLOCK_ROWS rows of one part of the vocabulary per program."""
     # Programs of one part of the vocabulary are neighbours, so that its weights stay in the L2 cache.
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     part = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
-    # Beyond the borders the last row is read again instead of a mask, which would cost the loop a test per load.
+    # Past the end the last row is read again instead of a mask, which would cost the loop a test per load.
     x_row = hidden + tl.minimum(row, rows - 1)[:, None] * hidden_stride + tl.arange(0, BLOCK_HIDDEN)[None, :]
     label = tl.load(label_column + row, mask=inside, other=-1)
     scale = tl.load(inverse_temperature + row, mask=inside, other=1.0)[:, None]
@@ -64,25 +65,25 @@ def linear_statistics_kernel(
                 x = tl.load(x_row + first, mask=unit[None, :] < units, other=0.0)
                 w = tl.load(w_row + first, mask=unit[:, None] < units, other=0.0)
             product = tl.dot(x, w, product, input_precision="ieee")
-        if ROUND:  # as logits that are written would be: the backward and other ranks see those
+        if ROUND:  # as written logits would be: the backward and other ranks see those
             product = product.to(hidden.dtype.element_ty).to(tl.float32)
         z, _ = scaled_kernel(product, scale, SOFTCAP)
         z = tl.where(column[None, :] < stop, z, float("-inf"))
         higher = tl.maximum(maximum, tl.max(z, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         fade = tl.exp(maximum - base)
-        moved = tl.where(maximum == float("-inf"), 0.0, maximum - base)
-        chance = tl.exp(z - base[:, None])
-        distance = tl.where(chance > 0.0, z - base[:, None], 0.0)
-        spread = fade * (spread + total * moved) + tl.sum(chance * distance, 1)
-        total = fade * total + tl.sum(chance, 1)
+        shift = tl.where(maximum == float("-inf"), 0.0, maximum - base)
+        probability = tl.exp(z - base[:, None])
+        distance = tl.where(probability > 0.0, z - base[:, None], 0.0)
+        spread = fade * (spread + total * shift) + tl.sum(probability * distance, 1)
+        total = fade * total + tl.sum(probability, 1)
         target += tl.sum(tl.where((column[None, :] == label[:, None]) & (column[None, :] < stop), z, 0.0), 1)
         maximum = higher
-    place = out + part * 4 * rows + row
-    tl.store(place, maximum, mask=inside)
-    tl.store(place + rows, total, mask=inside)
-    tl.store(place + 2 * rows, spread, mask=inside)
-    tl.store(place + 3 * rows, target, mask=inside)
+    target_row = out + part * 4 * rows + row
+    tl.store(target_row, maximum, mask=inside)
+    tl.store(target_row + rows, total, mask=inside)
+    tl.store(target_row + 2 * rows, spread, mask=inside)
+    tl.store(target_row + 3 * rows, target, mask=inside)
 
 
 def linear_statistics(
@@ -94,7 +95,7 @@ def linear_statistics(
     columns: int,
     logits_dtype: torch.dtype,
 ) -> Tensor:
-    """[4, N] fp32, on a GPU (or in Triton's interpreter)."""
+    """Return the [4, N] fp32 statistics of hidden x weight^T; needs a GPU or Triton's interpreter."""
     rows, options = len(hidden), triton_launch.options("linear_statistics", hidden.device)
     parts = max(1, columns // triton_launch.COLUMNS_PER_PART)
     width = triton.cdiv(triton.cdiv(columns, parts), options["BLOCK_COLUMNS"]) * options["BLOCK_COLUMNS"]

@@ -1,4 +1,4 @@
-"""Logits -> d loss / d logits, in place: with a = dL/d(log-prob) and b = dL/d(entropy) of each row,
+"""Gradient of the logits from a = dL/d(log-prob) and b = dL/d(entropy) of each row, in place if wanted.
 
 dz_v = a (1[v = label] - p_v) - b p_v (log p_v + entropy),     dlogit_v = dz_v dz/dlogit.
 """
@@ -17,17 +17,17 @@ from oreal_kernels.softcap import scaled, scaled_kernel
 def reference(
     logits: Tensor,  # [N, V'] of one rank, padding included
     out: Tensor,  # [N, V'], may be `logits` itself; its padding is set to 0
-    label_column: Tensor,  # [N] int64; outside [0, columns): not here
+    label_column: Tensor,  # [N] int64; outside [0, columns): not on this rank
     inverse_temperature: Tensor,  # [N]
     softcap: float,
     columns: int,
     maximum: Tensor,  # [N] of z over all ranks
-    log_total: Tensor,  # [N] log-sum-exp less the maximum
+    log_total: Tensor,  # [N] log-sum-exp minus the maximum
     entropy: Tensor,  # [N] over all ranks
     a: Tensor,  # [N]
     b: Tensor,  # [N]
 ) -> None:
-    """Fills `out`. Rows with a = b = 0, and rows of -inf only, become 0 whatever their logits hold."""
+    """Fill `out`, in plain torch. Rows with a = b = 0, and rows of -inf only, become 0 whatever their logits are."""
     z, slope = scaled(logits[:, :columns], inverse_temperature, softcap)
     log_p = z - maximum.to(z.dtype)[:, None] - log_total.to(z.dtype)[:, None]
     p = torch.exp(log_p)
@@ -36,7 +36,7 @@ def reference(
     gradient = -a * p - b * surprise
     rows = torch.nonzero((label_column >= 0) & (label_column < columns))[:, 0]
     at_label = (rows, label_column[rows])
-    # 1 - p before any rounding: small gradients of well-known tokens survive.
+    # 1 - p before any rounding: small gradients of likely tokens survive.
     gradient[at_label] = -a[rows, 0] * torch.expm1(log_p[at_label]) - b[rows, 0] * surprise[at_label]
     silent = ((a == 0) & (b == 0)) | (maximum == -torch.inf)[:, None]
     out[:, :columns] = torch.where(silent, 0, gradient * slope)
@@ -45,11 +45,11 @@ def reference(
 
 @triton.jit
 def entries(raw, at_label, scale, highest, normaliser, h, a, b, SOFTCAP: tl.constexpr):
-    """A block of one row's gradient."""
+    """Return the gradient of a block of one row."""
     z, slope = scaled_kernel(raw, scale, SOFTCAP)
     log_p = z - highest - normaliser
     p = tl.exp(log_p)
-    # -expm1 by its series near 0, as libdevice is not there in the interpreter.
+    # -expm1 by its series near 0, because the interpreter has no libdevice.
     series = -log_p * (1.0 + log_p / 2.0 * (1.0 + log_p / 3.0 * (1.0 + log_p / 4.0)))
     missing = tl.where(log_p > -0.03, series, 1.0 - p)
     surprise = tl.where(p > 0.0, p * (log_p + h), 0.0)
@@ -62,7 +62,8 @@ def gradient_kernel(
     columns, all_columns, row_stride, out_stride,
     PARTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // PARTS).to(tl.int64)  # rows x columns passes 2^31
+    """Write the gradient of one part of one row per program."""
+    row = (tl.program_id(0) // PARTS).to(tl.int64)  # rows x columns can exceed 2^31
     part = tl.program_id(0) % PARTS
     width = tl.cdiv(tl.cdiv(all_columns, PARTS), BLOCK) * BLOCK
     stop = tl.minimum(all_columns, (part + 1) * width)
@@ -70,24 +71,24 @@ def gradient_kernel(
     label = tl.load(label_column + row)
     highest = tl.load(maximum + row)
     normaliser = tl.load(log_total + row)
-    own_a = tl.load(a + row)
-    own_b = tl.load(b + row)
+    row_a = tl.load(a + row)
+    row_b = tl.load(b + row)
     h = tl.load(entropy + row)
-    # A row without coefficients becomes zeros, whatever its logits hold; so does one of -inf only.
-    columns = tl.where((own_a == 0.0) & (own_b == 0.0), 0, columns)
+    # A row without coefficients becomes zeros, whatever its logits are; so does a row of -inf only.
+    columns = tl.where((row_a == 0.0) & (row_b == 0.0), 0, columns)
     columns = tl.where(highest == float("-inf"), 0, columns)
-    # Blocks of real columns without a mask, which would split their 16-byte loads; then the rest.
-    whole = part * width + tl.maximum(tl.minimum(columns, stop) - part * width, 0) // BLOCK * BLOCK
-    for start in range(part * width, whole, BLOCK):
+    # Full blocks of the vocabulary without a mask, which would split their 16-byte loads; then the remainder.
+    full_stop = part * width + tl.maximum(tl.minimum(columns, stop) - part * width, 0) // BLOCK * BLOCK
+    for start in range(part * width, full_stop, BLOCK):
         column = start + tl.arange(0, BLOCK)
         raw = tl.load(logits + row * row_stride + column).to(tl.float32)
-        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, row_a, row_b, SOFTCAP)
         tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty))
-    for start in range(whole, stop, BLOCK):
+    for start in range(full_stop, stop, BLOCK):
         column = start + tl.arange(0, BLOCK)
         real = column < tl.minimum(columns, stop)
         raw = tl.load(logits + row * row_stride + column, mask=real, other=0.0).to(tl.float32)
-        gradient = entries(raw, column == label, scale, highest, normaliser, h, own_a, own_b, SOFTCAP)
+        gradient = entries(raw, column == label, scale, highest, normaliser, h, row_a, row_b, SOFTCAP)
         tl.store(
             out + row * out_stride + column, tl.where(real, gradient, 0.0).to(out.dtype.element_ty), mask=column < stop
         )
@@ -106,16 +107,17 @@ def row_gradient(
     a: Tensor,
     b: Tensor,
 ) -> None:
-    """As `reference`, by the backend of the device."""
-    rest = (maximum, log_total, entropy, a, b)
+    """Fill `out` as described at `reference`, by the backend of the device."""
+    per_row = (maximum, log_total, entropy, a, b)
     served_by = backend.choose(logits, out)
     if served_by == "native":
-        return native.row_gradient(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
+        native.row_gradient(logits, out, label_column, inverse_temperature, softcap, columns, *per_row)
+        return
     if served_by == "reference" or not logits.numel():
-        return reference(logits, out, label_column, inverse_temperature, softcap, columns, *rest)
+        return reference(logits, out, label_column, inverse_temperature, softcap, columns, *per_row)
     parts = max(1, logits.shape[1] // triton_launch.COLUMNS_PER_PART)
     gradient_kernel[(len(logits) * parts,)](
-        logits, out, label_column, inverse_temperature, *rest,
+        logits, out, label_column, inverse_temperature, *per_row,
         columns, logits.shape[1], logits.stride(0), out.stride(0),
         PARTS=parts, SOFTCAP=softcap, **triton_launch.options("gradient", logits.device),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What one pass over the logits of each row tells: [4, N] numbers from which log-prob and entropy follow.
+"""One pass over the logits of each row: [4, N] statistics from which log-prob and entropy follow.
 
-The vocabulary may lie in several parts, one per tensor-parallel rank: `combine` merges their statistics.
+The vocabulary may be split over tensor-parallel ranks: `combine` merges their statistics.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from oreal_kernels.softcap import scaled, scaled_kernel
 
 def reference(
     logits: Tensor,  # [N, V'] of one rank, padding included
-    label_column: Tensor,  # [N] int64; outside [0, columns): another rank holds the label, or nobody
+    label_column: Tensor,  # [N] int64; outside [0, columns): another rank holds the label, or the row is ignored
     inverse_temperature: Tensor,  # [N] fp32
     softcap: float,  # 0: none
-    columns: int,  # the real ones; the rest is padding
+    columns: int,  # columns of the vocabulary; further columns are padding
 ) -> Tensor:
-    """[4, N]: maximum m of z, sum of exp(z - m), sum of exp(z - m)(z - m), and z of the label (0 where it is not here);
-    z = softcap tanh(logit / softcap) / temperature.  Without columns: -inf, 0, 0, 0."""
+    """Return [4, N] statistics of z = softcap tanh(logit / softcap) / temperature, in plain torch.
+
+    They are the maximum m, sum of exp(z - m), sum of exp(z - m)(z - m), and z of the label (0 where another rank holds
+    it). Without columns: -inf, 0, 0, 0.
+    """
     z, _ = scaled(logits[:, :columns], inverse_temperature, softcap)
     if not columns:
         return torch.cat([z.new_full((1, len(z)), -torch.inf), z.new_zeros(3, len(z))])
@@ -31,20 +34,20 @@ def reference(
     below = z - torch.where(maximum == -torch.inf, 0, maximum)[:, None]
     weight = torch.exp(below)
     spread = torch.where(weight > 0, weight * below, 0)
-    here = (label_column >= 0) & (label_column < columns)
+    local = (label_column >= 0) & (label_column < columns)
     target = z.gather(1, label_column.clamp(0, columns - 1)[:, None])[:, 0]
-    return torch.stack([maximum, weight.sum(1), spread.sum(1), torch.where(here, target, 0)])
+    return torch.stack([maximum, weight.sum(1), spread.sum(1), torch.where(local, target, 0)])
 
 
 @triton.jit
 def online(z, maximum, total, spread):
-    """Add a block of values to running statistics: (maximum, sum of weights, sum of weights times distance)."""
+    """Add a block of values to the running maximum, sum of weights, and sum of weights times distance."""
     higher = tl.maximum(maximum, tl.max(z, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     fade = tl.exp(maximum - base)  # 0 at the first block
-    moved = tl.where(maximum == float("-inf"), 0.0, maximum - base)
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum - base)
     weight = tl.exp(z - base)
-    spread = fade * (spread + total * moved) + tl.sum(tl.where(weight > 0.0, weight * (z - base), 0.0), 0)
+    spread = fade * (spread + total * shift) + tl.sum(tl.where(weight > 0.0, weight * (z - base), 0.0), 0)
     return higher, fade * total + tl.sum(weight, 0), spread
 
 
@@ -53,8 +56,9 @@ def statistics_kernel(
     logits, label_column, inverse_temperature, out, rows, columns, row_stride,
     PARTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program reads one part of one row. All on axis 0: the others stop at 65,535.
-    row = (tl.program_id(0) // PARTS).to(tl.int64)  # rows x columns passes 2^31
+    """Compute the statistics of one part of one row per program; `out` is [PARTS, 4, rows]."""
+    # All programs lie on axis 0: the other axes stop at 65,535.
+    row = (tl.program_id(0) // PARTS).to(tl.int64)  # rows x columns can exceed 2^31
     part = tl.program_id(0) % PARTS
     width = tl.cdiv(tl.cdiv(columns, PARTS), BLOCK) * BLOCK
     stop = tl.minimum(columns, (part + 1) * width)
@@ -62,38 +66,38 @@ def statistics_kernel(
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     spread = tl.full((), 0.0, tl.float32)
-    # Whole blocks without a mask, which would split their 16-byte loads; then the rest.
-    whole = part * width + (stop - part * width) // BLOCK * BLOCK
-    for start in range(part * width, whole, BLOCK):
+    # Full blocks without a mask, which would split their 16-byte loads; then the remainder.
+    full_stop = part * width + (stop - part * width) // BLOCK * BLOCK
+    for start in range(part * width, full_stop, BLOCK):
         raw = tl.load(logits + row * row_stride + start + tl.arange(0, BLOCK)).to(tl.float32)
         z, _ = scaled_kernel(raw, scale, SOFTCAP)
         maximum, total, spread = online(z, maximum, total, spread)
-    if whole < stop:
-        column = whole + tl.arange(0, BLOCK)
+    if full_stop < stop:
+        column = full_stop + tl.arange(0, BLOCK)
         raw = tl.load(logits + row * row_stride + column, mask=column < stop, other=0.0).to(tl.float32)
         z, _ = scaled_kernel(raw, scale, SOFTCAP)
         maximum, total, spread = online(tl.where(column < stop, z, float("-inf")), maximum, total, spread)
     label = tl.load(label_column + row)
-    here = (label >= part * width) & (label < stop)
-    raw = tl.load(logits + row * row_stride + label, mask=here, other=0.0).to(tl.float32)
+    local = (label >= part * width) & (label < stop)
+    raw = tl.load(logits + row * row_stride + label, mask=local, other=0.0).to(tl.float32)
     target, _ = scaled_kernel(raw, scale, SOFTCAP)
-    place = out + part.to(tl.int64) * 4 * rows + row
-    tl.store(place, maximum)
-    tl.store(place + rows, total)
-    tl.store(place + 2 * rows, spread)
-    tl.store(place + 3 * rows, tl.where(here, target, 0.0))
+    target_row = out + part.to(tl.int64) * 4 * rows + row
+    tl.store(target_row, maximum)
+    tl.store(target_row + rows, total)
+    tl.store(target_row + 2 * rows, spread)
+    tl.store(target_row + 3 * rows, tl.where(local, target, 0.0))
 
 
 def row_statistics(
     logits: Tensor, label_column: Tensor, inverse_temperature: Tensor, softcap: float, columns: int
 ) -> Tensor:
-    """As `reference`, by the backend of the device; fp32."""
+    """Return the [4, N] fp32 statistics described at `reference`, by the backend of the device."""
     served_by = backend.choose(logits)
     if served_by == "native":
         return native.row_statistics(logits, label_column, inverse_temperature, softcap, columns)
     if served_by == "reference" or not len(logits):
         return reference(logits, label_column, inverse_temperature, softcap, columns)
-    # By columns alone, so that a row's result does not depend on how many other rows there are.
+    # From the columns alone, so that a row's result does not depend on the number of rows.
     parts = max(1, columns // triton_launch.COLUMNS_PER_PART)
     out = torch.empty(parts, 4, len(logits), dtype=torch.float32, device=logits.device)
     statistics_kernel[(len(logits) * parts,)](

@@ -1,4 +1,4 @@
-"""z = softcap tanh(logit / softcap) / temperature, the logits that the softmax sees, and dz/dlogit."""
+"""Logits that the softmax sees, z = softcap tanh(logit / softcap) / temperature, and dz/dlogit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """fp64 stays fp64, which makes the references oracles; all else is computed in fp32."""
+    """Return fp64 for fp64, which makes the references oracles, and fp32 for any other dtype."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
-def scaled(logits: Tensor, inverse_temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """z [N, V] and dz/dlogit, which broadcasts over it."""
+def scaled(logits: Tensor, inverse_temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Return z [N, V] and dz/dlogit, which broadcasts over it. A softcap of 0 means none."""
     z = logits.to(accumulation_dtype(logits))
     scale = inverse_temperature.to(z.dtype)[:, None]
     if not softcap:
@@ -25,12 +25,12 @@ def scaled(logits: Tensor, inverse_temperature: Tensor, softcap: float) -> tuple
 
 @triton.jit
 def scaled_kernel(raw, scale, SOFTCAP: tl.constexpr):
-    """As `scaled`, for a block of one row."""
+    """Return z and dz/dlogit of a block of one row."""
     if SOFTCAP == 0.0:
         z = raw * scale
         slope = tl.zeros_like(raw) + scale
     else:
-        # tanh by exp, as libdevice is not there in the interpreter; at the far end exp is inf and tanh -1.
+        # tanh by exp, because the interpreter has no libdevice; at the far end exp is inf and tanh -1.
         bent = 2.0 / (1.0 + tl.exp(-2.0 * raw / SOFTCAP)) - 1.0
         z = SOFTCAP * bent * scale
         slope = (1.0 - bent * bent) * scale

@@ -1,6 +1,6 @@
-"""How the Triton kernels are launched on each architecture: shipped tables, nothing is searched at start-up.
+"""Launch options of the Triton kernels for each GPU architecture, as tables: nothing is tuned at start-up.
 
-The values come from counting bytes, registers and shared memory (tools/compile_kernels.py prints them); none has been
+The values come from counts of bytes, registers and shared memory (tools/compile_kernels.py prints them). None has been
 timed on a GPU yet.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-COLUMNS_PER_PART = 32768  # of a row that one program reads: enough programs when rows are few, few partial results
-FUSED_FORWARD_MAX_HIDDEN = 1536  # below it, writing logits costs more than Triton's GEMM loses to cuBLAS (derived)
+COLUMNS_PER_PART = 32768  # of a row, read by one program: enough programs for few rows, yet few partial results
+FUSED_FORWARD_MAX_HIDDEN = 1536  # up to it, writing logits costs more than Triton's GEMM loses to cuBLAS (derived)
 
-# z = logit / temperature must be rounded before the maximum is taken off, or the largest p is not what was summed.
+# z = logit / temperature must be rounded before the maximum is subtracted, or p differs from the summed one.
 _EXACT = dict(enable_fp_fusion=False)
 _WIDE = dict(BLOCK_ROWS=128, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT)
 _COMMON: dict[str, dict[str, int]] = {
@@ -29,14 +29,14 @@ TABLES: dict[int, dict[str, dict[str, int]]] = {  # compute capability -> kernel
     90: _COMMON | {"linear_statistics": _WIDE},
     100: _COMMON | {"linear_statistics": _WIDE | dict(BLOCK_COLUMNS=64)},
 }
-# In the interpreter every block is a numpy call; small ones make tests cross borders.
+# In the interpreter every block is a numpy call; small blocks make tests cross block boundaries.
 _INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON} | {
     "linear_statistics": dict(BLOCK_ROWS=16, BLOCK_COLUMNS=32, BLOCK_HIDDEN=16)
 }
 
 
 def options(kernel: str, device: torch.device) -> dict[str, Any]:
-    """Block sizes, warps and stages for a kernel; those of the nearest older architecture where there is no table."""
+    """Return block sizes, warps and stages of a kernel; the nearest older architecture serves one without a table."""
     if device.type != "cuda":
         return _INTERPRETED[kernel]
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""Reward shaping: advantages over all K answers of a prompt, before any is dropped."""
+"""Reward shaping: advantages over all K rollouts of a prompt, before samples are selected."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Sequence
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
-    """RLOO: each reward minus the mean of the others (paper, section 2.2).
+    """Return RLOO advantages: each reward minus the mean of the others (arXiv 2502.06781, section 2.2).
 
-    Raises ValueError with fewer than two rewards, for which there are no others.
+    Raises ValueError for fewer than two rewards.
     """
     count = len(rewards)
     if count < 2:
-        raise ValueError(f"leave-one-out needs at least 2 answers per prompt, got {count}; raise rollouts_per_prompt")
+        raise ValueError(f"leave-one-out needs at least 2 rollouts per prompt, got {count}; raise rollouts_per_prompt")
     total = sum(rewards)
     return [reward - (total - reward) / (count - 1) for reward in rewards]
 
 
 def group_normalised(rewards: Sequence[float]) -> list[float]:
-    """GRPO: rewards minus their mean, over their sample standard deviation plus 1e-8 (as in the authors' code)."""
+    """Return GRPO advantages: (reward - mean) / (sample standard deviation + 1e-8), as in the authors' code.
+
+    Raises ValueError for fewer than two rewards.
+    """
     if len(rewards) < 2:
-        raise ValueError(f"group normalisation needs at least 2 answers per prompt, got {len(rewards)}")
+        raise ValueError(f"group normalisation needs at least 2 rollouts per prompt, got {len(rewards)}")
     mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (deviation + 1e-8) for reward in rewards]
 

@@ -1,17 +1,20 @@
-"""The losses. Each is a plain sum over one micro-batch, divided by counts of the whole step: micro-batches and
-data-parallel ranks simply add.
+"""Losses of policy and reward model (arXiv 2502.06781, Eq. 11 and 12).
 
-    right answers:  - positive_coef  sum_t w_t A log pi(a_t) / right tokens      behaviour cloning (Eq. 11, first term)
-    wrong answers:  - negative_coef  sum_t w_t A r_t / wrong tokens              policy gradient (Eq. 11, second term)
-    all answers:      kl_coef        sum_t KL(d_t) / action tokens               d = log reference - log pi
+Each is a plain sum over one micro-batch, divided by counts of the whole step, so that micro-batches and data-parallel
+ranks add up.
+
+    correct samples:    - positive_coef  sum_t w_t A log pi(a_t) / correct tokens      behaviour cloning (first term)
+    incorrect samples:  - negative_coef  sum_t w_t A r_t / incorrect tokens            policy gradient (second term)
+    all samples:          kl_coef        sum_t KL(d_t) / action tokens                 d = log reference - log pi
 
 KL(d) estimates KL(pi || reference) in nats from a sampled token: k1 is -d; k1_reversed d, the sign of the authors'
 "kl", which raises the log-prob of every sampled token; k2 d^2 / 2; k3 exp(d) - d - 1, never negative.
 
 Where the authors' released code differs from the paper we follow the code, which gave the published results: rewards
 are +1 and -1, the imitation term is multiplied by the advantage, the negative term's ratio r = exp(logp -
-logp.detach()) is identically 1, and the KL is taken to the fixed SFT reference, on every kept token of right and wrong
-answers alike. The arithmetic is in oreal_kernels; here the step's records become its terms and metrics.
+logp.detach()) is identically 1, and the KL is taken to the fixed SFT reference, over all action
+tokens of correct and incorrect samples. The arithmetic is in oreal_kernels; this module turns the step's records into
+its terms, and its sums into metrics.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from oreal_megatron.records import Counts, MicroBatch
 
 def terms(
     reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: LossConfig
-) -> oreal_kernels.Terms:
-    """All of a micro-batch's loss that does not depend on the policy."""
-    return oreal_kernels.Terms(
+) -> oreal_kernels.LossTerms:
+    """Return everything in a micro-batch's loss but the policy's log-probs."""
+    return oreal_kernels.LossTerms(
         reference_logp=reference_logp_T,
         weight=weight_T,
         cu_seqlens=micro_batch.action_offsets,
@@ -45,31 +48,31 @@ def terms(
 
 
 def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[str, Tensor]:
-    """The parts of the loss, and what else one wants to see of a step; they add up over micro-batches."""
-    of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
-    right, wrong, tokens = (max(n, 1) for n in (counts.correct_tokens, counts.incorrect_tokens, counts.action_tokens))
+    """Return the parts of the loss and further metrics of a step; they add up over micro-batches."""
+    sum_of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
+    correct, incorrect = max(counts.correct_tokens, 1), max(counts.incorrect_tokens, 1)
+    tokens = max(counts.action_tokens, 1)
     return {
         "loss/total": total.detach(),
-        "loss/positive": -of["right"] / right,
-        "loss/negative": -of["wrong"] / wrong,
-        "loss/kl": (-of["k1"] if kl_kind == "k1_reversed" else of[kl_kind]) / tokens,
-        "policy/reference_kl": of["k1"] / tokens,
-        "policy/entropy_estimate": -of["logp"] / tokens,
-        "weights/right_mean": of["right_weight"] / right,
-        "weights/wrong_mean": of["wrong_weight"] / wrong,
+        "loss/positive": -sum_of["correct"] / correct,
+        "loss/negative": -sum_of["incorrect"] / incorrect,
+        "loss/kl": (-sum_of["k1"] if kl_kind == "k1_reversed" else sum_of[kl_kind]) / tokens,
+        "policy/reference_kl": sum_of["k1"] / tokens,
+        "policy/entropy_estimate": -sum_of["logp"] / tokens,
+        "weights/correct_mean": sum_of["correct_weight"] / correct,
+        "weights/incorrect_mean": sum_of["incorrect_weight"] / incorrect,
     }
 
 
 def reward_model(score_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy of sigmoid(mean token score) against right or wrong (paper, Eq. 12), over all sequences."""
+    """Return the cross entropy of sigmoid(mean token score) against the outcome (Eq. 12), and metrics."""
     total, hits = oreal_kernels.reward_loss(score_T, micro_batch.action_offsets, micro_batch.reward, counts.sequences)
-    mean = score_T.detach().sum() / max(
-        counts.action_tokens, 1
-    )  # an infinite score shows, whatever the loss makes of it
+    # The guard sees an infinite score in its mean even where the loss stays finite.
+    mean = score_T.detach().sum() / max(counts.action_tokens, 1)
     return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": hits, "reward_model/score_mean": mean}
 
 
 def supervised(logp_T: Tensor, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean negative log-likelihood of the demonstrated tokens, for `oreal sft`."""
+    """Return the mean negative log-likelihood of the demonstrated tokens, for `oreal sft`, and metrics."""
     total = -logp_T.sum() / max(counts.action_tokens, 1)
     return total, {"loss/total": total.detach()}

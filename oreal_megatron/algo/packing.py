@@ -1,4 +1,4 @@
-"""Samples -> equal numbers of packed micro-batches on every data-parallel rank."""
+"""Packing of a step's samples into micro-batches, equally many on every data-parallel rank."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
     different numbers deadlock Megatron's schedules. Ranks with fewer micro-batches get empty ones.
     """
     budget = max(spec.tokens_per_micro_batch - spec.tokens_per_micro_batch % spec.token_multiple, 1)
-    groups_by_rank = [_groups(share, budget) for share in _deal(samples, spec.ranks, spec.even_tokens)]
-    most = max(1, *(len(groups) for groups in groups_by_rank))
-    number = -(-most // spec.micro_batch_multiple) * spec.micro_batch_multiple
+    groups_by_rank = [_fill_groups(share, budget) for share in _deal_samples(samples, spec.ranks, spec.even_tokens)]
+    largest = max(1, *(len(groups) for groups in groups_by_rank))
+    number = -(-largest // spec.micro_batch_multiple) * spec.micro_batch_multiple
     groups = groups_by_rank[spec.rank] + [[]] * (number - len(groups_by_rank[spec.rank]))
     return Batch(tuple(micro_batch(group, spec.token_multiple) for group in groups), counts(samples))
 
 
 def cost(tokens: int, even_tokens: float) -> float:
-    """Estimated work of one sequence, in tokens whose attention costs nothing."""
+    """Return the estimated work of one sequence, in tokens whose attention is free."""
     return tokens * (1 + tokens / even_tokens)
 
 
-def _deal(samples: Sequence[Sample], ranks: int, even_tokens: float) -> list[list[Sample]]:
-    """Longest first, each to the rank with the least work so far; every share is sorted by falling length."""
+def _deal_samples(samples: Sequence[Sample], ranks: int, even_tokens: float) -> list[list[Sample]]:
+    """Deal samples, longest first, each to the rank with the least work; every share is sorted by falling length."""
     shares: list[list[Sample]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
     for sample in sorted(samples, key=len, reverse=True):
@@ -42,39 +42,41 @@ def _deal(samples: Sequence[Sample], ranks: int, even_tokens: float) -> list[lis
     return shares
 
 
-def _groups(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
-    """Best fit of samples sorted by falling length: each to the fullest group with room for it. One that is longer
-    than the budget stands alone."""
+def _fill_groups(samples: Sequence[Sample], budget: int) -> list[list[Sample]]:
+    """Put samples, sorted by falling length, each into the fullest group it fits into (best fit).
+
+    A sample longer than the budget gets a group of its own.
+    """
     groups: list[list[Sample]] = []
-    rooms: list[tuple[int, int]] = []  # tokens that still fit, number of the group; sorted
+    free: list[tuple[int, int]] = []  # tokens that still fit, number of the group; sorted
     for sample in samples:
-        at = bisect.bisect_left(rooms, (len(sample), -1))
-        if at == len(rooms):
-            rooms.append((max(budget, len(sample)), len(groups)))
+        at = bisect.bisect_left(free, (len(sample), -1))
+        if at == len(free):
+            free.append((max(budget, len(sample)), len(groups)))
             groups.append([])
-        room, number = rooms.pop(at)
+        tokens, number = free.pop(at)
         groups[number].append(sample)
-        bisect.insort(rooms, (room - len(sample), number))
+        bisect.insort(free, (tokens - len(sample), number))
     return groups
 
 
 def micro_batch(samples: Sequence[Sample], pad_to: int = 1) -> MicroBatch:
-    """Some samples end to end, and filler tokens without action up to a multiple of `pad_to`.
+    """Lay samples end to end, with filler tokens up to a multiple of `pad_to`.
 
-    Without samples: filler alone, which adds zero to every loss.
+    Without samples: filler only, which adds zero to every loss.
     """
     lengths = [len(sample) for sample in samples]
     filler = -sum(lengths) % pad_to if samples else pad_to
     sequence_offsets = torch.tensor([0, *lengths, *([filler] if filler else [])]).cumsum(0).tolist()
     return MicroBatch(
         tokens=_ints([token for s in samples for token in (*s.prompt_tokens, *s.response_tokens)] + [0] * filler),
-        positions=_ints([place for length in (*lengths, filler) for place in range(length)]),
+        positions=_ints([position for length in (*lengths, filler) for position in range(length)]),
         sequence_offsets=tuple(sequence_offsets),
         action_index=_ints(  # the last prompt token predicts the first action
             [
-                first + len(s.prompt_tokens) - 1 + place
+                first + len(s.prompt_tokens) - 1 + action
                 for first, s in zip(sequence_offsets, samples, strict=False)
-                for place in range(len(s.response_tokens))
+                for action in range(len(s.response_tokens))
             ]
         ),
         labels=_ints([token for s in samples for token in s.response_tokens]),

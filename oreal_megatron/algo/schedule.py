@@ -8,7 +8,7 @@ from oreal_megatron.config import OptimizerConfig
 
 
 def learning_rate(update: int, updates: int, config: OptimizerConfig) -> float:
-    """Rate of update number `update` (from 0) out of `updates`: linear warm-up, then cosine from lr to min_lr."""
+    """Return the rate of update `update` (from 0) out of `updates`: linear warm-up, then cosine from lr to min_lr."""
     if update < config.warmup_steps:
         return config.lr * (update + 1) / config.warmup_steps
     progress = (update - config.warmup_steps) / max(updates - config.warmup_steps - 1, 1)

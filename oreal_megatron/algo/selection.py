@@ -1,4 +1,4 @@
-"""From verdicts to training samples: what is kept of a step, and with which advantage."""
+"""Selection of a step's training samples from verdicts, with their advantages."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ def samples(
     config: SelectionConfig,
     seed: tuple[int, int],
 ) -> list[Sample]:
-    """Keep prompts with 0 < pass rate < 1, and of each one correct and one wrong answer (paper, Algorithm 1).
+    """Select prompts with 0 < pass rate < 1, and a correct and an incorrect rollout of each (paper, Algorithm 1).
 
-    Advantages are taken over all answers of a prompt with a known verdict; UNKNOWN answers are neither kept nor
-    counted. The choice depends on `seed` and the prompt's slot alone, not on how other prompts went.
+    Advantages are computed over all rollouts of a prompt with a known verdict; UNKNOWN ones are neither selected nor
+    counted. The choice depends on `seed` and the prompt's slot only, not on other prompts.
     """
-    kept: list[Sample] = []
+    selected: list[Sample] = []
     for row, judged in zip(rollouts, verdicts, strict=True):
         known = [
             (rollout, REWARD[verdict.outcome])
             for rollout, verdict in zip(row, judged, strict=True)
             if verdict.outcome in REWARD
         ]
-        kept += _of_one_prompt(known, config, seed)
-    return kept
+        selected += _select_of_prompt(known, config, seed)
+    return selected
 
 
-def _of_one_prompt(known: list[tuple[Rollout, float]], config: SelectionConfig, seed: tuple[int, int]) -> list[Sample]:
+def _select_of_prompt(
+    known: list[tuple[Rollout, float]], config: SelectionConfig, seed: tuple[int, int]
+) -> list[Sample]:
+    """Select from the rollouts of one prompt, given with their rewards."""
     rewards = [reward for _, reward in known]
-    if len(set(rewards)) < 2:  # all right, all wrong, or nothing known: no signal
+    if len(set(rewards)) < 2:  # all correct, all incorrect, or none known: no signal
         return []
     shaped = [
         Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs)
@@ -46,23 +49,23 @@ def _of_one_prompt(known: list[tuple[Rollout, float]], config: SelectionConfig, 
     if config.keep == "all":
         return shaped
     generator = random.Random(f"{seed} {known[0][0].slot}")
-    right = [sample for sample in shaped if sample.reward > 0]
-    wrong = [sample for sample in shaped if sample.reward < 0]
-    return [generator.choice(group) for group in (right, wrong) if group]
+    correct = [sample for sample in shaped if sample.reward > 0]
+    incorrect = [sample for sample in shaped if sample.reward < 0]
+    return [generator.choice(group) for group in (correct, incorrect) if group]
 
 
-def counts(kept: Sequence[Sample]) -> Counts:
-    """Denominators of the losses; every rank holds all samples of the step, so no communication is needed."""
+def counts(selected: Sequence[Sample]) -> Counts:
+    """Return the denominators of the losses; every rank holds all samples of the step, so none is communicated."""
     lengths = {True: 0, False: 0}
-    for sample in kept:
+    for sample in selected:
         lengths[sample.reward > 0] += len(sample.response_tokens)
-    return Counts(len(kept), lengths[True] + lengths[False], lengths[True], lengths[False])
+    return Counts(len(selected), lengths[True] + lengths[False], lengths[True], lengths[False])
 
 
 def summary(
-    rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]], kept: Sequence[Sample]
+    rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]], selected: Sequence[Sample]
 ) -> dict[str, float]:
-    """Metrics of what was sampled: pass rate, rewards, unknowns, lengths, truncation, kept prompts."""
+    """Return metrics of a step's rollouts: pass rate, rewards, unknowns, lengths, truncation, selected samples."""
     outcomes = [verdict.outcome for row in verdicts for verdict in row]
     flat = [rollout for row in rollouts for rollout in row]
     known = [REWARD[outcome] for outcome in outcomes if outcome in REWARD]
@@ -77,7 +80,7 @@ def summary(
         "rollout/response_tokens_mean": sum(lengths) / max(len(lengths), 1),
         "rollout/response_tokens_max": max(lengths, default=0),
         "rollout/truncated_share": sum(not rollout.finished for rollout in flat) / max(len(flat), 1),
-        "batch/samples": len(kept),
+        "batch/samples": len(selected),
         "batch/mixed_prompts": sum(
             {Outcome.CORRECT, Outcome.INCORRECT} <= {verdict.outcome for verdict in row} for row in verdicts
         ),

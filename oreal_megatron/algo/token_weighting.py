@@ -1,4 +1,4 @@
-"""Token importance from the token-level reward model's scores (paper, Eq. 10; the authors' prefix mean)."""
+"""Token weights from the token-level reward model's scores (arXiv 2502.06781, Eq. 10; the authors' prefix mean)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from oreal_megatron.records import MicroBatch
 
 
 def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) -> Tensor:
-    """[T] weights in [0, 1], detached.
+    """Return weights [T] in [0, 1], detached.
 
-    The belief that the answer so far is right is sigmoid(running mean of the scores); right answers are weighted by
-    it, wrong ones by its complement. `threshold` maps [threshold, 1] to [0, 1] and the rest to 0: with 0.5 that is
-    max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
+    The belief that the response is correct is sigmoid(mean of the scores up to the token). Tokens of correct responses
+    are weighted by it, those of incorrect ones by its complement. `threshold` maps [threshold, 1] to [0, 1] and lower
+    values to 0: with 0.5 that is max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
     """
     by_threshold = config.rescale == "threshold"
-    is_right = micro_batch.reward > 0
+    correct = micro_batch.reward > 0
     weight_T, _ = oreal_kernels.token_weights(
-        score_T, micro_batch.action_offsets, is_right, config.threshold if by_threshold else 0.0
+        score_T, micro_batch.action_offsets, correct, config.threshold if by_threshold else 0.0
     )
-    return weight_T if by_threshold else _top_share(weight_T, micro_batch.action_offsets, config.top_share)
+    return weight_T if by_threshold else _weigh_top_share(weight_T, micro_batch.action_offsets, config.top_share)
 
 
-def _top_share(merit_T: Tensor, action_offsets: Tensor, share: float) -> Tensor:
-    """The best `share` of each sequence's tokens, spread over [0, 1] (all 1 when they are equal); the rest 0."""
+def _weigh_top_share(merit_T: Tensor, action_offsets: Tensor, share: float) -> Tensor:
+    """Map the best `share` of each sequence's tokens to [0, 1] (all to 1 when they are equal), the others to 0."""
     weight_T = torch.zeros_like(merit_T)
     for start, stop in zip(action_offsets[:-1].tolist(), action_offsets[1:].tolist(), strict=True):
-        top, where = torch.topk(merit_T[start:stop], int((stop - start) * share))
+        top, index = torch.topk(merit_T[start:stop], int((stop - start) * share))
         if len(top):
             spread = top.max() - top.min()
-            weight_T[start + where] = (top - top.min()) / spread if spread > 0 else torch.ones_like(top)
+            weight_T[start + index] = (top - top.min()) / spread if spread > 0 else torch.ones_like(top)
     return weight_T

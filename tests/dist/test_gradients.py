@@ -100,7 +100,7 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     spec = parallel.packing_spec(config.tokens_per_micro_batch, arch)
     batch = packing.batch(samples, spec)
     if planted:
-        share = packing._deal(samples, spec.ranks, spec.even_tokens)[spec.rank]
+        share = packing._deal_samples(samples, spec.ranks, spec.even_tokens)[spec.rank]
         batch = dataclasses.replace(batch, counts=selection.counts(share))
     token_weights, metrics = judge.update(batch)
     reference_logp = reference.score(batch)

@@ -21,10 +21,10 @@ def inputs():
 
 
 def terms():
-    from oreal_kernels import Terms
+    from oreal_kernels import LossTerms
 
     generator = torch.Generator().manual_seed(1)
-    return Terms(
+    return LossTerms(
         torch.randn(N, generator=generator) - 4, torch.rand(N, generator=generator), torch.tensor([0, 10, N]),
         torch.tensor([1.0, -1.0]), torch.tensor([0.7, -1.1]), 30, 20, 50, 1.0, 0.5, 0.2, "k3", True,
     )  # fmt: skip

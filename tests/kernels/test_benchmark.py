@@ -1,4 +1,4 @@
-"""tools/benchmark_kernels.py on shapes of no interest: what it writes is complete and in order."""
+"""tools/benchmark_kernels.py on tiny shapes: its results are complete and ordered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "kernels/benchmarks"))
-import loss as losses  # noqa: E402
+import loss_providers  # noqa: E402
 
 
 def test_benchmark_writes_its_table_and_picture(tmp_path):
@@ -37,12 +37,12 @@ def test_benchmark_writes_its_table_and_picture(tmp_path):
 
 
 def test_all_providers_of_the_loss_compute_the_same():
-    case, found = losses.Loss(6, 50, "cpu"), {}
+    case, results = loss_providers.LossProviders(6, 50, "cpu"), {}
     for name, forward in case.providers(""):
         loss = forward()
         loss.backward()
-        found[name] = loss.detach(), case.leaf.grad
-    wanted = found.pop("plain torch")
-    assert set(found) == {"loop over sequences", "token_weights + oreal_loss"}
-    for values in found.values():
-        torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-7)
+        results[name] = loss.detach(), case.leaf.grad
+    expected = results.pop("plain torch")
+    assert set(results) == {"loop over sequences", "token_weights + oreal_loss"}
+    for values in results.values():
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for A100, H100 and B200 without a GPU: what the machine code looks like."""
+"""Every Triton kernel compiled for A100, H100 and B200 without a GPU: registers, spills and instructions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_product_runs_on_tensor_cores(compiled):
             assert row["instructions"].get(TENSOR_CORES[row["architecture"]]), row
 
 
-def test_a_fault_is_told_and_fails():
+def test_a_fault_is_reported():
     sys.path.insert(0, str(ROOT / "tools"))
     try:
         from compile_kernels import faults

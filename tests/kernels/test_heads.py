@@ -8,7 +8,7 @@ import pytest
 import torch
 from oreal_kernels import (
     KL_KINDS,
-    Terms,
+    LossTerms,
     backend,
     chunk_plan,
     gemm,
@@ -17,11 +17,11 @@ from oreal_kernels import (
     logprob_from_logits,
     token_weights,
 )
-from oreal_kernels.linear_logprob import reference as linear_logprob_reference
-from oreal_kernels.linear_oreal_loss import reference as linear_oreal_reference
+from oreal_kernels.hidden_to_logprob import reference as linear_logprob_reference
+from oreal_kernels.hidden_to_loss import reference as linear_oreal_reference
 from oreal_kernels.linear_statistics import linear_statistics
 from oreal_kernels.linear_statistics import reference as linear_statistics_reference
-from oreal_kernels.logprob_from_logits import reference as from_logits_reference
+from oreal_kernels.logits_to_logprob import reference as from_logits_reference
 from oreal_kernels.row_gradient import row_gradient
 from torch.utils.checkpoint import checkpoint
 
@@ -38,9 +38,9 @@ def labels_of(n: int = N, vocabulary: int = V) -> torch.Tensor:
     return labels
 
 
-def terms_of(n: int = N, kl_kind: str = "k3", seed: int = 5) -> Terms:
-    """Four sequences, one of them empty, half of them right."""
-    return Terms(
+def terms_of(n: int = N, kl_kind: str = "k3", seed: int = 5) -> LossTerms:
+    """Four sequences, one of them empty, half of them correct."""
+    return LossTerms(
         reference_logp=random(n, seed=seed) - 5,
         weight=torch.rand(n, generator=torch.Generator().manual_seed(seed)),
         cu_seqlens=torch.tensor([0, n // 3, n // 3, n // 2, n]),
@@ -57,7 +57,7 @@ def terms_of(n: int = N, kl_kind: str = "k3", seed: int = 5) -> Terms:
     )
 
 
-def wide(terms: Terms) -> Terms:
+def wide(terms: LossTerms) -> LossTerms:
     return replace(
         terms,
         reference_logp=terms.reference_logp.double(),
@@ -77,9 +77,9 @@ def gradients(function, hidden, weight, dtype=torch.float32):
 def close_enough(got: list, plain: list, exact: list) -> None:
     """No further from fp64 than twice the plain torch path in the same precision, but for a rounding of the largest
     (entropies next to 0 come from sums next to 1)."""
-    for place, (value, usual, wanted) in enumerate(zip(got, plain, exact, strict=True)):
-        room = 2 * (usual - wanted).abs().max() + 1e-6 * wanted.abs().max() + (2e-7 if place == 1 else 1e-30)
-        assert (value - wanted).abs().max() <= room, f"output {place}: {(value - wanted).abs().max()} > {room}"
+    for place, (value, usual, expected) in enumerate(zip(got, plain, exact, strict=True)):
+        room = 2 * (usual - expected).abs().max() + 1e-6 * expected.abs().max() + (2e-7 if place == 1 else 1e-30)
+        assert (value - expected).abs().max() <= room, f"output {place}: {(value - expected).abs().max()} > {room}"
 
 
 CASES = {
@@ -178,10 +178,10 @@ def test_linear_oreal_loss_and_its_gradients(name, budget, served_by):
     plain = gradients(loss_of(linear_oreal_reference, terms, **shared), hidden, weight)
     got = gradients(loss_of(linear_oreal_loss, terms, budget_bytes=budget, **options), hidden, weight)
     close_enough(got, plain, exact)
-    wanted = linear_oreal_reference(hidden.double(), weight.double(), labels, wide(terms), **shared)
+    expected = linear_oreal_reference(hidden.double(), weight.double(), labels, wide(terms), **shared)
     found = linear_oreal_loss(hidden, weight, labels, terms, **options)
-    torch.testing.assert_close(found.sums, wanted.sums, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.logp.double(), wanted.logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logp.double(), expected.logp, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kl_kind", KL_KINDS)
@@ -242,9 +242,9 @@ def test_main_grad_and_loss_scale(served_by):
         torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-6)
     main_grad = torch.ones(V, H)
     logp, entropy = linear_logprob(hidden, weight.clone().requires_grad_(), labels, main_grad=main_grad)
-    wanted = torch.autograd.grad((lambda v: linear_logprob(hidden, v, labels)[0].sum())(w), w)[0]
+    expected = torch.autograd.grad((lambda v: linear_logprob(hidden, v, labels)[0].sum())(w), w)[0]
     (logp.sum() + 0 * entropy.sum()).backward()
-    torch.testing.assert_close(main_grad - 1, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(main_grad - 1, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_megatrons_flags_are_set():
@@ -257,7 +257,7 @@ def test_megatrons_flags_are_set():
         assert not zero_out or not w.grad.any()
 
 
-def test_a_second_backward_gives_the_same_or_is_refused(served_by):
+def test_a_second_backward_gives_the_same_or_is_rejected(served_by):
     hidden, weight, labels, _ = case_of({}, torch.float32)
     for mode in ("save", "recompute"):
         x = hidden.clone().requires_grad_()
@@ -274,14 +274,14 @@ def test_a_second_backward_gives_the_same_or_is_refused(served_by):
         loss.backward()
 
 
-def test_a_wrong_loss_scale_is_refused():
+def test_a_different_loss_scale_is_rejected():
     hidden, weight, labels, _ = case_of({}, torch.float32)
     loss = linear_oreal_loss(hidden.requires_grad_(), weight, labels, terms_of(), loss_scale=2.0).loss
-    with pytest.raises(RuntimeError, match="differs from the loss_scale"):
+    with pytest.raises(RuntimeError, match="differs from the given loss_scale"):
         loss.backward()
 
 
-def test_a_backward_that_never_runs_is_told():
+def test_a_backward_that_never_runs_is_reported():
     hidden, weight, labels, _ = case_of({}, torch.float32)
     w = weight.requires_grad_()
     with pytest.warns(UserWarning, match="its backward never ran"):
@@ -304,10 +304,10 @@ def test_no_grad_touches_no_gradient(served_by):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_inside_an_activation_checkpoint(reentrant):
-    """The recomputation must not count the weight's gradient twice: right, or refused."""
+    """The recomputation must not count the weight's gradient twice: correct, or rejected."""
     hidden, weight, labels, _ = case_of({}, torch.float32)
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    wanted = torch.autograd.grad(linear_oreal_loss(x, w, labels, terms_of()).loss, (x, w))
+    expected = torch.autograd.grad(linear_oreal_loss(x, w, labels, terms_of()).loss, (x, w))
 
     def run(**options):
         return checkpoint(
@@ -322,8 +322,8 @@ def test_inside_an_activation_checkpoint(reentrant):
             run(main_grad=main_grad, loss_scale=1.0)
         assert not main_grad.any()
         run(main_grad=main_grad).backward()
-    torch.testing.assert_close(main_grad, wanted[1])
-    torch.testing.assert_close(x.grad, wanted[0])
+    torch.testing.assert_close(main_grad, expected[1])
+    torch.testing.assert_close(x.grad, expected[0])
     y = hidden.clone().requires_grad_()
     checkpoint(lambda y: linear_logprob(y, w, labels)[0].sum(), y, use_reentrant=reentrant).backward()
     torch.testing.assert_close(y.grad, torch.autograd.grad(linear_logprob(x, w, labels)[0].sum(), x)[0])
@@ -351,7 +351,7 @@ def test_ignored_rows_and_no_rows_at_all(served_by):
     assert logp.shape == (0,) and not x.grad.any() and not w.grad.any()
 
 
-def test_a_label_outside_the_vocabulary_is_refused():
+def test_a_label_outside_the_vocabulary_is_rejected():
     hidden, weight, labels, _ = case_of({}, torch.float32)
     for bad in (V - 3, V, -1):
         with pytest.raises(RuntimeError, match=f"within the vocabulary of {V - 3}"):
@@ -392,12 +392,12 @@ def test_ignored_rows_are_as_good_as_none(served_by):
     hidden, weight, labels, _ = case_of({}, torch.float32)
     terms, keep = terms_of(), torch.ones(N, dtype=torch.bool)
     keep[[0, 4, 5, N - 1]] = False
-    borders = torch.tensor([int(keep[: int(border)].sum()) for border in terms.cu_seqlens])
-    fewer = replace(terms, reference_logp=terms.reference_logp[keep], weight=terms.weight[keep], cu_seqlens=borders)
-    wanted = linear_oreal_loss(hidden[keep], weight, labels[keep], fewer)
+    cu_seqlens = torch.tensor([int(keep[: int(offset)].sum()) for offset in terms.cu_seqlens])
+    fewer = replace(terms, reference_logp=terms.reference_logp[keep], weight=terms.weight[keep], cu_seqlens=cu_seqlens)
+    expected = linear_oreal_loss(hidden[keep], weight, labels[keep], fewer)
     found = linear_oreal_loss(hidden, weight, torch.where(keep, labels, -100), terms)
-    torch.testing.assert_close(found.loss, wanted.loss)
-    torch.testing.assert_close(found.sums, wanted.sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options, rows", [
@@ -418,7 +418,7 @@ def test_rows_multiplied_in_each_mode(options, rows, monkeypatch):
         add(dlogits, x, total)
 
     monkeypatch.setattr(
-        chunk_plan, "CPU", chunk_plan.Machine(flops=1.0, bytes_per_second=1e12)
+        chunk_plan, "CPU", chunk_plan.DeviceSpeed(flops=1.0, bytes_per_second=1e12)
     )  # products are all that costs
     monkeypatch.setattr(gemm, "logits", counted)
     monkeypatch.setattr(gemm, "add_weight_gradient", watched)
@@ -440,15 +440,15 @@ def test_the_weights_gradient_is_summed_in_fp32(served_by):
     total = torch.zeros(40, 24)
     for piece in torch.arange(512).split(8):
         gemm.add_weight_gradient(dlogits[piece], x[piece], total)
-    wanted = dlogits.double().t() @ x.double()
-    assert (total.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    expected = dlogits.double().t() @ x.double()
+    assert (total.double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_torchs_default_dtype_does_not_matter(default, served_by):
     hidden, weight, labels, _ = case_of({}, torch.float32)
     terms, scores = terms_of(), random(N)
-    wanted = (
+    expected = (
         linear_oreal_loss(hidden, weight, labels, terms),
         token_weights(scores, terms.cu_seqlens, terms.reward > 0, 0.5),
     )
@@ -460,18 +460,18 @@ def test_torchs_default_dtype_does_not_matter(default, served_by):
         )
     finally:
         torch.set_default_dtype(torch.float32)
-    for one, two in zip(wanted, found, strict=True):
+    for one, two in zip(expected, found, strict=True):
         assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(one, two, strict=True))
 
 
 def test_any_strides_and_integer_dtypes(served_by):
     hidden, weight, labels, _ = case_of({}, torch.float32)
     terms = terms_of()
-    wanted = linear_oreal_loss(hidden, weight, labels, terms)
+    expected = linear_oreal_loss(hidden, weight, labels, terms)
     spread = torch.stack([terms.reference_logp, terms.weight], 1)
     loose = replace(terms, reference_logp=spread[:, 0], weight=spread[:, 1], cu_seqlens=terms.cu_seqlens.int())
     found = linear_oreal_loss(hidden.t().contiguous().t(), weight.t().contiguous().t(), labels.int(), loose)
-    for one, two in zip(wanted, found, strict=True):
+    for one, two in zip(expected, found, strict=True):
         torch.testing.assert_close(one, two)
     logits = hidden @ weight.t()
     one, two = (logprob_from_logits(z, labels) for z in (logits, logits.t().contiguous().t()))
@@ -482,13 +482,30 @@ def test_any_strides_and_integer_dtypes(served_by):
     (torch.zeros(5).long(), None, "for 19 rows of hidden"),
     (torch.zeros(5).long(), torch.arange(4), "for 4 entries of rows"),
 ])  # fmt: skip
-def test_labels_that_do_not_fit_are_refused(labels, rows, sentence):
+def test_labels_that_do_not_fit_are_rejected(labels, rows, sentence):
     hidden, weight, _, _ = case_of({}, torch.float32)
     for run in (
         lambda: linear_logprob(hidden, weight, labels, rows=rows),
         lambda: linear_oreal_loss(hidden, weight, labels, terms_of(5), rows=rows),
     ):
         with pytest.raises(ValueError, match=sentence):
+            run()
+    for run, error, sentence in (
+        (
+            lambda: linear_logprob(hidden, weight, torch.zeros(N)),
+            TypeError,
+            "labels are torch.float32; expected integers",
+        ),
+        (
+            lambda: linear_logprob(hidden.bfloat16(), weight, torch.zeros(N).long()),
+            TypeError,
+            "hidden is torch.bfloat16",
+        ),
+        (lambda: linear_logprob(hidden, weight, torch.zeros(N).long(), temperature=0), ValueError, "temperature is 0"),
+        (lambda: logprob_from_logits(hidden, torch.zeros(N)), TypeError, "expected integers"),
+        (lambda: token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, 1.0), ValueError, "below 1"),
+    ):
+        with pytest.raises(error, match=sentence):
             run()
     with pytest.raises(ValueError, match="give vocab_size too"):
         linear_logprob(hidden, weight, torch.zeros(N).long(), vocab_start=3)
@@ -566,15 +583,15 @@ def test_narrow_16_bit_heads_write_no_logits_unless_a_backward_follows(monkeypat
 def test_the_plan_keeps_to_its_budget(rows, budget, mode):
     row_bytes = 152064 * 2
     how = chunk_plan.choose(rows, 5120, 152064, row_bytes, budget, mode, chunk_plan.GPU)
-    held = min(rows, how.chunk_rows * (how.kept_chunks + (how.chunk_rows * how.kept_chunks < rows))) * row_bytes
+    held = min(rows, how.chunk_rows * (how.saved_chunks + (how.chunk_rows * how.saved_chunks < rows))) * row_bytes
     assert mode == "save" or held <= max(budget, row_bytes)
-    assert how.chunk_rows >= 1 and (mode != "recompute" or not how.kept_chunks)
-    assert mode != "save" or how.chunk_rows * how.kept_chunks >= rows
+    assert how.chunk_rows >= 1 and (mode != "recompute" or not how.saved_chunks)
+    assert mode != "save" or how.chunk_rows * how.saved_chunks >= rows
 
 
 def test_more_memory_is_never_slower():
     times = []
     for budget in (2**28, 2**30, 2**31, 2**32, 2**33):
-        how = chunk_plan.choose(16384, 5120, 152064, 152064 * 2, budget, "auto", chunk_plan.GPU)
-        times.append(chunk_plan.seconds(how, 16384, 5120, 152064, chunk_plan.GPU))
+        plan = chunk_plan.choose(16384, 5120, 152064, 152064 * 2, budget, "auto", chunk_plan.GPU)
+        times.append(chunk_plan.modelled_seconds(plan, 16384, 5120, 152064, chunk_plan.GPU))
     assert times == sorted(times, reverse=True) and times[-1] < 0.8 * times[0]

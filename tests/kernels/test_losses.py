@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oreal_kernels import SUMS, Terms, oreal_loss, reward_loss, token_weights
-from oreal_kernels.oreal_loss import KL_KINDS, policy_terms
-from oreal_kernels.reward_loss import reference as reward_loss_reference
+from oreal_kernels import SUMS, LossTerms, oreal_loss, reward_loss, token_weights
+from oreal_kernels.policy_loss import KL_KINDS, policy_terms
+from oreal_kernels.reward_model_loss import reference as reward_loss_reference
 
 LENGTHS = [70, 0, 1, 130, 64, 5]
 REWARD = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0])
@@ -42,17 +42,17 @@ def weights_by_hand(scores: list[float], threshold: float) -> tuple[list[float],
 def test_token_weights(threshold, served_by):
     scores = random() * 3
     weights, means = token_weights(scores, CU_SEQLENS, REWARD > 0, threshold)
-    wanted_weights, wanted_means = weights_by_hand(scores.double().tolist(), threshold)
-    torch.testing.assert_close(weights, torch.tensor(wanted_weights), rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(means, torch.tensor(wanted_means), rtol=1e-5, atol=1e-6)
+    expected_weights, expected_means = weights_by_hand(scores.double().tolist(), threshold)
+    torch.testing.assert_close(weights, torch.tensor(expected_weights), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(means, torch.tensor(expected_means), rtol=1e-5, atol=1e-6)
 
 
-def test_running_means_of_long_answers_keep_their_digits(served_by):
+def test_running_means_of_long_responses_keep_their_digits(served_by):
     """A bf16 running sum, as in the authors' code, stops growing at some hundred tokens; ours does not."""
     scores = (random(14000, seed=3) * 0.5 + 0.3).bfloat16()
-    cu_seqlens, right = torch.tensor([0, 14000]), torch.tensor([True])
+    cu_seqlens, correct = torch.tensor([0, 14000]), torch.tensor([True])
     given = scores.float() if served_by == "triton" else scores  # Triton's interpreter reads bf16 wrongly
-    weights, means = token_weights(given, cu_seqlens, right, 0.0)
+    weights, means = token_weights(given, cu_seqlens, correct, 0.0)
     exact = scores.double().cumsum(0) / torch.arange(1, 14001)
     torch.testing.assert_close(weights.double(), torch.sigmoid(exact), rtol=0, atol=1e-6)
     drifted = torch.zeros((), dtype=torch.bfloat16)
@@ -62,8 +62,8 @@ def test_running_means_of_long_answers_keep_their_digits(served_by):
     assert abs(means.item() - exact[-1].item()) < 1e-6
 
 
-def terms_of(**changes) -> Terms:
-    terms = Terms(
+def terms_of(**changes) -> LossTerms:
+    terms = LossTerms(
         reference_logp=random(seed=1) - 2,
         weight=torch.rand(T, generator=torch.Generator().manual_seed(2)),
         cu_seqlens=CU_SEQLENS,
@@ -81,7 +81,7 @@ def terms_of(**changes) -> Terms:
     return replace(terms, **changes)
 
 
-def by_hand(logp: list[float], terms: Terms) -> tuple[float, list[float], dict[str, float]]:
+def by_hand(logp: list[float], terms: LossTerms) -> tuple[float, list[float], dict[str, float]]:
     """Loss, slope of each token and sums."""
     loss, slopes, sums = 0.0, [], dict.fromkeys(SUMS, 0.0)
     for (first, stop, outcome), advantage in zip(spans(), terms.advantage.tolist(), strict=True):
@@ -91,12 +91,12 @@ def by_hand(logp: list[float], terms: Terms) -> tuple[float, list[float], dict[s
                 merit = weight * (advantage if terms.advantage_on_positives else 1.0)
                 loss -= terms.positive_coef * merit * logp[t] / terms.correct_tokens
                 slope = -terms.positive_coef * merit / terms.correct_tokens
-                sums["right"] += merit * logp[t]
+                sums["correct"] += merit * logp[t]
             else:
                 loss -= terms.negative_coef * weight * advantage / terms.incorrect_tokens
                 slope = -terms.negative_coef * weight * advantage / terms.incorrect_tokens
-                sums["wrong"] += weight * advantage
-            sums["right_weight" if outcome > 0 else "wrong_weight"] += weight
+                sums["incorrect"] += weight * advantage
+            sums["correct_weight" if outcome > 0 else "incorrect_weight"] += weight
             sums["logp"] += logp[t]
             kinds = {"k1": -d, "k1_reversed": d, "k2": d * d / 2, "k3": math.expm1(d) - d}
             steep = {"k1": 1.0, "k1_reversed": -1.0, "k2": -d, "k3": -math.expm1(d)}
@@ -114,10 +114,10 @@ def test_oreal_loss_its_slopes_and_sums(kl_kind, advantage_on_positives, served_
     logp = (random(seed=4) - 2).requires_grad_()
     loss, sums = oreal_loss(logp, terms)
     (loss * 2).backward()
-    wanted_loss, wanted_slopes, wanted_sums = by_hand(logp.double().tolist(), terms)
-    torch.testing.assert_close(loss.item(), wanted_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logp.grad / 2, torch.tensor(wanted_slopes), rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(dict(zip(SUMS, sums.tolist(), strict=True)), wanted_sums, rtol=1e-5, atol=1e-4)
+    expected_loss, expected_slopes, expected_sums = by_hand(logp.double().tolist(), terms)
+    torch.testing.assert_close(loss.item(), expected_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logp.grad / 2, torch.tensor(expected_slopes), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(dict(zip(SUMS, sums.tolist(), strict=True)), expected_sums, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kl_kind", KL_KINDS)
@@ -133,11 +133,11 @@ def test_slopes_equal_finite_differences_of_the_loss(kl_kind):
         assert slope[token].item() == pytest.approx((high - low) / 2e-6, rel=1e-5, abs=1e-9)
 
 
-def oreal_loss_in_fp64(logp: torch.Tensor, terms: Terms) -> float:
-    right_scale, wrong_scale, kl_scale = terms.scales
+def oreal_loss_in_fp64(logp: torch.Tensor, terms: LossTerms) -> float:
+    correct_scale, incorrect_scale, kl_scale = terms.scales
     sums = dict(zip(SUMS, policy_terms(logp, terms)[1].tolist(), strict=True))
     kl = {"k1": sums["k1"], "k1_reversed": -sums["k1"], "k2": sums["k2"], "k3": sums["k3"]}[terms.kl_kind]
-    return -right_scale * sums["right"] - wrong_scale * sums["wrong"] + kl_scale * kl
+    return -correct_scale * sums["correct"] - incorrect_scale * sums["incorrect"] + kl_scale * kl
 
 
 @pytest.mark.parametrize("distance", [50.0, -50.0, 1000.0, -1000.0, 1e-5])
@@ -150,9 +150,9 @@ def test_far_and_near_references(distance, served_by):
     assert loss.isfinite() and logp.grad.isfinite().all()
     d = max(min(distance, 60.0), -60.0)
     rounding = (terms.reference_logp.double() - logp.detach().double() - distance).abs().max().item()
-    wanted = T * (math.expm1(d) - d)
+    expected = T * (math.expm1(d) - d)
     room = T * abs(math.expm1(d)) * rounding
-    assert sums[SUMS.index("k3")].item() == pytest.approx(wanted, rel=1e-4, abs=room)
+    assert sums[SUMS.index("k3")].item() == pytest.approx(expected, rel=1e-4, abs=room)
 
 
 @pytest.mark.parametrize("d", [1e-5, -1e-5, 0.02, -0.04, 1.0])
@@ -162,15 +162,15 @@ def test_the_slope_of_k3_keeps_its_digits_near_zero(d, served_by):
     exact = terms.reference_logp.double()
     near = 1e-7 if served_by == "reference" else 0  # torch differentiates expm1(d) - d as exp(d) - 1
     torch.testing.assert_close(slope.double(), -torch.expm1(exact), rtol=1e-5, atol=near)
-    wanted = (torch.expm1(exact) - exact).sum().item()
-    assert sums[SUMS.index("k3")].item() == pytest.approx(wanted, rel=1e-3 if served_by == "reference" else 1e-4)
+    expected = (torch.expm1(exact) - exact).sum().item()
+    assert sums[SUMS.index("k3")].item() == pytest.approx(expected, rel=1e-3 if served_by == "reference" else 1e-4)
 
 
 def test_any_cut_adds_up(served_by):
     terms, logp = terms_of(), random(seed=4) - 2
     slope, sums = policy_terms(logp, terms)
     pieces = [slice(0, 50), slice(50, 71), slice(71, 71), slice(71, T)]
-    parts = [policy_terms(logp[piece], terms.cut(piece)) for piece in pieces]
+    parts = [policy_terms(logp[piece], terms.select(piece)) for piece in pieces]
     torch.testing.assert_close(torch.cat([part for part, _ in parts]), slope, rtol=1e-6, atol=0)
     torch.testing.assert_close(sum(more for _, more in parts), sums, rtol=1e-6, atol=1e-5)
 
@@ -211,29 +211,29 @@ def test_reward_loss(served_by):
     loss, hits = reward_loss(scores, CU_SEQLENS, outcome, 7)
     (slope,) = torch.autograd.grad(loss * 3, scores)
     exact = scores.detach().double().requires_grad_()
-    wanted, wanted_hits = reward_loss_reference(exact, CU_SEQLENS, outcome.double(), 7)
-    (wanted_slope,) = torch.autograd.grad(wanted * 3, exact)
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(hits.double(), wanted_hits)
-    torch.testing.assert_close(slope.double(), wanted_slope, rtol=1e-5, atol=1e-9)
+    expected, expected_hits = reward_loss_reference(exact, CU_SEQLENS, outcome.double(), 7)
+    (expected_slope,) = torch.autograd.grad(expected * 3, exact)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(hits.double(), expected_hits)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=1e-5, atol=1e-9)
 
 
 def test_nothing_at_all(served_by):
-    nothing, borders = torch.zeros(0, requires_grad=True), torch.tensor([0, 0])
+    nothing, cu_seqlens = torch.zeros(0, requires_grad=True), torch.tensor([0, 0])
     terms = terms_of(
         reference_logp=torch.zeros(0),
         weight=torch.zeros(0),
-        cu_seqlens=borders,
+        cu_seqlens=cu_seqlens,
         reward=torch.zeros(1),
         advantage=torch.zeros(1),
     )
-    for loss, _ in (oreal_loss(nothing, terms), reward_loss(nothing, borders, torch.zeros(1), 4)):
+    for loss, _ in (oreal_loss(nothing, terms), reward_loss(nothing, cu_seqlens, torch.zeros(1), 4)):
         assert loss.item() == 0
         loss.backward()
-    weights, means = token_weights(nothing, borders, torch.tensor([False]), 0.5)
+    weights, means = token_weights(nothing, cu_seqlens, torch.tensor([False]), 0.5)
     assert weights.shape == (0,) and means.tolist() == [0.0]
 
 
 def test_an_unknown_kl_is_refused():
-    with pytest.raises(ValueError, match="kl_kind is 'k4'; wanted one of k1"):
+    with pytest.raises(ValueError, match="kl_kind is 'k4'; expected one of k1"):
         terms_of(kl_kind="k4")

@@ -269,7 +269,7 @@ def test_an_answer_of_an_older_policy_never_enters_the_loss(tmp_path):
 
     events: list[str] = []
     with pytest.raises(
-        LogprobMismatch, match=r"1 answers were not .* version 1, the first \(prompt 1, answer 2\) from"
+        LogprobMismatch, match=r"1 rollouts were not .* version 1, the first \(prompt 1, rollout 2\) from"
     ):
         run_loop(tmp_path, dataclasses.replace(configuration(tmp_path), steps=3), events, Late(events))
     assert events[-1] == "generate (0, 2)", "nothing was trained on it"

@@ -322,12 +322,12 @@ def packed(lengths, seed=0):
     return tokens, reference, weight, cu_seqlens, reward, torch.randn(count, generator=generator)
 
 
-def policy(*tensors, positives=True, right=0.5, wrong=0.25, kl=0.1, kind="k3"):
+def policy(*tensors, positives=True, correct=0.5, incorrect=0.25, kl=0.1, kind="k3"):
     return native.policy_terms(
         *tensors,
         advantage_on_positives=positives,
-        right_scale=right,
-        wrong_scale=wrong,
+        correct_scale=correct,
+        incorrect_scale=incorrect,
         kl_scale=kl,
         kl_kind=KL_KINDS.get(kind, 0),
     )
@@ -360,10 +360,10 @@ def test_a_long_running_mean_does_not_drift():
 def test_scores_beyond_every_exponent():
     scores = torch.tensor([1000.0, -1000.0, -torch.inf, torch.nan])
     cu_seqlens = torch.arange(5)
-    right, _ = native.token_weights(scores, cu_seqlens, torch.ones(4, dtype=torch.bool), 0.0)
-    wrong, _ = native.token_weights(scores, cu_seqlens, torch.zeros(4, dtype=torch.bool), 0.0)
-    assert right[:3].tolist() == pytest.approx([1, 0, 0], abs=1e-37) and right[3].isnan()
-    assert wrong[:3].tolist() == pytest.approx([0, 1, 1], abs=1e-37) and wrong[3].isnan()
+    correct, _ = native.token_weights(scores, cu_seqlens, torch.ones(4, dtype=torch.bool), 0.0)
+    incorrect, _ = native.token_weights(scores, cu_seqlens, torch.zeros(4, dtype=torch.bool), 0.0)
+    assert correct[:3].tolist() == pytest.approx([1, 0, 0], abs=1e-37) and correct[3].isnan()
+    assert incorrect[:3].tolist() == pytest.approx([0, 1, 1], abs=1e-37) and incorrect[3].isnan()
 
 
 SLOPES = {
@@ -506,7 +506,7 @@ def test_small_products_are_not_lost_in_a_large_sum(instruction_set):
         assert "avx512_bf16" not in native.features()
 
 
-WRONG = {
+INVALID = {
     "double logits": (lambda: native.row_statistics(torch.zeros(2, 3).double(), *SMALL, 0.0, 3), TypeError, "float64"),
     "a vector": (lambda: native.row_statistics(torch.zeros(3), *SMALL, 0.0, 3), ValueError, "a matrix"),
     "transposed": (lambda: native.row_statistics(torch.zeros(3, 2).T, *SMALL, 0.0, 3), ValueError, "contiguous"),
@@ -515,32 +515,32 @@ WRONG = {
     ),
     "columns": (lambda: native.row_statistics(torch.zeros(2, 3), *SMALL, 0.0, 4), ValueError, "columns is 4"),
     "meta": (lambda: native.row_statistics(torch.zeros(2, 3, device="meta"), *SMALL, 0.0, 3), ValueError, "CPU only"),
-    "borders": (
+    "offsets": (
         lambda: native.token_weights(torch.zeros(4), torch.tensor([0, 3, 2, 4]), torch.ones(3) > 0, 0.5),
-        ValueError, "must rise from 0 to the 4 tokens",
+        ValueError, "offsets that rise from 0 to the 4 tokens",
     ),
-    "no borders": (
+    "no offsets": (
         lambda: native.token_weights(torch.zeros(0), torch.tensor([]).long(), torch.ones(0) > 0, 0.5),
-        ValueError, "must rise",
+        ValueError, "offsets that rise",
     ),
     "threshold": (
         lambda: native.token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, 1.0),
         ValueError, "below 1",
     ),
-    "kl_kind": (lambda: policy(*packed([2]), kind="k4"), ValueError, "must be 1, -1, 2 or 3"),
+    "kl_kind": (lambda: policy(*packed([2]), kind="k4"), ValueError, "expected 1, -1, 2 or 3"),
     "overlapping rows": (
         lambda: native.add_weight_gradient(
             torch.ones(1, 2).bfloat16(), torch.ones(1, 3).bfloat16(), torch.zeros(1, 3).expand(2, 3)
         ),
         ValueError, "overlap",
     ),
-    "instruction set": (lambda: native.select("avx1024"), ValueError, "not one of this machine"),
+    "instruction set": (lambda: native.select("avx1024"), ValueError, "not supported by this machine"),
 }  # fmt: skip
 SMALL = (torch.zeros(2, dtype=torch.int64), torch.ones(2))
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_refused_with_a_sentence(name):
-    call, error, sentence = WRONG[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_input_is_rejected_with_a_message(name):
+    call, error, sentence = INVALID[name]
     with pytest.raises(error, match=sentence):
         call()

@@ -1,6 +1,6 @@
-"""Time of the native library's passes beside torch's GEMM and copy, taken in turn because machines are shared.
+"""Time of the native library's passes beside torch's GEMM and copy, in turn because machines are shared.
 
-python kernels/benchmarks/native_passes.py --rows 1024 --columns 151936 --width 896
+python kernels/benchmarks/benchmark_native_passes.py --rows 1024 --columns 151936 --width 896
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from oreal_kernels import native
 
 
 def passes(rows: int, columns: int, width: int) -> dict[str, Callable[[], object]]:
+    """Return each pass by its name in the table."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, columns, generator=generator).mul_(3).bfloat16()
     hidden = torch.randn(rows, width, generator=generator).bfloat16()
@@ -29,7 +30,7 @@ def passes(rows: int, columns: int, width: int) -> dict[str, Callable[[], object
         "native: row_gradient in place": lambda: native.row_gradient(dlogits, dlogits, *gradient),
         "torch: mm(dlogits.t(), hidden) to bf16": lambda: torch.mm(dlogits.t(), hidden),
     }
-    if native.add_weight_gradient(dlogits, hidden, main_grad):  # where the instruction set has it
+    if native.add_weight_gradient(dlogits, hidden, main_grad):  # only with AVX512-BF16
         functions["native: add_weight_gradient to fp32"] = lambda: native.add_weight_gradient(
             dlogits, hidden, main_grad
         )
@@ -37,12 +38,14 @@ def passes(rows: int, columns: int, width: int) -> dict[str, Callable[[], object
 
 
 def milliseconds(function: Callable[[], object]) -> float:
+    """Return the duration of one call."""
     start = time.perf_counter()
     function()
     return (time.perf_counter() - start) * 1e3
 
 
 def main() -> None:
+    """Print median, minimum and maximum of each pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=151936)
@@ -58,9 +61,9 @@ def main() -> None:
             times[name].append(milliseconds(function))
     print(f"{arguments.rows} x {arguments.columns} logits, width {arguments.width}, {native.features()}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
-    print(f"{'ms':40}{'median':>9}{'least':>9}{'most':>9}")
-    for name, found in times.items():
-        print(f"{name:40}{statistics.median(found):9.1f}{min(found):9.1f}{max(found):9.1f}")
+    print(f"{'ms':40}{'median':>9}{'min':>9}{'max':>9}")
+    for name, values in times.items():
+        print(f"{name:40}{statistics.median(values):9.1f}{min(values):9.1f}{max(values):9.1f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Language-model heads to be compared: each takes hidden states and a weight and gives log-probs' sum or a loss.
+"""Providers of a language-model head: each computes the sum of log-probs, or a loss, from hidden states and a weight.
 
-Everybody gets the same random hidden states and labels, peaked like a trained model's: half of the labels are the
-likeliest word.
+All get the same random hidden states and labels, peaked like a trained model's: half of the labels are the likeliest
+token.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from oreal_kernels import Terms, linear_logprob, linear_oreal_loss
+from oreal_kernels import LossTerms, linear_logprob, linear_oreal_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Step = Callable[[], tuple[Callable[[], Tensor], Callable[[Tensor], None]]]
-
 
 @dataclass(frozen=True)
-class Case:
+class HeadCase:
+    """Shape, dtype and device of a comparison."""
+
     rows: int
     width: int
     vocabulary: int
     dtype: torch.dtype
     device: str
-    budget: int  # bytes of logits for our bounded modes
+    budget: int  # bytes of logits in the modes of oreal_kernels
 
     @property
     def shape(self) -> str:
+        """Shape as rows x width x vocabulary."""
         return f"{self.rows} x {self.width} x {self.vocabulary}"
 
 
-class Head:
-    """Inputs of a case and the providers that run here."""
+class HeadProviders:
+    """Inputs of a case and the providers that run on this machine."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: HeadCase):
         self.case = case
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(case.vocabulary, case.width, generator=generator) * 3 / case.width**0.5
@@ -49,9 +50,9 @@ class Head:
         self.main_grad = torch.zeros(case.vocabulary, case.width, device=case.device)
         self.terms = self._terms(case.rows, generator)
 
-    def _terms(self, rows: int, generator: torch.Generator) -> Terms:
+    def _terms(self, rows: int, generator: torch.Generator) -> LossTerms:
         half, device = rows // 2, self.case.device
-        return Terms(
+        return LossTerms(
             reference_logp=(torch.randn(rows, generator=generator) - 6).to(device),
             weight=torch.rand(rows, generator=generator).to(device),
             cu_seqlens=torch.tensor([0, half, rows], device=device),
@@ -62,17 +63,18 @@ class Head:
         )  # fmt: skip
 
     def leaves(self) -> tuple[Tensor, Tensor]:
+        """Return hidden states and weight as leaves without gradient."""
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
     def providers(self, only: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        """Name and forward of each provider; what it returns is differentiated."""
+        """Yield name and forward of the providers whose names contain one of the words in `only` (all if empty)."""
         for name, forward in self._all():
             if not only or any(word in name for word in only.split(",")):
                 yield name, forward
 
     def _all(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         case, labels, budget = self.case, self.labels, self.case.budget
-        ours = dict(main_grad=self.main_grad, budget_bytes=budget)
+        options = dict(main_grad=self.main_grad, budget_bytes=budget)
         yield "naive torch", lambda: naive(*self.leaves(), labels)
         yield "torch in chunks", lambda: chunked(*self.leaves(), labels)
         if case.device == "cuda" or shutil.which("g++"):
@@ -81,19 +83,19 @@ class Head:
         if hasattr(F, "linear_cross_entropy"):
             yield "F.linear_cross_entropy", lambda: F.linear_cross_entropy(*self.leaves(), labels, reduction="sum")
         yield from installed(self)
-        yield "linear_logprob save", lambda: linear_logprob(*self.leaves(), labels, mode="save", **ours)[0].sum()
+        yield "linear_logprob save", lambda: linear_logprob(*self.leaves(), labels, mode="save", **options)[0].sum()
         yield (
             "linear_logprob recompute",
-            lambda: linear_logprob(*self.leaves(), labels, mode="recompute", **ours)[0].sum(),
+            lambda: linear_logprob(*self.leaves(), labels, mode="recompute", **options)[0].sum(),
         )
-        yield "linear_logprob auto", lambda: linear_logprob(*self.leaves(), labels, **ours)[0].sum()
+        yield "linear_logprob auto", lambda: linear_logprob(*self.leaves(), labels, **options)[0].sum()
         yield (
             "linear_oreal_loss",
-            lambda: linear_oreal_loss(*self.leaves(), labels, self.terms, loss_scale=1.0, **ours).loss,
+            lambda: linear_oreal_loss(*self.leaves(), labels, self.terms, loss_scale=1.0, **options).loss,
         )
 
     def bare_products(self) -> Callable[[], None]:
-        """The three products that nobody can do without; the unit of all ratios."""
+        """Return the three products that every provider needs; the unit of all ratios."""
         hidden, weight = self.hidden, self.weight
 
         def products() -> None:
@@ -105,29 +107,29 @@ class Head:
 
 
 def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """What one writes first: all logits, an fp32 copy, log_softmax."""
+    """Compute all logits, an fp32 copy of them and log_softmax."""
     logits = (hidden @ weight.t()).float()
     return torch.log_softmax(logits, -1).gather(1, labels[:, None]).sum()
 
 
 def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 512) -> Tensor:
-    """The usual remedy: some rows at a time, computed again in the backward."""
+    """Compute some rows at a time, recomputed in the backward."""
     parts = zip(hidden.split(rows), labels.split(rows), strict=True)
     return sum(checkpoint(naive, x, weight, y, use_reentrant=False) for x, y in parts)
 
 
-def installed(head: Head) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Rivals from other packages; all of them need a GPU."""
+def installed(head: HeadProviders) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield providers of other packages that are installed; all of them need a GPU."""
     if head.case.device != "cuda":
         return
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        def of_liger() -> Tensor:
+        def liger_forward() -> Tensor:
             hidden, weight = head.leaves()
             return liger(hidden, weight, head.labels, reduction="sum")
 
-        yield "Liger", of_liger
+        yield "Liger", liger_forward
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 

@@ -1,4 +1,4 @@
-"""Token weights and the OREAL loss on packed log-probs: ours, plain torch, and a loop over sequences."""
+"""Providers of token weights and OREAL loss on packed log-probs: these kernels, plain torch, a loop over sequences."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from oreal_kernels import Terms, oreal_loss, token_weights
-from oreal_kernels.oreal_loss import reference as oreal_loss_reference
-from oreal_kernels.token_weights import reference as token_weights_reference
+from oreal_kernels import LossTerms, oreal_loss, token_weights
+from oreal_kernels.policy_loss import reference as oreal_loss_reference
+from oreal_kernels.scores_to_weights import reference as token_weights_reference
 from torch import Tensor
 
 THRESHOLD = 0.5
 
 
 def rescale(probability: Tensor) -> Tensor:
+    """Map [THRESHOLD, 1] to [0, 1] and lower probabilities to 0."""
     return ((probability - THRESHOLD) / (1 - THRESHOLD)).clamp(0, 1)
 
 
-class Loss:
-    """`sequences` answers of `tokens` each, every other one right."""
+class LossProviders:
+    """Random inputs, `sequences` responses of `tokens` each, every other one correct, and the providers."""
 
     def __init__(self, sequences: int, tokens: int, device: str):
         self.shape = f"{sequences} x {tokens}"
@@ -31,7 +32,7 @@ class Loss:
         outcome = 1.0 - 2 * (torch.arange(sequences, device=device) % 2)
         self.scores, self.logp = random(), random() - 2
         self.labels = torch.zeros(total, dtype=torch.int64, device=device)  # every token is the policy's
-        self.terms = Terms(
+        self.terms = LossTerms(
             reference_logp=random() * 0.1 + self.logp,
             weight=torch.ones(total, device=device),
             cu_seqlens=torch.arange(sequences + 1, device=device) * tokens,
@@ -42,6 +43,7 @@ class Loss:
         )  # fmt: skip
 
     def providers(self, only: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield name and forward of the providers whose names contain one of the words in `only` (all if empty)."""
         for name, forward in (
             ("loop over sequences", self.loop),
             ("plain torch", lambda: self.packed(token_weights_reference, oreal_loss_reference)),
@@ -51,18 +53,20 @@ class Loss:
                 yield name, forward
 
     def fresh_leaf(self) -> Tensor:
+        """Return the log-probs as a leaf without gradient."""
         self.leaf = self.logp.detach().requires_grad_()
         return self.leaf
 
     def packed(self, weights_of: Callable, loss_of: Callable) -> Tensor:
+        """Compute weights and loss of all packed sequences at once."""
         terms = self.terms
         weight, _ = weights_of(self.scores, terms.cu_seqlens, terms.reward > 0, THRESHOLD)
         return loss_of(self.fresh_leaf(), replace(terms, weight=weight))[0]
 
     def loop(self) -> Tensor:
-        """Sequence by sequence as in InternLM/OREAL's train_oreal.py (2859cc0, lines 752-870), operation by operation.
+        """Compute sequence by sequence as in InternLM/OREAL's train_oreal.py (2859cc0, lines 752-870) does.
 
-        Left out: the reward model's loss, and the cross entropy and log-probs before it. It is fp32 where that is bf16.
+        Left out: the reward model's loss, and the cross entropy and log-probs before it. This is fp32, that is bf16.
         """
         terms, lengths = self.terms, self.terms.cu_seqlens.diff().tolist()
         packed = self.fresh_leaf()[None]
@@ -76,16 +80,18 @@ class Loss:
             count = (labels >= 0).sum()
             logp, reference, score = logps[0, -count:], references[0, -count:], scores[0, -count:]
             mean_so_far = score.cumsum(0).squeeze() / torch.arange(1, count + 1).to(score.device)
-            right = torch.sigmoid(mean_so_far).detach()
-            right, wrong = rescale(right), rescale(1 - right)
-            positive = (entropies[0, -count:] * right).sum() * advantage
+            belief = torch.sigmoid(mean_so_far).detach()
+            correct_weight, incorrect_weight = rescale(belief), rescale(1 - belief)
+            positive = (entropies[0, -count:] * correct_weight).sum() * advantage
             if reward > 0:
                 positives.append(positive / terms.correct_tokens * terms.positive_coef)
                 negatives.append(torch.zeros_like(positive))
             else:
                 ratio = torch.exp(logp - logp.detach())
                 positives.append(torch.zeros_like(positive))
-                negatives.append(-torch.sum(ratio * (advantage * wrong)) / terms.incorrect_tokens * terms.negative_coef)
+                negatives.append(
+                    -torch.sum(ratio * (advantage * incorrect_weight)) / terms.incorrect_tokens * terms.negative_coef
+                )
             distance = reference - logp
             unbiased = torch.exp(distance) - distance - 1
             penalties.append((terms.kl_coef * unbiased).sum() / terms.action_tokens)
@@ -96,7 +102,7 @@ class Loss:
         return sum(map(sum, zip(positives, negatives, penalties, strict=True)))
 
     def bare_copy(self) -> Callable[[], None]:
-        """Reads and writes as many bytes as the loss must: scores, log-probs and references in, slopes out."""
+        """Return a copy of as many bytes as the loss must move: scores, log-probs and references in, slopes out."""
         source = torch.cat([self.scores, self.logp])
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
