@@ -43,7 +43,7 @@ def test_a_wheel_contains_exactly_the_two_packages(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"oreal_megatron", "oreal_kernels"}
-    assert {"oreal_megatron/mcore/scorer.py", "oreal_kernels/linear_logprob.py"} <= {*names}
+    assert {"oreal_megatron/mcore/scorer.py", "oreal_kernels/hidden_to_logprob.py"} <= {*names}
     assert {"oreal_megatron/py.typed", "oreal_kernels/py.typed"} <= {*names}
 
 
