@@ -181,9 +181,9 @@ def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoint_folder
         if request.async_fn is None:
             continue
         transforms = request.async_fn.args[0]
-        _, files, results = request.async_fn_args
+        _, entries, results = request.async_fn_args
         written = {}
-        for number, file in enumerate(files):
+        for number, file in enumerate(entries):
             written[number] = files.with_room(partial, _write, transforms, number, file)
             path = Path(file[0])
             digests[str(path.relative_to(partial))] = checkpoint_folders.digest(path)

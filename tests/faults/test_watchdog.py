@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import hanging_job
 import pytest
+from gloo_processes import fork_context
 
 PHASES = ("start", "generate", "verify", "parity", "reward_model", "reference", "policy", "weight_sync", "checkpoint",
           "evaluate")  # fmt: skip
@@ -45,8 +45,7 @@ class Outcome:
 @pytest.fixture(scope="module")
 def start():
     """Processes that are forked from one that has imported torch and Megatron: seconds less for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["oreal_megatron.mcore.parallel", "oreal_megatron.observe.recorder"])
+    context = fork_context()
 
     def start(folder: Path, kind: str, phase: str, limits=LIMITS, rank=1, world=2) -> Outcome:
         job = {"folder": str(folder), "kind": kind, "phase": phase, "rank": rank, "limits": limits,
