@@ -44,7 +44,7 @@ def look(args: argparse.Namespace) -> Iterator[Finding]:
     config = None
     if args.recipe:
         try:
-            config = settings.override(settings.from_recipe(args.recipe), args.set)
+            config = settings.load(args.recipe, args.set)
         except ConfigError as error:
             yield Finding("recipe", FAILED, str(error))
     yield from checks.machine(Path(config.run if config else "."))

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _case(args: argparse.Namespace, console: Console) -> Scenario:
-    config = settings.override(settings.from_recipe(args.recipe), args.set)
+    config = settings.load(args.recipe, args.set)
     validate(config)
     world = args.gpus or config.gpus
     if world < 1:

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune; return the exit code."""
     from oreal_megatron.training import supervised  # imports torch's data and transformers, which takes seconds
 
-    config = settings.override(settings.from_recipe(args.recipe), args.set)
+    config = settings.load(args.recipe, args.set)
     steps = supervised.fine_tune(config)
     if distributed.rank() == 0:
         print(f"{steps} supervised steps done; the policy is in {config.run}/policy")

@@ -51,12 +51,13 @@ def _config(args: argparse.Namespace) -> Config:
     if not args.recipe:
         config = settings.from_dict(_config_file(Path(args.resume)))
         return settings.override(config, [f"run={args.resume}", *args.set])
-    config = settings.override(settings.from_recipe(args.recipe), args.set)
+    config = settings.load(args.recipe, args.set)
     if not auto:
         refuse_existing(config)
     elif (Path(config.run) / "config.json").is_file():
         present = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
-        changes = settings.differences(_config_file(Path(config.run)), present)
+        former = settings.with_current_names(_config_file(Path(config.run)))
+        changes = settings.differences(former, present)
         if changes:
             log.info("%s continues with settings that differ from its start: %s", config.run, ", ".join(changes))
     return config

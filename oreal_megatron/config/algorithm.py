@@ -87,7 +87,7 @@ class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     lr: Annotated[float, Key("peak learning rate", 0.0, 10.0)] = 5e-7
-    min_lr: Annotated[float, Key("learning rate of the last update", 0.0, 10.0)] = 1e-7
+    min_lr: Annotated[float, Key("rate of the last update, after cosine decay", 0.0, 10.0)] = 1e-7
     warmup_steps: Annotated[int, Key("updates of linear warm-up", low=0)] = 10
     weight_decay: Annotated[float, Key("decoupled weight decay", 0.0, 10.0)] = 0.01
     clip_grad: Annotated[float, Key("largest gradient norm; 0: gradients are not clipped", low=0.0)] = 1.0

@@ -120,7 +120,7 @@ def validate(section: Section) -> None:
 
 
 @cache
-def hints(kind: type) -> dict[str, Any]:
+def hints(kind: Any) -> dict[str, Any]:
     """Return the annotation of each field of a section."""
     return typing.get_type_hints(kind, include_extras=True)
 

@@ -16,12 +16,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config.suggestions import suggest
 from oreal_megatron.mcore import expert_layers, layers
 from oreal_megatron.mcore.cpu_shim import device_layer
 from oreal_megatron.mcore.output_heads import ScalarHead, WithoutProduct
 from oreal_megatron.models import tensors, torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
-from oreal_megatron.settings import nearest
 
 # Fused operations that not every installation has; a recipe may switch them on through config.megatron.
 NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
@@ -87,7 +87,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     for key in config.megatron:
         if key not in known:
-            raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{nearest(key, known)}")
+            raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{suggest(key, known)}")
         if key in fixed:
             raise ConfigError(
                 f"config.megatron: {key} follows from the model and the other sections; set those instead"

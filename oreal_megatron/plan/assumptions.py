@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.settings import nearest
+from oreal_megatron.config.suggestions import suggest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def changed(assignments: list[str]) -> Assumptions:
     for assignment in assignments:
         key, _, text = assignment.partition("=")
         if key not in known:
-            raise ConfigError(f"--assume {assignment}: unknown assumption {key!r}{nearest(key, known)}")
+            raise ConfigError(f"--assume {assignment}: unknown assumption {key!r}{suggest(key, known)}")
         try:
             assumed = dataclasses.replace(assumed, **{key: float(text)})
         except ValueError:

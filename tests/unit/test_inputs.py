@@ -15,6 +15,7 @@ import pytest
 from oreal_megatron import config as c
 from oreal_megatron import settings
 from oreal_megatron.cli import main
+from oreal_megatron.config.suggestions import suggest
 from oreal_megatron.data import problems
 from oreal_megatron.models import architecture
 from oreal_megatron.runtime import versions
@@ -66,13 +67,13 @@ def test_overrides_reach_every_kind_of_value(recipe):
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("loss.kl_coeff=1", "did you mean 'kl_coef'"),
-        ("los.kl_coef=1", "did you mean 'loss'"),
+        ("loss.kl_coeff=1", "did you mean loss.kl_coef"),
+        ("los.kl_coef=1", "did you mean loss.kl_coef"),
         ("loss=1", "is a section"),
         ("seed.more=1", "is a value"),
         ("steps=many", "steps is 'many'; expected a whole number"),
         ("steps=1.5", "steps is 1.5; expected a whole number"),
-        ("steps", "wanted section.key=value"),
+        ("steps", "expected section.key=value"),
     ],
 )
 def test_a_bad_override_says_why(assignment, says):
@@ -81,7 +82,7 @@ def test_a_bad_override_says_why(assignment, says):
 
 
 def test_a_value_where_a_section_was_written_is_named():
-    with pytest.raises(c.ConfigError, match="verify.judge is 3; wanted a section"):
+    with pytest.raises(c.ConfigError, match="verify.judge is 3; expected a section"):
         settings.from_dict({"verify": {"judge": 3}})
 
 
@@ -89,15 +90,108 @@ def test_a_value_where_a_section_was_written_is_named():
     ("name", "says"),
     [
         ("nowhere.py:good", "does not exist"),
-        (":goood", "did you mean 'good'"),
+        (":goood", "did you mean good"),
         (":number", "returned int"),
-        (":typo", "LossConfig has no key 'kl_coeff'; did you mean 'kl_coef'"),
+        (":typo", "LossConfig has no key 'kl_coeff'; did you mean kl_coef"),
         (":untyped", "steps is 'many'; expected a whole number"),
     ],
 )
 def test_a_bad_recipe_says_why(recipe, name, says):
     with pytest.raises(c.ConfigError, match=says):
         settings.from_recipe(name if name[0] != ":" else recipe + name)
+
+
+HELPED = """
+from dataclasses import *
+from oreal_megatron.config import *
+from recipe_helper import STEPS, base
+
+@dataclass
+class Size:
+    steps: int = STEPS
+
+def _hidden(): return Config()
+def scaled(factor): return Config()
+def name() -> str: return "x"
+def only() -> "Config": return base(Size().steps)
+"""
+
+
+def test_a_recipe_may_import_what_lies_beside_it_and_needs_no_name_when_it_is_the_only_one(tmp_path):
+    (tmp_path / "recipe_helper.py").write_text(
+        "from oreal_megatron.config import Config\nSTEPS = 33\ndef base(steps): return Config(steps=steps)\n"
+        "def made_elsewhere(): return Config(steps=44)\n"
+    )
+    (tmp_path / "mine.py").write_text(HELPED)
+    before = list(sys.path)
+    assert settings.from_recipe(f"{tmp_path}/mine.py").steps == 33
+    assert settings.from_recipe(f"{tmp_path}/mine.py:only").steps == 33
+    assert sys.path == before
+    with pytest.raises(c.ConfigError, match="has no recipe 'oly'; did you mean only"):
+        settings.from_recipe(f"{tmp_path}/mine.py:oly")
+    with pytest.raises(c.ConfigError, match="scaled failed: TypeError: scaled.. missing 1 required"):
+        settings.from_recipe(f"{tmp_path}/mine.py:scaled")
+    (tmp_path / "mine.py").write_text("from recipe_helper import *\n")
+    assert settings.from_recipe(f"{tmp_path}/mine.py:made_elsewhere").steps == 44, "named, although made elsewhere"
+    with pytest.raises(c.ConfigError, match="has no recipe: define a function without arguments"):
+        settings.from_recipe(f"{tmp_path}/mine.py")
+
+
+def test_several_recipes_want_a_name_and_helpers_are_not_listed(recipe, tmp_path):
+    with pytest.raises(c.ConfigError, match="has 4 recipes; name one, e.g. .*recipes.py:good; known are good, number,"):
+        settings.from_recipe(recipe)
+    (tmp_path / "two.py").write_text(
+        HELPED.replace("from recipe_helper", "# ").replace("= STEPS", "= 1") + "def other(): 1/0\n"
+    )
+    with pytest.raises(c.ConfigError, match="known are only, other$"):
+        settings.from_recipe(f"{tmp_path}/two.py:zzz")
+    with pytest.raises(c.ConfigError, match=r"two.py:other failed: ZeroDivisionError: division by zero \(line \d+\)"):
+        settings.from_recipe(f"{tmp_path}/two.py:other")
+
+
+def test_a_recipe_of_0_1_0_is_told_the_new_names_of_sections(tmp_path):
+    (tmp_path / "old.py").write_text("from oreal_megatron.config import Config, Loss\ndef old(): return Config()\n")
+    with pytest.raises(c.ConfigError, match=r"cannot import name 'Loss'.* \(line 1\); since 0.2.0 .* end in Config"):
+        settings.from_recipe(f"{tmp_path}/old.py:old")
+
+
+@pytest.mark.parametrize(("old", "new"), settings.RENAMED.items())
+def test_a_key_of_0_1_0_is_read_from_a_run_folder_and_refused_on_the_command_line(old, new):
+    section, key = old.split(".")
+    config = dataclasses.asdict(c.Config())
+    config[section][key] = config[section].pop(new.split(".")[1])
+    assert settings.from_dict(config) == c.Config()
+    assert settings.differences(settings.with_current_names(config), dataclasses.asdict(c.Config())) == []
+    with pytest.raises(c.ConfigError, match=f"{old} is named {new} since 0.2.0"):
+        settings.override(c.Config(), [f"{old}=1"])
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("lr", "optimizer.lr,"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("loss.kl", "loss.kl_coef or loss.kl_kind"),
+        ("engine.gpu_memory_utilization", "engine.kv_cache_gib"),
+        ("tensor_parallel_size", "parallel.tensor"),
+        ("temperature", "sampling.temperature"),
+        ("checkpoint.interval", "checkpoint.every"),
+    ],
+)
+def test_an_unknown_key_names_those_that_mean_it(path, nearest):
+    with pytest.raises(c.ConfigError, match=f"unknown key '{path}'; did you mean {nearest}"):
+        settings.override(c.Config(), [f"{path}=1"])
+
+
+def test_a_key_that_is_like_no_other_lists_its_section():
+    with pytest.raises(c.ConfigError, match="known are rescale, threshold, top_share; `oreal config` lists all"):
+        settings.override(c.Config(), ["weights.zzz=1"])
+
+
+def test_an_unknown_name_among_very_many_does_not_print_them_all():
+    known = [f"field_{number}" for number in range(400)]
+    assert suggest("zzz", known) == "; of 400 known names none is near"
+    assert suggest("field_39x", known) == "; did you mean field_39, field_399 or field_398?"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +427,7 @@ def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"recompute_granularitty": "full"}, "did you mean 'recompute_granularity'"),
+        ({"recompute_granularitty": "full"}, "did you mean recompute_granularity"),
         ({"calculate_per_token_loss": False}, "follows from the model"),
         ({"expert_model_parallel_size": 2}, "expert parallelism is not supported"),
         ({"recompute_granularity": "some"}, "megatron-core refuses this configuration"),

@@ -256,7 +256,7 @@ def test_a_layout_that_cannot_be_is_told_in_a_sentence(changes, says, capsys):
     ("arguments", "says"),
     [
         (["--gpu", "h1000"], "no GPU is called h1000; known are a100-40g"),
-        (["--assume", "train_mfv=1"], "did you mean 'train_mfu'?"),
+        (["--assume", "train_mfv=1"], "did you mean train_mfu?"),
         (["--assume", "train_mfu=fast"], "'fast' is no number"),
         (["--gpus", "12"], "12 GPUs are no multiple of 8"),
     ],
