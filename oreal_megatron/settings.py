@@ -91,15 +91,15 @@ def _section(data: Any, kind: type[SectionType], path: str) -> SectionType:
 
 def _assign(section: SectionType, keys: list[str], text: str, path: str) -> SectionType:
     """Return a section with one value replaced; raises KeyError for an unknown key."""
-    key, *rest = keys
+    key, *inner = keys
     hint, value = schema.plain_hint(schema.hints(type(section))[key]), getattr(section, key)
     new: Any
-    if rest and isinstance(value, dict):  # further fields of TransformerConfig, checked by it
-        new = {**value, ".".join(rest): _parse(text)}
-    elif rest and isinstance(value, Section):
-        new = _assign(value, rest, text, path)
-    elif rest:
-        raise ConfigError(f"{key} is a value, it has no key {rest[0]!r}")
+    if inner and isinstance(value, dict):  # further fields of TransformerConfig, checked by it
+        new = {**value, ".".join(inner): _parse(text)}
+    elif inner and isinstance(value, Section):
+        new = _assign(value, inner, text, path)
+    elif inner:
+        raise ConfigError(f"{key} is a value, it has no key {inner[0]!r}")
     elif isinstance(value, Section):
         raise ConfigError(f"{key} is a section; name one of {', '.join(vars(value))}")
     else:  # a name like 2024_01 or 1e5 stays a text where a text is expected

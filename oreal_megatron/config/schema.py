@@ -55,7 +55,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigKey:
     """One key of a configuration: declaration, value and default."""
 
     path: str
@@ -84,15 +84,15 @@ class Entry:
         return f"{self.path} is {format_number(value)}; expected {self.key.bounds} ({self.key.meaning})"
 
 
-def entries(section: Section, default: Section | None = None, path: str = "") -> Iterator[Entry]:
+def config_keys(section: Section, default: Section | None = None, path: str = "") -> Iterator[ConfigKey]:
     """Yield all keys of a section and of the sections in it, in the order of declaration."""
     default = type(section)() if default is None else default
     for name, hint in hints(type(section)).items():
         value, usual = getattr(section, name), getattr(default, name)
         if isinstance(value, Section):
-            yield from entries(value, usual, f"{path}{name}.")
+            yield from config_keys(value, usual, f"{path}{name}.")
         else:
-            yield Entry(f"{path}{name}", *_declaration(hint), value, usual)
+            yield ConfigKey(f"{path}{name}", *_declaration(hint), value, usual)
 
 
 def sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:
@@ -106,17 +106,17 @@ def sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:
 
 def problems(section: Section) -> list[str]:
     """Return a message for each key that is out of its bounds; if there are none, for each broken rule between keys."""
-    single = [problem for entry in entries(section) if (problem := entry.problem())]
+    single = [problem for key in config_keys(section) if (problem := key.problem())]
     return single or [message for path, part in sections(section) for message in part.conflicts(path)]
 
 
 def validate(section: Section) -> None:
     """Raise ConfigError if a key or a rule between keys is violated."""
-    found = problems(section)
-    if len(found) > 1:
-        raise ConfigError("\n  ".join([f"the configuration has {len(found)} problems:", *found]))
-    if found:
-        raise ConfigError(found[0])
+    messages = problems(section)
+    if len(messages) > 1:
+        raise ConfigError("\n  ".join([f"the configuration has {len(messages)} problems:", *messages]))
+    if messages:
+        raise ConfigError(messages[0])
 
 
 @cache

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from oreal_megatron.config.schema import Section, entries, sections
+from oreal_megatron.config.schema import Section, config_keys, sections
 
 MOST = 3  # suggestions in a message
 LISTED = 12  # so many known names are listed where none is near
@@ -25,7 +25,7 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def suggest_keys(path: str, config: Section) -> str:
     """Return the end of a message about an unknown configuration key: the nearest by name and by meaning."""
-    scores = {entry.path: _similarity(path, entry.path, entry.key.meaning) for entry in entries(config)}
+    scores = {entry.path: _similarity(path, entry.path, entry.key.meaning) for entry in config_keys(config)}
     best = max(scores.values())
     if best > 1.05:
         near = sorted((key for key, score in scores.items() if score > best - 0.2), key=lambda key: -scores[key])
@@ -38,8 +38,8 @@ def _similarity(path: str, key: str, meaning: str) -> float:
     """Return up to 1 for the last names, 0.5 for the whole paths and 1 for words that path and declaration share."""
     names = difflib.SequenceMatcher(None, path.rpartition(".")[2], key.rpartition(".")[2]).ratio()
     paths = difflib.SequenceMatcher(None, path, key).ratio()
-    asked, declared = _words(path), _words(key) | _words(meaning)
-    return names + 0.5 * paths + len(asked & declared) / max(len(asked), 1)
+    unknown, declared = _words(path), _words(key) | _words(meaning)
+    return names + 0.5 * paths + len(unknown & declared) / max(len(unknown), 1)
 
 
 def _words(text: str) -> set[str]:

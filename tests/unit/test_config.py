@@ -15,7 +15,7 @@ from oreal_megatron import settings
 from oreal_megatron.algo import advantages
 from oreal_megatron.config import schema
 
-ENTRIES = {entry.path: entry for entry in schema.entries(c.Config())}
+ENTRIES = {entry.path: entry for entry in schema.config_keys(c.Config())}
 NUMBERS = [path for path, entry in ENTRIES.items() if {int, float} & {entry.hint, *typing.get_args(entry.hint)}]
 CHOICES = [path for path, entry in ENTRIES.items() if typing.get_origin(entry.hint) is typing.Literal]
 
@@ -31,7 +31,7 @@ def with_value(path: str, value: object) -> c.Config:
 
 
 def problem(path: str, value: object) -> str | None:
-    return next(entry for entry in schema.entries(with_value(path, value)) if entry.path == path).problem()
+    return next(entry for entry in schema.config_keys(with_value(path, value)) if entry.path == path).problem()
 
 
 def just_outside(path: str, bound: float, direction: int) -> float:
