@@ -72,7 +72,7 @@ def run(folder: str) -> None:
         say(f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}")
     with part("weight sync") as say:
         metrics = policy_weights.connect(policy, engine).sync(policy.updates)
-        say(f"{metrics['reshard/verified_parameters']:.0f} parameters arrived")
+        say(f"{metrics['weight_sync/verified_parameters']:.0f} parameters arrived")
     verifier.grader.close()
     parallel.stop(engine)
 
