@@ -37,7 +37,8 @@ def logits(source: Folder | MegatronFolder, tokens: Tensor) -> Tensor:
         raise ConfigError(f"{source.path} brings its own Python code, which is not run; --logits needs Megatron's side")
     heads = {"lm": AutoModelForCausalLM, "scalar": AutoModelForTokenClassification}
     model = heads[architecture.head(source.config)].from_pretrained(source.path, dtype=torch.float32).eval()
-    return model(tokens).logits
+    output: Tensor = model(tokens).logits
+    return output
 
 
 def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
@@ -52,6 +53,7 @@ def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
     batch = packing.batch([Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()], PackingSpec(tokens.numel()))
     language_model = output_heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
     read = language_model.logits if source.head == "lm" else torch.clone
-    (out,) = scorer.Scorer(chunks, lambda output, micro_batch: read(output)).score(batch)
+    values = scorer.Scorer(chunks, lambda output, micro_batch: read(output)).score(batch)
     parallel.stop()
-    return out[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]
+    assert values is not None  # one process is the last pipeline stage
+    return values[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]

@@ -70,8 +70,9 @@ class TrainingHooks:
 
     def _evaluate_if_due(self) -> None:
         step, metrics = self.steps_done, self.run.metrics
-        due = self.evaluate and is_due(step, self.config.evaluation.every, self.config.steps)
-        if not due or metrics.is_evaluated(step):
+        if self.evaluate is None or not is_due(step, self.config.evaluation.every, self.config.steps):
+            return
+        if metrics.is_evaluated(step):
             return
         with self.run.phase("evaluate"):
             metrics.log_evaluation(step, self.evaluate())

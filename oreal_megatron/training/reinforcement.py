@@ -13,6 +13,7 @@ from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
 from oreal_megatron.mcore.checkpoint_saver import Saver
+from oreal_megatron.mcore.scorer import Trainer
 from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed
@@ -45,7 +46,9 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         engine, verifier = session.start_engine(inputs, stop_request)
         session.start_megatron()
         policy, reference, reward_model = _models(inputs)
-        trainers = {"policy": policy} | ({"reward_model": reward_model} if config.reward_model.enabled else {})
+        trainers: dict[str, Trainer] = {"policy": policy}
+        if isinstance(reward_model, Trainer):
+            trainers["reward_model"] = reward_model
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
         run = Recorder(config, first_step, fingerprints, parallel.share(), inputs.arch, _peak_flops(config))

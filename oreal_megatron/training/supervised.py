@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from oreal_megatron.algo import guard, packing
 from oreal_megatron.config import Config, ConfigError
@@ -21,6 +21,11 @@ from oreal_megatron.runtime import distributed, heartbeat
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
+
+if TYPE_CHECKING:
+    from oreal_megatron.mcore import trained_models
+    from oreal_megatron.rollout.engine import VllmEngine
+    from oreal_megatron.verify.step_verifier import StepVerifier
 
 
 class Demonstrations(Protocol):
@@ -58,19 +63,11 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
     config = inputs.config
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     with Session(config) as session:
-        if held_out:
-            session.start_engine(inputs)
+        engine_and_verifier = session.start_engine(inputs) if held_out else None
         session.start_megatron()
         imitating = dataclasses.replace(config, optimizer=config.supervised.optimizer)
         policy = trained_models.Policy(inputs.arch, imitating, inputs.folder.tensor)
-        weight_sync = policy_weights.connect(policy, session.engine) if session.engine else None
-
-        def accuracy() -> float:
-            weight_sync.sync(policy.updates)
-            result = score.evaluate(held_out, session.engine, session.verifier, config)
-            session.engine.sleep()
-            return result["accuracy"]
-
+        accuracy = _held_out_accuracy(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
         if distributed.rank() == 0:
             RunFolder(config).write_header(inputs.fingerprints())
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
@@ -80,11 +77,26 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
     return steps
 
 
+def _held_out_accuracy(
+    config: Config, policy: trained_models.Policy, engine: VllmEngine, verifier: StepVerifier, held_out: list[Prompt]
+) -> Callable[[], float]:
+    """Return a function that measures the greedy accuracy of the policy's present weights. Collective."""
+    weight_sync = policy_weights.connect(policy, engine)
+
+    def accuracy() -> float:
+        weight_sync.sync(policy.updates)
+        result = score.evaluate(held_out, engine, verifier, config)
+        engine.sleep()
+        return result["accuracy"]
+
+    return accuracy
+
+
 def imitate(
     config: Config,
     demonstrations: Demonstrations,
     policy: ImitationTrainer,
-    accuracy: Callable[[], float],  # greedy, on held-out problems, of the present weights
+    accuracy: Callable[[], float] | None,  # greedy, on held-out problems, of the present weights
     log: Callable[[int, Metrics], None],
     packing_spec: PackingSpec,
 ) -> int:
@@ -98,7 +110,7 @@ def imitate(
             guard.check(metrics, config.guard, step)
             log(step, metrics)
             note = f"loss {metrics['loss/total']:.3f}"
-            if supervised.evaluate_every and (step + 1) % supervised.evaluate_every == 0:
+            if accuracy and (step + 1) % supervised.evaluate_every == 0:
                 held_out_accuracy = accuracy()
                 note += f", held-out accuracy {held_out_accuracy:.3f}"
                 if held_out_accuracy >= supervised.stop_at_accuracy:
