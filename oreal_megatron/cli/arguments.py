@@ -1,4 +1,4 @@
-"""Parts of the command lines: bounded numbers, and shell completion by argcomplete where it is installed."""
+"""Parts of the command lines: launch options, bounded numbers, and shell completion by argcomplete where it is installed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that start a command in several processes."""
+    parser.add_argument(
+        "--processes", type=at_least(1), metavar="N", help="processes to start on this node, as with torchrun"
+    )
+    nodes = "number of nodes; start the same command on each (default 1)"
+    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help=nodes)
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="address where nodes meet: one of them, a free port")
+    restarts = "restarts after a lost process (default 0)"
+    parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help=restarts)
+    parser.add_argument("--logs", metavar="FOLDER", help="write each process's output here; the first is also shown")
 
 
 def words() -> list[str]:

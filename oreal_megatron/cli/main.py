@@ -61,17 +61,7 @@ def parser(command: str | None) -> argparse.ArgumentParser:
         epilog='Shell completion: pip install argcomplete, then eval "$(register-python-argcomplete oreal)".',
     )
     parser.add_argument("--version", action="version", version=f"oreal-megatron {oreal_megatron.__version__}")
-    parser.add_argument(
-        "--processes", type=arguments.at_least(1), metavar="N", help="processes to start on this node, as with torchrun"
-    )
-    parser.add_argument(
-        "--nodes", type=arguments.at_least(1), default=1, metavar="N", help="number of nodes; start the same command on each"
-    )
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="address where nodes meet: one of them, a free port")
-    parser.add_argument(
-        "--max-restarts", type=arguments.at_least(0), default=0, metavar="N", help="restarts after a lost process (default 0)"
-    )
-    parser.add_argument("--logs", metavar="FOLDER", help="write each process's output here; the first is also shown")
+    arguments.add_launch_options(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
