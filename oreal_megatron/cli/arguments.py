@@ -1,4 +1,4 @@
-"""Parts of the command lines: launch options, bounded numbers, and shell completion by argcomplete where it is installed."""
+"""Parts of the command lines: launch options, bounded numbers, and shell completion where argcomplete is installed."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oreal",
         description="OREAL on Megatron-core with colocated vLLM engines.",
-        epilog='Shell completion: pip install argcomplete, then eval "$(register-python-argcomplete oreal)".',
+        epilog='shell completion: pip install argcomplete, then\n  eval "$(register-python-argcomplete oreal)"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"oreal-megatron {oreal_megatron.__version__}")
     arguments.add_launch_options(parser)
