@@ -1,4 +1,4 @@
-"""The `oreal` command."""
+"""The `oreal` command: parse, start processes if asked to, run one command, turn its errors into an exit code."""
 
 from __future__ import annotations
 
@@ -8,43 +8,75 @@ import os
 import sys
 import time
 
+import oreal_megatron
+from oreal_megatron.cli import arguments
 from oreal_megatron.config import ConfigError, Preempted, RunStopped
-from oreal_megatron.runtime import distributed, logging_setup, watchdog
+from oreal_megatron.runtime import logging_setup
 from oreal_megatron.runtime.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 
 COMMANDS = {
-    "train": "run OREAL with a recipe, or go on with a run folder",
+    "train": "train with a recipe, or continue a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
-    "evaluate": "held-out accuracy, or pass rates of training prompts",
-    "doctor": "whether this machine, and what a recipe needs, is ready for a run",
-    "verify": "grade a file of answers against their golds",
-    "plan": "memory, time and bytes of a run, and a rehearsal of its ranks, before a GPU is spent",
-    "convert": "Hugging Face folder to Megatron checkpoint and back, and whether two are equal",
-    "replay": "compute a dumped step again, and compare",
-    "report": "draw the learning curve of run folders and print what they reached",
+    "evaluate": "measure accuracy on benchmarks, or pass rates of training problems",
+    "config": "list the configuration keys, or the settings of a recipe",
+    "doctor": "check this machine, and the inputs that a recipe needs",
+    "plan": "estimate memory, time and traffic of a run without a GPU",
+    "verify": "grade a file of responses against their gold answers",
+    "convert": "convert Hugging Face folders and Megatron checkpoints, or compare two",
+    "replay": "recompute a dumped step and compare the results",
+    "report": "plot the learning curves of run folders and print their results",
 }
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code (runtime/exit_codes.py)."""
+    logging_setup.set_up()
+    argv = sys.argv[1:] if argv is None else argv
+    words = arguments.words() or argv
+    command = next((word for word in words if word in COMMANDS), None)
+    command_line = parser(command)
+    arguments.complete(command_line)
+    args = command_line.parse_args(argv)
+    if args.processes and "LOCAL_RANK" not in os.environ:
+        from oreal_megatron.runtime.launcher import launch  # imports torch, which takes seconds
+
+        return launch(args, argv[argv.index(args.command) :])
+    return _run(args)
+
+
 def complain(command: str, error: Exception) -> None:
-    """Say the sentence once: other ranks wait a moment, and speak only if they are not ended with the first."""
-    if distributed.rank():
+    """Print an error once: other ranks wait a moment, and print it only if they are not ended with the first."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
         time.sleep(3)
-        command = f"{command} (rank {distributed.rank()})"
+        command = f"{command} (rank {rank})"
     print(f"oreal {command}: {error}", file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit code (runtime/exit_codes.py)."""
-    logging_setup.set_up()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    chosen = next((word for word in arguments if word in COMMANDS), None)
-    args = parser(chosen).parse_args(arguments)
-    if args.processes and "LOCAL_RANK" not in os.environ:
-        from oreal_megatron.runtime.launcher import launch
+def parser(command: str | None) -> argparse.ArgumentParser:
+    """Return the command line; only the given command's module is loaded, because some import for seconds."""
+    parser = argparse.ArgumentParser(
+        prog="oreal",
+        description="OREAL on Megatron-core with colocated vLLM engines.",
+        epilog='shell completion: pip install argcomplete, then\n  eval "$(register-python-argcomplete oreal)"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"oreal-megatron {oreal_megatron.__version__}")
+    arguments.add_launch_options(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        subparser = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        if name == command:
+            importlib.import_module(f"oreal_megatron.cli.{name}").add_arguments(subparser)
+            arguments.offer_config_keys(subparser)
+    return parser
 
-        return launch(args, arguments[arguments.index(chosen) :])
+
+def _run(args: argparse.Namespace) -> int:
+    from oreal_megatron.runtime import watchdog  # imports torch, which takes seconds
+
     try:
-        return importlib.import_module(f"oreal_megatron.cli.{chosen}").run(args)
+        return int(importlib.import_module(f"oreal_megatron.cli.{args.command}").run(args))
     except (ConfigError, RunStopped) as error:
         watchdog.stop()
         complain(args.command, error)
@@ -56,23 +88,3 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     finally:
         watchdog.stop()
-
-
-def parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Of the command line; only the chosen command is loaded, because some import for seconds."""
-    parser = argparse.ArgumentParser(prog="oreal", description="OREAL on Megatron-core with colocated vLLM.")
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="start N processes on this machine, as torchrun does"
-    )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that are started alike (default 1)")
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where they meet: one of them, and a free port of it")
-    parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="how often lost processes are replaced"
-    )
-    parser.add_argument("--logs", metavar="FOLDER", help="each process's output in a file here; shown: the first one's")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        if name == chosen:
-            importlib.import_module(f"oreal_megatron.cli.{name}").add_arguments(command)
-    return parser

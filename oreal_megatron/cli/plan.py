@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from rich.console import Console
@@ -18,9 +19,13 @@ from oreal_megatron.runtime.exit_codes import UNFIT
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        f"exit codes: 0 it fits, 2 a layout that cannot be, {UNFIT} it does not fit or a rehearsal found a fault\n\n"
-        f"assumptions:\n{report_tables.describe_assumptions()}"
+    parser.epilog = "\n".join(
+        textwrap.fill(line, 78, subsequent_indent="    ")
+        for line in [
+            f"exit codes: 0 it fits, 2 an impossible layout, {UNFIT} it does not fit or a rehearsal reported a fault",
+            "assumptions:",
+            *report_tables.describe_assumptions().splitlines(),
+        ]
     )
     parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")

@@ -129,7 +129,7 @@ class GuardConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on the held-out problems during training."""
 
-    every: Annotated[int, Key("steps between two evaluations; 0: none during training", low=0, unit="steps")] = 10
+    every: Annotated[int, Key("steps between two evaluations; 0: none during training", low=0)] = 10
     problems: Annotated[int, Key("use only the first so many held-out problems; 0: all", low=0)] = 0
     max_new_tokens: Annotated[int, Key("longest response in evaluation", low=1, unit="tokens")] = 14000
 
@@ -139,11 +139,9 @@ class SupervisedConfig(Section):
     """Supervised fine-tuning with `oreal sft`: cross entropy on JSONL with question and response."""
 
     path: Annotated[str, Key("JSONL file of the demonstrations")] = ""
-    steps: Annotated[int, Key("updates", low=1, unit="steps")] = 1000
+    steps: Annotated[int, Key("updates", low=1)] = 1000
     samples_per_step: Annotated[int, Key("demonstrations of a step", low=1)] = 128
-    evaluate_every: Annotated[
-        int, Key("steps between two evaluations; 0: none, and no engine is started", low=0, unit="steps")
-    ] = 0
+    evaluate_every: Annotated[int, Key("steps between two evaluations; 0: none, and no engine is started", low=0)] = 0
     stop_at_accuracy: Annotated[
         float, Key("stop when greedy held-out accuracy reaches it; needs evaluate_every", 0.0, 1.0)
     ] = 1.0

@@ -16,7 +16,6 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 from oreal_megatron.config.errors import ConfigError
@@ -119,8 +118,7 @@ def validate(section: Section) -> None:
         raise ConfigError(messages[0])
 
 
-@cache
-def hints(kind: Any) -> dict[str, Any]:
+def hints(kind: type[Section]) -> dict[str, Any]:
     """Return the annotation of each field of a section."""
     return typing.get_type_hints(kind, include_extras=True)
 

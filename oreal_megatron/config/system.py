@@ -112,11 +112,9 @@ class VerifyConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints during a run."""
 
-    every: Annotated[int, Key("steps between two checkpoints; 0: only at the end", low=0, unit="steps")] = 10
+    every: Annotated[int, Key("steps between two checkpoints; 0: only at the end", low=0)] = 10
     keep: Annotated[int, Key("newest checkpoints that are not deleted", low=1)] = 3
-    keep_every: Annotated[
-        int, Key("checkpoints at multiples of this step stay as well; 0: none", low=0, unit="steps")
-    ] = 0
+    keep_every: Annotated[int, Key("checkpoints at multiples of this step stay as well; 0: none", low=0)] = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ def small():
         engine=EngineConfig(max_model_len=32, kv_cache_gib=0.05),
         data=DataConfig("{folder}/problems.jsonl", "{folder}/held_out.jsonl", prompts_per_step=4),
         supervised=SupervisedConfig(
-            "{folder}/demonstrations.jsonl", steps=2, samples_per_step=4, evaluate_every=1,
+            "{folder}/demonstrations.jsonl",
+            steps=2,
+            samples_per_step=4,
+            evaluate_every=1,
             optimizer=OptimizerConfig(warmup_steps=1),
         ),
     )

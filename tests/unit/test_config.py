@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 import typing
+from pathlib import Path
 
 import oreal_kernels
 import pytest
 
+import oreal_megatron
 from oreal_megatron import config as c
 from oreal_megatron import settings
 from oreal_megatron.algo import advantages
+from oreal_megatron.cli import main
 from oreal_megatron.config import schema
 
+ROOT = Path(__file__).parent.parent.parent
 ENTRIES = {entry.path: entry for entry in schema.config_keys(c.Config())}
 NUMBERS = [path for path, entry in ENTRIES.items() if {int, float} & {entry.hint, *typing.get_args(entry.hint)}]
 CHOICES = [path for path, entry in ENTRIES.items() if typing.get_origin(entry.hint) is typing.Literal]
@@ -116,3 +125,63 @@ def test_settings_that_cannot_be_meant_are_refused(assignments, says):
 def test_a_warm_up_as_long_as_the_run_is_accepted():
     c.validate(settings.override(c.Config(), ["steps=20", "reward_model.optimizer.warmup_steps=20"]))
     c.validate(settings.override(c.Config(), ["steps=10", "reward_model.enabled=false"]))
+
+
+def test_the_reference_page_is_what_the_declarations_say():
+    spec = importlib.util.spec_from_file_location("make_config_reference", ROOT / "tools/make_config_reference.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text() == tool.page(), "run python tools/make_config_reference.py"
+
+
+def test_the_command_lists_every_key_with_the_values_of_a_recipe(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("OREAL_JUDGE_URLS", raising=False)
+    assert main.main(["config", f"{ROOT}/examples/recipes/oreal.py:oreal_7b", "--set", "optimizer.lr=1e-6"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(f"\n{path} = " in f"\n{shown}" for path in ENTRIES)
+    assert "optimizer.lr = 1e-06\n    peak learning rate (float, 0 to 10, default 5e-07)" in shown
+    assert main.main(["config", "--json"]) == 0
+    objects = {one["key"]: one for one in json.loads(capsys.readouterr().out)}
+    assert list(objects) == list(ENTRIES)
+    assert objects["verify.timeout_s"] == {
+        "key": "verify.timeout_s", "value": 2.0, "default": 2.0, "type": "float", "low": 0.01, "high": 3600.0,
+        "unit": "s", "meaning": ENTRIES["verify.timeout_s"].key.meaning,
+    }  # fmt: skip
+
+
+def test_the_command_shows_what_is_wrong_with_a_value_beside_the_others(capsys):
+    assert main.main(["config", "--set", "loss.kl_coef=-1"]) == 2
+    shown = capsys.readouterr()
+    assert "loss.kl_coef = -1.0\n" in shown.out and "oreal config: loss.kl_coef is -1; expected at least 0" in shown.err
+
+
+def test_the_version_and_counts_that_cannot_be(capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"oreal-megatron {oreal_megatron.__version__}\n"
+    for arguments in (["--processes", "-1"], ["--processes", "0"], ["--nodes", "0"], ["--max-restarts", "-1"]):
+        with pytest.raises(SystemExit) as end:
+            main.main([*arguments, "config"])
+        assert end.value.code == 2 and "expected a whole number of at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [None, *main.COMMANDS])
+def test_help_fits_a_narrow_terminal(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = main.parser(command)
+    text = parser.format_help()
+    if command:
+        choices = next(action.choices for action in parser._actions if action.dest == "command")
+        text = choices[command].format_help()
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_the_shell_completes_commands_and_keys(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, expected in (("oreal tra", "train"), ("oreal train x --set optimizer.l", "optimizer.lr=")):
+        shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+        shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n"}
+        subprocess.run([sys.executable, "-m", "oreal_megatron"], env=os.environ | shell, check=True)
+        assert (tmp_path / "out").read_text().strip() == expected
