@@ -244,3 +244,18 @@ def test_a_killed_rank_is_named_and_counts_as_lost(capsys):
 
     assert launcher._told(11, Failure(), "logs") == 5
     assert "rank 11 was ended by SIGKILL; its output is in logs/x/attempt_0/3/" in capsys.readouterr().err
+
+
+WRONG = """
+from oreal_megatron.config import Config, LossConfig
+def good(): return Config(steps=7, loss=LossConfig(kl_coef=0.5))
+"""
+
+
+def test_the_launcher_gives_the_exit_code_and_no_stack_trace(tmp_path):
+    (tmp_path / "recipe.py").write_text(WRONG)
+    command = [sys.executable, "-m", "oreal_megatron", "--processes", "2", "train", f"{tmp_path}/recipe.py:good"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2
+    assert result.stderr.count("oreal train: ") == 1 and "would never be trained" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -5,9 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -354,32 +351,6 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="the disk has .* GB free"):
         forth(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from oreal_megatron.config import ParallelConfig
-from oreal_megatron.convert import stream, to_megatron
-from oreal_megatron.convert.hf_folder import Folder
-def slowly(count):
-    print("writing", flush=True)
-    time.sleep(60)
-source = Folder(sys.argv[1], tokenizer=False)
-to_megatron.convert(source, Path(sys.argv[2]), ParallelConfig(), stream.Cast(None), print, slowly)
-"""
-
-
-def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path):
-    source, out = make(tmp_path / "hf"), tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, source, out], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists() and (tmp_path / "out.partial").is_dir()
-    with pytest.raises(ConfigError, match="is not a Megatron distributed checkpoint"):
-        MegatronFolder(tmp_path / "out.partial")
-    assert same(weights(back(forth(source, out), tmp_path / "back")), weights(source))
 
 
 def test_reading_stays_a_bounded_number_of_bytes_ahead_and_hands_errors_on():
