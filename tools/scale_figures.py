@@ -22,8 +22,9 @@ import torch
 from oreal_megatron import config as c
 from oreal_megatron.algo import packing, selection
 from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.mcore import checkpoint_state, cpu_shim, parallel, trained_models
-from oreal_megatron.mcore.checkpoint_saver import Saver
+from oreal_megatron.mcore import checkpoint_state, parallel, patches, trained_models
+from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Batch, MicroBatch, PackingSpec, Sample
 
@@ -116,20 +117,20 @@ def show_packing(folder: Folder) -> None:
 
 
 def cpu_layer(folder: Folder) -> None:
-    """How often the stand-ins of mcore/cpu_shim.py are called in a step, times its extra cost."""
-    step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(cpu_shim.PATCHES)
+    """How often the stand-ins of mcore/patches.py are called in a step, times its extra cost."""
+    step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(patches.CPU_PATCHES)
 
     def counted(stand_in: Callable) -> Callable:
         return lambda *args, **kwargs: calls.append(1) or stand_in(*args, **kwargs)
 
     try:
         for name, (owner, attribute, stand_in) in saved.items():
-            cpu_shim.PATCHES[name] = (owner, attribute, counted(stand_in))
+            patches.CPU_PATCHES[name] = (owner, attribute, counted(stand_in))
         step()
     finally:
-        cpu_shim.PATCHES.update(saved)
+        patches.CPU_PATCHES.update(saved)
     (taken,) = seconds([step])
-    rounds, made = 2000, cpu_shim.PATCHES["zeros"][2]
+    rounds, made = 2000, patches.CPU_PATCHES["zeros"][2]
     bare, through = (
         min(timeit.repeat("f(1, device='cpu')", number=rounds, globals={"f": f})) / rounds for f in (torch.zeros, made)
     )
@@ -159,12 +160,12 @@ def memory(folder: Folder, dtype: str) -> None:
         record("weight_sync")
     trained, sharded = {name: models[name] for name in ("reward_model", "policy")}, checkpoint_state.sharded
 
-    def watched(trainer: trained_models.Trainer, loading: bool) -> dict[str, Any]:
+    def watched(trainer: MegatronTrainer, loading: bool) -> dict[str, Any]:
         record(next(f"save, {name}" for name, model in trained.items() if model is trainer))
         return sharded(trainer, loading)
 
     with tempfile.TemporaryDirectory() as scratch, mock.patch.object(checkpoint_state, "sharded", watched):
-        Saver(Path(scratch), trained, keep=1).save(1)
+        CheckpointSaver(Path(scratch), trained, keep=1).save(1)
     print(
         f"\nKiB of tensors on the device, {dtype}, offload=True\n| phase | " + " | ".join(map(" ".join, parts)) + " |"
     )

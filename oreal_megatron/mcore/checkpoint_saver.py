@@ -1,7 +1,7 @@
-"""Checkpoints are written while training goes on: it waits only until the state is copied off the device.
+"""Asynchronous saving of checkpoints: training waits only until the state is copied off the device.
 
 Megatron plans the files; a thread of this process writes them instead of Megatron's forked processes, which would
-outlive a killed rank and wait for ever for a killed writer.
+outlive a killed rank and wait forever for a killed writer.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from oreal_megatron.config import RunStopped
-from oreal_megatron.mcore import adam, checkpoint_state
-from oreal_megatron.mcore.cpu_shim import device_layer
-from oreal_megatron.mcore.scorer import Trainer
+from oreal_megatron.mcore import adam, checkpoint_state, patches
+from oreal_megatron.mcore.patches import cpu_shim
+from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
 
 log = logging.getLogger(__name__)
 
-SPARE_BYTES = 16 * 2**20  # of disk, beyond the tensors: indices of the files
+SPARE_BYTES = 16 * 2**20  # of disk, for the files' indices beside the tensors
 Describe = Callable[[str, Path], None]
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingSave:
     """A checkpoint that a thread is writing."""
 
     partial: Path
@@ -43,28 +43,30 @@ class Pending:
     written: Future[checkpoint_folders.Digests]  # of this rank's files
 
 
-class Saver:
-    """The checkpoints of one run."""
+class CheckpointSaver:
+    """Writer of one run's checkpoints."""
 
     def __init__(
         self,
         folder: Path,
-        trainers: dict[str, Trainer],
+        trainers: dict[str, MegatronTrainer],
         keep: int,
         keep_every: int = 0,
         describe: Describe = lambda name, path: None,
     ):
-        """`keep` and `keep_every` as in checkpoints.prune; `describe`, called on the first rank with each model's name
-        and folder, adds what its readers want to know."""
+        """Take `keep` and `keep_every` as in checkpoint_folders.prune.
+
+        `describe` is called on the first rank with each model's name and folder, to add a description for readers.
+        """
         self.folder, self.trainers, self.describe = folder, trainers, describe
         self.keep, self.keep_every = keep, keep_every
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Pending | None = None
+        self.pending: PendingSave | None = None
 
     def start(self, step: int, random_state: dict[str, Any] | None = None) -> None:
-        """Copy the state after `step` steps and begin to write it, once the save before it has ended. Collective.
+        """Copy the state after `step` steps and begin to write it, once the previous save has ended. Collective.
 
-        `random_state` replaces that of this moment. While the disk is full it waits.
+        `random_state` replaces the current one. Waits while the disk is full.
         """
         self.finish()
         if distributed.rank() == 0:
@@ -75,37 +77,36 @@ class Saver:
             checkpoint_folders.begin(partial, self.trainers)
         common = {"step": step, "layout": checkpoint_state.layout()}
         common["random"] = distributed.all_gather_object(random_state or checkpoint_state.random_state())
-        requests = [_planned(trainer, partial / name, common) for name, trainer in self.trainers.items()]
-        self.pending = Pending(partial, requests, self.thread.submit(_write_all, partial, requests))
+        requests = [_plan_files(trainer, partial / name, common) for name, trainer in self.trainers.items()]
+        self.pending = PendingSave(partial, requests, self.thread.submit(_write_all, partial, requests))
 
     def save(self, step: int, random_state: dict[str, Any] | None = None) -> Path:
-        """Start and finish; the checkpoint's folder. Collective."""
+        """Save the state after `step` steps, wait until it is written, and return the folder. Collective."""
         self.start(step, random_state)
         self.finish()
         return self.folder / checkpoint_folders.name(step)
 
     def poll(self) -> None:
-        """End the save under way if all ranks have written their part. Collective."""
+        """Finish the pending save if all ranks have written their part. Collective."""
         if self.pending and all(distributed.all_gather_object(self.pending.written.done())):
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the save under way is whole and bears its name. Collective.
+        """Wait until the pending save is complete and has its final name. Collective.
 
-        Raises RunStopped, on all ranks, when a part could not be written.
+        Raises RunStopped, on all ranks, if a part could not be written.
         """
         if not self.pending:
             return
-        while not all(
-            distributed.all_gather_object(self.pending.written.done())
-        ):  # short collectives: none outlasts its time
-            if self.pending.written.done():  # so that the ranks which are late are those that cannot write
+        # Short collectives, none of which exceeds its time limit.
+        while not all(distributed.all_gather_object(self.pending.written.done())):
+            if self.pending.written.done():  # ranks without progress are then those that cannot write
                 heartbeat.beat()
             time.sleep(0.01)
         pending, self.pending = self.pending, None
-        digests = _everyones(pending)
-        self._wait_for_room(SPARE_BYTES)  # Megatron's index of the files does not bear a full disk
-        with device_layer():
+        digests = _gather_digests(pending)
+        self._wait_for_room(SPARE_BYTES)  # Megatron's index of the files cannot wait for a full disk
+        with cpu_shim():
             for request in pending.requests:
                 for finalize in request.finalize_fns:
                     finalize()
@@ -114,76 +115,78 @@ class Saver:
         dist.barrier()
 
     def _complete(self, partial: Path, digests: checkpoint_folders.Digests) -> None:
-        if partial.exists():  # else only what follows is repeated
+        if partial.exists():  # after a retry only the lines below are repeated
             for name in self.trainers:
                 self.describe(name, partial / name)
             checkpoint_folders.finish(partial, digests)
         checkpoint_folders.prune(self.folder, self.keep, self.keep_every)
 
     def _wait_for_room(self, needed: int) -> None:
-        """Until the first rank sees so many bytes. Every look is a collective, so that none times out."""
-        told = False
+        """Wait until the first rank sees that many free bytes. Every check is a collective, so that none times out."""
+        reported = False
         while (free := distributed.all_gather_object(shutil.disk_usage(self.folder).free)[0]) < needed:
-            if distributed.rank() == 0 and not told:
+            if distributed.rank() == 0 and not reported:
                 log.warning(
-                    f"a checkpoint needs {needed / 2**20:.0f} MiB more, but {self.folder} has {free / 2**20:.0f}; "
-                    "waiting until there is more, nothing is lost"
+                    f"a checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has {free / 2**20:.0f} MiB free; "
+                    "free some space to continue, nothing is lost"
                 )
-            told = True
+            reported = True
             heartbeat.beat()
             time.sleep(files.PAUSE_S)
-        if distributed.rank() == 0 and told:
+        if distributed.rank() == 0 and reported:
             log.warning(f"there is space in {self.folder} again; continuing")
 
 
-def _bytes(trainer: Trainer) -> int:
-    """This rank's part of a checkpoint: weights, and their main copy and two moments in float32, each kept once."""
+def _bytes(trainer: MegatronTrainer) -> int:
+    """Return the bytes of this rank's part: weights, and their main copy and two moments in float32, each once."""
     parameters = (parameter for chunk in trainer.chunks for parameter in chunk.parameters())
-    held = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in parameters)
-    return held // parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    total = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in parameters)
+    return total // parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
-def _planned(trainer: Trainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
-    """This rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
-    filesystem_async._results_queue = queue.Queue()  # else Megatron starts a process to hold one
+def _plan_files(trainer: MegatronTrainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
+    """Return this rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
+    patches.use_local_results_queue()
     state = common | {"updates": trainer.updates, "past": trainer.guard_state.to_checkpoint()}
-    with device_layer(), trainer.parts.here(*checkpoint_state.HELD), trainer.readable():
+    with cpu_shim(), trainer.parts.on_device(*checkpoint_state.SAVED_PARTS), trainer.readable():
         request = dist_checkpointing.save(
             state | checkpoint_state.sharded(trainer, loading=False), str(folder), async_sharded_save=True
         )
-        if request.async_fn is not None:  # else nothing of it is this rank's
-            _, files, _ = request.async_fn_args
-            files[:] = _copied(request.preload_fn(), _changing(trainer))  # in place: Megatron's writer holds them too
+        if request.async_fn is not None:  # None: this rank has no part of it
+            _, planned_files, _ = request.async_fn_args
+            # In place, because Megatron's writer refers to the same list.
+            planned_files[:] = _copied(request.preload_fn(), _changing_storages(trainer))
         return request
 
 
-def _changing(trainer: Trainer) -> set[int]:
-    """Storages whose content changes while training goes on."""
+def _changing_storages(trainer: MegatronTrainer) -> set[int]:
+    """Return the storages whose content changes when training continues."""
     models = [tensor for chunk in trainer.chunks for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
-    return {tensor.untyped_storage()._cdata for tensor in [*models, *adam.tensors(trainer.optimizer)]}
+    return {tensor.untyped_storage()._cdata for tensor in [*models, *adam.state_tensors(trainer.optimizer)]}
 
 
-def _copied(files: list[Any], changing: set[int]) -> list[Any]:
-    """Tensors that are still in a changing storage are cloned; Megatron has copied the others, views and a GPU's."""
+def _copied(planned_files: list[Any], changing: set[int]) -> list[Any]:
+    """Clone the tensors that are still in a changing storage; Megatron has copied the others (views, a GPU's)."""
 
-    def own(tensor: Tensor) -> Tensor:
+    def copy(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.untyped_storage()._cdata in changing else tensor
 
     return [
-        (path, key, (blobs, [(item, own(tensor)) for item, tensor in tensors])) for path, key, (blobs, tensors) in files
+        (path, key, (blobs, [(item, copy(tensor)) for item, tensor in tensors]))
+        for path, key, (blobs, tensors) in planned_files
     ]
 
 
 def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoint_folders.Digests:
-    """Write this rank's files and measure what the disk holds; a full disk is waited for."""
+    """Write this rank's files, waiting while the disk is full; return the digests of what the disk contains."""
     digests = {}
     for request in requests:
         if request.async_fn is None:
             continue
         transforms = request.async_fn.args[0]
-        _, entries, results = request.async_fn_args
+        _, planned_files, results = request.async_fn_args
         written = {}
-        for number, file in enumerate(entries):
+        for number, file in enumerate(planned_files):
             written[number] = files.with_room(partial, _write, transforms, number, file)
             path = Path(file[0])
             digests[str(path.relative_to(partial))] = checkpoint_folders.digest(path)
@@ -192,8 +195,9 @@ def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoint_folder
 
 
 def _write(transforms: list[Any], number: int, file: Any) -> list[Any]:
-    """One file; Megatron's writer hands its error over like a result."""
-    results, running = queue.Queue(), queue.Queue()
+    """Write one file; Megatron's writer returns its error like a result."""
+    results: queue.Queue[Any] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
     running.put(number)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, file, results, running, True)
     _, written = results.get()
@@ -202,14 +206,14 @@ def _write(transforms: list[Any], number: int, file: Any) -> list[Any]:
     return written
 
 
-def _everyones(pending: Pending) -> checkpoint_folders.Digests:
-    """All ranks' digests; a rank that failed alone would leave the others waiting."""
+def _gather_digests(pending: PendingSave) -> checkpoint_folders.Digests:
+    """Return all ranks' digests; raise RunStopped on all ranks if one of them failed."""
     error = pending.written.exception()
     shares = distributed.all_gather_object((pending.written.result() if error is None else {}, error and f"{error}"))
     for rank, (_, failure) in enumerate(shares):
         if failure:
             raise RunStopped(
-                f"{pending.partial.name} could not be written on rank {rank}: {failure}. Checkpoints before it are "
-                "whole; mend the file system and resume"
+                f"{pending.partial.name} could not be written on rank {rank}: {failure}. Earlier checkpoints are "
+                "complete; fix the file system and resume"
             )
     return {name: entry for digests, _ in shares for name, entry in digests.items()}

@@ -17,32 +17,33 @@ from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.suggestions import suggest
-from oreal_megatron.mcore import expert_layers, layers
-from oreal_megatron.mcore.cpu_shim import device_layer
-from oreal_megatron.mcore.output_heads import ScalarHead, WithoutProduct
+from oreal_megatron.mcore import expert_layers, layers, patches
+from oreal_megatron.mcore.layer_spec import layer_spec
+from oreal_megatron.mcore.output_heads import PassThroughOutput, ScalarHead
+from oreal_megatron.mcore.patches import cpu_shim
 from oreal_megatron.models import tensors, torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
 
-# Fused operations that not every installation has; a recipe may switch them on through config.megatron.
+# Fused operations that not every installation has; a recipe may enable them through config.megatron.
 NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def device() -> torch.device:
-    """Where models live: the GPU, else the CPU; in a rehearsal the meta device, which it makes torch's default."""
+    """Return the device of the models: the GPU, else the CPU; the meta device in a rehearsal, as torch's default."""
     default = torch.get_default_device()
     if default.type == "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return default
 
 
-def _interleaved(config: Config) -> int | None:
-    """Megatron's word for chunks per stage; it takes 1 for an interleaved schedule of one chunk."""
+def _virtual_stages(config: Config) -> int | None:
+    """Return Megatron's number of chunks per stage; 1 would select the interleaved schedule, so None stands for it."""
     return config.parallel.virtual if config.parallel.virtual > 1 else None
 
 
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
-    """Megatron's description of the model and its layout; `config.megatron` passes further fields through.
+    """Return Megatron's description of the model and its layout; `config.megatron` adds further fields.
 
     Raises ConfigError for an unknown field, one that is derived from the model or the layout, or a combination that
     Megatron refuses.
@@ -66,10 +67,10 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_interleaved(config),
+        virtual_pipeline_model_parallel_size=_virtual_stages(config),
         context_parallel_size=config.parallel.context,
         sequence_parallel=config.parallel.sequence,
-        variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages tell each other
+        variable_seq_lengths=True,  # micro-batches differ in shape, so pipeline stages send it
         # Interleaved, two stages are each other's next and previous; batched, their messages would be mixed up.
         overlap_p2p_comm=config.parallel.virtual > 1,
         batch_p2p_comm=config.parallel.virtual == 1,
@@ -78,31 +79,32 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        gradient_accumulation_fusion=True,  # apex's, or ours: layers.WeightGradient
+        gradient_accumulation_fusion=True,  # apex's, or patches.WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
-        **expert_layers.fields(arch),
+        **expert_layers.transformer_fields(arch),
     )
-    expert_layers.check(config.megatron)
+    expert_layers.refuse_expert_parallelism(config.megatron)
     known = [field.name for field in dataclasses.fields(TransformerConfig)]
     for key in config.megatron:
         if key not in known:
             raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{suggest(key, known)}")
         if key in fixed:
             raise ConfigError(
-                f"config.megatron: {key} follows from the model and the other sections; set those instead"
+                f"config.megatron: {key} is derived from the model and the other sections; set those instead"
             )
     if config.megatron.get("deterministic_mode"):
-        _let_libraries_be_deterministic()
+        _require_deterministic_libraries()
     try:
-        with device_layer():
+        with cpu_shim():
             return TransformerConfig(**fixed, **{**NEED_APEX_OR_TE, **config.megatron})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
-def _let_libraries_be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS's products without
+def _require_deterministic_libraries() -> None:
+    """Set the environment variables that deterministic mode needs; raise ConfigError on a conflict."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS's products
     if os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0") != "0":
         raise ConfigError(
             "deterministic_mode is set, and so is NVTE_ALLOW_NONDETERMINISTIC_ALGO="
@@ -111,25 +113,25 @@ def _let_libraries_be_deterministic() -> None:
 
 
 def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
-    """This rank's pipeline stage, uninitialised, with a language-model ("lm") or scalar head.
+    """Build this rank's pipeline stage, uninitialised, with a language-model ("lm") or "scalar" head.
 
-    A list of its interleaved chunks of layers: `config.parallel.virtual` of them, usually one.
+    Returns its interleaved chunks of layers: `config.parallel.virtual` of them, usually one.
     """
-    with device_layer():
+    with cpu_shim():
         megatron = transformer_config(arch, config)
         if megatron.deterministic_mode:
             torch.use_deterministic_algorithms(True)
-        expert_layers.prepare()
+        patches.prepare_experts()
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 
 
 def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head: str, chunk: int) -> GPTModel:
-    stages, stage = _place(config, chunk)
-    layer = layers.layer(arch, config)
+    stages, stage = _stages_and_stage(config, chunk)
+    spec = layer_spec(arch, config)
     model = GPTModel(
         megatron,
-        TransformerBlockSubmodules([layer] * len(arch.stage_layers(stages, stage)), layer_norm=layers.RMSNorm),
+        TransformerBlockSubmodules([spec] * len(arch.stage_layers(stages, stage)), layer_norm=layers.RMSNorm),
         vocab_size=arch.padded_vocab(config.parallel.tensor),
         max_sequence_length=arch.max_positions,
         pre_process=stage == 0,
@@ -138,16 +140,16 @@ def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head
         share_embeddings_and_output_weights=arch.tied and head == "lm",
         vp_stage=chunk if config.parallel.virtual > 1 else None,
     )
-    model.rotary_pos_emb = layers.Rotary(arch.rope.frequencies(arch.head_dim).to(device()))
+    model.rotary_pos_emb = layers.PackedRotary(arch.rope.frequencies(arch.head_dim).to(device()))
     if head == "scalar" and stage == stages - 1:
         model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype, megatron.sequence_parallel)
     elif stage == stages - 1:
-        model.output_layer.__class__ = WithoutProduct  # keeps its parameters, their sharding and their names
+        model.output_layer.__class__ = PassThroughOutput  # keeps its parameters, their sharding and their names
     return model
 
 
-def _place(config: Config, chunk: int) -> tuple[int, int]:
-    """How many stages there are, each interleaved chunk counted, and which of them a chunk of this rank is."""
+def _stages_and_stage(config: Config, chunk: int) -> tuple[int, int]:
+    """Return the number of stages, interleaved chunks counted as stages, and the stage of a chunk of this rank."""
     pipeline = config.parallel.pipeline
     stage = chunk * pipeline + parallel_state.get_pipeline_model_parallel_rank()
     return pipeline * config.parallel.virtual, stage
@@ -156,9 +158,9 @@ def _place(config: Config, chunk: int) -> tuple[int, int]:
 def named_shards(
     chunks: list[GPTModel], arch: Architecture, config: Config, head: str
 ) -> Iterator[tuple[tensors.Entry, Tensor]]:
-    """The mapping entries of this rank's stage, each with the live parameter it describes."""
+    """Yield the mapping entries of this rank's stage, each with the live parameter it describes."""
     for number, chunk in enumerate(chunks):
-        stages, stage = _place(config, number)
+        stages, stage = _stages_and_stage(config, number)
         live, offset = dict(chunk.named_parameters()), arch.stage_layers(stages, stage).start
         for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
             yield entry, live.pop(_live_name(entry.megatron, offset, live))
@@ -167,7 +169,7 @@ def named_shards(
 
 
 def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, read: Callable[[str], Tensor]) -> None:
-    """Fill the model from Hugging Face tensors, given by name."""
+    """Fill the model with Hugging Face tensors, which `read` returns by name."""
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), config.parallel.tensor
     with torch.no_grad():
         for entry, parameter in named_shards(chunks, arch, config, head):
@@ -178,13 +180,13 @@ def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, 
                     f"{tuple(parameter.shape)}; does config.json belong to these weights?"
                 )
             parameter.copy_(part)
-            # Megatron tags shards while it initialises them, which we skip. Untagged, a shard is taken for a copy of
-            # the first rank's and missing from the gradient norm, so that clipping differs between layouts.
-            parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE
+            # Megatron marks shards while it initialises them, which is skipped here. Without the mark, a shard counts
+            # as a copy of the first rank's and is missing from the gradient norm: clipping would depend on the layout.
+            parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE  # type: ignore[attr-defined]
 
 
 def _live_name(name: str, offset: int, live: Collection[str]) -> str:
-    """What the stage calls an entry: it counts its own layers, and Transformer Engine's hold the norm before them."""
+    """Return an entry's name on the stage, which counts its own layers; Transformer Engine's contain the norm."""
     parts = name.split(".", 3)
     if parts[:2] != ["decoder", "layers"]:
         return name
@@ -192,8 +194,8 @@ def _live_name(name: str, offset: int, live: Collection[str]) -> str:
     return layer + (parts[3] if layer + parts[3] in live else torch_dist_keys.FUSED.get(parts[3], parts[3]))
 
 
-def unwrapped(model: Any) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+def unwrap(model: Any) -> GPTModel:
+    """Return the GPTModel inside DistributedDataParallel and Float16Module."""
     while not isinstance(model, GPTModel):
         model = model.module
     return model

@@ -1,8 +1,8 @@
-"""Idle models leave the device: their storages are emptied in place and filled again, so that every view stays valid,
-parameters' of Megatron's flat buffers and the optimizer's of both.
+"""Offloading of idle models: their storages are emptied in place and filled again, so that every view stays valid.
 
-On a GPU, copies go to pinned memory on a stream of their own, and the host waits for none of them. torch rounds every
-piece of pinned memory up to a power of two, so a copy is cut into such pieces.
+Views are the parameters in Megatron's flat buffers, and the optimizer's of both. On a GPU, copies go to pinned memory
+on a stream of their own, and the host waits for none of them. torch rounds every block of pinned memory up to a power
+of two, so a copy is split into such blocks.
 """
 
 from __future__ import annotations
@@ -13,108 +13,115 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-SMALLEST = 2**16  # bytes of a piece of pinned memory that must be a power of two
+SMALLEST_BLOCK = 2**16  # bytes of a block of pinned memory that must be a power of two
 
 
-class Part:
-    """Some of a model's memory, such as its parameters: on the device, or away."""
+class MemoryPart:
+    """A part of a model's memory, such as its parameters: on the device, or offloaded."""
 
-    def __init__(self, find: Callable[[], Iterable[Tensor]], kept: bool = True):
-        """`find` gives the tensors, several of which may share a storage; not `kept`: what they hold may be lost."""
-        self.find, self.kept = find, kept
-        self._away: list[tuple[torch.UntypedStorage, int, list[Tensor]]] | None = None
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], preserve: bool = True):
+        """Take a function that returns the tensors, several of which may share a storage.
+
+        Without `preserve`, their values may be lost while they are offloaded.
+        """
+        self.tensors, self.preserve = tensors, preserve
+        self._offloaded: list[tuple[torch.UntypedStorage, int, list[Tensor]]] | None = None
 
     @property
-    def is_away(self) -> bool:
-        return self._away is not None
+    def is_offloaded(self) -> bool:
+        """True while the tensors are not on the device."""
+        return self._offloaded is not None
 
     def bytes(self) -> int:
-        """On the device now."""
-        return sum(storage.nbytes() for storage in _storages(self.find()))
+        """Return the bytes on the device now."""
+        return sum(storage.nbytes() for storage in _storages(self.tensors()))
 
-    def leave(self) -> None:
-        self._away = [
-            (storage, storage.nbytes(), _to_host(storage) if self.kept else []) for storage in _storages(self.find())
+    def offload(self) -> None:
+        """Copy the tensors to the host, if they are preserved, and free their memory on the device."""
+        self._offloaded = [
+            (storage, storage.nbytes(), _to_host(storage) if self.preserve else [])
+            for storage in _storages(self.tensors())
         ]
-        for storage, _, _ in self._away:
+        for storage, _, _ in self._offloaded:
             storage.resize_(0)
 
-    def come_back(self) -> None:
-        for storage, size, copies in self._away or []:
+    def restore(self) -> None:
+        """Bring the tensors back to the device."""
+        for storage, size, copies in self._offloaded or []:
             storage.resize_(size)
             if copies:
                 _from_host(copies, storage)
-        self._away = None
+        self._offloaded = None
 
 
-class Parts(dict[str, Part]):
-    """The parts of one model, by name."""
+class MemoryParts(dict[str, MemoryPart]):
+    """The parts of one model's memory, by name."""
 
     @contextlib.contextmanager
-    def here(self, *names: str) -> Iterator[None]:
-        """Have these parts on the device; those that were away leave again."""
-        fetched = [self[name] for name in names if self[name].is_away]
-        for part in fetched:
-            part.come_back()
+    def on_device(self, *names: str) -> Iterator[None]:
+        """Keep these parts on the device; those that were offloaded before are offloaded again afterwards."""
+        restored = [self[name] for name in names if self[name].is_offloaded]
+        for part in restored:
+            part.restore()
         try:
             yield
         finally:
-            for part in fetched:
-                part.leave()
+            for part in restored:
+                part.offload()
 
-    def leave(self) -> None:
-        """From now on, parts are on the device only where `here` asks for them."""
+    def offload(self) -> None:
+        """Offload all parts; from now on they are on the device only within `on_device`."""
         for part in self.values():
-            part.leave()
+            part.offload()
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     return list({storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _sizes(size: int) -> list[int]:
-    """Powers of two that add up to `size`, largest first; the rest, below SMALLEST, is whatever is left."""
+def _block_sizes(size: int) -> list[int]:
+    """Return powers of two that add up to `size`, largest first; a remainder below SMALLEST_BLOCK comes last."""
     sizes = []
-    while size >= SMALLEST:
+    while size >= SMALLEST_BLOCK:
         sizes.append(1 << (size.bit_length() - 1))
         size -= sizes[-1]
     return [*sizes, size] if size else sizes
 
 
 def _to_host(storage: torch.UntypedStorage) -> list[Tensor]:
-    held = _bytes_of(storage)
-    sizes = _sizes(len(held))
-    copies = [torch.empty(size, dtype=torch.uint8, pin_memory=held.is_cuda) for size in sizes]
-    with _stream(held):
-        for copy, piece in zip(copies, held.split(sizes), strict=True):
-            copy.copy_(piece, non_blocking=True)
+    content = _as_bytes(storage)
+    sizes = _block_sizes(len(content))
+    copies = [torch.empty(size, dtype=torch.uint8, pin_memory=content.is_cuda) for size in sizes]
+    with _copy_stream(content):
+        for copy, block in zip(copies, content.split(sizes), strict=True):
+            copy.copy_(block, non_blocking=True)
     return copies
 
 
 def _from_host(copies: list[Tensor], storage: torch.UntypedStorage) -> None:
-    held = _bytes_of(storage)
-    with _stream(held):
-        for copy, piece in zip(copies, held.split([len(copy) for copy in copies]), strict=True):
-            piece.copy_(copy, non_blocking=True)
-    if held.is_cuda:
-        torch.cuda.current_stream().wait_stream(_streams[held.device])
+    content = _as_bytes(storage)
+    with _copy_stream(content):
+        for copy, block in zip(copies, content.split([len(copy) for copy in copies]), strict=True):
+            block.copy_(copy, non_blocking=True)
+    if content.is_cuda:
+        torch.cuda.current_stream().wait_stream(_streams[content.device])
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 @contextlib.contextmanager
-def _stream(held: Tensor) -> Iterator[None]:
-    """The copying stream, after what was asked of the device so far; the allocator waits for it with this memory."""
-    if not held.is_cuda:
+def _copy_stream(content: Tensor) -> Iterator[None]:
+    """Switch to the copying stream after the work queued so far; the allocator waits for it with this memory."""
+    if not content.is_cuda:
         yield
         return
-    stream = _streams.setdefault(held.device, torch.cuda.Stream(held.device))
+    stream = _streams.setdefault(content.device, torch.cuda.Stream(content.device))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
-    held.record_stream(stream)
+    content.record_stream(stream)

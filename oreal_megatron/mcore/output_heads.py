@@ -1,4 +1,4 @@
-"""What comes out of the last pipeline stage: log-probs of action tokens, or the reward model's token scores."""
+"""Output heads on the last pipeline stage: log-probs of action tokens, or the reward model's token scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oreal_megatron.algo import loss
 from oreal_megatron.config import LossConfig
-from oreal_megatron.mcore import context_parallel
+from oreal_megatron.mcore import context_parallel, layers
 from oreal_megatron.records import Counts, MicroBatch
 
 
@@ -20,23 +20,28 @@ class ScalarHead(nn.Module):
     """Linear(H, 1) in place of Megatron's output layer; every tensor-parallel rank holds all of it.
 
     The hidden states it reads are equal on all tensor-parallel ranks, hence so is its gradient: nothing to reduce.
-    With sequence parallelism each reads its own rows, so that scores are gathered and gradients marked to be summed.
+    With sequence parallelism each rank reads its own rows: scores are gathered, and gradients are marked to be summed.
     """
 
     def __init__(self, hidden: int, dtype: torch.dtype, sequence_parallel: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden, dtype=dtype))
-        self.weight.sequence_parallel = self.sequence_parallel = sequence_parallel
+        self.sequence_parallel = sequence_parallel
+        layers.mark_sequence_parallel(self.weight, sequence_parallel)
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
+        """Return scores [S, 1, 1] of hidden states [S, 1, H], and no bias."""
         scores = nn.functional.linear(hidden, self.weight)
         if self.sequence_parallel:  # every rank computes the same loss and takes the gradient of its own rows
             scores = tensor_parallel.gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False)
         return scores, None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the weight to Megatron's checkpoints."""
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         return make_sharded_tensors_for_checkpoint(
@@ -44,27 +49,28 @@ class ScalarHead(nn.Module):
         )
 
 
-class WithoutProduct(tensor_parallel.ColumnParallelLinear):
-    """Megatron's output layer with its parameters, but hidden states come out: the fused head multiplies."""
+class PassThroughOutput(tensor_parallel.ColumnParallelLinear):
+    """Megatron's output layer with its parameters, returning hidden states: the fused head multiplies them."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Return the hidden states unchanged, and no bias."""
         return hidden, None
 
 
 class LanguageModelHead:
-    """The fused operations on hidden states [1, S, H] of the last pipeline stage, vocabulary-parallel.
+    """Fused vocabulary-parallel operations on hidden states [1, S, H] of the last pipeline stage.
 
-    S is this rank's share where sequence or context parallelism cuts it.
+    S is this rank's share under sequence or context parallelism.
     """
 
     def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int):
         self.model, self.vocab_size, self.budget_bytes = model, vocab_size, budget_bytes
 
     def log_probs(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """[T] log-prob of each action token."""
-        own, mine = context_parallel.part(micro_batch, micro_batch.action_index)
+        """Return the [T] log-probs of the action tokens."""
+        own, index = context_parallel.own_actions(micro_batch, micro_batch.action_index)
         logp, _ = oreal_kernels.linear_logprob(*self._inputs(hidden, own), **self._options(own))
-        return context_parallel.whole(logp, mine, len(micro_batch.labels))
+        return context_parallel.combine_values(logp, index, len(micro_batch.labels))
 
     def oreal_loss(
         self,
@@ -75,24 +81,26 @@ class LanguageModelHead:
         counts: Counts,
         config: LossConfig,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """OREAL's loss with its gradient taken at once, that of the weight straight into Megatron's buffer; metrics.
+        """Return OREAL's loss and metrics; its gradient is computed at once, the weight's into Megatron's buffer.
 
-        A plain sum over action tokens: context-parallel ranks take their own and need nothing of each other.
+        The loss is a plain sum over action tokens, so context-parallel ranks compute their own tokens only.
         """
-        own, mine = context_parallel.part(micro_batch, micro_batch.action_index)
-        terms = loss.terms(reference_logp_T[mine], weight_T[mine], own, counts, config)
-        # Megatron's schedules hand every loss the gradient 1: nothing here sets a grad_scale_func.
+        own, index = context_parallel.own_actions(micro_batch, micro_batch.action_index)
+        terms = loss.terms(reference_logp_T[index], weight_T[index], own, counts, config)
+        # Megatron's schedules pass the gradient 1 to every loss, because no grad_scale_func is set.
         fused = oreal_kernels.linear_oreal_loss
         total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
-        return total, loss.metrics(context_parallel.total(total), context_parallel.total(sums), counts, config.kl_kind)
+        return total, loss.metrics(
+            context_parallel.sum_over_ranks(total), context_parallel.sum_over_ranks(sums), counts, config.kl_kind
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[1, S, V/tp] logits of this rank's rows, padding included: to compare with, training never writes them."""
+        """Return [1, S, V/tp] logits of this rank's rows, padding included, for comparisons only."""
         return nn.functional.linear(hidden, self.weight)
 
     @property
     def weight(self) -> nn.Parameter:
-        """This rank's rows of the output layer, or of the embedding it shares."""
+        """This rank's rows of the output layer, or of the embedding that it shares."""
         if self.model.share_embeddings_and_output_weights:
             return self.model.shared_embedding_or_output_weight()
         return self.model.output_layer.weight
@@ -112,8 +120,8 @@ class LanguageModelHead:
 
 
 def token_scores(scores: Tensor, micro_batch: MicroBatch, score_at: str) -> Tensor:
-    """[T] reward-model score of each action token, after reading it or before; scores [1, S / cp, 1]."""
+    """Return [T] scores of the action tokens, from after reading each token or before it; scores [1, S / cp, 1]."""
     rows = micro_batch.action_index + (1 if score_at == "token" else 0)
-    own, mine = context_parallel.part(micro_batch, rows)
+    own, index = context_parallel.own_actions(micro_batch, rows)
     score = scores.flatten().index_select(0, own.action_index).float()
-    return context_parallel.whole(score, mine, len(rows))
+    return context_parallel.combine_values(score, index, len(rows))

@@ -1,11 +1,11 @@
-"""The process group, Megatron's parallel groups on top of it, and where this rank stands in them."""
+"""Process group, Megatron's parallel groups, and the position of this rank in them."""
 
 from __future__ import annotations
 
 import math
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,20 +13,28 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from oreal_megatron.config import ConfigError, ParallelConfig, WatchdogConfig
-from oreal_megatron.mcore.cpu_shim import device_layer
+from oreal_megatron.mcore.patches import cpu_shim
 from oreal_megatron.models import flops
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import PackingSpec
 
 
+class ClosableEngine(Protocol):
+    """An engine that can be shut down."""
+
+    def close(self) -> None:
+        """End the engine."""
+        ...
+
+
 def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
-    """Join torchrun's group (gloo on CPU, NCCL plus gloo on GPUs); alone when started without torchrun."""
+    """Join torchrun's process group (gloo on CPU, NCCL and gloo on GPUs); without torchrun, a group of one."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if os.environ.get("MASTER_PORT", "0") == "0" and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError(
-            "MASTER_PORT is 0, at which the processes would wait for each other for ever; start them with "
-            "torchrun --standalone on one machine, or name a free port with --master-port"
+            "MASTER_PORT is 0, so the processes would wait for each other forever; start them with "
+            "torchrun --standalone on one machine, or give a free port with --master-port"
         )
     os.environ.setdefault("MASTER_PORT", "0")
     timeout = timedelta(seconds=timeout_s)
@@ -36,26 +44,29 @@ def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
         backend = "cpu:gloo,cuda:nccl"
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
-        backend, store=dist.PrefixStore(_start(), store), rank=rank, world_size=world, timeout=timeout
+        backend, store=dist.PrefixStore(_restart_prefix(), store), rank=rank, world_size=world, timeout=timeout
     )
 
 
-def _start() -> str:
-    """Which start by torchrun this is, where its store outlives one: in torch 2.13 `--max-restarts` keeps the
-    store and with it the addresses of ranks that are gone, which those of the next start would try to reach."""
+def _restart_prefix() -> str:
+    """Return a key prefix that is new for every restart by torchrun.
+
+    In torch 2.13 `--max-restarts` keeps the store, and with it the addresses of ended ranks, to which the restarted
+    ones would try to connect.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "new store"
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         raise ConfigError(
             "torchrun --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment: else ranks that are started again look for each other where those before them were"
+            "environment; without it, restarted ranks connect to the addresses of the ended ones"
         )
-    return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"  # counted by each machine for itself
+    return f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"  # each machine counts its own
 
 
 def start_megatron(config: ParallelConfig, seed: int, timeout_s: float = WatchdogConfig.collective_s) -> None:
-    """Megatron's groups and random-number tracker (which it wants even for evaluation)."""
-    with device_layer():
+    """Create Megatron's groups and its random-number tracker, which it needs even for evaluation."""
+    with cpu_shim():
         virtual = config.virtual if config.virtual > 1 else None
         parallel_state.initialize_model_parallel(
             config.tensor,
@@ -67,8 +78,8 @@ def start_megatron(config: ParallelConfig, seed: int, timeout_s: float = Watchdo
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def stop(engine: Any = None) -> None:
-    """Leave together. The engine goes before the process group, which vLLM 0.31 ends itself."""
+def stop(engine: ClosableEngine | None = None) -> None:
+    """Leave all groups. Collective. The engine is closed first: vLLM 0.31 destroys the process group itself."""
     dist.barrier()
     parallel_state.destroy_model_parallel()
     if engine:
@@ -78,9 +89,9 @@ def stop(engine: Any = None) -> None:
 
 
 def packing_spec(tokens_per_micro_batch: int, arch: Architecture | None = None) -> PackingSpec:
-    """Return how this rank packs samples. Without `arch`, attention is taken to cost nothing.
+    """Return the packing spec of this rank. Without `arch`, attention is assumed to cost nothing.
 
-    Megatron's interleaved schedule takes micro-batches in groups of as many as there are pipeline stages. Tokens are
+    Megatron's interleaved schedule takes micro-batches in groups as large as the number of pipeline stages. Tokens are
     shared by context-parallel ranks in two chunks each, and these by tensor-parallel ranks when sequence-parallel.
     """
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
@@ -96,11 +107,13 @@ def packing_spec(tokens_per_micro_batch: int, arch: Architecture | None = None) 
     )
 
 
-def share() -> tuple[int, int] | None:
-    """The data-parallel replica that this rank speaks for, and how many there are: one rank of each holds what comes
-    out of the last pipeline stage. None on the others."""
-    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    if not (first and parallel_state.is_pipeline_last_stage()):
+def replica_share() -> tuple[int, int] | None:
+    """Return (data-parallel rank, number of replicas) on the one rank per replica that reports its results; else None.
+
+    It is the first tensor- and context-parallel rank of the last pipeline stage, which holds the outputs.
+    """
+    is_first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    if not (is_first and parallel_state.is_pipeline_last_stage()):
         return None
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 

@@ -1,14 +1,15 @@
-"""What one rank of a large world would build, say and keep: a real step of the real models, without data.
+"""Rehearsal of one rank of a large world: a real step of the real models, without data.
 
-Models, optimizers, packing, Megatron's schedules and the checkpoint's layout are those of a run; fake_world.py says
-what is not. Offloading is left out, it says nothing to other ranks.
+Recorded are the objects it builds, its calls to other ranks and the memory that autograd holds. Models, optimizers,
+packing, Megatron's schedules and the checkpoint's layout are those of a run; fake_world.py lists the differences.
+Offloading is left out, because it involves no other ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,11 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, Sample
 
 
-class Shard(NamedTuple):
+class CheckpointShard(NamedTuple):
     """A part of a tensor in a checkpoint."""
 
     key: str
-    shape: tuple[int, ...]  # of the whole tensor
+    shape: tuple[int, ...]  # of the full tensor
     offset: tuple[int, ...]
     size: tuple[int, ...]
     bytes: int
@@ -36,50 +37,50 @@ class Shard(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsed:
-    """One rank's part."""
+class RankRehearsal:
+    """Results of the rehearsal of one rank."""
 
     rank: int
-    groups: list[tuple[int, ...]]  # in the order in which they were asked for
+    groups: list[tuple[int, ...]]  # in the order of their creation
     calls: list[fake_world.Call]
     shapes: dict[str, tuple[int, ...]]  # of the policy's tensors, by their names in the mapping
-    shards: list[Shard]  # of all trained models
+    shards: list[CheckpointShard]  # of all trained models
     bytes: dict[str, dict[str, int]]  # by model and part
-    kept: dict[str, int]  # most bytes that autograd kept for the backward, by model; parameters left out
+    activation_bytes: dict[str, int]  # peak of the bytes that autograd saves, by model; without parameters
     tokens: tuple[int, ...]  # of each micro-batch
 
 
-def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples: Sequence[Sample]) -> Rehearsed:
-    """Be `rank` for one step on `samples`; without samples, only build and lay out the checkpoint."""
+def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples: Sequence[Sample]) -> RankRehearsal:
+    """Act as `rank` for one step on `samples`; without samples, only build the models and plan a checkpoint."""
     config = dataclasses.replace(config, offload=False)
-    with fake_world.rank_of(world, rank) as record:
+    with fake_world.simulate_rank(world, rank) as recorder:
         parallel.start_megatron(config.parallel, config.seed)
-        pieces = (arch, config, _without_data(arch))
-        models: dict[str, Any] = {"policy": trained_models.Policy(*pieces)}
+        arguments = (arch, config, _read_without_data(arch))
+        models: dict[str, Any] = {"policy": trained_models.Policy(*arguments)}
         if config.reward_model.enabled:
-            models["reward_model"] = trained_models.TokenRewardModel(*pieces)
+            models["reward_model"] = trained_models.TokenRewardModel(*arguments)
         trainers = dict(models)
-        models["reference"] = trained_models.Reference(*pieces)
-        sizes = {name: {part: held.bytes() for part, held in one.parts.items()} for name, one in models.items()}
-        batch, kept = None, {}
+        models["reference"] = trained_models.Reference(*arguments)
+        sizes = {name: {part: memory.bytes() for part, memory in model.parts.items()} for name, model in models.items()}
+        batch, activation_bytes = None, {}
         if samples:
             with torch.device("cpu"):
                 batch = packing.batch(samples, parallel.packing_spec(config.tokens_per_micro_batch, arch))
-            kept = _step(models, config, batch, record)
-        return Rehearsed(
+            activation_bytes = _step(models, config, batch, recorder)
+        return RankRehearsal(
             rank,
-            record.groups,
-            record.calls,
+            recorder.groups,
+            recorder.calls,
             {entry.megatron: tuple(tensor.shape) for entry, tensor in models["policy"].named_shards()},
             [shard for name, trainer in trainers.items() for shard in _shards(name, trainer)],
             sizes,
-            kept,
+            activation_bytes,
             tuple(len(part.tokens) for part in batch.micro_batches) if batch else (),
         )
 
 
-def _without_data(arch: Architecture) -> Callable[[str], Tensor]:
-    """Reads tensors of the right shapes, by name, with the head of either kind of model."""
+def _read_without_data(arch: Architecture) -> Callable[[str], Tensor]:
+    """Return a reader of empty tensors of the right shapes, by name, for the heads of both kinds of model."""
     shapes: dict[str, tuple[int, ...]] = {}
     for head in ("lm", "scalar"):
         for entry in tensors.entries(arch, 1, 1, 0, head):
@@ -87,20 +88,20 @@ def _without_data(arch: Architecture) -> Callable[[str], Tensor]:
     return lambda name: torch.empty(shapes[name])
 
 
-def _step(models: dict[str, Any], config: Config, batch: Batch, record: fake_world.Record) -> dict[str, int]:
-    """The loop's updates in their order."""
-    cut = config.parallel
-    shares = cut.context * (cut.tensor if cut.sequence else 1)
+def _step(models: dict[str, Any], config: Config, batch: Batch, recorder: fake_world.CallRecorder) -> dict[str, int]:
+    """Run the loop's updates in their order; return the peak bytes that autograd saves, by model."""
+    parallel_config = config.parallel
+    shares = parallel_config.context * (parallel_config.tensor if parallel_config.sequence else 1)
     hidden = models["policy"].arch.hidden
     shapes = [[len(part.tokens) // shares, 1, hidden] for part in batch.micro_batches]
-    kept = {}
+    activation_bytes = {}
 
     def run(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        record.expect(shapes)
-        watch = Kept(models[name].parts["parameters"].find())
-        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
+        recorder.expect(shapes)
+        counter = ActivationCounter(models[name].parts["parameters"].tensors())
+        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda saved: saved.tensor):
             result = work(*arguments)
-        kept[name] = watch.most
+        activation_bytes[name] = counter.peak
         return result
 
     reward_model = models.get("reward_model", trained_models.NoRewardModel())
@@ -110,53 +111,57 @@ def _step(models: dict[str, Any], config: Config, batch: Batch, record: fake_wor
         token_weights, _ = reward_model.update(batch)
     reference = run("reference", models["reference"].score, batch)
     run("policy", models["policy"].update, batch, reference, token_weights)
-    return kept
+    return activation_bytes
 
 
-class Kept:
-    """Counts the bytes that autograd keeps for the backward: each storage once, `own` ones never."""
+class ActivationCounter:
+    """Counter of the bytes that autograd saves for the backward pass: each storage once, parameters never."""
 
-    def __init__(self, own: Sequence[Tensor]):
-        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+    def __init__(self, parameters: Iterable[Tensor]):
+        self.parameter_storages = {tensor.untyped_storage()._cdata for tensor in parameters}
         self.uses: Counter[int] = Counter()
-        self.now = self.most = 0
+        self.current = self.peak = 0
 
     def pack(self, tensor: Tensor) -> _Saved:
+        """Count a tensor that autograd saves; a hook of saved_tensors_hooks."""
         return _Saved(self, tensor)
 
     def count(self, storage: torch.UntypedStorage, uses: int) -> None:
+        """Add (or subtract) uses of a storage."""
         key = storage._cdata
-        if key in self.own:
+        if key in self.parameter_storages:
             return
         before, self.uses[key] = self.uses[key], self.uses[key] + uses
-        self.now += storage.nbytes() * ((self.uses[key] > 0) - (before > 0))
-        self.most = max(self.most, self.now)
+        self.current += storage.nbytes() * ((self.uses[key] > 0) - (before > 0))
+        self.peak = max(self.peak, self.current)
 
 
 class _Saved:
-    """A tensor that autograd keeps, until autograd lets go of this."""
+    """A saved tensor; it is counted until autograd releases this object."""
 
-    def __init__(self, watch: Kept, tensor: Tensor):
-        self.watch, self.tensor = watch, tensor
-        watch.count(tensor.untyped_storage(), 1)
+    def __init__(self, counter: ActivationCounter, tensor: Tensor):
+        self.counter, self.tensor = counter, tensor
+        counter.count(tensor.untyped_storage(), 1)
 
-    def __del__(self):
-        self.watch.count(self.tensor.untyped_storage(), -1)
+    def __del__(self) -> None:
+        self.counter.count(self.tensor.untyped_storage(), -1)
 
 
-def _shards(name: str, trainer: Any) -> list[Shard]:
-    """The parts of a model's checkpoint that this rank has, weights and optimizer."""
-    found = []
+def _shards(name: str, trainer: Any) -> list[CheckpointShard]:
+    """Return the parts of a model's checkpoint that this rank holds, weights and optimizer."""
+    shards = []
     for value in nested_values(checkpoint_state.sharded(trainer, loading=False)):
         built = value.build() if isinstance(value, ShardedTensorFactory) else value
         for part in nested_values(built) if isinstance(built, dict | list) else [built]:
             if isinstance(part, ShardedTensor):
-                found.append(_shard(name, part))
-    return found
+                shards.append(_shard(name, part))
+    return shards
 
 
-def _shard(name: str, part: ShardedTensor) -> Shard:
+def _shard(name: str, part: ShardedTensor) -> CheckpointShard:
     size = (1,) * part.prepend_axis_num + tuple(part.local_shape)
     first = not any(part.replica_id) if isinstance(part.replica_id, tuple) else part.replica_id == 0
     bytes_ = part.data.nbytes if part.data is not None else 0
-    return Shard(f"{name}/{part.key}", tuple(part.global_shape), tuple(part.global_offset), size, bytes_, first)
+    return CheckpointShard(
+        f"{name}/{part.key}", tuple(part.global_shape), tuple(part.global_offset), size, bytes_, first
+    )

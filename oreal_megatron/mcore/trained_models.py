@@ -1,4 +1,4 @@
-"""Policy, reference and token-level reward model: workers bound to the losses of algo/."""
+"""Policy, reference and token-level reward model: Megatron models with the losses of algo/."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from oreal_megatron.algo import guard, loss, token_weighting
 from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
-from oreal_megatron.mcore.scorer import Scorer, Trainer
+from oreal_megatron.mcore.scorer import MegatronScorer
+from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
+from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, MicroBatch, TokenWeights
 
 Reader = Callable[[str], Tensor]
@@ -25,23 +27,23 @@ Reader = Callable[[str], Tensor]
 def _language_model(
     arch: Architecture, config: Config, read: Reader
 ) -> tuple[list[GPTModel], output_heads.LanguageModelHead]:
-    """This rank's chunks of layers, filled, and the fused head over the output layer of the last one."""
+    """Return this rank's chunks of layers with their weights, and the fused head on the last one."""
     chunks = gpt_model.build(arch, config, "lm")
     gpt_model.load(chunks, arch, config, "lm", read)
     return chunks, output_heads.LanguageModelHead(chunks[-1], arch.vocab, config.model.logits_mib * 2**20)
 
 
-class Reference(Scorer):
-    """The fixed SFT policy."""
+class Reference(MegatronScorer):
+    """The fixed reference policy of the KL term: the starting policy."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, head = _language_model(arch, config, read)
         super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
         if config.offload:
-            self.parts.leave()
+            self.parts.offload()
 
 
-class Policy(Trainer):
+class Policy(MegatronTrainer):
     """The policy being trained. The number of its updates is the version that the engine must hold."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
@@ -49,27 +51,28 @@ class Policy(Trainer):
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
         self.arch = arch
 
-    def update(self, batch: Batch, reference_logp: list[Tensor] | None, token_weights: TokenWeights) -> dict:
+    def update(self, batch: Batch, reference_logp: list[Tensor] | None, token_weights: TokenWeights) -> Metrics:
         """Take one OREAL step on the batch (paper, Eq. 11); skip it where the token weights are not valid."""
         if not token_weights.valid:
-            return _named("policy", self.skip())
-        config, fused, weight = self.config, self.language_model.oreal_loss, token_weights.values
+            return _prefixed("policy", self.skip())
+        config, fused, weights = self.config, self.language_model.oreal_loss, token_weights.values
+        reference = reference_logp or []  # empty before the last pipeline stage, where no objective is computed
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return fused(hidden, micro_batch, reference_logp[number], weight[number], batch.counts, config.loss)
+            return fused(hidden, micro_batch, reference[number], weights[number], batch.counts, config.loss)
 
         rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
-        return _named("policy", self.train(batch, objective, rate))
+        return _prefixed("policy", self.train(batch, objective, rate))
 
-    def imitate(self, batch: Batch) -> dict[str, float]:
-        """One supervised step on demonstrations."""
+    def imitate(self, batch: Batch) -> Metrics:
+        """Take one supervised step on demonstrations."""
         config = self.config.supervised
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return loss.supervised(self.head(hidden, micro_batch), batch.counts)
 
         rate = learning_rate(self.updates, config.steps, config.optimizer)
-        return _named("policy", self.train(batch, objective, rate))
+        return _prefixed("policy", self.train(batch, objective, rate))
 
     def process_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Return the tensor-parallel and the pipeline-parallel group of this rank."""
@@ -77,13 +80,11 @@ class Policy(Trainer):
 
     def named_shards(self) -> Iterator[tuple[Entry, Tensor]]:
         """Return this rank's parameters with their mapping entries."""
-        return gpt_model.named_shards(
-            [gpt_model.unwrapped(chunk) for chunk in self.chunks], self.arch, self.config, "lm"
-        )
+        return gpt_model.named_shards([gpt_model.unwrap(chunk) for chunk in self.chunks], self.arch, self.config, "lm")
 
 
-class TokenRewardModel(Trainer):
-    """The policy's twin with a scalar head, trained by cross entropy on the mean token score (paper, Eq. 12)."""
+class TokenRewardModel(MegatronTrainer):
+    """The policy's architecture with a scalar head, trained on the mean token score (paper, Eq. 12)."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         stage = gpt_model.build(arch, config, "scalar")
@@ -91,7 +92,7 @@ class TokenRewardModel(Trainer):
         head = partial(output_heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
 
-    def update(self, batch: Batch) -> tuple[TokenWeights, dict[str, float]]:
+    def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
         """Take one step; return the token weights of the same forward pass, thus from before the step, and metrics."""
         weights: dict[int, Tensor] = {}
 
@@ -101,7 +102,7 @@ class TokenRewardModel(Trainer):
             return loss.reward_model(score_T, micro_batch, batch.counts)
 
         rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
-        metrics = _named("reward_model", self.train(batch, objective, rate))
+        metrics = _prefixed("reward_model", self.train(batch, objective, rate))
         if guard.skipped_models(metrics):
             return TokenWeights([], valid=False), metrics
         return TokenWeights([weights[number] for number in sorted(weights)]), metrics
@@ -110,23 +111,23 @@ class TokenRewardModel(Trainer):
 class NoRewardModel:
     """Stand-in for a reward model that is switched off: every token weighs 1."""
 
-    def update(self, batch: Batch) -> tuple[TokenWeights, dict[str, float]]:
+    def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
         """Return weights of 1 and no metrics."""
         device = gpt_model.device()
         return TokenWeights([torch.ones(len(part.labels), device=device) for part in batch.micro_batches]), {}
 
 
-def _named(model: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics under the model's name, but those that have a section already."""
+def _prefixed(model: str, metrics: Metrics) -> Metrics:
+    """Prefix metrics with the model's name, unless they have a prefix already."""
     return {name if "/" in name else f"{model}/{name}": value for name, value in metrics.items()}
 
 
 def _with_fresh_head(arch: Architecture, config: Config, read: Reader) -> Reader:
-    """Backbone from the policy; the scalar head drawn as the policy's own matrices were, equal on every rank."""
+    """Read the backbone from the policy; draw the scalar head like the policy's matrices, equal on every rank."""
 
-    def reader(name: str) -> Tensor:
+    def read_or_draw(name: str) -> Tensor:
         if name != "score.weight":
             return read(name)
         return torch.randn(1, arch.hidden, generator=torch.Generator().manual_seed(config.seed)) * 0.02
 
-    return reader
+    return read_or_draw

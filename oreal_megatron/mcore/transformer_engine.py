@@ -1,7 +1,7 @@
-"""Transformer Engine in Megatron's layer: its linear layers, those after a norm fused with it, and its attention.
+"""Transformer Engine's modules in Megatron's layer: linear layers, those after a norm fused with it, and attention.
 
-Imported only where it is installed and asked for. Parameters keep the names of the fused modules; checkpoints are those
-of the local layers, whose norms are stored under the same names (models/torch_dist_keys.py).
+Imported only where it is installed and configured. Parameters keep the names of the fused modules; checkpoints are
+those of the local layers, whose norms are stored under the same names (models/torch_dist_keys.py).
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec
 from torch import Tensor
 
-from oreal_megatron.mcore import layers
+from oreal_megatron.mcore.layers import PackedSequences, RMSNorm
 
 
 class Attention(TEDotProductAttention):
-    """Its attention by the borders of a packed micro-batch; rows are [S, 1, ...] outside, as for our own."""
+    """Transformer Engine's attention by the offsets of a packed micro-batch; outside, rows are [S, 1, ...] as ours."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *other: Any, packed_seq_params: layers.Packed, **more: Any
+        self, query: Tensor, key: Tensor, value: Tensor, *other: Any, packed_seq_params: PackedSequences, **more: Any
     ) -> Tensor:
-        """[S, 1, heads * d] from queries [S, 1, heads, d], keys and values [S, 1, groups, d]."""
-        starts, key_starts, longest, longest_key = packed_seq_params.plan.borders
-        packed = PackedSeqParams("thd", starts, key_starts, max_seqlen_q=longest, max_seqlen_kv=longest_key)
-        rows = (each.squeeze(1) for each in (query, key, value))
+        """Return [S, 1, heads * d] from queries [S, 1, heads, d], keys and values [S, 1, groups, d]."""
+        query_offsets, key_offsets, longest_query, longest_key = packed_seq_params.plan.offsets
+        packed = PackedSeqParams(
+            "thd", query_offsets, key_offsets, max_seqlen_q=longest_query, max_seqlen_kv=longest_key
+        )
+        rows = (tensor.squeeze(1) for tensor in (query, key, value))
         return super().forward(*rows, *other, packed_seq_params=packed, **more).reshape(len(query), 1, -1)
 
 
-def layer(qk_norm: bool, experts: int | None) -> ModuleSpec:
-    """Megatron's specification, less what a checkpoint of local layers would lack: states of norms that stand alone."""
+def layer_spec(qk_norm: bool, experts: int | None) -> ModuleSpec:
+    """Return Megatron's specification without the state of separate norms, which local checkpoints do not contain."""
     spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(experts, qk_layernorm=qk_norm)
-    if experts:  # nothing to fuse the norm with, but local layers store it as if there were
-        spec.submodules.pre_mlp_layernorm = layers.RMSNorm
+    if experts:  # there is no linear layer to fuse the norm with, but local layers store it as if there were one
+        spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return spec

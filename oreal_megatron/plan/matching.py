@@ -17,13 +17,13 @@ from oreal_megatron.reshard.overlaps import ReshardLayout
 
 if TYPE_CHECKING:
     from oreal_megatron.mcore.fake_world import Call
-    from oreal_megatron.mcore.rehearse_rank import Rehearsed, Shard
+    from oreal_megatron.mcore.rehearse_rank import CheckpointShard, RankRehearsal
 
 PEERS = 8  # whose plans are made as well; each takes a third of a second at 128 ranks
 MESSAGES = ("send", "recv_")
 
 
-def groups(ranks: Sequence[Rehearsed]) -> Iterator[str]:
+def groups(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Creating a group is collective: every rank must ask for the same ones in the same order."""
     first = ranks[0]
     for other in ranks[1:]:
@@ -36,7 +36,7 @@ def groups(ranks: Sequence[Rehearsed]) -> Iterator[str]:
                 break
 
 
-def collectives(ranks: Sequence[Rehearsed]) -> Iterator[str]:
+def collectives(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Play all ranks' collectives: one is done when every member that was rehearsed has come to the same one."""
     waiting = {one.rank: [call for call in one.calls if call.operation not in MESSAGES] for one in ranks}
     place = dict.fromkeys(waiting, 0)
@@ -68,7 +68,7 @@ def collectives(ranks: Sequence[Rehearsed]) -> Iterator[str]:
         )
 
 
-def messages(ranks: Sequence[Rehearsed]) -> Iterator[str]:
+def messages(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """What one rank sends another must be what the other receives from it: number, order and sizes."""
     sent, received = defaultdict(list), defaultdict(list)
     known = {one.rank for one in ranks}
@@ -92,16 +92,16 @@ def _differing(sent: list, received: list, source: int, destination: int) -> Ite
             return
 
 
-def micro_batches(ranks: Sequence[Rehearsed]) -> Iterator[str]:
+def micro_batches(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Different numbers on data-parallel replicas deadlock Megatron's schedules."""
     numbers = {one.rank: len(one.tokens) for one in ranks if one.tokens}
     if len(set(numbers.values())) > 1:
         yield f"ranks have different numbers of micro-batches: {numbers}"
 
 
-def checkpoint(ranks: Sequence[Rehearsed]) -> Iterator[str]:
+def checkpoint(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """The parts that ranks write, all those of one replica among them, must cover every tensor once."""
-    parts: dict[str, dict[int, list[Shard]]] = defaultdict(lambda: defaultdict(list))
+    parts: dict[str, dict[int, list[CheckpointShard]]] = defaultdict(lambda: defaultdict(list))
     for one in ranks:
         for shard in one.shards:
             parts[shard.key][one.rank].append(shard)
@@ -120,14 +120,14 @@ def checkpoint(ranks: Sequence[Rehearsed]) -> Iterator[str]:
             yield f"{key}: only {there} of its {wanted} elements are written, by ranks {writers}"
 
 
-def _overlap(one: Shard, two: Shard) -> bool:
+def _overlap(one: CheckpointShard, two: CheckpointShard) -> bool:
     return all(
         start < other + extent and other < start + size
         for start, size, other, extent in zip(one.offset, one.size, two.offset, two.size, strict=True)
     )
 
 
-def handover(layout: ReshardLayout, ranks: Sequence[Rehearsed], itemsize: int, batch_bytes: int) -> Iterator[str]:
+def handover(layout: ReshardLayout, ranks: Sequence[RankRehearsal], itemsize: int, batch_bytes: int) -> Iterator[str]:
     """The transfers to the engine: among these ranks, and between the first of them and some of its peers, both ends
     agree; every slice lies in a tensor of the trainer's real model, or of the engine's layout."""
     plans = {one.rank: planner.plan_transfer(layout, one.rank, itemsize, batch_bytes) for one in ranks}
@@ -153,7 +153,7 @@ def _moves(made: planner.TransferPlan, way: str) -> dict[int, list[tuple]]:
     return found
 
 
-def _outside(one: Rehearsed, made: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
+def _outside(one: RankRehearsal, made: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
     """Slices that lie in no tensor of the trainer's real model, or of the engine's layout."""
     engine = vllm_layout.parameter_shapes(layout.arch, layout.engine)
     for batch in made.batches:

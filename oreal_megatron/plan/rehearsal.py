@@ -24,8 +24,8 @@ FAULTS_SHOWN = 5
 class Rehearsal:
     """Ranks that ran a step, ranks that were only built, and why others could not be."""
 
-    played: list[rehearse_rank.Rehearsed]
-    built: list[rehearse_rank.Rehearsed]
+    played: list[rehearse_rank.RankRehearsal]
+    built: list[rehearse_rank.RankRehearsal]
     broken: list[str]
 
 
@@ -44,7 +44,7 @@ def run(case: Scenario, wanted: str | None, console: Console) -> dict[str, Any]:
         "faults": {what: faults for what, faults in found.items() if faults},
         "seconds": seconds,
         "bytes": {one.rank: one.bytes for one in done.played},
-        "kept_activations": {one.rank: one.kept for one in done.played},
+        "kept_activations": {one.rank: one.activation_bytes for one in done.played},
     }
 
 
@@ -98,7 +98,7 @@ def checks(case: Scenario, done: Rehearsal) -> dict[str, list[str]]:
     return {what: list(faults) for what, faults in found.items()}
 
 
-def written(ranks: Iterable[rehearse_rank.Rehearsed]) -> int:
+def written(ranks: Iterable[rehearse_rank.RankRehearsal]) -> int:
     """Bytes of a checkpoint that these ranks write."""
     return sum(shard.bytes for one in ranks for shard in one.shards if shard.written)
 
@@ -120,7 +120,7 @@ def _show(case: Scenario, done: Rehearsal, found: dict[str, list[str]], seconds:
         console.print(_sizes(case, done.played))
 
 
-def _sizes(case: Scenario, played: list[rehearse_rank.Rehearsed]) -> Table:
+def _sizes(case: Scenario, played: list[rehearse_rank.RankRehearsal]) -> Table:
     """What the plan says of these micro-batches, beside what the rehearsal built."""
     shown = report_tables.columns("GiB, planned / built")
     for column in ("rank", "model", "parameters", "gradients", "optimizer", "kept activations"):
@@ -129,9 +129,9 @@ def _sizes(case: Scenario, played: list[rehearse_rank.Rehearsed]) -> Table:
         stage = one.rank // (case.world // case.config.parallel.pipeline)
         for name, parts in one.bytes.items():
             planned, pairs = memory.held(case, stage, case.roles[name]), []
-            if one.kept.get(name):
+            if one.activation_bytes.get(name):
                 kept = activations.kept_of(case.arch, case.config, stage, one.tokens)
-                pairs = [(kept, one.kept[name])]
+                pairs = [(kept, one.activation_bytes[name])]
             cells = [(planned[part], size) for part, size in parts.items()]
             cells = [f"{one / 2**30:.2f} / {other / 2**30:.2f}" for one, other in cells + pairs]
             shown.add_row(str(one.rank), name, *cells)

@@ -53,7 +53,7 @@ def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
     batch = packing.batch([Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()], PackingSpec(tokens.numel()))
     language_model = output_heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
     read = language_model.logits if source.head == "lm" else torch.clone
-    values = scorer.Scorer(chunks, lambda output, micro_batch: read(output)).score(batch)
+    values = scorer.MegatronScorer(chunks, lambda output, micro_batch: read(output)).score(batch)
     parallel.stop()
     assert values is not None  # one process is the last pipeline stage
     return values[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.mcore import checkpoint_state
-from oreal_megatron.mcore.checkpoint_saver import Saver
+from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
@@ -20,7 +20,7 @@ class TrainingHooks:
     """Implementation of protocols.StepHooks. Every method is collective."""
 
     config: Config
-    saver: Saver
+    saver: CheckpointSaver
     run: Recorder
     evaluate: Callable[[], Metrics] | None  # held-out accuracy of the engine's weights; None: no problems
     stop_request: StopRequest

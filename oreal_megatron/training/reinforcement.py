@@ -12,8 +12,8 @@ from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
-from oreal_megatron.mcore.checkpoint_saver import Saver
-from oreal_megatron.mcore.scorer import Trainer
+from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed
@@ -46,14 +46,14 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         engine, verifier = session.start_engine(inputs, stop_request)
         session.start_megatron()
         policy, reference, reward_model = _models(inputs)
-        trainers: dict[str, Trainer] = {"policy": policy}
-        if isinstance(reward_model, Trainer):
+        trainers: dict[str, MegatronTrainer] = {"policy": policy}
+        if isinstance(reward_model, MegatronTrainer):
             trainers["reward_model"] = reward_model
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
-        run = Recorder(config, first_step, fingerprints, parallel.share(), inputs.arch, _peak_flops(config))
+        run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch, _peak_flops(config))
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
-        saver = Saver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
+        saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
         save_best = partial(policy_weights.save_policy, inputs, policy, Path(config.run) / "best")
         hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_best)

@@ -37,7 +37,7 @@ def replay_step(dump: Dump, run: str | None, tolerance: float) -> Replay:
     parallel.start_process_group()
     checkpoint = None
     if first_step is not None:
-        checkpoint = checkpoint_state.choose(folder, names, first_step, damaged_too=False)
+        checkpoint = checkpoint_state.choose(folder, names, first_step, skip_damaged=False)
     parallel.start_megatron(config.parallel, config.seed)
     spec = parallel.packing_spec(config.tokens_per_micro_batch)
     shares = [step_dump.share(spec.rank, spec.ranks) for step_dump in dumps]  # refuses damaged files

@@ -58,7 +58,7 @@ def all_state(models: dict) -> dict:
     optimizers = {
         f"{name} optimizer {place}": tensor.clone()
         for name, model in models.items()
-        for place, tensor in enumerate(adam.tensors(model.optimizer))
+        for place, tensor in enumerate(adam.state_tensors(model.optimizer))
     }
     return optimizers | {
         f"{name} {chunk} {key}": value.detach().clone()
@@ -70,13 +70,13 @@ def all_state(models: dict) -> dict:
 
 def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: int):
     from oreal_megatron.mcore import checkpoint_state, parallel
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
     models, reference = trainers(*layout, reward_model=reward_model)
     go_on(models, reference, samples, range(save_at))
-    saver = Saver(Path(path), models, keep=2)
+    saver = CheckpointSaver(Path(path), models, keep=2)
     saver.start(save_at)
     rows = go_on(models, reference, samples, range(save_at, 4))  # while it is written
     saver.finish()
@@ -133,7 +133,7 @@ def optimizer_made(folder: str) -> list[str]:
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, 1)[1].parallel, seed=0)
     models, _ = trainers(folder, 1, reward_model=False)
-    made = adam._inner(models["policy"].optimizer)
+    made = adam.torch_optimizers(models["policy"].optimizer)
     models["policy"].optimizer.state_dict()  # reads `step` where torch's AdamW keeps it
     parallel.stop()
     return [type(inner).__name__ for inner in made]
@@ -145,14 +145,14 @@ def test_transformer_engine_does_not_change_the_optimizer(model_folder, in_proce
 
 def save_only(folder: str, tensor: int, samples: list, path: str):
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.reshard.weight_sync import full_tensors
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, tensor)[1].parallel, seed=0)
     models, reference = trainers(folder, tensor)
     go_on(models, reference, samples, range(2))
-    Saver(Path(path), models, keep=1).save(2)
+    CheckpointSaver(Path(path), models, keep=1).save(2)
     rows = go_on(models, reference, samples, range(2, 4))
     weights = {name: value.clone() for name, value in full_tensors(models["policy"])}
     parallel.stop()
@@ -192,7 +192,7 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
     from torch.utils._pytree import tree_leaves
 
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 
     class Held(TorchDispatchMode):
         now = most = 0
@@ -216,7 +216,7 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folder, 1)[1].parallel, seed=0)
-    saver = Saver(Path(path), trainers(folder, 1, 1, "bfloat16")[0], keep=1)
+    saver = CheckpointSaver(Path(path), trainers(folder, 1, 1, "bfloat16")[0], keep=1)
     with Held() as held:
         saver.start(1)
     counted = {"most": held.most, "pending": held.now}
@@ -264,7 +264,7 @@ def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list
     checkpoint_saver.shutil = SimpleNamespace(
         disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40)
     )
-    saving, results = checkpoint_saver.Saver(Path(path), trainers(*layout)[0], keep=1), []
+    saving, results = checkpoint_saver.CheckpointSaver(Path(path), trainers(*layout)[0], keep=1), []
     for step, free in enumerate(cases):
         looks[:] = free
         with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -279,20 +279,20 @@ def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folde
     cases = [[0, 0], [enough, 0, 0], [0, enough, 0], [enough, enough]]
     (results,) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), cases)
     for (said, damage), waits in zip(results, (1, 1, 2, 0), strict=True):
-        assert said.count("waiting until there is more") == said.count("going on") == waits and not damage
+        assert said.count("free some space to continue") == said.count("again; continuing") == waits and not damage
 
 
 def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str]:
     """Why the first model's trainers cannot go on from sound checkpoints of others, or from parts of their own."""
     from oreal_megatron.config import ConfigError
     from oreal_megatron.mcore import checkpoint_state, parallel
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(folders[0], 1, 2)[1].parallel, seed=0)
     made = {Path(folder).name: trainers(folder, 1, 2, reward_model=False)[0] for folder in folders}
     own = made[Path(folders[0]).name]
-    saved = {name: Saver(Path(path) / name, models, keep=1).save(1) for name, models in made.items()}
+    saved = {name: CheckpointSaver(Path(path) / name, models, keep=1).save(1) for name, models in made.items()}
 
     def refusal(where: Path, models: list[str]) -> str:
         try:
@@ -303,7 +303,7 @@ def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str
 
     told = {name: refusal(where.parent, ["policy"]) for name, where in saved.items()}
     told["reward model"] = refusal(saved["own"].parent, ["policy", "reward_model"])
-    if parallel.packing_spec(1).rank == 0 and parallel.share():
+    if parallel.packing_spec(1).rank == 0 and parallel.replica_share():
         (saved["own"] / "policy/common.pt").write_bytes((Path(converted) / "common.pt").read_bytes())
     torch.distributed.barrier()
     for name, where in {"nothing common": saved["own"] / "policy", "weights alone": Path(converted)}.items():
@@ -331,9 +331,9 @@ def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, i
     saved = str(tmp_path / "saved")
     for told in in_processes(2, load_foreign, folders, str(converted), saved):
         assert told.pop("own") == "step 1"
-        assert told.pop("reward model").endswith("holds no reward_model: the run that saved it trained none")
+        assert told.pop("reward model").endswith("contains no reward_model: the run that saved it did not train one")
         wanted = {
-            "deeper": "has shape (6, 64), where (4, 64) is wanted",
+            "deeper": "has shape (6, 64), expected (4, 64)",
             "unbiased": "it has no decoder.layers.self_attention.linear_qkv.bias",
             "normed": "it has no decoder.layers.self_attention.linear_qkv.bias",
             "nothing common": "it has no step",
@@ -341,4 +341,4 @@ def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, i
         }
         assert told.keys() == wanted.keys()
         for name, sentence in told.items():
-            assert wanted[name] in sentence and f"{folders[0]} can go on from" in sentence, sentence
+            assert wanted[name] in sentence and f"is not a checkpoint of {folders[0]}" in sentence, sentence

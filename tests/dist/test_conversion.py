@@ -88,7 +88,7 @@ def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | 
         gpt_model.load(chunks, arch, config, head, source.tensor)
         language_model = output_heads.LanguageModelHead(chunks[-1], arch.vocab, 0)
         read = language_model.logits if head == "lm" else torch.clone
-        scored = scorer.Scorer(chunks, lambda output, micro_batch, read=read: read(output)).score(batch)
+        scored = scorer.MegatronScorer(chunks, lambda output, micro_batch, read=read: read(output)).score(batch)
         results[name] = scored and scored[0]
     parallel.stop()
     return results
@@ -191,7 +191,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
     from oreal_megatron.convert import megatron_folder
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.reshard.weight_sync import full_tensors
 
     config, source = start(layout), Folder(folder)
@@ -204,7 +204,7 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
         head = {"policy": "lm", "reward_model": "scalar"}[name]
         megatron_folder.describe(source, where, head, torch.float32)
 
-    Saver(Path(path), made, keep=1, describe=describe).save(1)
+    CheckpointSaver(Path(path), made, keep=1, describe=describe).save(1)
     weights = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
     parallel.stop()
     return weights
@@ -216,7 +216,7 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
 
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel
-    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.reshard.weight_sync import full_tensors
 
     config, source = start(layout), Folder(folder)
@@ -224,7 +224,7 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
     checkpoint_state.load(Path(path) / "step_000001", made)
     trained = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
     chunks = {f"chunk{number}": chunk.module for number, chunk in enumerate(made["policy"].chunks)}
-    with device_layer():
+    with cpu_shim():
         state = dist_checkpointing.load({name: chunk.sharded_state_dict() for name, chunk in chunks.items()}, converted)
         for name, chunk in chunks.items():
             chunk.load_state_dict(state[name])

@@ -1,11 +1,11 @@
-"""Each stand-in of mcore/cpu_shim.py is needed: without it, a piece of real Megatron fails on this machine. A row that
+"""Each stand-in of mcore/patches.py is needed: without it, a piece of real Megatron fails on this machine. A row that
 passes without its patch tells that Megatron has moved and the patch can go."""
 
 from __future__ import annotations
 
 import traceback
 
-from oreal_megatron.mcore.cpu_shim import PATCHES
+from oreal_megatron.mcore.patches import CPU_PATCHES
 from oreal_megatron.records import PackingSpec
 
 TIED = "Tensor.cuda"  # only called for a tied embedding on two pipeline stages
@@ -22,8 +22,8 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
     from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
-    from oreal_megatron.mcore.checkpoint_saver import Saver
-    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+    from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.models import architecture
 
     source = Folder(folder)
@@ -38,12 +38,14 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
         policy.score(batch)
         policy.imitate(batch)
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint_state.load(Saver(Path(scratch), {"policy": policy}, keep=1).save(1), {"policy": policy})
+            checkpoint_state.load(
+                CheckpointSaver(Path(scratch), {"policy": policy}, keep=1).save(1), {"policy": policy}
+            )
 
     failures = {}
     for patch in patches:
         try:
-            with device_layer(without=patch):
+            with cpu_shim(without=patch):
                 everything()
         except Exception:
             failures[patch] = traceback.format_exc()
@@ -54,7 +56,7 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
 
 
 def test_every_stand_in_is_needed(model_folder, in_processes, make_samples):
-    patches = [*(name for name in PATCHES if name not in [*SILENT, TIED]), "none of them"]
+    patches = [*(name for name in CPU_PATCHES if name not in [*SILENT, TIED]), "none of them"]
     failures = in_processes(1, train_without, str(model_folder), make_samples(2), patches)[0]
     assert "none of them" not in failures, failures.get("none of them")
     not_needed = [patch for patch in patches[:-1] if patch not in failures]
@@ -67,14 +69,14 @@ def build_tied(folder: str, without: str | None) -> str:
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import gpt_model, parallel
-    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.models import architecture
 
     config = c.Config(parallel=c.ParallelConfig(pipeline=2))
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
     try:
-        with device_layer(without=without):
+        with cpu_shim(without=without):
             gpt_model.build(architecture.read(Folder(folder).config), config, "lm")
         return ""
     except AssertionError:
@@ -93,7 +95,7 @@ def draws(without: str | None) -> tuple[bool, bool]:
 
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.cpu_shim import device_layer
+    from oreal_megatron.mcore.patches import cpu_shim
 
     parallel.start_process_group()
     parallel.start_megatron(ParallelConfig(), seed=0)
@@ -106,7 +108,7 @@ def draws(without: str | None) -> tuple[bool, bool]:
             inside = torch.rand(4)
         return inside, torch.rand(4)
 
-    with device_layer(without=without):
+    with cpu_shim(without=without):
         one, outside = seeded(1)
         other, outside_again = seeded(2)
     torch.manual_seed(123)

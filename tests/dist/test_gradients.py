@@ -108,7 +108,7 @@ def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, d
     metrics |= policy.update(batch, reference_logp and [logp + 0.5 for logp in reference_logp], token_weights)
     gradients, weights = {}, {}
     for trainer, head in ((policy, "lm"), (judge, "scalar")):
-        chunks = [gpt_model.unwrapped(chunk) for chunk in trainer.chunks]
+        chunks = [gpt_model.unwrap(chunk) for chunk in trainer.chunks]
         completed(trainer)
         placed = list(gpt_model.named_shards(chunks, arch, config, head))
         gradients |= whole({entry: live.main_grad for entry, live in placed}, head)
@@ -140,7 +140,7 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
         dist.all_gather_object(found, mine, group=group)
         return found
 
-    tensor_group, pipeline_group = parallel.groups()
+    tensor_group, pipeline_group = parallel.tensor_and_pipeline_groups()
     ranks, full = everyone({entry: value.float() for entry, value in held.items()}, tensor_group), {}
     for entry in (entry for entry in held if entry.exported):
         shards = [rank[entry] for rank in ranks]

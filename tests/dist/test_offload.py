@@ -36,7 +36,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
     from oreal_megatron.reshard.weight_sync import full_tensors
 
@@ -71,7 +71,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
         return {name: tensor.clone() for name, tensor in full_tensors(models["policy"])}
 
     step()
-    saved = Saver(Path(scratch), trainers, keep=1).save(0)
+    saved = CheckpointSaver(Path(scratch), trainers, keep=1).save(0)
     unbroken = step()
     checkpoint_state.load(saved, trainers)
     weights = step()

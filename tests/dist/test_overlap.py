@@ -34,7 +34,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
     from oreal_megatron.reshard.weight_sync import full_tensors
 
@@ -58,7 +58,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
             elif name == "hand-over":
                 found[name] += [value.clone() for _, value in full_tensors(policy)]
             else:
-                saved = Saver(scratch, {"policy": policy}, keep=1).save(step)
+                saved = CheckpointSaver(scratch, {"policy": policy}, keep=1).save(step)
                 fresh = trained_models.Policy(*pieces)
                 checkpoint_state.load(saved, {"policy": fresh})
                 found[name] += [value.clone() for _, value in full_tensors(fresh)]

@@ -56,7 +56,7 @@ def every_layout() -> list[dict]:
                 for part, size in parts.items():
                     ratios[part].append(held[part] / size)
             kept = activations.kept_of(one.arch, one.config, stage, rank.tokens)
-            ratios["activations"].append(kept / rank.kept["policy"])
+            ratios["activations"].append(kept / rank.activation_bytes["policy"])
         replica = [rank for rank in (*done.played, *done.built) if rank.rank in synthetic.one_replica(one)]
         ratios["checkpoint"] = [timing.checkpoint(one)[0] / rehearsal.written(replica)]
         tokens = {len(set(rank.tokens)) for rank in done.played}
@@ -146,7 +146,7 @@ def recorded() -> dict[str, list]:
     }
     found = {}
     for rank in (0, 1):
-        with fake_world.rank_of(2, rank) as record:
+        with fake_world.simulate_rank(2, rank) as record:
             for name, call in calls.items():
                 call()
                 found.setdefault(name, []).append(tuple(record.calls[-1]))
@@ -188,12 +188,12 @@ def real_step(one) -> dict[str, float]:
     model = trained_models.TokenRewardModel(one.arch, one.config, lambda name: torch.full(shapes[name], 0.01))
     samples = [Sample((1,) * 6, (2,) * 250, sign, sign) for sign in (1.0, -1.0)] * one.world
     batch = packing.batch(samples, parallel.packing_spec(256))
-    watch = rehearse_rank.Kept(model.parts["parameters"].find())
+    watch = rehearse_rank.ActivationCounter(model.parts["parameters"].tensors())
     with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
         model.update(batch)
     planned = memory.held(one, 0, "scalar")
     ratios = {part: planned[part] / held.bytes() for part, held in model.parts.items()}
-    return ratios | {"activations": activations.kept(one.arch, one.config, 0, 256, 2) / watch.most}
+    return ratios | {"activations": activations.kept(one.arch, one.config, 0, 256, 2) / watch.peak}
 
 
 def test_planned_bytes_are_those_of_real_steps(in_processes):

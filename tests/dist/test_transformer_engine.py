@@ -80,7 +80,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     from oreal_megatron.convert import torch_dist
     from oreal_megatron.convert.hf_folder import Folder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
-    from oreal_megatron.mcore.checkpoint_saver import Saver
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
     from oreal_megatron.reshard.weight_sync import full_tensors
 
@@ -100,7 +100,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     for kind in KINDS:
         trainer = policy(kind)
         first = step(trainer)
-        saved[kind] = Saver(scratch / kind, {"policy": trainer}, keep=1).save(0)
+        saved[kind] = CheckpointSaver(scratch / kind, {"policy": trainer}, keep=1).save(0)
         names = {name for chunk in trainer.chunks for name, _ in chunk.named_parameters()}
         stored = set(torch_dist.Reader(saved[kind] / "policy").tensors)
         found[kind] = dict(names=names, stored=stored, first=first, second=step(trainer))
@@ -150,9 +150,9 @@ def test_each_goes_on_from_the_checkpoint_of_the_other(family, kind, other, foun
 def test_without_transformer_engine_it_is_refused(write_model, tmp_path):
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import Folder
-    from oreal_megatron.mcore import layers
+    from oreal_megatron.mcore import layer_spec
     from oreal_megatron.models import architecture
 
     arch = architecture.read(Folder(write_model(tmp_path / "model", "Qwen2")).config)
     with pytest.raises(c.ConfigError, match='model.layers is "transformer_engine", but .* set model.layers to "local"'):
-        layers.layer(arch, c.Config(model=c.ModelConfig(layers="transformer_engine")))
+        layer_spec.layer_spec(arch, c.Config(model=c.ModelConfig(layers="transformer_engine")))

@@ -56,7 +56,7 @@ def greedy(folder: str) -> list[tuple]:
     def head(hidden, part):
         return language_model.logits(hidden.flatten(0, 1)[part.action_index])[:, : inputs.arch.vocab]
 
-    scorer = scorer.Scorer(chunks, head)
+    scorer = scorer.MegatronScorer(chunks, head)
     prompts = []
     for question in QUESTIONS:
         asked = [{"role": "user", "content": question}]

@@ -132,7 +132,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
     damaged = next((again / "checkpoints/step_000004/policy").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     refused = oreal("train", "--resume", str(again), expected=2)
-    assert f"policy/{damaged.name} has" in refused and "step_000002 is sound: --step 2" in refused
+    assert f"policy/{damaged.name} has" in refused and "resume from step_000002 with --step 2" in refused
     oreal("train", f"{trained}/recipes.py:oreal", "--resume", "auto", "--set", f"run={again}")
     assert rows(again) == rows(run)
     for step in range(4):

@@ -58,8 +58,10 @@ class Models:
         bits = []
         for trainer in (self.policy, self.reward_model):
             bits += [parameter.detach() for chunk in trainer.chunks for parameter in chunk.parameters()]
-            bits += adam.tensors(trainer.optimizer)
-            bits += [state["step"] for inner in adam._inner(trainer.optimizer) for state in inner.state.values()]
+            bits += adam.state_tensors(trainer.optimizer)
+            bits += [
+                state["step"] for inner in adam.torch_optimizers(trainer.optimizer) for state in inner.state.values()
+            ]
             bits += [torch.tensor([group["lr"] for group in trainer.optimizer.param_groups] + [trainer.updates])]
         return [value.clone() for value in bits]
 

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     root: int = -1
 
 
-class Shard(NamedTuple):
+class CheckpointShard(NamedTuple):
     key: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -97,7 +97,7 @@ def test_groups_must_be_made_alike():
 
 
 def test_a_checkpoint_holds_every_element_once():
-    top, bottom = Shard("w", (4, 2), (0, 0), (2, 2)), Shard("w", (4, 2), (2, 0), (2, 2))
+    top, bottom = CheckpointShard("w", (4, 2), (0, 0), (2, 2)), CheckpointShard("w", (4, 2), (2, 0), (2, 2))
     copy = top._replace(written=False)
     assert list(matching.checkpoint([rank(0, shards=[top]), rank(1, shards=[bottom]), rank(2, shards=[copy])])) == []
     assert "only 4 of its 8 elements" in next(matching.checkpoint([rank(0, shards=[top]), rank(2, shards=[copy])]))

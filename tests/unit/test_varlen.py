@@ -75,7 +75,7 @@ def test_borders_for_a_gpu_s_kernel_say_the_same(ranks, borders):
         mine = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks])
         plan = varlen_attention.AttentionPlan(varlen_attention.segments(borders, chunks), mine.device)
         share = tensors[0][mine], *tensors[1:]
-        torch.testing.assert_close(plan.by_borders(plain_kernel, *share), plan.attend(*share))
+        torch.testing.assert_close(plan.attend_by_offsets(plain_kernel, *share), plan.attend(*share))
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
