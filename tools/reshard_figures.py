@@ -5,7 +5,7 @@
 Computed, not measured: `received` is what the plan of the direct transport lets a rank receive (mean and most, GB of
 1e9 bytes, bfloat16), `least` the bytes that it needs and does not hold, `between` what crosses between nodes of 8 ranks
 for each rank and the least of that, `all-gather` what a rank receives when every full tensor goes to every rank. `wire`
-is the time of the direct transport on 450 GB/s within and 50 GB/s between nodes with no latency (`shared/design`'s
+is the time of the direct transport on 450 GB/s within and 50 GB/s between nodes with no latency (an
 assumption, not a measurement). `planned` are the CPU seconds of planning for one rank, on this machine.
 """
 

@@ -79,7 +79,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        gradient_accumulation_fusion=True,  # apex's, or patches.WeightGradient
+        gradient_accumulation_fusion=True,  # apex's, or patches.Fp32WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
         **expert_layers.transformer_fields(arch),

@@ -140,7 +140,7 @@ def loadable_torch_adam() -> Iterator[None]:
         DistributedOptimizer._set_main_param_and_optimizer_states = original
 
 
-class WeightGradient:
+class Fp32WeightGradient:
     """Replacement for apex's extension: gradients of linear layers are added to fp32 buffers by one product.
 
     The product has an fp32 result: nothing is rounded to bf16 in between, and no gradient exists beside the buffer.
@@ -153,9 +153,9 @@ class WeightGradient:
 
 
 def use_own_weight_gradient() -> None:
-    """Let linear layers add their weight gradients through `WeightGradient` where apex is not installed."""
+    """Let linear layers add their weight gradients through `Fp32WeightGradient` where apex is not installed."""
     if not linear_layers._grad_accum_fusion_available:
-        linear_layers.fused_weight_gradient_mlp_cuda = WeightGradient
+        linear_layers.fused_weight_gradient_mlp_cuda = Fp32WeightGradient
         linear_layers._grad_accum_fusion_available = True
 
 

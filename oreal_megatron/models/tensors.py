@@ -28,7 +28,7 @@ class Cut(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class TensorBlock:
     """A rectangle of a tensor: where it begins and how far it goes, in every dimension."""
 
     start: tuple[int, ...]
@@ -58,17 +58,17 @@ class Entry:
             rows //= ranks
         return torch.Size([rows, *columns])
 
-    def regions(self, rank: int, ranks: int) -> list[Region]:
+    def regions(self, rank: int, ranks: int) -> list[TensorBlock]:
         """What one rank's shard consists of, from top to bottom."""
         size = tuple(self.shard_shape(ranks))
         if self.cut is Cut.WHOLE:
-            return [Region((0,) * len(size), size)]
+            return [TensorBlock((0,) * len(size), size)]
         if self.cut is Cut.COLUMNS:
-            return [Region((0, rank * size[1]), size)]
+            return [TensorBlock((0, rank * size[1]), size)]
         if self.cut is Cut.ROWS_OF_BOTH:
             half = (size[0] // 2, *size[1:])
-            return [Region((first + rank * half[0], 0), half) for first in (0, self.shape[0] // 2)]
-        return [Region((rank * size[0],) + (0,) * (len(size) - 1), size)]
+            return [TensorBlock((first + rank * half[0], 0), half) for first in (0, self.shape[0] // 2)]
+        return [TensorBlock((rank * size[0],) + (0,) * (len(size) - 1), size)]
 
 
 def entries(arch: Architecture, tensor: int, stages: int, stage: int, head: str) -> Iterator[Entry]:

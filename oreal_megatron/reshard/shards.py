@@ -80,7 +80,9 @@ def trainer_shards(
                 row += region.size[0]
 
 
-def _region_shards(entry: tensors.Entry, arch: Architecture, region: tensors.Region, first_row: int) -> Iterator[Shard]:
+def _region_shards(
+    entry: tensors.Entry, arch: Architecture, region: tensors.TensorBlock, first_row: int
+) -> Iterator[Shard]:
     """Yield the shards within a region of a full Megatron tensor that begins at `first_row` of the rank's tensor."""
     column, columns = (region.start[1], region.size[1]) if len(region.size) > 1 else (0, 1)
     top, bottom = region.start[0], region.start[0] + region.size[0]

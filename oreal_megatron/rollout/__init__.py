@@ -1,6 +1,6 @@
-"""Prompts -> answers: the colocated vLLM engine.
+"""Rollouts from the colocated vLLM engine.
 
-What vLLM reads when it is imported is set here: the engine lives in this process and binds no threads.
+Environment variables that vLLM reads at import are set here: the engine runs in this process and binds no threads.
 """
 
 import os

@@ -105,11 +105,11 @@ class Story:
 
         from oreal_megatron.runtime import distributed
 
-        heard, speaks = [], self.engine.speaks
+        heard, speaks = [], self.engine.reports
         torch.manual_seed(distributed.rank() + 7)
-        self.engine.speaks = True
+        self.engine.reports = True
         self.engine.generate(prompts, self.config.sampling, (0, 0), heard.append)
-        self.engine.speaks = speaks
+        self.engine.reports = speaks
         return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
 
     def order_of_waking(self, weight_sync) -> list:
@@ -193,7 +193,7 @@ class Story:
         from oreal_megatron.rollout.engine import EngineError
 
         core = self.engine.llm.llm_engine
-        parameters = self.engine._parameters(self.config.sampling, (0, 0), 0, 0)
+        parameters = self.engine._sampling_params(self.config.sampling, (0, 0), 0, 0)
         core.add_request("left over", {"prompt_token_ids": list(self.prompts[0].tokens)}, parameters)
         core.step()
         self.engine.version = 0

@@ -51,7 +51,7 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     results = []
     for plan in plans:
         faults, announced = list(plan.get(distributed.rank(), [])), []
-        engine.llm.llm_engine, engine.leave = Faulty(vllm, faults), lambda faults=faults: "leave" in faults
+        engine.llm.llm_engine, engine.stop_requested = Faulty(vllm, faults), lambda faults=faults: "leave" in faults
         try:
             rows = engine.generate(prompts, config.sampling, (0, 7), announced.append)
             results.append(([rollout.tokens for row in rows for rollout in row], [one.key for one in announced]))
@@ -75,8 +75,10 @@ def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in
     for number in (1, 2, 3, 4, 6, 8):
         assert first[number][0] == second[number][0] == undisturbed, plans[number]
         assert sorted(first[number][1] + second[number][1]) == keys, "each answer is announced once"
-    assert first[5] == second[5] and first[5].startswith("step 7: the engine did not answer, 1 retries")
-    assert "rank 1 lacks" in first[5] and "rank 0" not in first[5]
+    assert first[5] == second[5] and first[5].startswith(
+        "step 7: the engine did not complete all responses after 1 retries"
+    )
+    assert "rank 1 is missing" in first[5] and "rank 0" not in first[5]
     assert first[7] == second[7]
-    assert "answers (RuntimeError: CUDA error: an illegal memory access was encountered)" in first[7]
-    assert first[9] == second[9] == "asked to leave while generating", "one was asked, all leave"
+    assert "responses (RuntimeError: CUDA error: an illegal memory access was encountered)" in first[7]
+    assert first[9] == second[9] == "a stop was requested during generation", "one was asked, all leave"

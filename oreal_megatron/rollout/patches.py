@@ -1,0 +1,54 @@
+"""Patches of vLLM 0.31 and transformers: every place where this project changes the libraries for the engine.
+
+| patch | reason | upstream | can go when |
+|---|---|---|---|
+| `register_internlm` | transformers runs code of the model folder to read its config | none | it has InternLM |
+| `keep_plain_weights` | on CPUs vLLM multiplies with a packed copy of a parameter | none | packing is optional |
+| `name_shared_memory` | on CPUs the names are rank numbers: two jobs collide | none | names contain a job's id |
+
+"none": no issue is known. runtime/versions.py refuses releases for which the patches were not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+from vllm.distributed.device_communicators import cpu_communicator
+from vllm.model_executor.layers import utils
+from vllm.platforms import current_platform
+
+
+def register_internlm() -> None:
+    """Let transformers read config.json of InternLM2 and 3 as plain fields, which is all that vLLM needs."""
+    for kind in ("internlm2", "internlm3"):
+        AutoConfig.register(kind, type(kind, (PretrainedConfig,), {"model_type": kind}), exist_ok=True)
+
+
+def keep_plain_weights() -> None:
+    """Let linear layers of engines created from now on multiply with the parameter itself, as on a GPU (CPU only)."""
+    utils.dispatch_cpu_unquantized_gemm = _use_plain_weight
+
+
+def packed_weight(model: nn.Module) -> str:
+    """Explain which layer multiplies with a packed copy of its weight; "" if none does."""
+    for name, module in model.named_modules():
+        if getattr(module, "cpu_linear", F.linear) is not F.linear:
+            return f"{name} multiplies with a packed copy of its weight"
+    return ""
+
+
+def _use_plain_weight(layer: Any, remove_weight: bool) -> None:
+    layer.cpu_linear = F.linear
+
+
+def name_shared_memory(job: str) -> None:
+    """Let names of shared memory begin with a job's id, equal on all ranks and never used before (CPU only)."""
+    if not current_platform.is_cpu():
+        return
+    shared = cpu_communicator._CPUSHMDistributed
+    original = shared.make_group_name
+    # Such a name may contain no slash but the first; vLLM's begins with those of "env://".
+    shared.make_group_name = staticmethod(lambda communicator: f"/{job}{original(communicator).strip('/')}")
