@@ -1,4 +1,4 @@
-"""Figures of docs/evidence/scale.md: packed against padded micro-batches, the cost of the CPU layer's stand-ins,
+"""Figures of docs/evidence/scale.md: packed against padded micro-batches, the cost of the CPU shim,
 bytes of every model in every phase. One process, one thread, a small model; some minutes.
 
     python tools/scale_figures.py
@@ -37,10 +37,10 @@ def main() -> None:
     parallel.start_megatron(c.ParallelConfig(), seed=0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = small_model(Path(scratch) / "model")
-        packing(folder)
-        cpu_layer(folder)
+        show_packing(folder)
+        show_cpu_shim(folder)
         for dtype in ("float32", "bfloat16"):
-            memory(folder, dtype)
+            show_memory(folder, dtype)
     parallel.stop()
 
 
@@ -116,8 +116,8 @@ def show_packing(folder: Folder) -> None:
     print(f"packed / padded: {times[0] / times[1]:.2f}")
 
 
-def cpu_layer(folder: Folder) -> None:
-    """How often the stand-ins of mcore/patches.py are called in a step, times its extra cost."""
+def show_cpu_shim(folder: Folder) -> None:
+    """Print the number of calls of the CPU patches (mcore/patches.py) in a step, times their extra cost."""
     step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(patches.CPU_PATCHES)
 
     def counted(stand_in: Callable) -> Callable:
@@ -125,7 +125,7 @@ def cpu_layer(folder: Folder) -> None:
 
     try:
         for name, (owner, attribute, stand_in) in saved.items():
-            patches.CPU_PATCHES[name] = (owner, attribute, counted(stand_in))
+            patches.CPU_PATCHES[name] = patches.Patch(owner, attribute, counted(stand_in))
         step()
     finally:
         patches.CPU_PATCHES.update(saved)
@@ -135,10 +135,10 @@ def cpu_layer(folder: Folder) -> None:
         min(timeit.repeat("f(1, device='cpu')", number=rounds, globals={"f": f})) / rounds for f in (torch.zeros, made)
     )
     cost = len(calls) * (through - bare)
-    print(f"CPU layer: {len(calls)} calls, {cost * 1e6:.0f} us, {cost / taken:.2%} of a step of {taken:.3f} s")
+    print(f"CPU shim: {len(calls)} calls, {cost * 1e6:.0f} us, {cost / taken:.2%} of a step of {taken:.3f} s")
 
 
-def memory(folder: Folder, dtype: str) -> None:
+def show_memory(folder: Folder, dtype: str) -> None:
     """Tensor bytes on the device while models compute or are saved, with offloading; a part that is away has none."""
     config = c.Config(model=c.ModelConfig(dtype=dtype), offload=True)
     pieces = (architecture.read(folder.config), config, folder.tensor)
