@@ -1,7 +1,7 @@
-"""What flows through the trainer: frozen records, shapes on every field.
+"""Records that flow through a training step: frozen data classes with shapes on every field.
 
-Shape letters used in the whole project: P prompts, K answers per prompt, N samples kept, B sequences of a
-micro-batch, S all its tokens, T its action tokens, V vocabulary, H hidden size.
+Shape letters of the whole project: P prompts, K rollouts per prompt, N samples of a step, B sequences of a micro-batch,
+S its tokens, T its action tokens, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class Outcome(enum.Enum):
-    """What the verifier says of one answer. UNKNOWN is not wrong: it never becomes a reward."""
+    """Result of verifying one rollout. UNKNOWN is not INCORRECT: it never becomes a reward."""
 
     CORRECT = "correct"
     INCORRECT = "incorrect"
@@ -24,60 +24,62 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Outcome of one answer and how it was reached."""
+    """Outcome of one rollout and the method that decided it."""
 
     outcome: Outcome
     method: str  # "exact", "numeric", "symbolic", "judge", "truncated", "no answer", "time-out", "error"
-    extracted: str | None = None  # the answer found in the response
-    seconds: float = 0.0  # time spent on this answer
+    extracted: str | None = None  # answer found in the response
+    seconds: float = 0.0  # time spent on this rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question with its gold answer, as read from the JSONL file."""
+    """One problem with its gold answer, as read from the JSONL file."""
 
     id: int  # line of the file, from 0
     question: str
     gold: str
-    pass_rate: float | None  # share of the starting policy's answers that were right, in [0, 1]
-    tokens: tuple[int, ...]  # the rendered chat template
+    pass_rate: float | None  # share of correct rollouts of the starting policy, in [0, 1]
+    tokens: tuple[int, ...]  # rendered chat template
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled answer."""
+    """One sampled response with its prompt."""
 
     prompt: Prompt
-    slot: int  # 0 .. P-1, place of its prompt in the step (one prompt may be asked twice)
-    index: int  # 0 .. K-1 among the answers of its prompt
-    tokens: tuple[int, ...]  # sampled tokens, the stop token included when there is one
+    slot: int  # 0 .. P-1, position of its prompt in the step (a prompt may appear twice)
+    index: int  # 0 .. K-1 among the rollouts of its prompt
+    tokens: tuple[int, ...]  # sampled tokens, including the stop token if there is one
     text: str
-    finished: bool  # ended with the stop token; False means truncated
-    logprobs: tuple[float, ...] | None = None  # the engine's untempered log-probs, where they were asked for
-    version: int = 0  # of the policy that the engine held when it was asked
+    finished: bool  # ended with a stop token; False: truncated
+    logprobs: tuple[float, ...] | None = None  # the engine's log-probs at temperature 1, if requested
+    version: int = 0  # version of the policy that generated it: updates taken so far
 
     @property
     def key(self) -> tuple[int, int]:
+        """Position of the rollout in the step: (slot, index)."""
         return self.slot, self.index
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One kept answer with its reward and leave-one-out advantage."""
+    """A rollout chosen for training, with its reward and advantage."""
 
     prompt_tokens: tuple[int, ...]
     response_tokens: tuple[int, ...]
     reward: float  # +1 or -1
     advantage: float
-    engine_logprobs: tuple[float, ...] | None = None  # one for each response token, where the engine was asked
+    engine_logprobs: tuple[float, ...] | None = None  # one per response token, if requested
 
     def __len__(self) -> int:
+        """Return the tokens of prompt and response."""
         return len(self.prompt_tokens) + len(self.response_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Denominators of the losses, over all kept samples of the step and all data-parallel ranks."""
+    """Denominators of the losses, over all samples of the step on all data-parallel ranks."""
 
     sequences: int
     action_tokens: int
@@ -87,19 +89,20 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences laid end to end, and their action tokens laid end to end."""
+    """Packed sequences, and their packed action tokens."""
 
-    tokens: torch.Tensor  # [S] int64, prompt then response of each sequence, then filler
+    tokens: torch.Tensor  # [S] int64, prompt then response of each sequence, then padding
     positions: torch.Tensor  # [S] int64, from 0 in every sequence
     sequence_offsets: tuple[int, ...]  # cumulative lengths within S; padding counts as one more sequence
     action_index: torch.Tensor  # [T] int64, the row of S that predicts each action token
     labels: torch.Tensor  # [T] int64, the action tokens
     action_offsets: torch.Tensor  # [B+1] int64, cumulative action tokens of the sequences, within T
-    reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the filler of an empty micro-batch
+    reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the padding of an empty micro-batch
     advantage: torch.Tensor  # [B] float32
-    engine_logprobs: torch.Tensor  # [T] float32, nan where the engine was not asked
+    engine_logprobs: torch.Tensor  # [T] float32, nan where the engine returned none
 
     def to(self, device: torch.device | str) -> MicroBatch:
+        """Return the micro-batch with its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return dataclasses.replace(
             self, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
@@ -116,7 +119,7 @@ class TokenWeights:
 
 @dataclass(frozen=True, slots=True)
 class PackingSpec:
-    """How a step's samples are packed into micro-batches (algo/packing.py); the same on all ranks but for `rank`."""
+    """Parameters of packing samples into micro-batches (algo/packing.py); equal on all ranks except for `rank`."""
 
     tokens_per_micro_batch: int
     rank: int = 0  # data-parallel rank

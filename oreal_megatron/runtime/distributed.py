@@ -1,4 +1,4 @@
-"""Small torch.distributed helpers that work without a process group as well (one process)."""
+"""torch.distributed helpers that also work in one process without a process group."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 
 import torch.distributed as dist
 
-_ON_THIS_MACHINE = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's; vLLM's CPU platform puts its own number there later
+_LOCAL_WORLD_SIZE = os.environ.get("LOCAL_WORLD_SIZE")  # read early: vLLM's CPU platform overwrites it
 
 
 def rank() -> int:
+    """Return this process's rank in the job; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of processes of the job; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def node_size() -> int:
-    """Ranks on this machine; torchrun starts as many on each."""
-    return int(_ON_THIS_MACHINE or world_size())
+    """Return the ranks on this node; torchrun starts as many on every node."""
+    return int(_LOCAL_WORLD_SIZE or world_size())
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """The value of every rank, on every rank, in rank order."""
+    """Return the picklable values of all ranks, in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

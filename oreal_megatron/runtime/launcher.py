@@ -1,6 +1,6 @@
-"""Start a command in several processes, on one machine or on several: torchrun, with the command's own exit code.
+"""Start a command in several processes on one node or on several: torchrun with the command's own exit code.
 
-torchrun returns 1 for every failure, with a stack trace of its own, and starts again what cannot be helped by that.
+torchrun itself returns 1 for every failure, prints a stack trace of its own, and restarts also where that cannot help.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAVE_S = 600  # time for processes to save after a stop request; then they are k
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's supervisor of one machine's processes, which starts them again only where that may help."""
+    """torchrun's supervisor of one node's processes; restarts them only where that may help."""
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
@@ -36,9 +36,9 @@ class Agent(LocalElasticAgent):
 
 
 def launch(args: argparse.Namespace, arguments: list[str]) -> int:
-    """Run `oreal ARGUMENTS` in `args.processes` processes of this machine; returns the exit code of the first to fail.
+    """Run `oreal ARGUMENTS` in `args.processes` processes of this node; return the exit code of the first to fail.
 
-    A process that was killed counts as lost, and so does a rendezvous that did not come about.
+    A killed process counts as lost, and so does a failed rendezvous.
     """
     api.LocalElasticAgent = Agent
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
@@ -47,30 +47,31 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     try:
         run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))
     except ChildFailedError as error:
-        return _told(*error.get_first_failure(), args.logs)
-    except SignalException as notice:  # passed on to the processes, which have left by now
-        return PREEMPTED if notice.sigval in preemption.SIGNALS else 128 + notice.sigval
+        return _exit_code_of(*error.get_first_failure(), args.logs)
+    except SignalException as stop:  # passed on to the processes, which have ended by now
+        saves = args.command == "train" and stop.sigval in preemption.SIGNALS
+        return PREEMPTED if saves else 128 + stop.sigval
     except (RendezvousError, DistError) as error:
-        print(f"oreal: the machines did not meet at {args.rendezvous}, or lost each other: {error}", file=sys.stderr)
+        print(f"oreal: the nodes did not meet at {args.rendezvous}, or lost each other: {error}", file=sys.stderr)
         return LOST
     return 0
 
 
 def torchrun(args: argparse.Namespace) -> list[str]:
-    """torchrun's arguments. What is not named here it reads from its own PET_... variables."""
+    """Return torchrun's arguments. It reads all others from its own PET_... variables."""
     words = ["--nproc-per-node", str(args.processes), "--max-restarts", str(args.max_restarts)]
     words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if args.rendezvous:
         words += ["--nnodes", str(args.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", args.rendezvous]
     else:
         words += ["--standalone"]
-    if args.logs:  # every process writes its own file; the machine's first one is shown as well
+    if args.logs:  # every process writes its own file; that of the node's first one is shown as well
         words += ["--log-dir", args.logs, "--redirects", "3", "--tee", "0:3"]
     return words
 
 
-def _told(rank: int, failure: Any, logs: str | None) -> int:
-    """The exit code of a failure; says which rank it was where that is not told already."""
+def _exit_code_of(rank: int, failure: Any, logs: str | None) -> int:
+    """Return the exit code of a failed process; print its rank unless the process has explained itself."""
     if failure.exitcode in (*FINAL, LOST):
         return failure.exitcode
     killed = failure.exitcode < 0

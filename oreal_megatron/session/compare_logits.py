@@ -1,6 +1,8 @@
-"""Logits of a checkpoint on a text, by the framework whose checkpoint it is: transformers or Megatron, in float32."""
+"""Comparison of two checkpoints by their logits on a text, each computed by its own framework in float32."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
@@ -13,24 +15,26 @@ from oreal_megatron.data import problems
 from oreal_megatron.models import architecture
 from oreal_megatron.records import PackingSpec, Sample
 
-TOLERANCE = 1e-5  # of the largest logit; the two frameworks round differently
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # relative to the largest logit; the two frameworks round differently
 
 
 def difference(a: Folder | MegatronFolder, b: Folder | MegatronFolder, text: str) -> str | None:
-    """A sentence when the logits of the two on `text` differ by more than rounding; prints by how much they do."""
+    """Return a description of the difference if the logits on `text` differ by more than rounding; log the gap."""
     tokenizer = problems.load_tokenizer(str(a.path / DESCRIPTION if isinstance(a, MegatronFolder) else a.path))
     tokens = torch.tensor([tokenizer.encode(text)])
     if not tokens.numel():
         raise ConfigError("the text for --logits is empty")
-    ours, theirs = logits(a, tokens), logits(b, tokens)
-    gap = float((ours - theirs).abs().max())
-    print(f"logits of {tokens.shape[1]} tokens: largest difference {gap:.1e}, largest logit {ours.abs().max():.1f}")
-    return f"logits differ by {gap:.1e}" if gap > TOLERANCE * max(1.0, float(ours.abs().max())) else None
+    logits_a, logits_b = logits(a, tokens), logits(b, tokens)
+    gap, largest = float((logits_a - logits_b).abs().max()), float(logits_a.abs().max())
+    log.info("logits of %d tokens: largest difference %.1e, largest logit %.1f", tokens.shape[1], gap, largest)
+    return f"logits differ by {gap:.1e}" if gap > TOLERANCE * max(1.0, largest) else None
 
 
 @torch.no_grad()
 def logits(source: Folder | MegatronFolder, tokens: Tensor) -> Tensor:
-    """[B, S, V] logits, or [B, S, 1] scores of a reward model, of tokens [B, S]."""
+    """Return the logits [B, S, V], or the scores [B, S, 1] of a reward model, of tokens [B, S]."""
     if isinstance(source, MegatronFolder):
         return _by_megatron(source, tokens)
     if "auto_map" in source.config:

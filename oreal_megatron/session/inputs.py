@@ -22,7 +22,7 @@ from oreal_megatron.verify import judge
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What was read and found sound before anything was loaded."""
+    """Input of a run that passed all checks: configuration, model folder, tokenizer."""
 
     config: Config
     folder: Folder
@@ -31,31 +31,31 @@ class Inputs:
     stop_tokens: list[int]
 
     def prompts(self, path: str) -> list[Prompt]:
-        """The problems of a JSONL file, with golds the verifier can work with."""
+        """Return the problems of a JSONL file. Raises ConfigError for gold answers that the verifier cannot read."""
         return problems.refuse_bad_golds(
             self.rendered(path), path, rules.equals_itself, self.config.data.drop_unreadable_golds
         )
 
     def rendered(self, path: str) -> list[Prompt]:
-        """The problems of a JSONL file, whatever their golds."""
-        room = self.config.engine.max_model_len - 1
-        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, room)
+        """Return the problems of a JSONL file without checking their gold answers."""
+        longest = self.config.engine.max_model_len - 1
+        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, longest)
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests of what a resumed run must find unchanged."""
+        """Return digests of the files that a resumed run must find unchanged."""
         files = {f"data {path}": Path(path) for path in (self.config.data.path, self.config.supervised.path) if path}
         digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
         return {f"model {self.folder.path}": self.folder.fingerprint(), **digests}
 
     def held_out(self) -> list[Prompt]:
-        """The problems to evaluate on; none when the recipe names no file."""
+        """Return the problems to evaluate on; none if the recipe names no file."""
         if not self.config.data.held_out:
             return []
         return self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Check configuration, model folder and world size; each fault is a ConfigError with a sentence."""
+    """Check configuration, model folder, tokenizer and number of processes. Raises ConfigError for the first fault."""
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     validate(config)
@@ -63,7 +63,7 @@ def read_inputs(config: Config) -> Inputs:
     folder = Folder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
-        raise ConfigError(f"{config.model.path} is a reward model; model.path is the starting policy")
+        raise ConfigError(f"{config.model.path} is a reward model; model.path must name the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
     model_checks.check_allocator(config)
     judge.refuse_secrets(config.verify.judge.urls)
@@ -73,12 +73,14 @@ def read_inputs(config: Config) -> Inputs:
     if config.engine.max_model_len > arch.max_positions:
         raise ConfigError(
             f"engine.max_model_len is {config.engine.max_model_len}, but the model was made for "
-            f"{arch.max_positions} positions"
+            f"{arch.max_positions} positions; lower it"
         )
     model_checks.check_kv_cache(config, arch)
     tokenizer = problems.load_tokenizer(config.model.path, config.model.trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {config.model.path} names no end-of-sequence token; answers could not end")
+        raise ConfigError(
+            f"the tokenizer of {config.model.path} has no end-of-sequence token; without one no response ends"
+        )
     if len(tokenizer) > arch.vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
     return Inputs(config, folder, arch, tokenizer, problems.stop_tokens(tokenizer, config.model.path))

@@ -13,6 +13,7 @@ from oreal_megatron.runtime import distributed
 
 
 def check_world(config: Config, arch: Architecture) -> None:
+    """Check that the number of processes fits the layouts of trainer and engine."""
     world, layout = distributed.world_size(), config.parallel
     trainer = ("parallel.tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context)
     for what, size in (trainer, ("engine.tensor", config.engine.tensor)):
@@ -25,13 +26,13 @@ def check_world(config: Config, arch: Architecture) -> None:
 
 
 def check_engine(size: int, arch: Architecture) -> None:
-    """What vLLM would refuse, or cannot run, after everything is loaded."""
+    """Check that vLLM can split the model over `size` ranks; it would fail only after everything is loaded."""
     groups = arch.kv_groups
     for what, amount in (("attention heads", arch.heads), ("feed-forward units", arch.ffn)):
         if amount % size:
             raise ConfigError(f"engine.tensor is {size}, which does not divide {amount} {what}")
     if groups % size and size % groups:
-        raise ConfigError(f"engine.tensor is {size}; wanted a divisor or a multiple of {groups} key-value groups")
+        raise ConfigError(f"engine.tensor is {size}; expected a divisor or a multiple of {groups} key-value groups")
     if len(arch.names.qkv) == 1 and size > groups:
         raise ConfigError(
             f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
@@ -40,22 +41,22 @@ def check_engine(size: int, arch: Architecture) -> None:
 
 
 def check_allocator(config: Config) -> None:
-    """vLLM's sleep mode brings an allocator that expandable segments exclude."""
+    """Check that expandable segments are off: they exclude the allocator of vLLM's sleep mode."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if config.engine.sleep and "expandable_segments:true" in os.environ.get(name, "").lower():
             raise ConfigError(
-                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; take them out of it, or set "
+                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; remove them from it, or set "
                 "engine.sleep=false"
             )
 
 
 def check_kv_cache(config: Config, arch: Architecture) -> None:
-    """One sequence of full length must fit the key-value cache, or vLLM refuses after everything is loaded."""
+    """Check that one sequence of full length fits the KV cache; vLLM would fail only after everything is loaded."""
     itemsize = {"float32": 4, "bfloat16": 2}[config.engine_dtype]
     groups = max(arch.kv_groups // config.engine.tensor, 1)
     needed = 2 * arch.layers * groups * arch.head_dim * itemsize * config.engine.max_model_len / 2**30
     if needed > config.engine.kv_cache_gib:
         raise ConfigError(
             f"engine.kv_cache_gib is {config.engine.kv_cache_gib:g}, but one sequence of {config.engine.max_model_len} "
-            f"tokens needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
+            f"tokens needs {needed:.2f}; many run at once, so set several times that, or lower engine.max_model_len"
         )

@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world,
 @pytest.mark.parametrize(
     ("family", "heads", "groups", "size", "says"),
     [
-        ("Llama", 12, 3, 2, "engine.tensor is 2; wanted a divisor or a multiple of 3 key-value groups"),
+        ("Llama", 12, 3, 2, "engine.tensor is 2; expected a divisor or a multiple of 3 key-value groups"),
         ("InternLM2", 4, 2, 4, "vLLM cannot share InternLM2's 2 key-value groups among more ranks"),
     ],
 )
