@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # OREAL from nothing on two CPU cores: real Megatron-core, real vLLM, a real verifier and a token-level reward model.
 #     bash examples/quickstart.sh [--seed N] [--without-reward-model]
-# Builds .venv, makes a small policy and addition problems, teaches it by supervised fine-tuning until it is right on
-# about a third of the problems, runs OREAL, and draws what it learned. Everything is written under runs/quickstart.
+# Builds .venv, makes a small policy and addition problems, teaches it by supervised fine-tuning until it solves
+# about a third of the problems, runs OREAL, and draws the learning curve. Everything is written under runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
@@ -14,7 +14,7 @@ while [ $# -gt 0 ]; do
         *) echo "quickstart: unknown option $1; known are --seed N and --without-reward-model" >&2; exit 2 ;;
     esac
 done
-[[ $seed =~ ^[0-9]+$ ]] || { echo "quickstart: --seed is '$seed'; wanted a whole number" >&2; exit 2; }
+[[ $seed =~ ^[0-9]+$ ]] || { echo "quickstart: --seed is '$seed'; expected a whole number" >&2; exit 2; }
 
 bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1
@@ -27,7 +27,7 @@ say "a small policy with its own tokenizer, and problems"
 $python tools/make_addition_task.py "$folder" --seed "$seed"
 say "supervised fine-tuning"
 $oreal sft "$recipes:sft" --set seed="$seed"
-say "how hard is each training problem for it? (8 answers each)"
+say "pass rate of each training problem (8 responses each)"
 $oreal evaluate "$recipes:oreal" --set seed="$seed" --set data.path="$folder/problems.jsonl" --samples 8 --rate "$folder/rated.jsonl"
 say "OREAL"
 $oreal train "$recipes:$recipe" --set seed="$seed" --set run="$folder/oreal"

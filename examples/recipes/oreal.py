@@ -1,13 +1,13 @@
 """The paper's runs (arXiv 2502.06781), each at the authors' number of GPUs and at the smallest sensible one.
 
 Sources, named beside each block: [paper] is the paper, [code] the authors' released configuration files
-(InternLM/OREAL, oreal/configs, one for each run here), [ours] is chosen here: sizes of GPUs of 80 GB.
-What must be there, by default under the folder that the command is started in:
+(InternLM/OREAL, oreal/configs, one for each run here), [ours] is chosen by this project, for GPUs of 80 GB.
+Inputs, by default below the folder that the command is started in:
 
     models/OREAL-7B-SFT, models/OREAL-32B-SFT, models/DeepSeek-R1-Distill-Qwen-7B    OREAL_MODELS names another folder
     data/oreal_prompts.jsonl (question, gold_answer, pass_rate), data/held_out.jsonl  OREAL_DATA names another folder
-    OREAL_JUDGE_URLS=http://HOST:PORT,...                                             none: the rules alone
-    OREAL_JUDGE_MODEL (default: the one that the hosts serve)
+    OREAL_JUDGE_URLS=http://HOST:PORT,... (none: verification by rules only)
+    OREAL_JUDGE_MODEL (default: the model that the servers offer)
     OREAL_RUNS (default: runs)
 """
 
@@ -43,25 +43,26 @@ At the end go back over the conditions, and check the result by a second way whe
 Answer in the language of the question. Close with the final answer inside \boxed{}, without its unit.
 You may use up to 8192 tokens, so take the room that the problem needs."""
 
-ANSWERS_PER_STEP = 64 * 16  # [paper] questions x answers; [code] gen_global_batch 1024, prompt_repeat_k 16
+RESPONSES_PER_STEP = 64 * 16  # [paper] questions x responses; [code] gen_global_batch 1024, prompt_repeat_k 16
 
 
 def oreal_7b() -> Config:
     """OREAL-7B from OREAL-7B-SFT on 32 GPUs ([code]: 90 steps in 9 hours on 32 A100)."""
-    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_cut_7b(), engine_tensor=1)
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_layout_7b(), engine_tensor=1)
 
 
 def oreal_7b_8_gpus() -> Config:
-    """OREAL-7B on one machine: the same step, four times as many answers and micro-batches on each GPU."""
-    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=8, parallel=_cut_7b(), engine_tensor=1)
+    """OREAL-7B on one node: the same step, with four times as many responses and micro-batches per GPU."""
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=8, parallel=_layout_7b(), engine_tensor=1)
 
 
 def oreal_7b_without_reward_model() -> Config:
-    """OREAL-7B where every token weighs 1, on 32 GPUs."""
+    """OREAL-7B with a weight of 1 for every token, on 32 GPUs."""
     return _without_reward_model(oreal_7b())
 
 
 def oreal_7b_without_reward_model_8_gpus() -> Config:
+    """OREAL-7B with a weight of 1 for every token, on one node."""
     return _without_reward_model(oreal_7b_8_gpus())
 
 
@@ -71,26 +72,27 @@ def oreal_dsr1_distill_qwen_7b() -> Config:
 
 
 def oreal_dsr1_distill_qwen_7b_8_gpus() -> Config:
+    """OREAL-DSR1-Distill-Qwen-7B on one node."""
     return _distilled(gpus=8)
 
 
 def oreal_32b() -> Config:
     """OREAL-32B from OREAL-32B-SFT on 128 GPUs ([code])."""
-    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_cut_32b(), engine_tensor=4)
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_layout_32b(), engine_tensor=4)
 
 
 def oreal_32b_32_gpus() -> Config:
-    """OREAL-32B on four machines; on two, the optimizer states of one model would take 25 GB of every GPU."""
-    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_cut_32b(), engine_tensor=4)
+    """OREAL-32B on four nodes; on two, the optimizer states of one model would take 25 GB of each GPU."""
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_layout_32b(), engine_tensor=4)
 
 
-def _cut_7b() -> ParallelConfig:
-    """[code] tp_size 4. One replica never leaves its machine."""
+def _layout_7b() -> ParallelConfig:
+    """[code] tp_size 4. A replica stays within its node."""
     return ParallelConfig(tensor=4, sequence=True)
 
 
-def _cut_32b() -> ParallelConfig:
-    """[code] tp_size 8. [ours] two stages: policy and engine share a GPU while the run starts."""
+def _layout_32b() -> ParallelConfig:
+    """[code] tp_size 8. [ours] two pipeline stages: policy and engine share a GPU while the run starts."""
     return ParallelConfig(tensor=8, pipeline=2, sequence=True)
 
 
@@ -102,7 +104,7 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         seed=0,
         steps=90,
         policy_freeze_steps=10,
-        # [ours] one sequence of full length fills a micro-batch; idle models wait in the memory of the host.
+        # [ours] one sequence of full length fills a micro-batch; idle models wait in host memory.
         tokens_per_micro_batch=16384,
         offload=True,
         # [code] dtype auto: that of the model's files.
@@ -111,21 +113,22 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         engine=EngineConfig(
             tensor=engine_tensor,
             max_model_len=16384,  # [paper] maximum length; [code] gen_max_length
-            # [ours] every answer of a step has its place. An answer of full length takes 0.94 GB of 7B on one GPU, and
-            # 1.07 GB of 32B on each of four; while a run starts, cache, engine and one model share the GPU.
-            max_num_seqs=ANSWERS_PER_STEP // (gpus // engine_tensor),
+            # [ours] all responses of a step run at once. The key-value cache of the longest response takes 0.94 GB with
+            # 7B on one GPU, and 1.07 GB with 32B on each of four. While a run starts, cache, engine and one model share
+            # the GPU.
+            max_num_seqs=RESPONSES_PER_STEP // (gpus // engine_tensor),
             kv_cache_gib=28.0,
         ),
-        # [paper] 16 answers a question; [code] temperature 1.0, gen_top_p 0.9, gen_top_k 0 (off), gen_max_new 14000.
+        # [paper] 16 responses per question; [code] temperature 1.0, gen_top_p 0.9, gen_top_k 0, gen_max_new 14000.
         sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
         data=DataConfig(
             path=_data("oreal_prompts.jsonl"),
             held_out=_data("held_out.jsonl"),
             prompts_per_step=64,  # [paper]
-            # The SFT models were tuned with the authors' words; where a folder's chat template brings them along,
-            # --set data.system_prompt= (nothing behind it) leaves them in place.
+            # The SFT models were tuned with the authors' system prompt. If a folder's chat template contains it, use
+            # --set data.system_prompt= (an empty value), which keeps that one.
             system_prompt=SYSTEM_PROMPT,
-            drop_unreadable_golds=True,  # [ours] a gold that the verifier cannot read teaches nothing
+            drop_unreadable_golds=True,  # [ours] nothing is learned from a gold answer that the verifier cannot read
             # [paper] pass rates 0 to 0.8; [code] data_difficulty_balance_cfg.
             buckets=((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2)),
         ),
@@ -134,7 +137,7 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
             thinking_end=("<conclude>", "**Final Answer**", "</think>"),  # [code] thinking_finish_words
             judge=_judge(),
         ),
-        # [paper] one right and one wrong answer of each question, leave-one-out; [code] filter_trajectory, rloo.
+        # [paper] one correct and one incorrect response per question, leave-one-out; [code] filter_trajectory, rloo.
         selection=SelectionConfig(advantage="leave_one_out", keep="pair"),
         # [paper] Eq. 10; [code] threshold_rescale, correct_threshold 0.5.
         weights=WeightsConfig(rescale="threshold", threshold=0.5),
@@ -146,19 +149,19 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         reward_model=RewardModelConfig(
             optimizer=OptimizerConfig(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0)
         ),
-        # [paper] evaluated every 10 steps, best checkpoint; [code] checkpoint_interval 10. [ours] two of them: one of
-        # 7B takes 210 GB with its reward model and both optimizers, one of 32B 920 GB.
+        # [paper] evaluation every 10 steps, best checkpoint; [code] checkpoint_interval 10. [ours] two are kept: a
+        # checkpoint with reward model and both optimizers takes 210 GB for 7B and 920 GB for 32B.
         checkpoint=CheckpointConfig(every=10, keep=2),
         evaluation=EvaluationConfig(every=10, max_new_tokens=14000),
-        # [code] selective_recompute 1.0: every layer is computed again in the backward pass.
+        # [code] selective_recompute 1.0: every layer is recomputed in the backward pass.
         megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     )
 
 
 def _distilled(gpus: int) -> Config:
     name, model = "oreal_dsr1_distill_qwen_7b", "DeepSeek-R1-Distill-Qwen-7B"
-    config = _oreal(name, model, gpus, _cut_7b(), engine_tensor=1)
-    # [code] its chat template has no system prompt of its own, and none is given.
+    config = _oreal(name, model, gpus, _layout_7b(), engine_tensor=1)
+    # [code] no system prompt, neither in the chat template nor here.
     return dataclasses.replace(config, data=dataclasses.replace(config.data, system_prompt=""))
 
 
@@ -178,11 +181,11 @@ def _data(name: str) -> str:
 
 
 def _judge() -> JudgeConfig:
-    """[paper] Qwen2.5-72B-Instruct, asked where the rules say wrong."""
-    named = os.environ.get("OREAL_JUDGE_URLS", "")
+    """[paper] Qwen2.5-72B-Instruct, called for responses that the rules find incorrect."""
+    urls = os.environ.get("OREAL_JUDGE_URLS", "")
     return JudgeConfig(
-        urls=tuple(url.strip() for url in named.split(",") if url.strip()) if named != "none" else (),
-        required=named != "none",
+        urls=tuple(url.strip() for url in urls.split(",") if url.strip()) if urls != "none" else (),
+        required=urls != "none",
         model=os.environ.get("OREAL_JUDGE_MODEL", ""),
-        concurrency=8,  # [ours] of each engine: 32 engines ask at most 256 at once
+        concurrency=8,  # [ours] per engine: 32 engines send at most 256 requests at once
     )

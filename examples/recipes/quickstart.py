@@ -34,8 +34,8 @@ def oreal() -> Config:
         sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=1.0, max_new_tokens=16),
         data=DataConfig(f"{FOLDER}/rated.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=64),
         verify=VerifyConfig(workers=1),
-        # The reward model of so small a policy hardly beats chance in so few steps. With the paper's threshold of 0.5
-        # its doubt would mute every token; with 0.25 a token it knows nothing about weighs a third.
+        # The reward model of such a small policy is hardly better than chance after so few steps. With the paper's
+        # threshold of 0.5 nearly all token weights would be 0; with 0.25 a token with score 0.5 has weight 1/3.
         weights=WeightsConfig(threshold=0.25),
         optimizer=OptimizerConfig(lr=3e-4, min_lr=5e-5, warmup_steps=10),
         reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=1e-3, min_lr=2e-4, warmup_steps=10)),
@@ -45,19 +45,19 @@ def oreal() -> Config:
 
 
 def oreal_without_reward_model() -> Config:
-    """Every token weighs 1 and the policy learns from the first step."""
+    """OREAL with a weight of 1 for every token; the policy is trained from the first step."""
     return dataclasses.replace(
         oreal(), run=f"{FOLDER}/without_reward_model", reward_model=RewardModelConfig(enabled=False)
     )
 
 
 def sft() -> Config:
-    """Teach the fresh policy until it is right on about a third of the held-out problems."""
+    """Supervised fine-tuning of the random policy until it solves about a third of the held-out problems."""
     return dataclasses.replace(
         oreal(),
         run=f"{FOLDER}/sft",
         model=ModelConfig(f"{FOLDER}/start"),
-        data=DataConfig(held_out=f"{FOLDER}/problems.jsonl"),  # not demonstrated; the held-out problems stay unseen
+        data=DataConfig(held_out=f"{FOLDER}/problems.jsonl"),  # without demonstrations; held_out.jsonl stays unseen
         evaluation=EvaluationConfig(problems=300, max_new_tokens=16),
         supervised=SupervisedConfig(
             path=f"{FOLDER}/demonstrations.jsonl",

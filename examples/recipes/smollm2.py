@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on two-step word problems: a small pretrained policy, on one process: a CPU core or a GPU."""
+"""SmolLM2-135M-Instruct on two-step word problems: a small pretrained policy on one CPU core or one GPU."""
 
 import dataclasses
 
@@ -39,12 +39,12 @@ def oreal() -> Config:
             enforce_eager=True,
         ),
         sampling=SamplingConfig(rollouts_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=64),
-        # Not rated: no problem comes twice in so few steps, so to rate them would cost as much as to train on them.
+        # Without pass rates: no problem is used twice in so few steps, so rating costs as much as training.
         data=DataConfig(
             f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=32, system_prompt=SYSTEM_PROMPT
         ),
         verify=VerifyConfig(workers=1),
-        weights=WeightsConfig(threshold=0.25),  # as in the quickstart: so few steps leave the reward model in doubt
+        weights=WeightsConfig(threshold=0.25),  # as in the quickstart, and for the same reason
         optimizer=OptimizerConfig(lr=3e-5, min_lr=3e-6, warmup_steps=3),
         reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-5, min_lr=5e-6, warmup_steps=3)),
         checkpoint=CheckpointConfig(every=8, keep=1),
@@ -53,7 +53,7 @@ def oreal() -> Config:
 
 
 def sft() -> Config:
-    """Teach the published model to put its answer in a box, on a few worked problems."""
+    """Supervised fine-tuning of the published model on worked problems with boxed answers."""
     return dataclasses.replace(
         oreal(),
         run=f"{FOLDER}/sft",

@@ -17,7 +17,7 @@ run_and_requeue() {
         if [ -e "$ends/$cause" ]; then code=$cause; break; fi
     done
     case $code in
-        4 | 5) # preempted and saved, or a rank was lost: the next start goes on with the newest checkpoint
+        4 | 5) # preempted and saved, or a rank was lost: the next start continues from the newest checkpoint
             echo "ended with code $code; back into the queue"
             scontrol requeue "$SLURM_JOB_ID"
             ;;
