@@ -94,11 +94,11 @@ def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: 
 @pytest.mark.parametrize(
     ("processes", "tensor", "pipeline", "dtype", "reward_model", "save_at"),
     [
-        (2, 1, 1, "float32", True, 0),  # no optimizer has taken a step yet
+        pytest.param(2, 1, 1, "float32", True, 0, marks=pytest.mark.full),  # no optimizer has taken a step yet
         (2, 1, 1, "bfloat16", True, 2),
-        (2, 2, 1, "float32", False, 2),
+        pytest.param(2, 2, 1, "float32", False, 2, marks=pytest.mark.full),
         (2, 1, 2, "float32", True, 2),
-        (4, 2, 2, "bfloat16", True, 2),
+        pytest.param(4, 2, 2, "bfloat16", True, 2, marks=pytest.mark.full),
     ],
     ids=["data parallel, fresh", "data parallel, bfloat16", "tensor parallel", "pipeline parallel", "both, bfloat16"],
 )
@@ -225,7 +225,7 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
     return counted | {"left": held.now}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_planned_host_memory_is_that_of_a_checkpoint(processes, model_folder, in_processes, tmp_path):
     from oreal_megatron.plan import gpus, memory
     from oreal_megatron.plan.scenario import Scenario

@@ -75,12 +75,14 @@ def test_a_wheel_without_compiler_is_pure_and_complete_otherwise(checkout, witho
     assert LIBRARY not in names and "oreal_kernels/native.py" in names
 
 
+@pytest.mark.full
 @needs_compiler
 def test_an_editable_install_puts_the_library_into_the_checkout(checkout):
     build_editable(checkout, dict(os.environ))
     assert ctypes.CDLL(str(checkout / "kernels" / LIBRARY)).oreal_abi_version() == native.ABI_VERSION
 
 
+@pytest.mark.full
 def test_an_editable_install_without_compiler_succeeds(checkout, without_compiler):
     build_editable(checkout, without_compiler)
     assert not (checkout / "kernels" / LIBRARY).exists()

@@ -63,7 +63,9 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in row.items() if "second" not in k and not k.startswith("speed/")} for row in read]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["data parallel", "tensor parallel"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)], ids=["data parallel", "tensor parallel"]
+)
 def trained(request, tmp_path_factory, addition_task) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
     addition_task.make_model(folder / "start", seed=0, layers=2)

@@ -98,6 +98,7 @@ def server(tmp_path_factory):
     process.wait()
 
 
+@pytest.mark.full
 def test_a_real_server_decides_what_the_rules_cannot(server):
     """64 at once, by cached connections; the model is found by asking the server for its name."""
     url, process = server
