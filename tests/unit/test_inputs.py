@@ -427,7 +427,7 @@ def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says)
     ("fields", "says"),
     [
         ({"recompute_granularitty": "full"}, "did you mean recompute_granularity"),
-        ({"calculate_per_token_loss": False}, "follows from the model"),
+        ({"calculate_per_token_loss": False}, "is derived from the model"),
         ({"expert_model_parallel_size": 2}, "expert parallelism is not supported"),
         ({"recompute_granularity": "some"}, "megatron-core refuses this configuration"),
     ],
