@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -56,6 +58,8 @@ class VllmEngine:
         if config.engine.transport == "direct":
             patches.keep_plain_weights()
         patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
+        self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
+        os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -185,6 +189,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine. vLLM destroys torch's process group with it, so this comes last."""
         self.llm.llm_engine.engine_core.shutdown()
+        self.sockets.cleanup()
 
     def _replica_stop_requested(self) -> bool:
         """Check whether any rank of this replica was asked to stop: they step together, so they stop together."""

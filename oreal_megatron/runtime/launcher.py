@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from typing import Any
 
 from torch.distributed import DistError
@@ -44,8 +45,13 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
+    with tempfile.TemporaryDirectory(prefix="oreal_") as folder:  # torchrun would leave one of its own behind
+        return _run([*torchrun(args, folder), "-m", "oreal_megatron", *arguments], args)
+
+
+def _run(words: list[str], args: argparse.Namespace) -> int:
     try:
-        run(parse_args([*torchrun(args), "-m", "oreal_megatron", *arguments]))
+        run(parse_args(words))
     except ChildFailedError as error:
         return _exit_code_of(*error.get_first_failure(), args.logs)
     except SignalException as stop:  # passed on to the processes, which have ended by now
@@ -57,8 +63,8 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def torchrun(args: argparse.Namespace) -> list[str]:
-    """Return torchrun's arguments. It reads all others from its own PET_... variables."""
+def torchrun(args: argparse.Namespace, folder: str) -> list[str]:
+    """Return torchrun's arguments; `folder` holds its files. It reads all others from its own PET_... variables."""
     words = ["--nproc-per-node", str(args.processes), "--max-restarts", str(args.max_restarts)]
     words += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     if args.rendezvous:
@@ -66,8 +72,8 @@ def torchrun(args: argparse.Namespace) -> list[str]:
     else:
         words += ["--standalone"]
     if args.logs:  # every process writes its own file; that of the node's first one is shown as well
-        words += ["--log-dir", args.logs, "--redirects", "3", "--tee", "0:3"]
-    return words
+        return [*words, "--log-dir", args.logs, "--redirects", "3", "--tee", "0:3"]
+    return [*words, "--log-dir", folder]
 
 
 def _exit_code_of(rank: int, failure: Any, logs: str | None) -> int:

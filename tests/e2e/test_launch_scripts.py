@@ -74,7 +74,7 @@ def test_a_dry_run_shows_commands_that_meet_at_one_place(name, arguments, machin
         train = inner[inner.index("train") :]
         assert train[1].endswith(recipe.removeprefix("...")) and train[2:] == ["--resume", "auto", "--set", "run=a b"]
         args = main.parser("train").parse_args(inner)
-        torchrun = parse_args([*launcher.torchrun(args), "-m", "oreal_megatron"])
+        torchrun = parse_args([*launcher.torchrun(args, ""), "-m", "oreal_megatron"])
         assert (torchrun.nnodes, torchrun.log_dir.split("/")[-1]) == (str(machines), host) or torchrun.standalone
         assert args.rendezvous == (f"{next(iter(shown))}:29400" if machines > 1 else None)
 
