@@ -40,9 +40,9 @@ def row(size: str, tensor: int, pipeline: int, data: int, engine: int) -> str:
     world = tensor * pipeline * data
     layout = ReshardLayout(architecture_of(size), tensor, pipeline, 1, engine, world, NODE)
     start = time.process_time()
-    made = planner.plan_transfer(layout, world - 1, ITEMSIZE, BATCH_BYTES)
+    plan = planner.plan_transfer(layout, world - 1, ITEMSIZE, BATCH_BYTES)
     seconds = time.process_time() - start
-    traffic = made.traffic
+    traffic = plan.traffic
     wire = max(((traffic.received - traffic.received_between) / 450e9).max(), (traffic.received_between / 50e9).max())
     total = sum(part.rows * part.columns for part in overlaps(layout)) * ITEMSIZE / 1e9
     gathered = total * (1 - 1 / tensor) + total / tensor * (1 - 1 / pipeline)
@@ -51,7 +51,7 @@ def row(size: str, tensor: int, pipeline: int, data: int, engine: int) -> str:
         f"| {traffic.received.mean() / 1e9:.2f} / {traffic.received.max() / 1e9:.2f} "
         f"| {traffic.minimum_received.mean() / 1e9:.2f} / {traffic.minimum_received.max() / 1e9:.2f} "
         f"| {traffic.received_between.sum() / world / 1e9:.2f} | {traffic.minimum_between / world / 1e9:.2f} "
-        f"| {gathered:.2f} | {1e3 * wire:.0f} | {len(made.batches)} | {seconds:.2f} |"
+        f"| {gathered:.2f} | {1e3 * wire:.0f} | {len(plan.batches)} | {seconds:.2f} |"
     )
 
 

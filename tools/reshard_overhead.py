@@ -50,21 +50,25 @@ def process(rank: int) -> None:
              num_attention_heads=4, num_key_value_heads=2, vocab_size=256, max_position_embeddings=512, rope_theta=1e6)
     )  # fmt: skip
     layout = ReshardLayout(arch, 2, 1, 1, 1, 2, 1)
-    held = {entry.megatron: torch.randn(entry.shard_shape(2)) for entry in tensors.entries(arch, 2, 1, 0, "lm")}
-    for name, full in held.items():
+    trainer_tensors = {
+        entry.megatron: torch.randn(entry.shard_shape(2)) for entry in tensors.entries(arch, 2, 1, 0, "lm")
+    }
+    for name, full in trainer_tensors.items():
         if "norm" in name:  # replicated
             full.fill_(1)
-    live = {name: torch.empty(shape) for name, shape in vllm_layout.parameter_shapes(arch, 1).items()}
-    made = measured("plan, once", lambda: planner.plan_transfer(layout, rank, 4, 2**20))
-    direct = measured("views, once", lambda: DirectTransfer(made, held, live))
-    checksums = measured("views for the proof, once", lambda: EngineChecksum(layout, made, rank, held, live))
+    parameters = {name: torch.empty(shape) for name, shape in vllm_layout.parameter_shapes(arch, 1).items()}
+    plan = measured("plan, once", lambda: planner.plan_transfer(layout, rank, 4, 2**20))
+    direct = measured("views, once", lambda: DirectTransfer(plan, trainer_tensors, parameters))
+    checksums = measured(
+        "views for the checksum, once", lambda: EngineChecksum(layout, plan, rank, trainer_tensors, parameters)
+    )
     direct.run(ByteCounter(1))
     measured("transfer", lambda: direct.run(ByteCounter(1)), REPEATS)
-    wrong = measured("proof", checksums.mismatches, REPEATS)
+    wrong = measured("checksum", checksums.mismatches, REPEATS)
     if rank == 0:
-        slices = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in made.batches)
-        print(f"\n{len(held)} tensors of the trainer, {len(live)} of the engine, {slices} slices on this rank, "
-              f"{len(made.batches)} batches; {len(wrong)} parameters differ")  # fmt: skip
+        overlaps = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in plan.batches)
+        print(f"\n{len(trainer_tensors)} tensors of the trainer, {len(parameters)} of the engine, "
+              f"{overlaps} overlaps on this rank, {len(plan.batches)} batches; {len(wrong)} parameters differ")  # fmt: skip
     dist.destroy_process_group()
 
 

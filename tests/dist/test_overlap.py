@@ -46,16 +46,16 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     )
     source = Folder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)
-    policy, found = trained_models.Policy(*pieces), {"update": [], "score": [], "hand-over": [], "checkpoint": []}
-    for step, reader in enumerate(("score", "hand-over", "checkpoint")):  # each is the first to read an update
+    policy, found = trained_models.Policy(*pieces), {"update": [], "score": [], "weight sync": [], "checkpoint": []}
+    for step, reader in enumerate(("score", "weight sync", "checkpoint")):  # each is the first to read an update
         batch = packing.batch(samples[step:], parallel.packing_spec(40))
         metrics = policy.imitate(batch)
         metrics.pop("policy/largest_weight")  # before gathering, old weights of other replicas count as well
         found["update"].append(metrics)
-        for name in (reader, "score", "hand-over"):
+        for name in (reader, "score", "weight sync"):
             if name == "score":
                 found[name] += policy.score(batch)
-            elif name == "hand-over":
+            elif name == "weight sync":
                 found[name] += [value.clone() for _, value in full_tensors(policy)]
             else:
                 saved = CheckpointSaver(scratch, {"policy": policy}, keep=1).save(step)
@@ -73,7 +73,7 @@ def ranks(model_folder, in_processes, tmp_path_factory) -> list[dict]:
     return in_processes(2, every_case, str(model_folder), samples, str(tmp_path_factory.mktemp("runs")))
 
 
-@pytest.mark.parametrize("reader", ["update", "score", "hand-over", "checkpoint"])
+@pytest.mark.parametrize("reader", ["update", "score", "weight sync", "checkpoint"])
 @pytest.mark.parametrize("case", [name for name in CASES if name != "plain"])
 def test_every_reader_finds_the_new_weights(case, reader, ranks):
     for rank in ranks:

@@ -1,5 +1,7 @@
-"""Real Megatron models in gloo processes, handed over to parameter sets of vLLM's layout: bit by bit what the plain
-oracle says, under both transports, at every pair of layouts; and planted errors are caught and named, by either proof.
+"""Weight sync of real Megatron models, in gloo processes, to parameter sets of vLLM's layout.
+
+The result equals the plain oracle bit by bit, under both transports, for every pair of layouts. Planted errors are
+caught and named by both kinds of checksum.
 
 All pairs and families: python -m pytest --full tests/dist/test_reshard.py
 """
@@ -47,7 +49,7 @@ class Parameters:
         return self.parameters, self.refusal
 
     def load(self, tensors):
-        held = oracle.engine(self.arch, dict(tensors), self.ranks, self.rank)
+        held = oracle.engine_parameters(self.arch, dict(tensors), self.ranks, self.rank)
         for name, parameter in self.parameters.items():
             parameter.copy_(held[name])
 
@@ -103,7 +105,7 @@ def start(trainer: tuple[int, int, int], family: str, tied: bool):
 
 
 def transfer(policy, engine, ranks: int, wanted: str):
-    """The hand-over of these two; a node is two ranks."""
+    """Return the weight sync of these two; a node is two ranks."""
     import torch.distributed as dist
 
     from oreal_megatron.reshard.overlaps import ReshardLayout
@@ -127,7 +129,7 @@ def every_family(trainer: tuple[int, int, int], engines: tuple[int, ...], famili
     for family, tied, ranks in itertools.product(families, (False, True), engines):
         policy, weights = start(trainer, family, tied)
         rank = dist.get_rank() % ranks
-        held = oracle.engine(policy.arch, weights, ranks, rank)
+        held = oracle.engine_parameters(policy.arch, weights, ranks, rank)
         for wanted, dtype in (("direct", torch.float32), ("direct", torch.bfloat16), ("gather", torch.float32)):
             engine = Parameters(policy.arch, ranks, rank, dtype)
             weight_sync = transfer(policy, engine, ranks, wanted)
@@ -183,7 +185,7 @@ def gathered() -> dict[str, dict]:
 
 
 def planted() -> dict[str, str]:
-    """What the hand-over says when each error happens on rank 1."""
+    """Return the message of the weight sync for each error on rank 1."""
     import torch.distributed as dist
 
     from oreal_megatron.reshard.weight_sync import WeightMismatch

@@ -1,5 +1,5 @@
 """Real Megatron and real vLLM in the same processes: after an update they are the same policy, and when they are not,
-the proof says so."""
+the parity check says so."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     result["after"] = table.gap(0)
     if not packed:
         result["as vLLM loads"] = table.equals_what_vllm_loads()
-        result["planted"] = table.proof_of_a_planted_error(weight_sync)
+        result["planted"] = table.mismatches_of_a_planted_error(weight_sync)
     result |= {"version": engine.version, "own": own, "one": one, "says": weight_sync.description}
     result["woken"] = table.order_of_waking(weight_sync)
     result["swapped"] = table.gap_with_a_query_head_swapped_for_a_key()
@@ -73,7 +73,7 @@ class Story:
         self.config, self.policy, self.engine, self.prompts, self.samples = config, policy, engine, prompts, samples
 
     def gap(self, step: int) -> str | float:
-        """Mean log-prob difference of the proof in the loop, or its refusal."""
+        """Mean log-prob difference of the parity check in the loop, or its message."""
         from oreal_megatron.algo.logprob_parity import LogprobMismatch
         from oreal_megatron.loop import check_logprob_parity
         from oreal_megatron.mcore import parallel
@@ -113,7 +113,7 @@ class Story:
         return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
 
     def order_of_waking(self, weight_sync) -> list:
-        """What a sleeping engine is asked in a hand-over, and whether the transfer's buffers were gone by then."""
+        """Return the calls to a sleeping engine in a weight sync, and whether the transfer's buffers were freed by then."""
         import weakref
 
         asked, buffers, engine, llm = [], [], self.engine, self.engine.llm
@@ -179,7 +179,7 @@ class Story:
         self.engine.accept(self.policy.updates)
         return all(torch.equal(tensor, written[name]) for name, tensor in self.engine.live()[0].items())
 
-    def proof_of_a_planted_error(self, weight_sync) -> list[str]:
+    def mismatches_of_a_planted_error(self, weight_sync) -> list[str]:
         """One value and one key row of the last rank change places after a faultless transfer."""
         from oreal_megatron.runtime import distributed
 

@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> dict:
-    """An update handed over slice by slice, answers, and whether vLLM's loader makes the same parameters."""
+    """An update sent by `direct`, responses, and whether vLLM's loader makes the same parameters."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import Folder

@@ -59,7 +59,9 @@ class World:
         layout = self.layout
         stage, shard = layout.stage_and_tensor_rank(rank)
         parts = range(stage, layout.pipeline * layout.chunks, layout.pipeline)
-        return oracle.held(layout.arch, self.weights, layout.tensor, shard, layout.pipeline * layout.chunks, [*parts])
+        return oracle.trainer_tensors(
+            layout.arch, self.weights, layout.tensor, shard, layout.pipeline * layout.chunks, [*parts]
+        )
 
     def run(self) -> None:
         """Batch by batch; a relay must have been received two batches before."""
@@ -119,7 +121,7 @@ def test_every_element_arrives_once_and_no_byte_travels_in_vain(layout):
     world.run()
     between = 0
     for rank, live in enumerate(world.live):
-        expected = oracle.engine(layout.arch, world.weights, layout.engine, rank % layout.engine)
+        expected = oracle.engine_parameters(layout.arch, world.weights, layout.engine, rank % layout.engine)
         assert live.keys() == expected.keys()
         for name, tensor in live.items():
             assert torch.equal(tensor, expected[name]), f"rank {rank}: {name}"
@@ -169,7 +171,7 @@ def test_the_proof_asks_for_every_slice_of_one_replica_once():
         for check in planner.plan_transfer(layout, rank, ITEMSIZE, BATCH_BYTES).checksum_parts:
             asked[check.engine_rank] += check.rows * check.columns
     weights = oracle.numbered(layout.arch)
-    held = [oracle.engine(layout.arch, weights, 4, engine).values() for engine in range(4)]
+    held = [oracle.engine_parameters(layout.arch, weights, 4, engine).values() for engine in range(4)]
     assert asked == {engine: sum((x > 0).sum().item() for x in side) for engine, side in enumerate(held)}
 
 
@@ -224,8 +226,8 @@ def test_32b_on_128_ranks_is_planned_in_a_second():
 def test_a_checksum_tells_every_change_of_a_parameter(dtype, change):
     layout = ReshardLayout(arch("Qwen3"), 1, 1, 1, 1, 1, 1)
     weights = {name: torch.randn(x.shape) for name, x in oracle.numbered(layout.arch).items()}
-    live = {name: x.to(dtype) for name, x in oracle.engine(layout.arch, weights, 1, 0).items()}
-    held = oracle.held(layout.arch, weights, 1, 0, 1, [0])
+    live = {name: x.to(dtype) for name, x in oracle.engine_parameters(layout.arch, weights, 1, 0).items()}
+    held = oracle.trainer_tensors(layout.arch, weights, 1, 0, 1, [0])
     sums = EngineChecksum(layout, planner.plan_transfer(layout, 0, dtype.itemsize, BATCH_BYTES), 0, held, live)
     before = sums.engine_sums()
     assert torch.equal(before, sums.trainer_sums()[0]), "alone, a rank answers for everything, whatever its type"
