@@ -1,4 +1,4 @@
-"""Bytes that resharding moves in the layouts of the recipes, beside the least possible and what an all-gather moves.
+"""Bytes that resharding moves in the layouts of the recipes, the lower bound, and the bytes of an all-gather.
 
     python tools/reshard_figures.py
 

@@ -1,4 +1,4 @@
-"""What a transfer costs besides moving bytes: two gloo processes, as many tensors as a 32B model has, all of them tiny.
+"""Overhead of a weight transfer: two gloo processes, as many tensors as a 32B model has, all of them tiny.
 
     python tools/reshard_overhead.py
 
@@ -67,8 +67,10 @@ def process(rank: int) -> None:
     wrong = measured("checksum", checksums.mismatches, REPEATS)
     if rank == 0:
         overlaps = sum(len(batch.sends) + len(batch.receives) + len(batch.copies) for batch in plan.batches)
-        print(f"\n{len(trainer_tensors)} tensors of the trainer, {len(parameters)} of the engine, "
-              f"{overlaps} overlaps on this rank, {len(plan.batches)} batches; {len(wrong)} parameters differ")  # fmt: skip
+        sides = f"{len(trainer_tensors)} tensors of the trainer, {len(parameters)} of the engine"
+        print(
+            f"\n{sides}, {overlaps} overlaps on this rank, {len(plan.batches)} batches; {len(wrong)} parameters differ"
+        )
     dist.destroy_process_group()
 
 

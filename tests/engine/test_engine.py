@@ -113,7 +113,7 @@ class Story:
         return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
 
     def order_of_waking(self, weight_sync) -> list:
-        """Return the calls to a sleeping engine in a weight sync, and whether the transfer's buffers were freed by then."""
+        """Return the calls to a sleeping engine in a weight sync, and whether buffers were freed by then."""
         import weakref
 
         asked, buffers, engine, llm = [], [], self.engine, self.engine.llm
