@@ -28,7 +28,7 @@ LEAVE_S = 60  # torchrun gives its processes half of it
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="path/to/file.py:function; its model, data, disk and judges as well")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.path=FOLDER")
-    parser.add_argument("--quick", action="store_true", help="without the real runs, which take half a minute")
+    parser.add_argument("--quick", action="store_true", help="skip the real runs, which take half a minute")
 
 
 def run(args: argparse.Namespace) -> int:

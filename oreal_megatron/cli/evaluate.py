@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="FOLDER", help="of the suites (default data)"
     )
-    parser.add_argument("--problems", type=int, default=0, metavar="N", help="the first N of each suite alone")
+    parser.add_argument("--problems", type=int, default=0, metavar="N", help="use only the first N of each suite")
     parser.add_argument(
         "--samples", type=int, metavar="K", help="K sampled answers a problem besides the greedy one; 16 with --rate"
     )
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="default: runs/evaluations/NAME, with --rate OUT.jsonl.answers; goes on from there",
+        help="default: runs/evaluations/NAME, with --rate OUT.jsonl.answers; a second start continues there",
     )
-    parser.add_argument("--training", metavar="FILE.jsonl", help="prompts that the suites must not hold")
+    parser.add_argument("--training", metavar="FILE.jsonl", help="check the suites for contamination with these")
     parser.add_argument("--rate", metavar="OUT.jsonl", help="sample the training prompts and write them with pass_rate")
 
 

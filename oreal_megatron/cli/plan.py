@@ -29,16 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")
-    parser.add_argument("--gpus", type=int, metavar="N", help="default: as many as the recipe was made for")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in total; default: those of the recipe")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--gpu", default="h100-80g", metavar="KIND", help=f"{', '.join(gpus.GPUS)}; default %(default)s"
     )
     parser.add_argument("--assume", action="append", default=[], metavar="KEY=VALUE", help="see the list below")
-    parser.add_argument("--search", action="store_true", help="name the layouts that fit, best first")
+    parser.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
     parser.add_argument("--rehearse", action="store_true", help="build and run some ranks of this world without data")
-    parser.add_argument("--ranks", metavar="R,R,...", help="to rehearse; default: two of every kind of group")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan for machines")
+    parser.add_argument("--ranks", metavar="R,R,...", help="ranks to rehearse; default: two of each kind of group")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of each phase")
 
 
