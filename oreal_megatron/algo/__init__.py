@@ -1,0 +1,1 @@
+"""Pure torch: selection, advantages, packing, token weights, losses, guard, logprob parity, schedules."""

@@ -1,0 +1,1 @@
+"""JSONL to prompts, chat templates, sampling order."""

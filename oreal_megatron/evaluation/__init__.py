@@ -1,0 +1,1 @@
+"""Scores, suites, statistics and results."""

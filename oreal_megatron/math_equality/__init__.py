@@ -1,0 +1,1 @@
+"""Equality of two answers: extract, normalise, parse, compare."""

@@ -1,0 +1,1 @@
+"""Models and training through Megatron-core; the only package that imports megatron."""

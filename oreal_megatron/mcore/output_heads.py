@@ -100,7 +100,7 @@ class LanguageModelHead:
 
     @property
     def weight(self) -> nn.Parameter:
-        """This rank's rows of the output layer, or of the embedding that it shares."""
+        """Rows of the output layer on this rank, or of the embedding that it shares."""
         if self.model.share_embeddings_and_output_weights:
             return self.model.shared_embedding_or_output_weight()
         return self.model.output_layer.weight

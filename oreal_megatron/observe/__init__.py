@@ -1,0 +1,1 @@
+"""Run folder, metrics, timers, dumps, report and viewer."""

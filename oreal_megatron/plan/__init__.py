@@ -1,0 +1,1 @@
+"""Memory, time and bytes of a run, search, and simulation of ranks that do not exist."""

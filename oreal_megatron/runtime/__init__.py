@@ -1,0 +1,1 @@
+"""Processes and files: distributed helpers, launcher, heartbeat, watchdog, preemption, versions, exit codes."""

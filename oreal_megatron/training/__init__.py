@@ -1,0 +1,1 @@
+"""Reinforcement learning, supervised fine-tuning and step hooks."""

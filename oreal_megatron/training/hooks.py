@@ -59,8 +59,10 @@ class TrainingHooks:
             ) from None
 
     def _save_last_state(self) -> None:
-        """Save unless it is saved. Nothing has changed since the last whole step: generation only reads the weights,
-        and an update that had begun was finished."""
+        """Save the last complete step unless it is saved.
+
+        Nothing has changed since then: generation only reads the weights, and an update that had begun was finished.
+        """
         self.saver.finish()
         if self.saved_step != self.steps_done:
             self.saver.save(self.steps_done, self.random_state)
