@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from oreal_megatron.convert.hf_folder import FolderWriter
+from oreal_megatron.convert.hf_folder import HFFolderWriter
 from oreal_megatron.models import architecture, tensors
 
 CONFIG = {
@@ -39,7 +39,7 @@ def generate(folder: Path, layers: int) -> None:
     arch, shapes = architecture.read(config), {}
     for entry in tensors.entries(arch, 1, 1, 0, "lm"):
         shapes |= {name: (torch.bfloat16, shape) for name, shape in tensors.hf_shapes(entry, arch).items()}
-    writer, generator = FolderWriter(folder, shapes), torch.Generator().manual_seed(0)
+    writer, generator = HFFolderWriter(folder, shapes), torch.Generator().manual_seed(0)
     for name, (_, shape) in shapes.items():
         bits = torch.empty(shape, dtype=torch.int16).random_(generator=generator)
         signs = torch.empty(shape, dtype=torch.int16).random_(0, 2, generator=generator)

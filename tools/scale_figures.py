@@ -21,7 +21,7 @@ import torch
 
 from oreal_megatron import config as c
 from oreal_megatron.algo import packing, selection
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.mcore import checkpoint_state, parallel, patches, trained_models
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.mcore.trainer import MegatronTrainer
@@ -44,12 +44,12 @@ def main() -> None:
     parallel.stop()
 
 
-def small_model(folder: Path) -> Folder:
+def small_model(folder: Path) -> HFFolder:
     spec = importlib.util.spec_from_file_location("task", Path(__file__).with_name("make_addition_task.py"))
     task = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(task)
     task.make_model(folder, seed=1)
-    return Folder(folder)
+    return HFFolder(folder)
 
 
 def drawn() -> list[Sample]:
@@ -88,7 +88,7 @@ def rows(group: list[Sample]) -> MicroBatch:
     )
 
 
-def policy_step(folder: Folder, batch: Batch) -> Callable[[], object]:
+def policy_step(folder: HFFolder, batch: Batch) -> Callable[[], object]:
     pieces = (architecture.read(folder.config), c.Config(), folder.tensor)
     policy, token_weights = trained_models.Policy(*pieces), trained_models.NoRewardModel().update(batch)[0]
     reference = policy.score(batch)
@@ -106,7 +106,7 @@ def seconds(steps: list[Callable[[], object]]) -> list[float]:
     return [min(taken) for taken in times]
 
 
-def show_packing(folder: Folder) -> None:
+def show_packing(folder: HFFolder) -> None:
     samples = drawn()
     tokens, batches = sum(map(len, samples)), [packing.batch(samples, PackingSpec(BUDGET)), padded(samples)]
     times = seconds([policy_step(folder, batch) for batch in batches])
@@ -116,7 +116,7 @@ def show_packing(folder: Folder) -> None:
     print(f"packed / padded: {times[0] / times[1]:.2f}")
 
 
-def show_cpu_shim(folder: Folder) -> None:
+def show_cpu_shim(folder: HFFolder) -> None:
     """Print the number of calls of the CPU patches (mcore/patches.py) in a step, times their extra cost."""
     step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(patches.CPU_PATCHES)
 
@@ -138,7 +138,7 @@ def show_cpu_shim(folder: Folder) -> None:
     print(f"CPU shim: {len(calls)} calls, {cost * 1e6:.0f} us, {cost / taken:.2%} of a step of {taken:.3f} s")
 
 
-def show_memory(folder: Folder, dtype: str) -> None:
+def show_memory(folder: HFFolder, dtype: str) -> None:
     """Tensor bytes on the device while models compute or are saved, with offloading; a part that is away has none."""
     config = c.Config(model=c.ModelConfig(dtype=dtype), offload=True)
     pieces = (architecture.read(folder.config), config, folder.tensor)

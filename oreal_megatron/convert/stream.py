@@ -1,4 +1,4 @@
-"""What both directions share: reading ahead while writing, and outputs that have their name only when complete."""
+"""Shared by both directions: reading ahead while writing, and outputs that get their name when complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,26 +16,27 @@ from torch import Tensor
 from oreal_megatron.config import ConfigError
 from oreal_megatron.runtime import files
 
-AHEAD_BYTES = 512 * 2**20  # read and not yet written; the piece being read and the one being written come on top
-BLOCK_BYTES = 128 * 2**20  # rows of vocabulary tensors that are handled at once
+AHEAD_BYTES = 512 * 2**20  # read but not yet written; the item being read and the one being written are extra
+BLOCK_BYTES = 128 * 2**20  # rows of vocabulary tensors that are processed at once
 SLACK_BYTES = 64 * 2**20  # beyond the tensors: headers, tokenizer, metadata
 
-Say = Callable[[str], None]
-Advance = Callable[[int], None]  # told the bytes of every tensor written
+Report = Callable[[str], None]  # receives messages to the user
+Advance = Callable[[int], None]  # receives the bytes of each tensor written
+Item = TypeVar("Item")
 
 
-def ahead(pieces: Iterator[tuple[int, Any]], budget: int = AHEAD_BYTES) -> Iterator[Any]:
-    """The pieces of (bytes, piece), produced in a thread that stays `budget` bytes ahead; its errors come through."""
-    ready: queue.Queue = queue.Queue()
-    room, state = threading.Condition(), {"waiting": 0, "stopped": False}
+def read_ahead(items: Iterator[tuple[int, Item]], budget: int = AHEAD_BYTES) -> Iterator[Item]:
+    """Yield the items of (bytes, item) from a thread that stays `budget` bytes ahead; its errors are raised here."""
+    ready: queue.Queue[tuple[int, Any]] = queue.Queue()
+    changed, state = threading.Condition(), {"waiting": 0, "stopped": False}
 
     def produce() -> None:
         try:
-            for size, piece in pieces:
-                ready.put((size, piece))
-                with room:
+            for size, item in items:
+                ready.put((size, item))
+                with changed:
                     state["waiting"] += size
-                    room.wait_for(lambda: state["waiting"] < budget or state["stopped"])
+                    changed.wait_for(lambda: state["waiting"] < budget or state["stopped"])
                 if state["stopped"]:
                     return
             ready.put((0, None))
@@ -45,31 +46,34 @@ def ahead(pieces: Iterator[tuple[int, Any]], budget: int = AHEAD_BYTES) -> Itera
     thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
-        while (got := ready.get()) != (0, None):
-            size, piece = got
+        while (entry := ready.get()) != (0, None):
+            size, item = entry
             if size < 0:
-                raise piece
-            del got
-            yield piece
-            del piece
-            with room:
+                raise item
+            del entry  # else the item would stay in memory while the next one is awaited
+            yield item
+            del item
+            with changed:
                 state["waiting"] -= size
-                room.notify()
+                changed.notify()
     finally:
-        with room:
+        with changed:
             state["stopped"] = True
-            room.notify()
+            changed.notify()
         thread.join()
 
 
 @contextlib.contextmanager
-def finished(path: Path, size: int, say: Say, replace: bool = False) -> Iterator[Path]:
-    """A folder to write `size` bytes into, which gets the name `path` when all of it is on the disk."""
+def write_atomically(path: Path, size: int, report: Report, replace: bool = False) -> Iterator[Path]:
+    """Provide a folder to write `size` bytes into; it gets the name `path` when everything is on the disk.
+
+    An error removes the folder. Raises ConfigError where `path` exists (unless `replace`) or the disk is too small.
+    """
     partial = path.with_name(path.name + ".partial")
     if path.exists() and not replace:
         raise ConfigError(f"{path} exists already; delete it or name another output")
     if partial.exists():
-        say(f"{partial} was left by a conversion that did not finish; starting over")
+        report(f"{partial} remains of a conversion that did not finish; it is deleted")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
@@ -88,25 +92,26 @@ def finished(path: Path, size: int, say: Say, replace: bool = False) -> Iterator
 
 
 class Cast:
-    """To one dtype, or none at all; counts the values that it changed."""
+    """Conversion to one dtype, or to none; counts the values that it changed."""
 
     def __init__(self, dtype: torch.dtype | None):
         self.dtype, self.changed, self.values = dtype, 0, 0
 
-    def of(self, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of `dtype` becomes."""
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that a tensor of `dtype` is converted to."""
         return self.dtype or dtype
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if self.dtype in (None, tensor.dtype):
+        """Convert a tensor."""
+        if self.dtype is None or self.dtype is tensor.dtype:
             return tensor
         result = tensor.to(self.dtype)
         self.values += tensor.numel()
         self.changed += int((result.to(tensor.dtype) != tensor).sum())
         return result
 
-    def sentence(self) -> str:
-        """What the cast did, empty when there was none."""
+    def summary(self) -> str:
+        """Return a message on the values converted, empty when there were none."""
         if not self.values:
             return ""
         loss = f"lossy: {self.changed:,} changed" if self.changed else "none changed"

@@ -1,62 +1,63 @@
-"""A Megatron distributed checkpoint -> a Hugging Face folder, streaming; and weights that are already in memory."""
+"""Conversion of a Megatron distributed checkpoint, or of weights in memory, to a Hugging Face folder, streaming."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from oreal_megatron.convert import stream
-from oreal_megatron.convert.hf_folder import FolderWriter, copy_side_files
-from oreal_megatron.convert.megatron_folder import DESCRIPTION, MegatronFolder, with_dtype
+from oreal_megatron.convert.hf_folder import HFFolderWriter, copy_side_files
+from oreal_megatron.convert.megatron_folder import HF_SUBFOLDER, MegatronFolder, with_dtype
 from oreal_megatron.models import architecture, tensors
+from oreal_megatron.models.config_fields import HFConfig
 
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def convert(source: MegatronFolder, out: Path, cast: stream.Cast, say: stream.Say, advance: stream.Advance) -> None:
-    """Write `out`, ready for transformers and vLLM."""
-    written = shapes(source, cast)
-    config = with_dtype(source.config, next(iter(written.values()))[0])
-    with stream.finished(out, size(written), say) as partial:
-        copy_side_files(source.path / DESCRIPTION, partial, config)
-        _write(partial, written, stream.ahead(_tensors(source, cast)), advance)
+TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def save(
-    out: Path, side: Path, config: dict[str, Any], dtype: torch.dtype, named: Iterable[tuple[str, Tensor]]
+def convert(
+    source: MegatronFolder, out: Path, cast: stream.Cast, report: stream.Report, advance: stream.Advance
 ) -> None:
-    """Write full tensors, in the mapping's order, with the side files of the folder `side`; replaces `out`."""
-    arch, written = architecture.read(config), {}
+    """Write the folder `out`, ready for transformers and vLLM."""
+    layout = shapes(source, cast)
+    config = with_dtype(source.config, next(iter(layout.values()))[0])
+    with stream.write_atomically(out, size(layout), report) as partial:
+        copy_side_files(source.path / HF_SUBFOLDER, partial, config)
+        _write(partial, layout, stream.read_ahead(_tensors(source, cast)), advance)
+
+
+def save(out: Path, side: Path, config: HFConfig, dtype: torch.dtype, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Write full tensors, in the mapping's order, with the side files of the folder `side`; replace `out`."""
+    arch = architecture.read(config)
+    layout: TensorLayout = {}
     for entry in tensors.entries(arch, 1, 1, 0, architecture.head(config)):
-        written |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, arch).items()}
-    with stream.finished(out, size(written), lambda text: None, replace=True) as partial:
+        layout |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, arch).items()}
+    with stream.write_atomically(out, size(layout), lambda text: None, replace=True) as partial:
         copy_side_files(side, partial, with_dtype(config, dtype))
-        _write(partial, written, ((name, tensor.cpu()) for name, tensor in named), lambda count: None)
+        _write(partial, layout, ((name, tensor.cpu()) for name, tensor in named), lambda count: None)
 
 
-def shapes(source: MegatronFolder, cast: stream.Cast) -> Shapes:
-    """What the Hugging Face folder of a checkpoint will hold, in order."""
-    found: Shapes = {}
+def shapes(source: MegatronFolder, cast: stream.Cast) -> TensorLayout:
+    """Return dtypes and shapes of the Hugging Face tensors of a checkpoint, in order."""
+    layout: TensorLayout = {}
     for entry in source.entries:
-        dtype = cast.of(source.dtype(entry))
-        found |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, source.arch).items()}
-    if source.head == "scalar":  # transformers' classifier has a bias, which it would otherwise draw at random
-        found[source.arch.names.score + ".bias"] = (dtype, (1,))
-    return found
+        dtype = cast.output_dtype(source.dtype(entry))
+        layout |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, source.arch).items()}
+    if source.head == "scalar":  # transformers' classifier has a bias, which would be random if missing
+        layout[source.arch.names.score + ".bias"] = (dtype, (1,))
+    return layout
 
 
-def size(written: Shapes) -> int:
-    """Bytes of tensors of these dtypes and shapes."""
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in written.values())
+def size(layout: TensorLayout) -> int:
+    """Return the bytes of these tensors."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
-def _write(folder: Path, written: Shapes, named: Iterable[tuple[str, Tensor]], advance: stream.Advance) -> None:
-    writer = FolderWriter(folder, written)
+def _write(folder: Path, layout: TensorLayout, named: Iterable[tuple[str, Tensor]], advance: stream.Advance) -> None:
+    writer = HFFolderWriter(folder, layout)
     for name, tensor in named:
         writer.write(name, tensor)
         advance(tensor.nbytes)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a Megatron distributed checkpoint, streaming."""
+"""Conversion of a Hugging Face folder to a Megatron distributed checkpoint, streaming."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from oreal_megatron.config import ConfigError, ParallelConfig
 from oreal_megatron.convert import megatron_folder, stream, torch_dist
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.models import architecture, tensors, torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
-from oreal_megatron.models.tensors import Cut, Entry
+from oreal_megatron.models.tensors import Entry, Sharding
 
 
-class Piece(NamedTuple):
-    """A rectangle of a Megatron tensor, for the file of one rank."""
+class RankBlock(NamedTuple):
+    """Rectangle of a Megatron tensor, for the file of one rank."""
 
     rank: int
     entry: Entry
@@ -28,44 +28,51 @@ class Piece(NamedTuple):
 
 
 def convert(
-    source: Folder, out: Path, layout: ParallelConfig, cast: stream.Cast, say: stream.Say, advance: stream.Advance
+    source: HFFolder,
+    out: Path,
+    layout: ParallelConfig,
+    cast: stream.Cast,
+    report: stream.Report,
+    advance: stream.Advance,
 ) -> None:
-    """Write `out`, cut for `layout`; it loads at any other."""
+    """Write the checkpoint `out`, sharded for `layout`; it can be loaded at any other layout."""
     arch, head = architecture.read(source.config), architecture.head(source.config)
     check_weights(source, arch, head)
     arch.check_layout(layout.tensor, layout.pipeline, layout.virtual)
-    with stream.finished(out, size(source, cast), say) as partial:
-        writer = torch_dist.Writer(partial)
-        for piece in stream.ahead(_sized(_pieces(source, arch, head, layout, cast))):
-            _write(writer, piece, arch)
-            advance(piece.tensor.nbytes)
+    with stream.write_atomically(out, size(source, cast), report) as partial:
+        writer = torch_dist.TorchDistWriter(partial)
+        for block in stream.read_ahead(_with_bytes(_blocks(source, arch, head, layout, cast))):
+            _write_block(writer, block, arch)
+            advance(block.tensor.nbytes)
         for key in torch_dist_keys.extra_states(arch):
             writer.object(0, key, [None])
         writer.close()
-        dtype = cast.of(source.dtype(next(tensors.entries(arch, 1, 1, 0, head)).hf[0]))
+        dtype = cast.output_dtype(source.dtype(next(tensors.entries(arch, 1, 1, 0, head)).hf[0]))
         megatron_folder.describe(source, partial, head, dtype)
 
 
-def size(source: Folder, cast: stream.Cast) -> int:
-    """Bytes of the weights as they will be written."""
-    return sum(math.prod(source.shape(name)) * cast.of(source.dtype(name)).itemsize for name in source.files)
+def size(source: HFFolder, cast: stream.Cast) -> int:
+    """Return the bytes of the weights as written."""
+    return sum(math.prod(source.shape(name)) * cast.output_dtype(source.dtype(name)).itemsize for name in source.files)
 
 
-def check_weights(source: Folder, arch: Architecture, head: str) -> None:
-    """Every tensor of the model is in the folder with its shape, and none that would be lost."""
-    wanted: dict[str, tuple[int, ...]] = {}
+def check_weights(source: HFFolder, arch: Architecture, head: str) -> None:
+    """Raise ConfigError unless the folder has every tensor of the model, in its shape, and none that would be lost."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for entry in tensors.entries(arch, 1, 1, 0, head):
-        wanted |= tensors.hf_shapes(entry, arch)
-    source.require(wanted)
-    for name, shape in wanted.items():
+        shapes |= tensors.hf_shapes(entry, arch)
+    source.require(shapes)
+    for name, shape in shapes.items():
         if source.shape(name) != shape:
-            raise ConfigError(f"{source.path}: {name} has shape {source.shape(name)}, config.json asks for {shape}")
-    for name in source.files.keys() - wanted.keys():
+            raise ConfigError(
+                f"{source.path}: {name} has shape {source.shape(name)}, expected {shape} from config.json"
+            )
+    for name in source.files.keys() - shapes.keys():
         _check_surplus(source, arch, name)
 
 
-def _check_surplus(source: Folder, arch: Architecture, name: str) -> None:
-    """A tensor that no entry names: a buffer, a copy, or zeros. Anything else would be lost silently."""
+def _check_surplus(source: HFFolder, arch: Architecture, name: str) -> None:
+    """Accept a tensor that no entry names if it is a buffer, a copy or zero; any other would be lost silently."""
     if name.endswith("rotary_emb.inv_freq"):  # a buffer of older transformers, which follows from config.json
         return
     if name == arch.names.output and arch.tied:
@@ -75,49 +82,52 @@ def _check_surplus(source: Folder, arch: Architecture, name: str) -> None:
     if name == arch.names.score + ".bias":
         if not source.tensor(name).any():
             return
-        raise ConfigError(f"{source.path}: {name} is not zero; reward models here have no such bias")
-    raise ConfigError(f"{source.path} has a tensor {name}, which no {arch.family} model has; it would be lost")
+        raise ConfigError(f"{source.path}: {name} is not zero; reward models without a bias only are supported")
+    raise ConfigError(f"{source.path} has a tensor {name}, which a {arch.family} model does not have; it would be lost")
 
 
-def _pieces(
-    source: Folder, arch: Architecture, head: str, layout: ParallelConfig, cast: stream.Cast
-) -> Iterator[Piece]:
+def _blocks(
+    source: HFFolder, arch: Architecture, head: str, layout: ParallelConfig, cast: stream.Cast
+) -> Iterator[RankBlock]:
+    """Yield the checkpoint's content in the order of stages and layers."""
     parts = layout.pipeline * layout.virtual
     for part in range(parts):
         first = part % layout.pipeline * layout.tensor  # the stage's first rank
         for entry in tensors.entries(arch, layout.tensor, parts, part, head):
             if not entry.exported:
                 continue
-            if entry.cut is Cut.VOCABULARY:
-                yield from _vocabulary(source, entry, layout.tensor, first, cast)
+            if entry.sharding is Sharding.VOCABULARY:
+                yield from _vocabulary_blocks(source, entry, layout.tensor, first, cast)
                 continue
             full = cast(tensors.to_megatron(entry, arch, source.tensor))
-            for rank in range(1 if entry.cut is Cut.WHOLE else layout.tensor):
+            for rank in range(1 if entry.sharding is Sharding.REPLICATED else layout.tensor):
                 for region in entry.regions(rank, layout.tensor):
-                    yield Piece(first + rank, entry, region.start, region.of(full))
+                    yield RankBlock(first + rank, entry, region.start, region.select(full))
 
 
-def _vocabulary(source: Folder, entry: Entry, ranks: int, first: int, cast: stream.Cast) -> Iterator[Piece]:
-    """Blocks of rows: embeddings are the largest tensors, and padding them whole would hold them twice."""
+def _vocabulary_blocks(
+    source: HFFolder, entry: Entry, ranks: int, first: int, cast: stream.Cast
+) -> Iterator[RankBlock]:
+    """Yield blocks of rows: embeddings are the largest tensors, and padding one at once would need its memory twice."""
     (name,), columns = entry.hf, entry.shape[1]
     rows = max(stream.BLOCK_BYTES // (columns * source.dtype(name).itemsize), 1)
     for rank in range(ranks):
         (region,) = entry.regions(rank, ranks)
         for start in range(region.start[0], region.start[0] + region.size[0], rows):
             count = min(rows, region.start[0] + region.size[0] - start)
-            known = min(max(source.shape(name)[0] - start, 0), count)
-            block = cast(source.rows(name, start, known))
-            if known < count:
-                block = torch.cat([block, block.new_zeros(count - known, columns)])
-            yield Piece(first + rank, entry, (start, 0), block)
+            real = min(max(source.shape(name)[0] - start, 0), count)
+            block = cast(source.rows(name, start, real))
+            if real < count:
+                block = torch.cat([block, block.new_zeros(count - real, columns)])
+            yield RankBlock(first + rank, entry, (start, 0), block)
 
 
-def _sized(pieces: Iterator[Piece]) -> Iterator[tuple[int, Piece]]:
-    for piece in pieces:
-        yield piece.tensor.nbytes, piece
+def _with_bytes(blocks: Iterator[RankBlock]) -> Iterator[tuple[int, RankBlock]]:
+    for block in blocks:
+        yield block.tensor.nbytes, block
 
 
-def _write(writer: torch_dist.Writer, piece: Piece, arch: Architecture) -> None:
-    place = torch_dist_keys.place(piece.entry)
-    shape, start = torch_dist_keys.stack(arch, place) + piece.entry.shape, place.index + piece.start
-    writer.tensor(piece.rank, place.key, shape, start, piece.tensor[(None,) * len(place.index)])
+def _write_block(writer: torch_dist.TorchDistWriter, block: RankBlock, arch: Architecture) -> None:
+    stored = torch_dist_keys.stored_tensor(block.entry)
+    shape, start = torch_dist_keys.stacked_axes(arch, stored) + block.entry.shape, stored.indices + block.start
+    writer.tensor(block.rank, stored.key, shape, start, block.tensor[(None,) * len(stored.indices)])

@@ -96,9 +96,7 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def refuse_bad_golds(
-    prompts: list[Prompt], path: str, equals_itself: Callable[[str], bool], drop: bool
-) -> list[Prompt]:
+def check_golds(prompts: list[Prompt], path: str, equals_itself: Callable[[str], bool], drop: bool) -> list[Prompt]:
     """Prompts whose gold answer the verifier accepts as an answer to itself; others are listed, or dropped if told."""
     sound = [equals_itself(prompt.gold) for prompt in prompts]
     bad = [prompt for prompt, fine in zip(prompts, sound, strict=True) if not fine]

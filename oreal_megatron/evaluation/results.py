@@ -22,7 +22,7 @@ from oreal_megatron.config import (
     SamplingConfig,
 )
 from oreal_megatron.convert import stream, to_hf
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.evaluation import suites
 from oreal_megatron.records import Prompt
@@ -96,7 +96,7 @@ def with_cache(config: Config) -> Config:
     """A cache of 0, which a lone folder has on a GPU, becomes what the weights leave of its memory. Collective."""
     if config.engine.kv_cache_gib:
         return config
-    files = Folder(config.model.path).weight_files
+    files = HFFolder(config.model.path).weight_files
     weights = sum(file.stat().st_size for file in files) / config.engine.tensor / 2**30
     free = min(distributed.all_gather_object(torch.cuda.mem_get_info()[0])) / 2**30
     cache = free - weights - MARGIN_GB

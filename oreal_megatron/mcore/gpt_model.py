@@ -182,7 +182,7 @@ def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, 
             parameter.copy_(part)
             # Megatron marks shards while it initialises them, which is skipped here. Without the mark, a shard counts
             # as a copy of the first rank's and is missing from the gradient norm: clipping would depend on the layout.
-            parameter.tensor_model_parallel = entry.cut is not tensors.Cut.WHOLE  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = entry.sharding is not tensors.Sharding.REPLICATED  # type: ignore[attr-defined]
 
 
 def _live_name(name: str, offset: int, live: Collection[str]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from oreal_megatron.models import config_fields
+from oreal_megatron.models.config_fields import ArchitectureFields, HFConfig
 
 
-def read(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of Architecture from an InternLM3 config.json; `bias` (of the other layers) must be false."""
+def read(hf: HFConfig) -> ArchitectureFields:
+    """Return the fields of Architecture from an InternLM3 config.json; `bias` (of the other layers) must be false."""
     config_fields.check(hf, read=["qkv_bias"])
     return config_fields.decoder(hf) | dict(qkv_bias=bool(hf.get("qkv_bias", False)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from oreal_megatron.models import config_fields
+from oreal_megatron.models.config_fields import ArchitectureFields, HFConfig
 
 
-def read(hf: dict[str, Any]) -> dict[str, Any]:
-    """Fields of Architecture from a Llama config.json; without num_key_value_heads every head has its own."""
+def read(hf: HFConfig) -> ArchitectureFields:
+    """Return the fields of Architecture from a Llama config.json. `num_key_value_heads` defaults to all heads."""
     config_fields.check(hf)
     return config_fields.decoder(
         hf | {"num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"]}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """Names in one family's files; the defaults are those that Llama began and most families share.
+class TensorNames:
+    """Names in one family's files; the defaults are Llama's, which most families share.
 
     `qkv` names three tensors, or one that holds for each key-value group its queries, its key and its value. Names of
-    linear layers are without ".weight" and ".bias". In a mixture, {} stands for the number of the expert.
+    linear layers lack ".weight" and ".bias". In a mixture of experts, {} stands for the number of the expert.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -24,6 +24,6 @@ class Names:
     k_norm: str = "self_attn.k_norm.weight"
     proj: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm.weight"
-    router: str = ""  # of mixtures only
+    router: str = ""  # mixtures of experts only
     gate_up: tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"

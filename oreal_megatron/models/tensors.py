@@ -1,8 +1,8 @@
-"""Where each Megatron tensor comes from in a Hugging Face folder, and how it is cut over tensor-parallel ranks.
+"""Mapping of Megatron tensors to those of a Hugging Face folder, and their split over tensor-parallel ranks.
 
-Formulas: shared/design/resharding.md section 4. Megatron's `linear_qkv` holds, for each key-value group, its query
-heads, then its key, then its value; `linear_fc1` holds gate then up, in each shard separately. Where there are more
-ranks than key-value groups, Megatron's ranks hold parts of a group and gather their activations.
+Megatron's `linear_qkv` holds, for each key-value group, its query
+heads, then its key, then its value; `linear_fc1` holds gate then up, in each shard separately. Where
+there are more ranks than key-value groups, Megatron's ranks hold parts of a group and gather their activations.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from oreal_megatron.models.architecture import Architecture
 
 
-class Cut(enum.Enum):
-    """How tensor-parallel ranks share a tensor."""
+class Sharding(enum.Enum):
+    """Split of a tensor over tensor-parallel ranks."""
 
-    WHOLE = "every rank holds all of it"
+    REPLICATED = "every rank holds all of it"
     ROWS = "consecutive rows"
     VOCABULARY = "consecutive rows, after padding with zeros"
     COLUMNS = "consecutive columns"
@@ -29,99 +29,100 @@ class Cut(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorBlock:
-    """A rectangle of a tensor: where it begins and how far it goes, in every dimension."""
+    """Rectangle of a tensor: its start and size in every dimension."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
 
-    def of(self, full: Tensor) -> Tensor:
-        """The view of `full` that this region covers."""
+    def select(self, full: Tensor) -> Tensor:
+        """Return the view of `full` that this region covers."""
         return full[tuple(slice(first, first + count) for first, count in zip(self.start, self.size, strict=True))]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One Megatron tensor with its global layer number in the name, and the HF tensors it is made of."""
+    """One Megatron tensor with its global layer number in the name, and the Hugging Face tensors it consists of."""
 
     megatron: str
     hf: tuple[str, ...]
-    cut: Cut
+    sharding: Sharding
     shape: tuple[int, ...]  # of the full Megatron tensor, vocabulary padding included
     exported: bool = True  # False: a copy that another stage exports
 
     def shard_shape(self, ranks: int) -> torch.Size:
-        """Shape of what one of `ranks` tensor-parallel ranks holds."""
+        """Return the shape of the shard of one of `ranks` tensor-parallel ranks."""
         rows, *columns = self.shape
-        if self.cut is Cut.COLUMNS:
+        if self.sharding is Sharding.COLUMNS:
             columns[0] //= ranks
-        elif self.cut is not Cut.WHOLE:
+        elif self.sharding is not Sharding.REPLICATED:
             rows //= ranks
         return torch.Size([rows, *columns])
 
     def regions(self, rank: int, ranks: int) -> list[TensorBlock]:
-        """What one rank's shard consists of, from top to bottom."""
+        """Return the regions that one rank's shard consists of, from top to bottom."""
         size = tuple(self.shard_shape(ranks))
-        if self.cut is Cut.WHOLE:
+        if self.sharding is Sharding.REPLICATED:
             return [TensorBlock((0,) * len(size), size)]
-        if self.cut is Cut.COLUMNS:
+        if self.sharding is Sharding.COLUMNS:
             return [TensorBlock((0, rank * size[1]), size)]
-        if self.cut is Cut.ROWS_OF_BOTH:
+        if self.sharding is Sharding.ROWS_OF_BOTH:
             half = (size[0] // 2, *size[1:])
             return [TensorBlock((first + rank * half[0], 0), half) for first in (0, self.shape[0] // 2)]
         return [TensorBlock((rank * size[0],) + (0,) * (len(size) - 1), size)]
 
 
 def entries(arch: Architecture, tensor: int, stages: int, stage: int, head: str) -> Iterator[Entry]:
-    """The tensors of one pipeline stage, in a fixed order. `head` is "lm" or "scalar" (token reward model).
+    """Yield the tensors of one pipeline stage, in a fixed order. `head` is "lm" or "scalar" (token reward model).
 
     Interleaved chunks count as stages: chunk c of stage s is stage c * (number of stages) + s of all of them.
     """
     first, last, names = stage == 0, stage == stages - 1, arch.names
     vocabulary = (arch.padded_vocab(tensor), arch.hidden)
     if first:
-        yield Entry("embedding.word_embeddings.weight", (names.embedding,), Cut.VOCABULARY, vocabulary)
+        yield Entry("embedding.word_embeddings.weight", (names.embedding,), Sharding.VOCABULARY, vocabulary)
     for layer in arch.stage_layers(stages, stage):
         yield from _layer(arch, layer)
     if last:
-        yield Entry("decoder.final_layernorm.weight", (names.final_norm,), Cut.WHOLE, (arch.hidden,))
+        yield Entry("decoder.final_layernorm.weight", (names.final_norm,), Sharding.REPLICATED, (arch.hidden,))
         if head == "scalar":
-            yield Entry("output_layer.weight", (names.score + ".weight",), Cut.WHOLE, (1, arch.hidden))
+            yield Entry("output_layer.weight", (names.score + ".weight",), Sharding.REPLICATED, (1, arch.hidden))
         elif not arch.tied:
-            yield Entry("output_layer.weight", (names.output,), Cut.VOCABULARY, vocabulary)
+            yield Entry("output_layer.weight", (names.output,), Sharding.VOCABULARY, vocabulary)
         elif not first:  # Megatron keeps a copy of the tied embedding on the last stage
-            yield Entry("output_layer.weight", (names.embedding,), Cut.VOCABULARY, vocabulary, exported=False)
+            yield Entry("output_layer.weight", (names.embedding,), Sharding.VOCABULARY, vocabulary, exported=False)
 
 
 def _layer(arch: Architecture, layer: int) -> Iterator[Entry]:
-    ours, theirs, names = f"decoder.layers.{layer}.", f"{arch.names.layer}{layer}.", arch.names
+    """Yield the tensors of one layer."""
+    megatron_prefix, hf_prefix, names = f"decoder.layers.{layer}.", f"{arch.names.layer}{layer}.", arch.names
     hidden, queries = arch.hidden, arch.heads * arch.head_dim
     qkv = queries + 2 * arch.kv_groups * arch.head_dim
 
-    def entry(megatron: str, hf: tuple[str, ...], cut: Cut, *shape: int) -> Entry:
-        return Entry(ours + megatron, tuple(theirs + name for name in hf), cut, shape)
+    def entry(megatron: str, hf: tuple[str, ...], sharding: Sharding, *shape: int) -> Entry:
+        return Entry(megatron_prefix + megatron, tuple(hf_prefix + name for name in hf), sharding, shape)
 
     def weights(linear: tuple[str, ...], kind: str = "weight") -> tuple[str, ...]:
         return tuple(f"{name}.{kind}" for name in linear)
 
     attention = "self_attention.linear_"
-    yield entry("input_layernorm.weight", (names.input_norm,), Cut.WHOLE, hidden)
-    yield entry(attention + "qkv.weight", weights(names.qkv), Cut.ROWS, qkv, hidden)
+    yield entry("input_layernorm.weight", (names.input_norm,), Sharding.REPLICATED, hidden)
+    yield entry(attention + "qkv.weight", weights(names.qkv), Sharding.ROWS, qkv, hidden)
     if arch.qkv_bias:
-        yield entry(attention + "qkv.bias", weights(names.qkv, "bias"), Cut.ROWS, qkv)
+        yield entry(attention + "qkv.bias", weights(names.qkv, "bias"), Sharding.ROWS, qkv)
     if arch.qk_norm:
-        yield entry("self_attention.q_layernorm.weight", (names.q_norm,), Cut.WHOLE, arch.head_dim)
-        yield entry("self_attention.k_layernorm.weight", (names.k_norm,), Cut.WHOLE, arch.head_dim)
-    yield entry(attention + "proj.weight", weights((names.proj,)), Cut.COLUMNS, hidden, queries)
-    yield entry("pre_mlp_layernorm.weight", (names.mlp_norm,), Cut.WHOLE, hidden)
+        yield entry("self_attention.q_layernorm.weight", (names.q_norm,), Sharding.REPLICATED, arch.head_dim)
+        yield entry("self_attention.k_layernorm.weight", (names.k_norm,), Sharding.REPLICATED, arch.head_dim)
+    yield entry(attention + "proj.weight", weights((names.proj,)), Sharding.COLUMNS, hidden, queries)
+    yield entry("pre_mlp_layernorm.weight", (names.mlp_norm,), Sharding.REPLICATED, hidden)
     if arch.experts:
-        yield entry("mlp.router.weight", (names.router,), Cut.WHOLE, arch.experts.count, hidden)
+        yield entry("mlp.router.weight", (names.router,), Sharding.REPLICATED, arch.experts.count, hidden)
     for mlp, gate_up, down in _blocks(arch):
-        yield entry(mlp + "linear_fc1.weight", weights(gate_up), Cut.ROWS_OF_BOTH, 2 * arch.ffn, hidden)
-        yield entry(mlp + "linear_fc2.weight", weights((down,)), Cut.COLUMNS, hidden, arch.ffn)
+        yield entry(mlp + "linear_fc1.weight", weights(gate_up), Sharding.ROWS_OF_BOTH, 2 * arch.ffn, hidden)
+        yield entry(mlp + "linear_fc2.weight", weights((down,)), Sharding.COLUMNS, hidden, arch.ffn)
 
 
 def _blocks(arch: Architecture) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Megatron's prefix and the HF names (gate and up, down) of a layer's feed-forward block, or of each expert."""
+    """Yield Megatron's prefix and the HF names (gate and up, down) of each feed-forward block or expert."""
     names = arch.names
     if not arch.experts:
         yield "mlp.", names.gate_up, names.down
@@ -132,11 +133,11 @@ def _blocks(arch: Architecture) -> Iterator[tuple[str, tuple[str, ...], str]]:
 
 
 def hf_shapes(entry: Entry, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of the HF tensors of an entry."""
+    """Return the shapes of the HF tensors of an entry."""
     rows, *columns = entry.shape
     if len(entry.hf) == 3:
         parts = [arch.heads * arch.head_dim] + [arch.kv_groups * arch.head_dim] * 2
-    elif entry.cut is Cut.VOCABULARY:
+    elif entry.sharding is Sharding.VOCABULARY:
         parts = [arch.vocab]
     else:
         parts = [rows // len(entry.hf)] * len(entry.hf)
@@ -144,41 +145,41 @@ def hf_shapes(entry: Entry, arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def to_megatron(entry: Entry, arch: Architecture, read: Callable[[str], Tensor]) -> Tensor:
-    """The full Megatron tensor of an entry; `read` gives an HF tensor by name."""
+    """Return the full Megatron tensor of an entry; `read` returns an HF tensor by name."""
     parts = [read(name) for name in entry.hf]
     if len(parts) == 3:
         grouped = [part.unflatten(0, (arch.kv_groups, -1)) for part in parts]
         return torch.cat(grouped, 1).flatten(0, 1)
     full = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if entry.cut is Cut.VOCABULARY:
+    if entry.sharding is Sharding.VOCABULARY:
         full = torch.cat([full, full.new_zeros(entry.shape[0] - len(full), *full.shape[1:])])
     return full
 
 
 def to_hf(entry: Entry, arch: Architecture, full: Tensor) -> dict[str, Tensor]:
-    """The HF tensors of a full Megatron tensor."""
+    """Return the HF tensors of a full Megatron tensor."""
     if len(entry.hf) == 3:
         queries = arch.heads // arch.kv_groups * arch.head_dim
         grouped = full.unflatten(0, (arch.kv_groups, -1)).split([queries, arch.head_dim, arch.head_dim], 1)
         return {name: part.flatten(0, 1) for name, part in zip(entry.hf, grouped, strict=True)}
     if len(entry.hf) == 2:
         return dict(zip(entry.hf, full.chunk(2), strict=True))
-    return {entry.hf[0]: full[: arch.vocab] if entry.cut is Cut.VOCABULARY else full}
+    return {entry.hf[0]: full[: arch.vocab] if entry.sharding is Sharding.VOCABULARY else full}
 
 
 def shard(entry: Entry, full: Tensor, rank: int, ranks: int) -> Tensor:
-    """The part of a full Megatron tensor that one tensor-parallel rank holds."""
-    parts = [region.of(full) for region in entry.regions(rank, ranks)]
+    """Return the shard of a full Megatron tensor that one tensor-parallel rank holds."""
+    parts = [region.select(full) for region in entry.regions(rank, ranks)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def unshard(entry: Entry, shards: list[Tensor]) -> Tensor:
-    """The full Megatron tensor from the shards of all tensor-parallel ranks, in rank order."""
-    if entry.cut is Cut.WHOLE:
+    """Return the full Megatron tensor from the shards of all tensor-parallel ranks, in rank order."""
+    if entry.sharding is Sharding.REPLICATED:
         return shards[0]
     full = shards[0].new_empty(entry.shape)
-    for rank, held in enumerate(shards):
+    for rank, local in enumerate(shards):
         regions = entry.regions(rank, len(shards))
-        for region, part in zip(regions, held.chunk(len(regions)), strict=True):
-            region.of(full).copy_(part)
+        for region, part in zip(regions, local.chunk(len(regions)), strict=True):
+            region.select(full).copy_(part)
     return full

@@ -1,7 +1,8 @@
-"""Where Megatron's distributed checkpoints (torch_dist) keep a tensor.
+"""Keys of tensors in Megatron's distributed checkpoints (torch_dist).
 
 Layers of one kind are stacked along a first axis, their experts along a second one, and norms before a linear layer
-carry that layer's name, as in Transformer Engine's fused layers; so a checkpoint does not depend on the layout.
+carry that layer's name, as in Transformer Engine's fused layers. A checkpoint is thus
+independent of the parallel layout.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-EXPERTS = "mlp.experts.local_experts."  # of a live model; followed by the number of the expert
+EXPERTS = "mlp.experts.local_experts."  # prefix in a live model; the number of the expert follows
 
 
 class StoredTensor(NamedTuple):
+    """Location of a tensor in a checkpoint."""
+
     key: str
-    index: tuple[int, ...] = ()  # along the first axes of the stored tensor: layer, or layer and expert
+    indices: tuple[int, ...] = ()  # along the first axes of the stored tensor: layer, or layer and expert
 
 
-def place(entry: Entry) -> StoredTensor:
-    """The stored tensor of an entry. A tied copy of the embedding is stored once, as the embedding."""
+def stored_tensor(entry: Entry) -> StoredTensor:
+    """Return the stored tensor of an entry. A tied copy of the embedding is stored once, as the embedding."""
     if not entry.exported:
         return StoredTensor("embedding.word_embeddings.weight")
     parts = entry.megatron.split(".", 3)
@@ -39,13 +42,13 @@ def place(entry: Entry) -> StoredTensor:
     return StoredTensor("decoder.layers.mlp.experts.experts." + name, (layer, int(expert)))
 
 
-def stack(arch: Architecture, place: StoredTensor) -> tuple[int, ...]:
-    """Lengths of the axes along which a stored tensor is stacked."""
-    return (arch.layers, arch.experts.count if arch.experts else 1)[: len(place.index)]
+def stacked_axes(arch: Architecture, location: StoredTensor) -> tuple[int, ...]:
+    """Return the lengths of the axes along which a stored tensor is stacked."""
+    return (arch.layers, arch.experts.count if arch.experts else 1)[: len(location.indices)]
 
 
 def extra_states(arch: Architecture) -> Iterator[str]:
-    """Keys of linear layers' `_extra_state`, which is empty outside Transformer Engine's 8-bit formats."""
+    """Yield the keys of linear layers' `_extra_state`, which is empty outside Transformer Engine's 8-bit formats."""
     layers = (arch.layers,)
     feed_forward = ("mlp.experts.experts", (*layers, arch.experts.count)) if arch.experts else ("mlp", layers)
     for (module, axes), linear in ((("self_attention", layers), ("proj", "qkv")), (feed_forward, ("fc1", "fc2"))):

@@ -82,8 +82,8 @@ def generation(case: Scenario) -> Generation:
     bandwidth = case.gpu.memory_bytes * assumed.memory_share
     reading = (steps * case.engine_weights() + tokens * context * case.cache_token()) / bandwidth
     rate = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
-    multiplying = tokens * 2 * flops.matrices(case.arch) / rate
-    prefill = answers * assumed.prompt_tokens * 2 * flops.matrices(case.arch) / rate
+    multiplying = tokens * 2 * flops.matrix_elements(case.arch) / rate
+    prefill = answers * assumed.prompt_tokens * 2 * flops.matrix_elements(case.arch) / rate
     bound = "the longest answer" if steps == longest else f"{concurrent:.0f} answers at once"
     return Generation(answers, concurrent, prefill, max(reading, multiplying) + steps * between_steps(case), bound)
 

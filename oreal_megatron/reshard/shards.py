@@ -104,7 +104,7 @@ def _row_blocks(entry: tensors.Entry, arch: Architecture) -> Iterator[tuple[str,
             yield query, row, group * query_rows, query_rows
             yield key, row + query_rows, group * head, head
             yield value, row + query_rows + head, group * head, head
-    elif entry.cut is tensors.Cut.VOCABULARY:  # the rows beyond are padding
+    elif entry.sharding is tensors.Sharding.VOCABULARY:  # the rows beyond are padding
         yield entry.hf[0], 0, 0, arch.vocab
     else:
         rows = entry.shape[0] // len(entry.hf)

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.convert.hf_folder import Folder
-from oreal_megatron.convert.megatron_folder import DESCRIPTION, MegatronFolder
+from oreal_megatron.convert.hf_folder import HFFolder
+from oreal_megatron.convert.megatron_folder import HF_SUBFOLDER, MegatronFolder
 from oreal_megatron.data import problems
 from oreal_megatron.models import architecture
 from oreal_megatron.records import PackingSpec, Sample
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # relative to the largest logit; the two frameworks round differently
 
 
-def difference(a: Folder | MegatronFolder, b: Folder | MegatronFolder, text: str) -> str | None:
+def difference(a: HFFolder | MegatronFolder, b: HFFolder | MegatronFolder, text: str) -> str | None:
     """Return a description of the difference if the logits on `text` differ by more than rounding; log the gap."""
-    tokenizer = problems.load_tokenizer(str(a.path / DESCRIPTION if isinstance(a, MegatronFolder) else a.path))
+    tokenizer = problems.load_tokenizer(str(a.path / HF_SUBFOLDER if isinstance(a, MegatronFolder) else a.path))
     tokens = torch.tensor([tokenizer.encode(text)])
     if not tokens.numel():
         raise ConfigError("the text for --logits is empty")
@@ -33,7 +33,7 @@ def difference(a: Folder | MegatronFolder, b: Folder | MegatronFolder, text: str
 
 
 @torch.no_grad()
-def logits(source: Folder | MegatronFolder, tokens: Tensor) -> Tensor:
+def logits(source: HFFolder | MegatronFolder, tokens: Tensor) -> Tensor:
     """Return the logits [B, S, V], or the scores [B, S, 1] of a reward model, of tokens [B, S]."""
     if isinstance(source, MegatronFolder):
         return _by_megatron(source, tokens)

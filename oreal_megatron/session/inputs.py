@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import Config, ConfigError, require_judge, validate
 from oreal_megatron.convert import to_megatron
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import problems
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
@@ -25,14 +25,14 @@ class Inputs:
     """Input of a run that passed all checks: configuration, model folder, tokenizer."""
 
     config: Config
-    folder: Folder
+    folder: HFFolder
     arch: architecture.Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: list[int]
 
     def prompts(self, path: str) -> list[Prompt]:
         """Return the problems of a JSONL file. Raises ConfigError for gold answers that the verifier cannot read."""
-        return problems.refuse_bad_golds(
+        return problems.check_golds(
             self.rendered(path), path, rules.equals_itself, self.config.data.drop_unreadable_golds
         )
 
@@ -60,7 +60,7 @@ def read_inputs(config: Config) -> Inputs:
     versions.check(versions.VLLM)
     validate(config)
     require_judge(config)
-    folder = Folder(config.model.path)
+    folder = HFFolder(config.model.path)
     arch = architecture.read(folder.config)
     if architecture.head(folder.config) != "lm":
         raise ConfigError(f"{config.model.path} is a reward model; model.path must name the starting policy")

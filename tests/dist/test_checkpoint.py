@@ -10,7 +10,7 @@ import torch
 
 def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
     from oreal_megatron import config as c
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.models import architecture
 
     optimizer = c.OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1)
@@ -23,7 +23,7 @@ def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
         reward_model=c.RewardModelConfig(optimizer=optimizer),
         guard=c.GuardConfig(spike_factor=1e6, spike_window=1),  # whose limit, in the metrics, is of the step before
     )
-    source = Folder(folder)
+    source = HFFolder(folder)
     return architecture.read(source.config), config, source.tensor
 
 
@@ -318,7 +318,7 @@ def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str
 def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, in_processes, tmp_path):
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_megatron
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
 
     folders = [
         write_model(tmp_path / "own", "Qwen2"),
@@ -327,7 +327,7 @@ def test_sound_checkpoints_that_do_not_fit_are_told_in_a_sentence(write_model, i
         write_model(tmp_path / "normed", "Qwen3", head_dim=16),
     ]
     converted = tmp_path / "converted"
-    to_megatron.convert(Folder(folders[0]), converted, ParallelConfig(), stream.Cast(None), print, lambda count: None)
+    to_megatron.convert(HFFolder(folders[0]), converted, ParallelConfig(), stream.Cast(None), print, lambda count: None)
     saved = str(tmp_path / "saved")
     for told in in_processes(2, load_foreign, folders, str(converted), saved):
         assert told.pop("own") == "step 1"

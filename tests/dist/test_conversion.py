@@ -73,7 +73,7 @@ def start(layout: tuple, dtype: str = "float32"):
 def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | None]:
     """Of each folder's model: [B, S, V/tp] logits of this rank, None before the last stage."""
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import gpt_model, output_heads, parallel, scorer
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Sample
@@ -82,7 +82,7 @@ def outputs(folders: dict[str, str], layout: tuple) -> dict[str, torch.Tensor | 
     sequence = tokens()[0].tolist()
     batch = packing.batch([Sample(tuple(sequence[:-1]), (sequence[-1],), 1.0, 1.0)], parallel.packing_spec(LENGTH))
     for name, path in folders.items():
-        source = Folder(path)
+        source = HFFolder(path)
         arch, head = architecture.read(source.config), architecture.head(source.config)
         chunks = [chunk.eval() for chunk in gpt_model.build(arch, config, head)]
         gpt_model.load(chunks, arch, config, head, source.tensor)
@@ -189,12 +189,12 @@ def save_trained(folder: str, layout: tuple, path: str, samples: list) -> dict[s
     """One step and a checkpoint; the policy's weights."""
     from oreal_megatron.algo import packing
     from oreal_megatron.convert import megatron_folder
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.reshard.weight_sync import full_tensors
 
-    config, source = start(layout), Folder(folder)
+    config, source = start(layout), HFFolder(folder)
     made = models(folder, config, source)
     batch = packing.batch(samples, parallel.packing_spec(200))
     made["reward_model"].update(batch)
@@ -214,12 +214,12 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
     """The policy's weights from a training checkpoint, and those of a converted one, through Megatron's own loader."""
     from megatron.core import dist_checkpointing
 
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel
     from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.reshard.weight_sync import full_tensors
 
-    config, source = start(layout), Folder(folder)
+    config, source = start(layout), HFFolder(folder)
     made = models(folder, config, source)
     checkpoint_state.load(Path(path) / "step_000001", made)
     trained = {name: tensor.clone() for name, tensor in full_tensors(made["policy"])}
@@ -235,9 +235,13 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
 
 def pieces(checkpoint: Path) -> set[tuple]:
     """Key and place of every piece of weight and of every other object, the optimizer's left out."""
-    from oreal_megatron.convert.torch_dist import Reader
+    from oreal_megatron.convert.torch_dist import TorchDistReader
 
-    return {(index.fqn, index.offset) for index in Reader(checkpoint).storage if not index.fqn.startswith("optimizer.")}
+    return {
+        (index.fqn, index.offset)
+        for index in TorchDistReader(checkpoint).storage
+        if not index.fqn.startswith("optimizer.")
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,7 +253,7 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
 ):
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_hf, to_megatron
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.convert.megatron_folder import MegatronFolder
 
     quiet, run, samples = (lambda *arguments: None), tmp_path / "run", make_samples(6, seed=3)
@@ -263,7 +267,7 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
     assert not torch.equal(policy["model.norm.weight"], before["model.norm.weight"])  # it was trained
     assert reward_model["score.weight"].shape == (1, 64) and "lm_head.weight" not in reward_model
 
-    source, converted = Folder(folders[family]), tmp_path / "converted"
+    source, converted = HFFolder(folders[family]), tmp_path / "converted"
     to_megatron.convert(source, converted, ParallelConfig(*saved), stream.Cast(None), quiet, quiet)
     assert pieces(converted) == pieces(run / "step_000001" / "policy")
     for again, filled in in_processes(
@@ -276,13 +280,13 @@ def test_checkpoints_go_between_layouts_and_to_hugging_face(
 def imitated(folders: list[str], layout: tuple, samples: list) -> list[tuple[float, float]]:
     """Loss and gradient norm of a supervised step of each folder's model."""
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
 
     config, results = start(layout), []
     batch = packing.batch(samples, parallel.packing_spec(60))
-    for source in map(Folder, folders):
+    for source in map(HFFolder, folders):
         metrics = trained_models.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
         results.append((metrics["loss/total"], metrics["policy/gradient_norm"]))
     parallel.stop()
@@ -328,10 +332,10 @@ def test_logits_are_compared_across_frameworks(model_folder, in_processes, tmp_p
 
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.convert import stream, to_megatron
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
 
     converted, other = tmp_path / "converted", tmp_path / "other"
-    to_megatron.convert(Folder(model_folder), converted, ParallelConfig(2), stream.Cast(None), print, lambda n: None)
+    to_megatron.convert(HFFolder(model_folder), converted, ParallelConfig(2), stream.Cast(None), print, lambda n: None)
     shutil.copytree(model_folder, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 2

@@ -20,13 +20,13 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
 
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.models import architecture
 
-    source = Folder(folder)
+    source = HFFolder(folder)
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     arch, config = architecture.read(source.config), c.Config(model=c.ModelConfig(folder), megatron=recompute)
     batch = packing.batch(samples, PackingSpec(1000))
@@ -67,7 +67,7 @@ def test_every_stand_in_is_needed(model_folder, in_processes, make_samples):
 def build_tied(folder: str, without: str | None) -> str:
     """Build a tied policy on two pipeline stages; where that failed."""
     from oreal_megatron import config as c
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import gpt_model, parallel
     from oreal_megatron.mcore.patches import cpu_shim
     from oreal_megatron.models import architecture
@@ -77,7 +77,7 @@ def build_tied(folder: str, without: str | None) -> str:
     parallel.start_megatron(config.parallel, seed=0)
     try:
         with cpu_shim(without=without):
-            gpt_model.build(architecture.read(Folder(folder).config), config, "lm")
+            gpt_model.build(architecture.read(HFFolder(folder).config), config, "lm")
         return ""
     except AssertionError:
         return traceback.format_exc()

@@ -85,11 +85,11 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
 
 def one_step(folder: str, config, samples: list, planted: bool) -> tuple[dict, dict, dict]:
     from oreal_megatron.algo import packing, selection
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import gpt_model, parallel, trained_models
     from oreal_megatron.models import architecture
 
-    source = Folder(folder)
+    source = HFFolder(folder)
     arch = architecture.read(source.config)
     pieces = (arch, config, source.tensor)
     policy, reference, judge = (
@@ -145,11 +145,11 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
     ranks, full = everyone({entry: value.float() for entry, value in held.items()}, tensor_group), {}
     for entry in (entry for entry in held if entry.exported):
         shards = [rank[entry] for rank in ranks]
-        if entry.cut is tensors.Cut.WHOLE:
+        if entry.sharding is tensors.Sharding.REPLICATED:
             assert all(torch.equal(shard, shards[0]) for shard in shards), f"{entry.megatron} differs between ranks"
         # Without the rows that pad the vocabulary, of which there are more with more ranks.
         full[head, entry.megatron] = tensors.unshard(entry, shards)[
-            : 80 if entry.cut is tensors.Cut.VOCABULARY else None
+            : 80 if entry.sharding is tensors.Sharding.VOCABULARY else None
         ]
     return {name: value for stage in everyone(full, pipeline_group) for name, value in stage.items()}
 
@@ -257,13 +257,13 @@ def loss_and_gradient_norm(folder: str, samples: list):
     """Through Megatron, with a clip that never bites and a learning rate that changes nothing."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import PackingSpec
 
     config = c.Config(model=c.ModelConfig(folder), optimizer=c.OptimizerConfig(clip_grad=1e9))
-    source = Folder(folder)
+    source = HFFolder(folder)
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
     policy = trained_models.Policy(architecture.read(source.config), config, source.tensor)

@@ -34,7 +34,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     each model computes, and while it is saved and loaded."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
@@ -44,7 +44,7 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
     config = c.Config(
         model=c.ModelConfig(folder, dtype), optimizer=optimizer, offload=offload, loss=c.LossConfig(kl_coef=0.5)
     )
-    source = Folder(folder)
+    source = HFFolder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)
     models = {"policy": trained_models.Policy(*pieces), "reward_model": trained_models.TokenRewardModel(*pieces)}
     models["reference"] = trained_models.Reference(*pieces)

@@ -32,7 +32,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     """What each reader finds after each of three updates."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
@@ -44,7 +44,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
         optimizer=c.OptimizerConfig(lr=1e-2, warmup_steps=0),
         offload=offload,
     )
-    source = Folder(folder)
+    source = HFFolder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)
     policy, found = trained_models.Policy(*pieces), {"update": [], "score": [], "weight sync": [], "checkpoint": []}
     for step, reader in enumerate(("score", "weight sync", "checkpoint")):  # each is the first to read an update

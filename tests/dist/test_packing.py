@@ -17,7 +17,7 @@ def scores(folders: dict[str, str], many: list[list]) -> dict[str, list[list[tor
     """Log-probs of each sample's response, for each folder and list of samples, each list in one micro-batch."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Batch
@@ -26,7 +26,7 @@ def scores(folders: dict[str, str], many: list[list]) -> dict[str, list[list[tor
     parallel.start_megatron(c.ParallelConfig(), seed=0)
     parts, found = tuple(packing.micro_batch(samples) for samples in many), {}
     for name, path in folders.items():
-        source = Folder(path)
+        source = HFFolder(path)
         reference = trained_models.Reference(architecture.read(source.config), c.Config(), source.tensor)
         logps = reference.score(Batch(parts, packing.counts(many[0])))
         found[name] = [
@@ -62,12 +62,12 @@ def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
 
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Sample
 
-    source, generator, ran = Folder(folder), random.Random(1), []
+    source, generator, ran = HFFolder(folder), random.Random(1), []
     arch = architecture.read(source.config)
     parallel.start_process_group()
     for shape in SHAPES.values():

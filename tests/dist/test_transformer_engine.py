@@ -78,13 +78,13 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
     from oreal_megatron.convert import torch_dist
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.models import architecture
     from oreal_megatron.reshard.weight_sync import full_tensors
 
-    source, found, saved = Folder(folder), {}, {}
+    source, found, saved = HFFolder(folder), {}, {}
     arch = architecture.read(source.config)
 
     def policy(kind: str) -> trained_models.Policy:
@@ -102,7 +102,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
         first = step(trainer)
         saved[kind] = CheckpointSaver(scratch / kind, {"policy": trainer}, keep=1).save(0)
         names = {name for chunk in trainer.chunks for name, _ in chunk.named_parameters()}
-        stored = set(torch_dist.Reader(saved[kind] / "policy").tensors)
+        stored = set(torch_dist.TorchDistReader(saved[kind] / "policy").tensors)
         found[kind] = dict(names=names, stored=stored, first=first, second=step(trainer))
     for kind, other in (KINDS, KINDS[::-1]):
         trainer = policy(kind)
@@ -149,10 +149,10 @@ def test_each_goes_on_from_the_checkpoint_of_the_other(family, kind, other, foun
 
 def test_without_transformer_engine_it_is_refused(write_model, tmp_path):
     from oreal_megatron import config as c
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import layer_spec
     from oreal_megatron.models import architecture
 
-    arch = architecture.read(Folder(write_model(tmp_path / "model", "Qwen2")).config)
+    arch = architecture.read(HFFolder(write_model(tmp_path / "model", "Qwen2")).config)
     with pytest.raises(c.ConfigError, match='model.layers is "transformer_engine", but .* set model.layers to "local"'):
         layer_spec.layer_spec(arch, c.Config(model=c.ModelConfig(layers="transformer_engine")))

@@ -38,7 +38,7 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
     """An update sent by `direct`, responses, and whether vLLM's loader makes the same parameters."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
-    from oreal_megatron.convert.hf_folder import Folder
+    from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Prompt
@@ -55,7 +55,7 @@ def story(folder: str, trainer: tuple[int, int], ranks: int, samples: list) -> d
         sampling=c.SamplingConfig(rollouts_per_prompt=2, max_new_tokens=10),
         supervised=c.SupervisedConfig(optimizer=c.OptimizerConfig(lr=0.02, min_lr=0.02, warmup_steps=0)),
     )
-    source = Folder(folder)
+    source = HFFolder(folder)
     arch = architecture.read(source.config)
     parallel.start_process_group()
     engine = VllmEngine(config, [arch.vocab - 1], Tokenizer())

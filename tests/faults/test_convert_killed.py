@@ -11,7 +11,7 @@ import pytest
 
 from oreal_megatron.config import ConfigError, ParallelConfig
 from oreal_megatron.convert import compare_checkpoints, stream, to_megatron
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 
 SLOW = """
@@ -19,11 +19,11 @@ import sys, time
 from pathlib import Path
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.convert import stream, to_megatron
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 def slowly(count):
     print("writing", flush=True)
     time.sleep(60)
-source = Folder(sys.argv[1], tokenizer=False)
+source = HFFolder(sys.argv[1], tokenizer=False)
 to_megatron.convert(source, Path(sys.argv[2]), ParallelConfig(), stream.Cast(None), print, slowly)
 """
 
@@ -37,5 +37,5 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(write_model, tmp
     assert not out.exists() and (tmp_path / "out.partial").is_dir()
     with pytest.raises(ConfigError, match="is not a Megatron distributed checkpoint"):
         MegatronFolder(tmp_path / "out.partial")
-    to_megatron.convert(Folder(str(source), tokenizer=False), out, ParallelConfig(), stream.Cast(None), print, print)
-    assert compare_checkpoints.first_difference(Folder(source), MegatronFolder(out)) is None
+    to_megatron.convert(HFFolder(str(source), tokenizer=False), out, ParallelConfig(), stream.Cast(None), print, print)
+    assert compare_checkpoints.first_difference(HFFolder(source), MegatronFolder(out)) is None

@@ -38,11 +38,11 @@ def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
 
 class Models:
     def __init__(self, folder: str, config):
-        from oreal_megatron.convert.hf_folder import Folder
+        from oreal_megatron.convert.hf_folder import HFFolder
         from oreal_megatron.mcore import trained_models
         from oreal_megatron.models import architecture
 
-        source = Folder(folder)
+        source = HFFolder(folder)
         pieces = (architecture.read(source.config), config, source.tensor)
         self.policy, self.reference = trained_models.Policy(*pieces), trained_models.Reference(*pieces)
         self.reward_model = trained_models.TokenRewardModel(*pieces)

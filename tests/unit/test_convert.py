@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import ConfigError, ParallelConfig
 from oreal_megatron.convert import compare_checkpoints, stream, to_hf, to_megatron
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.models import architecture, tensors
 
@@ -45,7 +45,7 @@ def make(folder: Path, family: str = "Qwen2", head: str = "lm", dtype: torch.dty
 
 
 def forth(source: Path, out: Path, *layout: int, dtype: torch.dtype | None = None) -> Path:
-    folder = Folder(source, tokenizer=False)
+    folder = HFFolder(source, tokenizer=False)
     to_megatron.convert(folder, out, ParallelConfig(*layout), stream.Cast(dtype), quiet, quiet)
     return out
 
@@ -126,7 +126,7 @@ def test_check_names_the_expert_that_differs(family, down, tmp_path):
     one, other = (f"model.layers.1.{down.format(number)}.weight" for number in (1, 2))
     swapped = rewritten(source, tmp_path / "other", swap(one, other))
     megatron = MegatronFolder(forth(source, tmp_path / "megatron", 1, 2))
-    assert compare_checkpoints.first_difference(megatron, Folder(swapped)).startswith(f"{one} differs")
+    assert compare_checkpoints.first_difference(megatron, HFFolder(swapped)).startswith(f"{one} differs")
 
 
 def test_experts_in_one_tensor_are_refused(tmp_path):
@@ -155,10 +155,10 @@ def test_large_models_come_in_several_files_with_an_index(tmp_path, monkeypatch)
         name: file for file in files for name in load_file(file)
     }
     assert same(weights(out), weights(source))
-    assert compare_checkpoints.first_difference(Folder(source), Folder(out)) is None
+    assert compare_checkpoints.first_difference(HFFolder(source), HFFolder(out)) is None
     files[1].unlink()
     with pytest.raises(ConfigError, match=r"lacks the shard model-00002-of-.*which its model.safetensors.index.json"):
-        Folder(out)
+        HFFolder(out)
 
 
 def test_a_cast_is_explicit_and_says_what_it_changed(tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_overwritten_bytes_of_a_checkpoint_are_refused_or_show(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(bytes(2000) + whole[2000:])  # the first archive's directory is at its end, its data here
     try:
-        assert compare_checkpoints.first_difference(Folder(source), MegatronFolder(megatron)) is not None
+        assert compare_checkpoints.first_difference(HFFolder(source), MegatronFolder(megatron)) is not None
     except ConfigError as error:
         assert "is damaged where" in str(error)
 
@@ -364,7 +364,7 @@ def test_reading_stays_a_bounded_number_of_bytes_ahead_and_hands_errors_on():
 
     taken = []
     with pytest.raises(ConfigError, match="the last piece is bad"):
-        for number in stream.ahead(pieces(), budget=50):
+        for number in stream.read_ahead(pieces(), budget=50):
             time.sleep(0.001)
             taken.append(number)
             assert len(produced) - len(taken) <= 6

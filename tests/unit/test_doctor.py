@@ -14,7 +14,7 @@ import pytest
 
 from oreal_megatron.cli import doctor, main
 from oreal_megatron.config import CheckpointConfig, Config, RewardModelConfig
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.doctor import checks
 from oreal_megatron.doctor.checks import ABSENT, FAILED, OK, WARNING
 from oreal_megatron.models import architecture
@@ -73,7 +73,7 @@ def test_a_machine_that_will_not_do_is_told(tmp_path, monkeypatch):
 
 
 def test_host_memory_is_compared_with_the_plan(model_folder, monkeypatch):
-    arch = architecture.read(Folder(str(model_folder)).config)
+    arch = architecture.read(HFFolder(str(model_folder)).config)
     config = Config(gpus=8)
     assert checks.host_memory(config, arch).state == OK
     monkeypatch.setattr(checks.memory, "host", lambda case: {"idle models": 1e15})

@@ -227,8 +227,8 @@ def test_a_prompt_longer_than_the_context_is_refused(model_folder, tmp_path):
 def test_golds_that_do_not_equal_themselves_are_listed_or_dropped():
     read = [problems.Prompt(i, "q", gold, None, (1,)) for i, gold in enumerate(["1", "nonsense", "2"])]
     with pytest.raises(c.ConfigError, match="problem 2: 'nonsense'"):
-        problems.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=False)
-    assert len(problems.refuse_bad_golds(read, "f", lambda gold: gold != "nonsense", drop=True)) == 2
+        problems.check_golds(read, "f", lambda gold: gold != "nonsense", drop=False)
+    assert len(problems.check_golds(read, "f", lambda gold: gold != "nonsense", drop=True)) == 2
 
 
 def test_the_chat_template_ends_where_the_answer_begins(model_folder):

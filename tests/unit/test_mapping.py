@@ -165,7 +165,7 @@ def test_vocabulary_is_padded_for_every_rank_alike_and_padding_never_leaves():
 def test_the_last_stage_of_a_tied_model_is_filled_but_neither_exported_nor_stored_twice():
     last = list(tensors.entries(example(tied=True)[0], 1, 2, 1, "lm"))[-1]
     assert last.hf == ("model.embed_tokens.weight",) and not last.exported
-    assert torch_dist_keys.place(last) == ("embedding.word_embeddings.weight", ())
+    assert torch_dist_keys.stored_tensor(last) == ("embedding.word_embeddings.weight", ())
 
 
 @pytest.mark.parametrize("family", IN_TRANSFORMERS)

@@ -186,7 +186,7 @@ def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
 def test_an_update_takes_six_operations_a_parameter_and_token():
     one = case("oreal_7b")
     short = dataclasses.replace(one, assumed=assumptions.Assumptions(prompt_tokens=1, response_tokens=1))
-    matrices = flops.matrices(one.arch)
+    matrices = flops.matrix_elements(one.arch)
     seconds = short.sequences * 2 * 6 * matrices / (0.4 * 989e12 * 32)
     assert timing.training(short, 3) - timing.exchanges(short) * 3 == pytest.approx(seconds, rel=1e-3)
     assert matrices == pytest.approx(7_615_616_512 - 152064 * 3584, rel=1e-4)

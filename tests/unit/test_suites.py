@@ -13,7 +13,7 @@ import pytest
 from oreal_megatron.cli import evaluate
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import Config, ConfigError, JudgeConfig, SamplingConfig, VerifyConfig
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import problems
 from oreal_megatron.evaluation import results, statistics, suites
 from oreal_megatron.evaluation.score import summary
@@ -120,7 +120,7 @@ def test_the_table_stands_beside_the_papers():
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
-    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+    inputs = SimpleNamespace(config=Config(), folder=HFFolder(model_folder))
     results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0)}, {})
     results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0), "sampled": SamplingConfig()}, {})
     with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
@@ -135,7 +135,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
 
 
 def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_path, model_folder):
-    inputs = SimpleNamespace(config=Config(), folder=Folder(model_folder))
+    inputs = SimpleNamespace(config=Config(), folder=HFFolder(model_folder))
 
     def claim(path, *problems):
         results.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
@@ -177,7 +177,7 @@ def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsy
         told.append(capsys.readouterr().err)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
-        results.claim(tmp_path, SimpleNamespace(config=Config(), folder=Folder(model_folder)), {}, {})
+        results.claim(tmp_path, SimpleNamespace(config=Config(), folder=HFFolder(model_folder)), {}, {})
     for sentence in (*told, str(refused.value)):
         assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
 
@@ -267,7 +267,7 @@ def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkey
     named = results.config_of(str(model_folder), ["engine.kv_cache_gib=3"])
     assert results.with_cache(named).engine.kv_cache_gib == 3
     file = SimpleNamespace(stat=lambda: SimpleNamespace(st_size=62 * 2**30))
-    monkeypatch.setattr(results, "Folder", lambda path: SimpleNamespace(weight_files=[file]))
+    monkeypatch.setattr(results, "HFFolder", lambda path: SimpleNamespace(weight_files=[file]))
     alone = results.config_of(str(model_folder), [])
     with pytest.raises(ConfigError, match="takes 62.0 GB of each GPU, and 70.0 GB are free"):
         results.with_cache(alone)

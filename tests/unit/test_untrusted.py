@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from oreal_megatron import config as c
-from oreal_megatron.convert.torch_dist import Writer
+from oreal_megatron.convert.torch_dist import TorchDistWriter
 from oreal_megatron.data import problems
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import Outcome
@@ -42,7 +42,7 @@ class Evil:
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    writer = Writer(folder)
+    writer = TorchDistWriter(folder)
     writer.tensor(0, "weight", (4, 2), (0, 0), torch.rand(4, 2))
     writer.object(0, "extra/shard_0_1", [None])
     writer.close()
@@ -61,7 +61,7 @@ def poison_common(folder: Path, evil: Evil) -> None:
 
 
 def poison_object(folder: Path, evil: Evil) -> None:
-    writer = Writer(folder)
+    writer = TorchDistWriter(folder)
     writer.object(0, "extra/shard_0_1", evil)
     writer.close()
 
