@@ -1,4 +1,4 @@
-"""Which items a step takes: difficulty-balanced prompts or shuffled demonstrations, a pure function of the step."""
+"""Sampling order: difficulty-balanced prompts or shuffled demonstrations, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Item = TypeVar("Item")
 
 
 class Sampler(Generic[Item]):
-    """Shuffles the items anew in every epoch and hands out consecutive ones.
+    """Sampler that shuffles the items in every epoch and takes consecutive ones.
 
-    The position is step x per_step and the order depends on seed and epoch alone: nothing needs to be saved.
+    The position is step x per_step and the order depends on seed and epoch only, so that nothing must be saved.
     """
 
     def __init__(self, items: Sequence[Item], per_step: int, seed: int):
@@ -24,27 +24,27 @@ class Sampler(Generic[Item]):
         self._order = lru_cache(2)(lambda epoch: _shuffled(len(self.items), f"{seed} {epoch}"))
 
     def take(self, step: int) -> list[Item]:
-        """The items of a step, counted from 0."""
-        places = (divmod(step * self.per_step + i, len(self.items)) for i in range(self.per_step))
-        return [self.items[self._order(epoch)[place]] for epoch, place in places]
+        """Return the items of a step, counted from 0."""
+        positions = (divmod(step * self.per_step + i, len(self.items)) for i in range(self.per_step))
+        return [self.items[self._order(epoch)[position]] for epoch, position in positions]
 
 
 def balanced(prompts: Sequence[Prompt], config: DataConfig, seed: int) -> Sampler[Prompt]:
-    """Prompts repeated by their pass-rate bucket (papers.md, section 1.7).
+    """Return a sampler of prompts repeated by their pass-rate bucket (as in arXiv 2502.06781).
 
-    Those whose pass rate lies in no bucket are left out (the paper keeps 0 to 0.8); those without one appear once.
+    A prompt whose pass rate lies in no bucket is left out (the paper keeps 0 to 0.8); one without appears once.
     """
     repeated = [prompt for prompt in prompts for _ in range(repeats(prompt.pass_rate, config.buckets))]
     if not repeated:
         raise ConfigError(
             f"none of the {len(prompts)} prompts of {config.path} has a pass rate inside data.buckets; "
-            "widen the buckets or rate the prompts again"
+            "widen the buckets or compute the pass rates again"
         )
     return Sampler(repeated, config.prompts_per_step, seed)
 
 
 def repeats(pass_rate: float | None, buckets: Sequence[tuple[float, float, int]]) -> int:
-    """How often a prompt appears in an epoch; buckets are (low, high, repeats) with low <= rate < high."""
+    """Return how often a prompt appears in an epoch; buckets are (low, high, repeats) with low <= rate < high."""
     if pass_rate is None:
         return 1
     return sum(times for low, high, times in buckets if low <= pass_rate < high)

@@ -59,7 +59,7 @@ class Architecture:
         if self.kv_groups % tensor and tensor % self.kv_groups:
             raise ConfigError(
                 f"the model's {self.kv_groups} key-value groups and {tensor} tensor-parallel ranks: neither number "
-                "divides the other; set parallel.tensor (--tp of `oreal convert`) to a divisor or multiple of the groups"
+                "divides the other; set parallel.tensor (--tp of `oreal convert`) to a divisor or a multiple"
             )
         if virtual > 1 and pipeline == 1:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The streaming converter on small models of every family: exact round trips, and what must be refused."""
+"""The streaming converter on small models of every family: exact round trips, and inputs that must be rejected."""
 
 from __future__ import annotations
 
@@ -247,10 +247,13 @@ def add(name: str, value: torch.Tensor):
 
 UNSOUND = {
     "missing tensor": (lose("model.layers.1.mlp.up_proj.weight"), "has no tensor model.layers.1.mlp.up_proj.weight"),
-    "unknown tensor": (add("model.layers.0.self_attn.q_norm.weight", torch.ones(16)), "which no Qwen2 model has"),
+    "unknown tensor": (
+        add("model.layers.0.self_attn.q_norm.weight", torch.ones(16)),
+        "which a Qwen2 model does not have",
+    ),
     "wrong shape": (
         add("model.norm.weight", torch.ones(63)),
-        r"model.norm.weight has shape \(63,\), .* asks for",
+        r"model.norm.weight has shape \(63,\); expected .* from config.json",
     ),
     "integers": (add("model.norm.weight", torch.ones(64, dtype=torch.int32)), "model.norm.weight in .* is I32"),
 }
@@ -339,7 +342,7 @@ def test_an_existing_output_is_never_overwritten_and_a_leftover_is_started_over(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "junk").write_text("")
     assert main(["convert", "to-megatron", str(source), str(out)]) == 0
-    assert "out.partial was left by a conversion that did not finish; starting over" in capsys.readouterr().err
+    assert "out.partial remains of a conversion that did not finish; it is deleted" in capsys.readouterr().err
     assert not (out / "junk").exists() and not (tmp_path / "out.partial").exists()
     assert main(["convert", "to-megatron", str(source), str(out)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -220,7 +220,7 @@ def test_a_prompt_longer_than_the_context_is_refused(model_folder, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"question": "1+" * 40, "gold_answer": "2"}) + "\n")
     tokenizer = problems.load_tokenizer(str(model_folder))
-    with pytest.raises(c.ConfigError, match="problem 1 renders to 82 tokens; .* leaves room for 60"):
+    with pytest.raises(c.ConfigError, match="problem 1 renders to 82 tokens; .* allows 60"):
         problems.load_prompts(str(file), tokenizer, "", max_prompt_tokens=60)
 
 
@@ -258,13 +258,13 @@ def config_for(folder: Path, **changes) -> c.Config:
             8,
             "engine.tensor is 8, which does not divide 4 attention",
         ),
-        (dict(parallel=c.ParallelConfig(8)), 8, "4 attention heads cannot be shared evenly by 8"),
+        (dict(parallel=c.ParallelConfig(8)), 8, "4 attention heads cannot be split evenly over 8"),
         (
             dict(parallel=c.ParallelConfig(1, 2, 4)),
             2,
-            "4 layers cannot be shared evenly by 2 pipeline stages of 4 chunks",
+            "4 layers cannot be split evenly over 2 pipeline stages of 4 chunks",
         ),
-        (dict(parallel=c.ParallelConfig(1, 3)), 3, "4 layers cannot be shared evenly by 3"),
+        (dict(parallel=c.ParallelConfig(1, 3)), 3, "4 layers cannot be split evenly over 3"),
         (dict(sampling=c.SamplingConfig(rollouts_per_prompt=1)), 1, "rollouts_per_prompt is 1; expected at least 2"),
         (dict(engine=c.EngineConfig(max_model_len=4096)), 1, "made for 512 positions"),
         (dict(loss=c.LossConfig(kl_kind="k4")), 1, "loss.kl_kind is 'k4'; expected one of k1"),
@@ -407,11 +407,11 @@ def with_field(**fields):
         (with_text("config.json", '{"a": '), "config.json cannot be read as JSON"),
         (with_text("config.json", "[1]"), "config.json holds list; wanted a JSON object"),
         (with_text("tokenizer_config.json", "[1]"), "the tokenizer of .* cannot be loaded"),
-        (with_text("generation_config.json", '{"eos_token_id": "x"}'), "names eos_token_id 'x'"),
-        (with_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "has no weight_map that says"),
+        (with_text("generation_config.json", '{"eos_token_id": "x"}'), "has eos_token_id 'x'"),
+        (with_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "has no weight_map from tensor names"),
         (with_text("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}'), "lacks the shard ../b"),
-        (with_field(num_hidden_layers="many"), "num_hidden_layers = 'many'; wanted a whole number above 0"),
-        (with_field(num_attention_heads=0), "num_attention_heads = 0; wanted a whole number"),
+        (with_field(num_hidden_layers="many"), "num_hidden_layers = 'many'; expected an integer above 0"),
+        (with_field(num_attention_heads=0), "num_attention_heads = 0; expected an integer"),
         (with_field(architectures=3), "architecture .none named. is not supported"),
         (lambda copy: (copy / "model.safetensors").write_text("version https://git-lfs"), "damaged or incomplete"),
         (without_field, "lacks the field 'num_hidden_layers'"),

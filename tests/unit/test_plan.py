@@ -236,8 +236,8 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["parallel.tensor=3", "parallel.sequence=true"], "28 attention heads cannot be shared evenly by 3"),
-        (["parallel.pipeline=3"], "28 layers cannot be shared evenly by 3"),
+        (["parallel.tensor=3", "parallel.sequence=true"], "28 attention heads cannot be split evenly over 3"),
+        (["parallel.pipeline=3"], "28 layers cannot be split evenly over 3"),
         (["engine.tensor=8"], "engine.tensor is 8, which does not divide 28"),
         (["engine.kv_cache_gib=0.5"], "one sequence of 16384 tokens needs 0.88"),
         (["engine.max_model_len=40000"], "made for 32768 positions"),

@@ -204,7 +204,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
 
 
-REFUSED = [
+UNSUPPORTED = [
     ("Qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("Qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ("Qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
@@ -220,33 +220,33 @@ REFUSED = [
     ("Llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
     ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 8.0, "attention_factor": 2.0}}, "attention_factor"),
     ("Llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ("Llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, which this model family does not"),
+    ("Llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, which is unknown"),
     ("Mistral", {"sliding_window": 256}, "sliding_window is 256"),
     ("InternLM2", {"bias": True}, "bias = True"),
     ("InternLM3", {"bias": True}, "bias = True"),
     ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "lacks the field 'moe_intermediate_size'"),
     ("Qwen3", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported"),
-    ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]; supported is only \[\]"),
-    ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2; supported is only 1"),
-    ("Qwen3Moe", {"shared_expert_intermediate_size": 96}, "shared_expert_intermediate_size = 96; supported is only 0"),
-    ("Qwen3Moe", {"n_shared_experts": 1}, "n_shared_experts = 1; supported is only 0"),
+    ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]; only \[\] is supported"),
+    ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2; only 1 is supported"),
+    ("Qwen3Moe", {"shared_expert_intermediate_size": 96}, "shared_expert_intermediate_size = 96; only 0 is supported"),
+    ("Qwen3Moe", {"n_shared_experts": 1}, "n_shared_experts = 1; only 0 is supported"),
     ("Qwen3Moe", {"num_local_experts": 8}, "num_experts = 4 and num_local_experts = 8"),
     ("Qwen3Moe", {"num_experts": None}, "lacks the field 'num_experts'"),
     ("Qwen3Moe", {"norm_topk_prob": None}, "lacks the field 'norm_topk_prob'"),
     ("Qwen3Moe", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5 of 4 experts"),
-    ("Qwen3Moe", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid', which this model family does not know"),
+    ("Qwen3Moe", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid', which is unknown for this model family"),
     ("Mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 with normalised weights"),
     ("Mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
     ("Mixtral", {"sliding_window": 256}, "sliding_window is 256"),
-    ("Qwen3", {"num_experts": 4}, "num_experts = 4, which this model family does not know"),
+    ("Qwen3", {"num_experts": 4}, "num_experts = 4, which is unknown for this model family"),
     ("InternLM3", {"architectures": ["InternLM9ForCausalLM"]}, "InternLM9ForCausalLM is not supported"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"], "id2label": {"0": "A", "1": "B"}}, "several labels"),
     ("Qwen2", {"architectures": ["Qwen2ForTokenClassification"]}, "several labels"),  # transformers' default is two
 ]
 
 
-@pytest.mark.parametrize(("family", "change", "sentence"), REFUSED, ids=[row[2] for row in REFUSED])
-def test_what_is_not_supported_is_refused_by_name(family, change, sentence):
+@pytest.mark.parametrize(("family", "change", "sentence"), UNSUPPORTED, ids=[row[2] for row in UNSUPPORTED])
+def test_what_is_not_supported_is_rejected_by_name(family, change, sentence):
     architecture.read(ROWS[family])
     with pytest.raises(ConfigError, match=sentence):
         architecture.read({key: value for key, value in (ROWS[family] | change).items()})
@@ -260,19 +260,19 @@ def test_a_mistral_without_a_word_about_its_window_has_transformers_window():
 
 
 def test_transformers_5_writes_another_name_for_the_number_of_experts():
-    said = AutoConfig.for_model(**ROWS["Qwen3Moe"]).to_dict()
-    assert "num_experts" not in said and said["num_local_experts"] == 4
-    assert architecture.read(ROWS["Qwen3Moe"] | said) == architecture.read(ROWS["Qwen3Moe"])
+    written = AutoConfig.for_model(**ROWS["Qwen3Moe"]).to_dict()
+    assert "num_experts" not in written and written["num_local_experts"] == 4
+    assert architecture.read(ROWS["Qwen3Moe"] | written) == architecture.read(ROWS["Qwen3Moe"])
 
 
 def test_a_mixtral_without_a_word_about_rope_and_norm_has_transformers_values():
     silent = {key: value for key, value in ROWS["Mixtral"].items() if key not in ("rope_theta", "rms_norm_eps")}
-    wanted, arch = AutoConfig.for_model(**silent), architecture.read(silent)
-    assert (arch.rope.theta, arch.norm_epsilon) == (wanted.rope_parameters["rope_theta"], wanted.rms_norm_eps)
+    expected, arch = AutoConfig.for_model(**silent), architecture.read(silent)
+    assert (arch.rope.theta, arch.norm_epsilon) == (expected.rope_parameters["rope_theta"], expected.rms_norm_eps)
     assert arch.norm_epsilon != architecture.read(ROWS["Qwen3Moe"]).norm_epsilon
 
 
-def test_layouts_that_cannot_be_cut_are_refused():
+def test_layouts_that_cannot_be_split_are_rejected():
     arch = example(kv_groups=2)[0]
     arch.check_layout(4, 2, 2)
     for layout, sentence in (((3, 1, 1), "attention heads"), ((1, 3, 1), "layers"), ((1, 1, 2), "at least 2"),
