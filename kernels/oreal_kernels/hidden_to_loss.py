@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_kernels import collective, oreal_loss
+from oreal_kernels import collective
 from oreal_kernels.hidden_to_logprob import reference as logprob_reference
 from oreal_kernels.policy_loss import SUMS, LossTerms, policy_terms
+from oreal_kernels.policy_loss import reference as policy_loss_reference
 from oreal_kernels.vocab_head import (  # fmt: skip
     BUDGET_BYTES,
     IGNORE_LABEL,
@@ -49,7 +50,7 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, terms: LossTerms, 
     """
     logp, _ = logprob_reference(hidden, weight, labels, **head)
     counted = (labels != IGNORE_LABEL).to(logp.dtype)
-    loss, sums = oreal_loss.reference(logp, _mask_terms(counted, terms))
+    loss, sums = policy_loss_reference(logp, _mask_terms(counted, terms))
     return OrealLossResult(loss, sums, logp.detach())
 
 

@@ -70,7 +70,9 @@ class TorchDistReader:
             raise ConfigError(f"{path} is not a Megatron distributed checkpoint (torch_dist)")
         metadata = safe_load.metadata(path)
         self.tensors: dict[str, dcp.TensorStorageMetadata] = {
-            key: value for key, value in metadata.state_dict_metadata.items() if hasattr(value, "chunks")
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, dcp.TensorStorageMetadata)
         }
         self.storage = metadata.storage_data
         self._check_files()
