@@ -8,102 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_pieces import (
+    FakeEngine,
+    FakeHooks,
+    FakeModel,
+    FakePolicy,
+    FakePrompts,
+    FakeRewardModel,
+    FakeVerifier,
+    FakeWeightSync,
+)
 
 from oreal_megatron import config as c
 from oreal_megatron import loop
 from oreal_megatron.algo.logprob_parity import LogprobMismatch
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
-from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, TokenWeights, Verdict
-
-ANSWERS = 4
-
-
-class FakePrompts:
-    def take(self, step: int) -> list[Prompt]:
-        return [Prompt(i, f"question {i}", str(i), None, (1, 2, i)) for i in range(3)]
-
-
-class FakeEngine:
-    """Says the index of the answer; reports log-probs of -1 for the first answer of each prompt."""
-
-    def __init__(self, events: list, logprob: float = -1.0):
-        self.events, self.logprob, self.version = events, logprob, 0
-
-    def sleep(self) -> None: ...
-
-    def generate(self, prompts, sampling, seed, finished):
-        self.events.append(f"generate {seed}")
-        rows = [[self.rollout(p, s, k) for k in range(ANSWERS)] for s, p in enumerate(prompts)]
-        for row in rows:
-            for rollout in row:
-                finished(rollout)
-        return rows
-
-    def rollout(self, prompt: Prompt, slot: int, index: int) -> Rollout:
-        logprobs = (self.logprob,) * 2 if index == 0 else None
-        return Rollout(prompt, slot, index, (5, index), str(index), True, logprobs, self.version)
-
-
-class FakeVerifier:
-    """Answers below the prompt's number are right: prompt 0 has none, prompts 1 and 2 are mixed."""
-
-    def __init__(self):
-        self.submitted = 0
-
-    def submit(self, rollout: Rollout) -> None:
-        self.submitted += 1
-
-    def verdicts(self, rollouts):
-        def judge(rollout: Rollout) -> Verdict:
-            return Verdict(
-                Outcome.CORRECT if rollout.index < rollout.slot else Outcome.INCORRECT, "exact", rollout.text
-            )
-
-        return [[judge(rollout) for rollout in row] for row in rollouts]
-
-
-class FakeModel:
-    def __init__(self, name: str, events: list):
-        self.name, self.events, self.updates = name, events, 0
-
-    def score(self, batch):
-        return [torch.full((len(part.labels),), -1.0) for part in batch.micro_batches]
-
-
-class FakePolicy(FakeModel):
-    def update(self, batch, reference_logp, token_weights):
-        assert [len(w) for w in token_weights.values] == [len(r) for r in reference_logp]
-        self.updates += 1
-        self.events.append(f"policy {batch.counts.sequences} {batch.counts.correct_tokens}")
-        return {"loss/total": 1.0}
-
-
-class FakeRewardModel(FakeModel):
-    def update(self, batch):
-        self.events.append("reward model")
-        values = [torch.ones(len(part.labels)) for part in batch.micro_batches]
-        return TokenWeights(values), {"reward_model/accuracy": 0.5}
-
-
-class FakeWeightSync:
-    def __init__(self, engine: FakeEngine, events: list):
-        self.engine, self.events = engine, events
-
-    def sync(self, version: int) -> dict[str, float]:
-        if self.engine.version != version:
-            self.engine.version = version
-            self.events.append("weight sync")
-        return {"weight_sync/direct": 1.0}
-
-
-class FakeHooks:
-    def __init__(self, events: list):
-        self.events = events
-
-    def after_step(self, steps_done: int) -> None:
-        self.events.append(f"after {steps_done}")
-
+from oreal_megatron.records import Outcome, PackingSpec, TokenWeights, Verdict
 
 SPEC = PackingSpec(1000)
 
