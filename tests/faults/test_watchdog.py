@@ -107,7 +107,6 @@ def test_a_killed_rank_is_named_within_seconds(start, tmp_path, phase):
     assert "Thread" in ended.written("rank_0")
 
 
-@pytest.mark.full
 @every_phase_or("weight_sync")
 def test_a_killed_first_rank_takes_the_store_with_it_and_is_named(start, tmp_path, phase):
     ended = start(tmp_path, "kill", phase, PATIENT, rank=0)
@@ -115,7 +114,6 @@ def test_a_killed_first_rank_takes_the_store_with_it_and_is_named(start, tmp_pat
     assert f"rank 0 is lost, last seen in {place(phase)}" in ended.stderr(1)
 
 
-@pytest.mark.full
 @every_phase_or("reference")
 def test_a_stopped_rank_is_silent(start, tmp_path, phase):
     ended = start(tmp_path, "stop", phase, PATIENT | {"silent_s": 3.0})
@@ -125,7 +123,6 @@ def test_a_stopped_rank_is_silent(start, tmp_path, phase):
     assert "state T" in ended.written("rank_1")
 
 
-@pytest.mark.full
 @every_phase_or("checkpoint")
 def test_a_rank_that_holds_pythons_lock_is_silent_and_its_stacks_are_written(start, tmp_path, phase):
     ended = start(tmp_path, "lock", phase, PATIENT | {"silent_s": 4.0})
@@ -155,7 +152,6 @@ def test_no_alarm_while_a_slow_rank_goes_on_and_the_other_waits(start, tmp_path)
     assert ended.seconds > 3
 
 
-@pytest.mark.full
 def test_one_process_watches_itself(start, tmp_path):
     ended = start(tmp_path, "sleep", "policy", rank=0, world=1)
     assert ended.codes == [5] and "rank 0 is stuck in phase policy of step 1" in ended.stderr(0)
@@ -180,7 +176,6 @@ def time_outs() -> list[float]:
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made]
 
 
-@pytest.mark.full
 def test_process_groups_wait_no_longer_than_the_outer_bound(in_processes):
     assert in_processes(1, time_outs) == [[240.0, 240.0, 240.0]]
 

@@ -1,4 +1,4 @@
-"""Fakes of what the loop is given: dataset, engine, verifier, models, weight sync and hooks; they record what happens."""
+"""Fakes of the pieces of the loop: dataset, engine, verifier, models, weight sync, hooks; they record what happens."""
 
 from __future__ import annotations
 
