@@ -81,7 +81,7 @@ class Grader:
         found = extract.from_boxes(extract.after_thinking(response, self.config.thinking_end))
         if found is None:
             return Result("incorrect", "no answer", None, 0.0)
-        verdict = None if found.together else rules.trivial(gold, found.answer)
+        verdict = None if found.joined else rules.compare_integers(gold, found.answer)
         return None if verdict is None else Result("correct" if verdict else "incorrect", "exact", found.answer, 0.0)
 
     def _graded(

@@ -19,6 +19,8 @@ SYSTEM = (
     "Reply with one word, CORRECT or WRONG."
 )
 _QUESTION_CHARS = 4000
+# one vocabulary in prompt and parser; WRONG, because "INCORRECT" holds the other word
+_OUTCOMES = {"CORRECT": "correct", "WRONG": "incorrect"}
 _VERDICT = re.compile(r"(?<![A-Za-z])(CORRECT|WRONG)(?![A-Za-z])")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _NEGATED = re.compile(r"(?:\bnot|n't|\bneither|\bnor|\bin)\s*[*_`\"']*$", re.IGNORECASE)
@@ -55,7 +57,7 @@ def parse(reply: object) -> str:
     words = {match.group(1) for match in found}
     if len(words) != 1 or any(_NEGATED.search(reply[: match.start()][-12:]) for match in found):
         return "unknown"
-    return words.pop().lower()
+    return _OUTCOMES[words.pop()]
 
 
 def is_injection(answer: str) -> bool:

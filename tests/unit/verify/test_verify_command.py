@@ -35,7 +35,7 @@ def test_order_is_kept_and_fields_stay(oreal_verify):
     assert code == 0 and [row["id"] for row in rows] == list(range(300)) and rows[7]["note"] == "ü"
     assert {row["verdict"] for row in rows} == {"correct"} and rows[5]["method"] == "exact"
     assert rows[5]["extracted"] == "\\frac{10}{2}" and rows[5]["seconds"] > 0
-    assert "300 answers: 300 correct, 0 wrong, 0 unknown" in printed and "median" in printed and "p99" in printed
+    assert "300 answers: 300 correct, 0 incorrect, 0 unknown" in printed and "median" in printed and "p99" in printed
 
 
 def test_pred_is_read_as_a_file_response_as_the_policy(oreal_verify):

@@ -1,5 +1,6 @@
 """What counts as equal: a table, and what must hold whatever is in the table."""
 
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from oreal_megatron.math_equality import rules
 
+HEAVY = {"torch", "sympy", "numpy", "httpx"}
 TABLE = (Path(__file__).parent / "pairs.tsv").read_text().split("# different answers\n")
 SAME, DIFFERENT = ([tuple(row.split("\t")) for row in part.splitlines() if "\t" in row] for part in TABLE)
 LABELLED = [(gold, answer, True) for gold, answer in SAME] + [(gold, answer, False) for gold, answer in DIFFERENT]
@@ -116,8 +118,14 @@ def test_heavy_answers_end_of_themselves(answer):
         assert time.process_time() - start < 1.5
 
 
-def test_the_worker_side_is_light():
-    """No torch, no sympy: a worker starts at once and stays small."""
-    heavy = {"torch", "sympy", "numpy", "httpx"}
-    code = f"import sys, oreal_megatron.verify.worker_process; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_the_package_stands_alone():
+    """Importing it loads neither torch nor sympy nor any other package of this project."""
+    code = (
+        "import sys, oreal_megatron.math_equality as m; m.rules.grade('1', '1'); "
+        "print(sorted(name for name in sys.modules if name.startswith('oreal_megatron.')), "
+        f"sorted({HEAVY} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    modules, heavy = output.strip().rsplit("] [", 1)
+    assert heavy == "]"
+    assert {name.split(".")[1] for name in re.findall(r"[\w.]+", modules)} == {"math_equality"}
