@@ -110,7 +110,7 @@ def _clause(text: str) -> str:
 
 
 def _answer_of_clause(clause: str) -> str:
-    """Return the answer behind "the answer is": its closing number, the only one in a sentence, or all of it."""
+    """Return the answer behind "the answer is": its closing number, its only number, or all of it."""
     if " " not in clause:
         return clause
     if closing := _CLOSING.search(clause):

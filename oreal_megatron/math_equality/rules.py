@@ -253,7 +253,7 @@ _short_tree = lru_cache(maxsize=1024)(_parsed)
 
 
 def _is_prose(text: str) -> bool:
-    """Return whether a text is a sentence with an answer in it, rather than an answer."""
+    """Return whether a text is prose with an answer in it, rather than an answer."""
     if _LABELLED.fullmatch(text.strip()):
         return False
     plain = unicode_to_latex(text[:4000])

@@ -12,10 +12,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpmath.ctx_mp import MPContext
 
+MpmathNumber: TypeAlias = Any  # mpf or mpc of a context; mpmath has no types
 MAX_BITS = 20_000  # of numerator or denominator kept exactly
 MAX_EXACT_FACTORIAL = 2000
 MAX_RESIDUE_FACTORIAL = 100_000
@@ -53,8 +54,8 @@ class Ball:
     `blurred`: a term too small for the precision was added somewhere (100000! + 1).
     """
 
-    middle: Any  # mpf or mpc
-    radius: Any  # mpf
+    middle: MpmathNumber  # mpf or mpc
+    radius: MpmathNumber  # mpf
     residue: int | None = None
     blurred: bool = False
 
@@ -223,7 +224,12 @@ class Arithmetic:
         middle = self.context.log(a.middle)
         return Ball(middle, 2 * a.radius / size + (abs(middle) + 1) * self.error, None, a.blurred)
 
-    def smooth(self, function: Callable[[Any], Any], slope: Callable[[Any, Any], Any], a: Value) -> Ball:
+    def smooth(
+        self,
+        function: Callable[[MpmathNumber], MpmathNumber],
+        slope: Callable[[MpmathNumber, MpmathNumber], MpmathNumber],
+        a: Value,
+    ) -> Ball:
         """Return function(a) of mpmath numbers; slope(x, function(x)) bounds the derivative, so also the error."""
         a = self.ball(a)
         if abs(a.middle) > 10**9:

@@ -77,7 +77,7 @@ class _Host:
 
     @property
     def is_up(self) -> bool:
-        """Whether requests may go to the host."""
+        """True while requests may go to the host."""
         return self.failures < FAILURES_TO_OPEN
 
     def record_failure(self, reason: str) -> None:

@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from oreal_megatron.math_equality import rules
 
@@ -18,9 +18,8 @@ ORPHAN_S = 60.0  # processor seconds on one answer after which the kernel ends a
 MAX_EXTRACTED = 2000  # characters of the answer that are returned
 
 
-def grade(task: list[Any]) -> rules.Graded:
-    """Grade one task: [kind, gold, text, finished, thinking_end]. An exception of the rules is the method "error"."""
-    kind, gold, text, finished, thinking_end = task
+def grade(kind: str, gold: str, text: str, finished: bool, thinking_end: Sequence[str]) -> rules.Graded:
+    """Grade one answer; `kind` is "response", "text" or "itself". An exception of the rules is the method "error"."""
     try:
         if kind == "text":
             return rules.grade_text(gold, text)
@@ -43,7 +42,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_VIRTUAL, ORPHAN_S)
         start = time.perf_counter()
-        outcome, method, extracted = grade(json.loads(line))
+        outcome, method, extracted = grade(*json.loads(line))
         seconds = time.perf_counter() - start
         out.write(json.dumps([outcome, method, extracted and extracted[:MAX_EXTRACTED], seconds]).encode() + b"\n")
         out.flush()
