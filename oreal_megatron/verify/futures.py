@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
 
-S = TypeVar("S")
+Source = TypeVar("Source")
 T = TypeVar("T")
 
 
@@ -34,7 +34,7 @@ def cancel(future: Future[T]) -> None:
             pass
 
 
-def copy_failure(source: Future[S], target: Future[T]) -> bool:
+def copy_failure(source: Future[Source], target: Future[T]) -> bool:
     """Copy the failure or cancellation of a done future to another; return False where it holds a result."""
     if source.cancelled():
         cancel(target)
