@@ -1,11 +1,11 @@
-"""This verifier beside math-verify 0.9.0 on the same labelled pairs, in one run:
+"""Compare the rules with math-verify 0.9.0 on the same labelled pairs, in one run:
 
     pip install math-verify==0.9.0
     python tools/compare_math_verify.py ../shared/data/grading_pairs.jsonl
 
-Each side runs warm in one process of its own, with its usual limits: ours unguarded (its rules are bounded by
-themselves), math-verify with its own 5 s alarms for parsing and for comparing. Kinds that begin with "convention" are
-left out. Prints accuracy, false accepts, false rejects, and the time per pair.
+Each side runs warm in a process of its own with its usual limits: the rules without any (their work is bounded),
+math-verify with its 5 s alarms for parsing and for comparing. Kinds that begin with "convention" are left out. Prints
+accuracy, false accepts, false rejects and the time per pair.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
-def ours() -> Callable[[dict], bool]:
+def grade_by_rules() -> Callable[[dict], bool]:
+    """Return the grader of this project, without worker processes."""
     from oreal_megatron.math_equality import rules
 
     return lambda row: rules.grade_text(row["gold"], row["pred"]).outcome == "correct"
 
 
-def math_verify() -> Callable[[dict], bool]:
-    """As its authors call it: a bare answer goes in a box, a gold in dollars."""
+def grade_by_math_verify() -> Callable[[dict], bool]:
+    """Return math-verify as its authors call it: a bare answer goes in a box, a gold in dollars."""
     from math_verify import parse, verify
 
     def call(row: dict) -> bool:
@@ -46,7 +48,7 @@ def math_verify() -> Callable[[dict], bool]:
 
 
 def measure(make: Callable[[], Callable[[dict], bool]], rows: list[dict], out: multiprocessing.Queue) -> None:
-    """Warms up on the first hundred pairs, then grades all of them with a clock."""
+    """Warm up on the first hundred pairs, then grade and time all of them."""
     call = make()
     for row in rows[:100]:
         call(row)
@@ -54,23 +56,23 @@ def measure(make: Callable[[], Callable[[dict], bool]], rows: list[dict], out: m
     seconds = []
     for row in rows:
         start = time.perf_counter()
-        right = call(row)
+        correct = call(row)
         seconds.append(time.perf_counter() - start)
-        accepts += right and not row["label"]
-        rejects += not right and bool(row["label"])
+        accepts += correct and not row["label"]
+        rejects += not correct and bool(row["label"])
     out.put((accepts, rejects, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def main() -> None:
+    """Measure both and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, help="JSONL with gold, pred, label, kind, form")
     path = parser.parse_args().pairs
     rows = [row for row in map(json.loads, path.open("rb")) if not row["kind"].startswith("convention")]
-    table = Table(
-        "verifier", "pairs", "accuracy", "false accepts", "false rejects", "median ms", "p99 ms", "worst s", "MB"
-    )
+    names = ("pairs", "accuracy", "false accepts", "false rejects", "median ms", "p99 ms", "worst s", "MB")
+    table = Table("verifier", *names, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     context = multiprocessing.get_context("fork")  # both sides start from the same warm interpreter
-    for name, make in (("oreal verify (rules)", ours), ("math-verify", math_verify)):
+    for name, make in (("rules", grade_by_rules), ("math-verify", grade_by_math_verify)):
         queue = context.Queue()
         process = context.Process(target=measure, args=(make, rows, queue))
         process.start()
@@ -89,7 +91,7 @@ def main() -> None:
             f"{memory:.0f}",
         )
         table.add_row(name, *map(str, cells))
-    Console(width=120).print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prints the verifier's figures on a folder of test data, as docs/reference/verifier.md shows them:
+"""Print the verifier's figures on a folder of test data, as docs/reference/verifier.md shows them:
 
     python tools/verifier_figures.py ../shared/data
 
@@ -35,10 +35,12 @@ STEP, HOSTILE = 1024, 51
 
 
 def rows(folder: Path, name: str) -> list[dict]:
+    """Return the rows of one JSONL file of the folder."""
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_bytes().splitlines()]
 
 
 def golds(folder: Path, grader: Grader) -> None:
+    """Print how many gold answers of each data set equal themselves."""
     for name in SETS:
         answers = [str(row["answer"]) for row in rows(folder, name)]
         verdicts = [future.result() for future in [grader.equals_itself(answer) for answer in answers]]
@@ -47,7 +49,7 @@ def golds(folder: Path, grader: Grader) -> None:
 
 
 def hostile(folder: Path, settings: config.VerifyConfig) -> None:
-    """Each string bare and in a box, in workers that stand in an empty folder where a payload leaves its marker."""
+    """Grade each hostile string bare and in a box, by workers in an empty folder where a payload would leave a file."""
     answers = rows(folder, "evil_answers")
     with tempfile.TemporaryDirectory() as empty:
         os.chdir(empty)
@@ -68,24 +70,22 @@ def hostile(folder: Path, settings: config.VerifyConfig) -> None:
 
 def _print_hostile(verdicts: list[tuple[dict, Verdict]], settings: config.VerifyConfig, wall: float) -> None:
     late = sum(verdict.seconds > settings.timeout_s + 0.5 for _, verdict in verdicts)
-    fooled = sum(_accepted(verdict) and row["expect"].startswith("reject") for row, verdict in verdicts)
+    accepted = sum(_accepted(verdict) and row["expect"].startswith("reject") for row, verdict in verdicts)
     unknown = sum(verdict.outcome is Outcome.UNKNOWN for _, verdict in verdicts)
     slowest = max(verdict.seconds for _, verdict in verdicts)
     print(f"hostile answers: {len(verdicts)} graded in {wall:.2f} s by {settings.workers} workers")
-    print(
-        f"  accepted though wrong {fooled}, over the limit + 0.5 s {late}, unknown {unknown}, slowest {slowest:.3f} s"
-    )
+    print(f"  false accepts {accepted}, over the limit + 0.5 s {late}, unknown {unknown}, slowest {slowest:.3f} s")
 
 
 def step(folder: Path, settings: config.VerifyConfig) -> None:
-    """1,024 responses as a policy writes them: golds of MATH-500 behind some reasoning, and hostile answers."""
+    """Grade 1,024 responses as a policy writes them: golds of MATH-500 behind some reasoning, and hostile answers."""
     chance = random.Random(0)
-    right = [
+    equal = [
         (answer, answer)
         for answer in chance.choices([row["answer"] for row in rows(folder, "math500")], k=STEP - HOSTILE)
     ]
-    wrong = [(row["gold"], row["answer"]) for row in chance.choices(rows(folder, "evil_answers"), k=HOSTILE)]
-    mixed = chance.sample(right + wrong, STEP)
+    different = [(row["gold"], row["answer"]) for row in chance.choices(rows(folder, "evil_answers"), k=HOSTILE)]
+    mixed = chance.sample(equal + different, STEP)
     with Grader(settings) as grader:
         start = time.monotonic()
         futures = [grader.submit(gold, f"{'some reasoning ' * 400}\\boxed{{{answer}}}") for gold, answer in mixed]
@@ -106,6 +106,7 @@ def _peak_mb(pid: int) -> float:
 
 
 def main() -> None:
+    """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with math500.jsonl ... and evil_answers.jsonl")
     parser.add_argument("--workers", type=int, default=2)

@@ -1,4 +1,4 @@
-"""Are two trees the same answer? Lists, tuples, sets, intervals, matrices and relations, down to their values."""
+"""Comparison of two answers: lists, tuples, sets, intervals, matrices and relations, down to their values."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from oreal_megatron.math_equality import intervals
+from oreal_megatron.math_equality.compare_values import ValueComparison
 from oreal_megatron.math_equality.evaluator import has_variables
-from oreal_megatron.math_equality.scalars import Scalars
-from oreal_megatron.math_equality.shapes import is_time, items_of, lettered, matrix_rows, plus_minus, quantity
-from oreal_megatron.math_equality.tree import Node, key, renamed, walk
+from oreal_megatron.math_equality.shapes import Rows, is_time, items_of, lettered, matrix_rows, plus_minus, quantity
+from oreal_megatron.math_equality.tree import Node, key, rename_letters, walk
 from oreal_megatron.math_equality.values import Arithmetic, TooLarge, Undefined, Value
 from oreal_megatron.math_equality.variable_names import (
     assignments,
@@ -24,12 +24,12 @@ MAX_ITEMS = 60  # of a list compared in any order
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
-class Same(Scalars):
-    """One comparison of two answers."""
+class AnswerComparison(ValueComparison):
+    """One comparison of two answers. Its methods take a part of the gold and a part of the prediction."""
 
     # -- answers -------------------------------------------------------------------------------------------------
     def answers(self, gold: Node, predicted: Node) -> bool:
-        """Whether `predicted` is the answer `gold`."""
+        """Return whether `predicted` is the answer `gold`."""
         gold, predicted = plus_minus(gold), plus_minus(predicted)
         if key(gold) == key(predicted):
             self.note("exact" if gold[0] == "num" else "symbolic")
@@ -43,8 +43,10 @@ class Same(Scalars):
         return values is not None and self.unnamed_answers(*values)
 
     def without_names(self, gold: Node, predicted: Node) -> tuple[Node, Node] | None:
-        """The values of two assignments; None where they are of different unknowns, or where one contradicts itself
-        (x = 6 = 5)."""
+        """Return the values of two assignments.
+
+        None where they belong to different unknowns, or where the prediction contradicts itself (x = 6 = 5).
+        """
         (gold_name, golds), (name, values) = named(gold), named(predicted)
         if gold_name is None:
             golds = (gold,)
@@ -55,7 +57,7 @@ class Same(Scalars):
             if not letters:
                 return None  # x = 5 is not y = 5
             predicted = values[-1]
-            values = (renamed(predicted, letters),)
+            values = (rename_letters(predicted, letters),)
             if any(part[0] == "atom" and part[1] in set(letters.values()) - set(letters) for part in walk(predicted)):
                 return None  # f(t) = x is not f(x) = x
         if name is not None and gold_name is None and not is_plain_name(name):
@@ -65,6 +67,7 @@ class Same(Scalars):
         return plus_minus(golds[-1]), plus_minus(values[-1])
 
     def unnamed_answers(self, gold: Node, predicted: Node) -> bool:
+        """Compare two answers without names, by their kinds."""
         kinds = {gold[0], predicted[0]}
         if intervals.is_condition(gold) or intervals.is_condition(predicted):
             same = self.interval_sets(gold, predicted)
@@ -82,11 +85,11 @@ class Same(Scalars):
             return self.matrices(rows, matrix_rows(predicted))
         if kinds & {"ratio"}:
             return self.ratios(gold, predicted)
-        gold, predicted = quantity(gold), quantity(predicted)
-        return self.quantities(lettered(gold, predicted), lettered(predicted, gold))
+        measures = quantity(gold), quantity(predicted)
+        return self.quantities(lettered(*measures), lettered(*reversed(measures)))
 
     def ratios(self, gold: Node, predicted: Node) -> bool:
-        """2:3 is 4:6 and 2/3; a time of day, or what has a zero in it, is compared as written."""
+        """Compare ratios: 2:3 is 4:6 and 2/3; a time of day, or a ratio with a zero, is compared as written."""
         if gold[0] != predicted[0]:
             return not is_time(gold) and self.scalars(gold, predicted)
         g, p = gold[1], predicted[1]
@@ -99,17 +102,21 @@ class Same(Scalars):
 
     # -- several answers -----------------------------------------------------------------------------------------
     def in_order(self, gold: tuple[Node, ...], predicted: tuple[Node, ...]) -> bool:
+        """Compare items one by one."""
         return len(gold) == len(predicted) and all(self.answers(g, p) for g, p in zip(gold, predicted, strict=True))
 
-    def matrices(self, gold: tuple, predicted: tuple | None) -> bool:
+    def matrices(self, gold: Rows, predicted: Rows | None) -> bool:
+        """Compare matrices entry by entry."""
         if predicted is None or len(gold) != len(predicted):
             return False
         return all(self.in_order(g, p) for g, p in zip(gold, predicted, strict=True))
 
     def collections(self, gold: Node, predicted: Node) -> bool:
-        """Lists and sets in any order; a tuple, or values for named unknowns, in theirs."""
+        """Compare lists and sets in any order; tuples, and values of named unknowns, in their order."""
         if {gold[0], predicted[0]} == {"tuple", "set"}:
             return False  # a point is no set
+        g: Sequence[Node]
+        p: Sequence[Node]
         g, p = items_of(gold), items_of(predicted)
         if gold[0] != predicted[0] and ("const", "empty") in g + p:
             return False  # the set of the empty set is not empty
@@ -127,14 +134,16 @@ class Same(Scalars):
             g, p = self.distinct(g), self.distinct(p)
         return self.any_order(g, p)
 
-    def distinct(self, items: tuple[Node, ...]) -> list[Node]:
-        found: list[Node] = []
+    def distinct(self, items: Sequence[Node]) -> list[Node]:
+        """Return the items without repetitions."""
+        distinct: list[Node] = []
         for item in items[:MAX_ITEMS]:
-            if not any(self.answers(other, item) for other in found):
-                found.append(item)
-        return found
+            if not any(self.answers(other, item) for other in distinct):
+                distinct.append(item)
+        return distinct
 
     def any_order(self, gold: Sequence[Node], predicted: Sequence[Node]) -> bool:
+        """Compare items, matching each gold to a prediction that no other gold has taken."""
         if len(gold) != len(predicted) or len(gold) > MAX_ITEMS:
             return False
         left = list(predicted)
@@ -146,24 +155,24 @@ class Same(Scalars):
         return True
 
     def interval_sets(self, gold: Node, predicted: Node) -> bool | None:
-        """Unions, intervals, set builders and inequalities in one unknown, piece by piece; None where a side is no
-        set."""
+        """Compare unions, intervals, set builders and inequalities in one unknown; None where a side is no such set."""
         g, p = intervals.read(gold), intervals.read(predicted)
         if g is None or p is None:
             return None
         applied = p.unknown.startswith("fn(") and not p.unknown.startswith("fn(_")
-        if g.unknown != p.unknown and (g.unknown and p.unknown or applied) or len(g.pieces) != len(p.pieces):
+        if g.unknown != p.unknown and (g.unknown and p.unknown or applied) or len(g.intervals) != len(p.intervals):
             return False  # x > 3 is not y > 3; (3, oo) is not f(x) > 3
-        return all(self.pieces(piece, other) for piece, other in zip(g.pieces, p.pieces, strict=True))
+        return all(self.interval_pair(*pair) for pair in zip(g.intervals, p.intervals, strict=True))
 
-    def pieces(self, gold: intervals.Piece, predicted: intervals.Piece) -> bool:
+    def interval_pair(self, gold: intervals.Interval, predicted: intervals.Interval) -> bool:
+        """Compare two intervals: their ends, and which of them belong to the interval."""
         if (gold.low_closed, gold.high_closed) != (predicted.low_closed, predicted.high_closed):
             return False
         return self.answers(gold.low, predicted.low) and self.answers(gold.high, predicted.high)
 
     # -- relations -----------------------------------------------------------------------------------------------
     def relations(self, gold: Node, predicted: Node) -> bool:
-        """The same chain (read from either end), or one relation that is the other times a constant."""
+        """Compare relations: the same chain from either end, or one relation that is the other times a constant."""
         (_, g, g_ops), (_, p, p_ops) = gold, predicted
         flipped = tuple(_FLIPPED.get(op, op) for op in reversed(p_ops))
         if g_ops == p_ops and len(g) > 2 and self.in_order(g, p):
@@ -181,7 +190,7 @@ class Same(Scalars):
         return signed and g_ops == flipped and self.proportional(left, ("add", (p[1], ("neg", p[0]))), signed)
 
     def proportional(self, gold: Node, predicted: Node, signed: bool) -> bool:
-        """Whether gold = c * predicted with one constant c, positive where `signed`, not zero."""
+        """Return whether gold = c * predicted with one constant c: not zero, and positive where `signed`."""
         if not has_variables(gold) or not has_variables(predicted):
             return False
         self.note("symbolic")

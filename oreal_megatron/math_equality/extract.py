@@ -1,5 +1,7 @@
-"""Finds the answer in a response. Training reads boxes only; `from_text` also reads phrases, for files of plain
-answers."""
+"""Find the answer in a response.
+
+Training reads boxes only (`from_boxes`); `from_text` also reads phrases, for files of plain answers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 
 from oreal_megatron.math_equality.normalise import closing_braces
 
-MAX_BOXES = 64  # joined at the end of a response; a longer spray of boxes is one answer: the last
+MAX_BOXES = 64  # read at the end of a response
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?:\{|(?=[A-Za-z0-9\\]))")
 MAX_UNCLOSED = 2000  # characters read of a box that is never closed
 _LINE_END = re.compile(r"\n|\$|\\\)|\\\]")
@@ -39,21 +41,21 @@ _FOLLOW_UP = re.compile(r"\s*(?:I hope it is correct\.?|<\|[a-z_]+\|>\s*\w*)\s*$
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The answer, and the boxes it ends ("\\boxed{1} and \\boxed{2}" -> "1, 2") where there are several."""
+class ExtractedAnswer:
+    """The last box of a response, and the list it ends where several boxes are joined by commas or "and"."""
 
     answer: str
-    together: str | None = None
+    joined: str | None = None  # "1 , 2" for "\\boxed{1} and \\boxed{2}"
 
 
 def after_thinking(response: str, thinking_end: tuple[str, ...]) -> str:
-    """What follows the last of the words that end the thinking; the whole response where there is none."""
+    """Return the text behind the last of the words that end the thinking; the response itself without any."""
     start = max((at + len(word) for word in thinking_end if word and (at := response.rfind(word)) >= 0), default=0)
     return response[start:]
 
 
-def _box_at(text: str, box: re.Match, closing: dict[int, int]) -> tuple[str, int]:
-    """Content and end of one box. One that is never closed runs to the end of its line."""
+def _box_at(text: str, box: re.Match[str], closing: dict[int, int]) -> tuple[str, int]:
+    """Return content and end of one box. One that is never closed runs to the end of its line."""
     if text[box.end() - 1] != "{":
         bare = _BARE.match(text, box.end())
         return (bare.group(), bare.end()) if bare else ("", box.end())
@@ -66,38 +68,38 @@ def _box_at(text: str, box: re.Match, closing: dict[int, int]) -> tuple[str, int
 
 
 def boxes(text: str, limit: int = MAX_BOXES) -> list[tuple[str, int, int]]:
-    """(content, start, end) of the last outermost boxes that are not empty, in order."""
+    """Return (content, start, end) of the last `limit` outermost boxes that are not empty, in order."""
     starts = list(_BOX.finditer(text))[-4 * limit :]
     if not starts:
         return []
     closing = closing_braces(text, starts[0].start())
-    found: list[tuple[str, int, int]] = []
+    filled: list[tuple[str, int, int]] = []
     for box in starts:
-        if found and box.start() < found[-1][2]:
-            continue  # a box in a box
+        if filled and box.start() < filled[-1][2]:
+            continue  # a box within a box
         content, end = _box_at(text, box, closing)
         if content.strip(" $.,\t\n"):
-            found.append((content, box.start(), end))
-    return found[-limit:]
+            filled.append((content, box.start(), end))
+    return filled[-limit:]
 
 
-def from_boxes(text: str) -> Found | None:
-    """The last box, and with it the boxes joined to it by commas or "and"."""
-    found = boxes(text)
-    if not found:
+def from_boxes(text: str) -> ExtractedAnswer | None:
+    """Return the last box, and the list of boxes joined to it by commas or "and"; None without a box."""
+    filled = boxes(text)
+    if not filled:
         return None
-    joined = [found[-1]]
-    for box in reversed(found[:-1]):
+    joined = [filled[-1]]
+    for box in reversed(filled[:-1]):
         between = text[box[2] : joined[0][1]]
         if not (_JOIN.fullmatch(between) and _JOIN_WORD.search(between)):
             break
         joined.insert(0, box)
-    together = " , ".join(content for content, _, _ in joined) if len(joined) > 1 else None
-    return Found(found[-1][0], together)
+    several = " , ".join(content for content, _, _ in joined) if len(joined) > 1 else None
+    return ExtractedAnswer(filled[-1][0], several)
 
 
 def _clause(text: str) -> str:
-    """The answer at the start of `text`, up to the end of its sentence."""
+    """Return the answer at the start of `text`, up to the end of its sentence."""
     if choice := _LETTER.match(text):
         return choice.group(1)
     if math := _MATH.match(text):
@@ -107,8 +109,8 @@ def _clause(text: str) -> str:
     return text[: end.start() if end else len(text)].strip(" *")
 
 
-def _said(clause: str) -> str:
-    """The answer in what follows "the answer is": its closing number, the only one in a sentence, or all of it."""
+def _answer_of_clause(clause: str) -> str:
+    """Return the answer behind "the answer is": its closing number, its only number, or all of it."""
     if " " not in clause:
         return clause
     if closing := _CLOSING.search(clause):
@@ -119,28 +121,28 @@ def _said(clause: str) -> str:
 
 
 def _last_math(text: str) -> str | None:
-    found = _MATH.findall(text)
-    return "".join(found[-1]) if found else None
+    formulas = _MATH.findall(text)
+    return "".join(formulas[-1]) if formulas else None
 
 
-def from_text(text: str) -> Found | None:
-    """Box, tag, "the answer is ...", bold, last formula, closing number: whichever comes first in this order."""
-    if found := from_boxes(text):
-        return found
+def from_text(text: str) -> ExtractedAnswer | None:
+    """Return the first of: box, tag, "the answer is ...", bold text, closing number, last formula; or None."""
+    if boxed := from_boxes(text):
+        return boxed
     text = text[-4000:]  # phrases stand at the end; the searches below stay short
     while (shorter := _FOLLOW_UP.sub("", text)) != text:
         text = shorter
     if tag := _TAG.search(text) or _HASHES.search(text):
-        return Found(tag.group(1))
+        return ExtractedAnswer(tag.group(1))
     phrases = list(_PHRASE.finditer(text))
     if phrases and (clause := _clause(text[phrases[-1].end() :])):
-        return Found(_said(clause))
+        return ExtractedAnswer(_answer_of_clause(clause))
     if _NO_ANSWER.search(text):
         return None
     if bold := _BOLD.findall(text):
-        return Found(bold[-1])
+        return ExtractedAnswer(bold[-1])
     closing = _CLOSING.search(text.rstrip(" .*")[-200:])
     if closing and not re.search(r"\$|\\\)", closing.group()[len(closing.group(1)) :]):
-        return Found(closing.group(1))
+        return ExtractedAnswer(closing.group(1))
     formula = _last_math(text)
-    return None if formula is None else Found(formula)
+    return None if formula is None else ExtractedAnswer(formula)

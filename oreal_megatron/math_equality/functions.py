@@ -1,19 +1,22 @@
-"""The functions an answer may name: exact where their argument is, else balls."""
+"""Functions that an answer may name: exact where they have an exact value, else balls."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any, TypeAlias
 
 from oreal_megatron.math_equality.values import Arithmetic, TooLarge, Undefined, Value
 
 MAX_DOUBLE_FACTORIAL = 2000
 MAX_EXACT_LOGARITHM = 1000
+Function: TypeAlias = Callable[..., Value]  # (arithmetic, *arguments) -> value
+Slope: TypeAlias = Callable[[Any, Any, Any], Any]  # (mpmath context, x, y = f(x)) -> bound of |f'(x)|
 
 
-def _smooth(name: str, slope: Callable, inverse: bool = False, largest: int = 10**9) -> Callable[..., Value]:
-    """A function of mpmath whose derivative is at most slope(context, x, y); 1 / it where `inverse`."""
+def _smooth(name: str, slope: Slope, inverse: bool = False, largest: int = 10**9) -> Function:
+    """Return a function of mpmath with a bound of its derivative, or 1 / the function where `inverse`."""
 
     def call(a: Arithmetic, *values: Value) -> Value:
         if len(values) != 1:
@@ -26,16 +29,16 @@ def _smooth(name: str, slope: Callable, inverse: bool = False, largest: int = 10
     return call
 
 
-def _wave(context, x, y):
+def _slope_of_wave(context: Any, x: Any, y: Any) -> Any:
     return 1 + abs(y) + abs(context.im(x))
 
 
-def _square(context, x, y):
+def _slope_of_tangent(context: Any, x: Any, y: Any) -> Any:
     return 1 + abs(y) ** 2
 
 
-def _arc(context, x, y):
-    """|1 - x^2|^(-1/2); at its pole the root of the rounding error bounds what the error can do."""
+def _slope_of_arc(context: Any, x: Any, y: Any) -> Any:
+    """Return |1 - x^2|^(-1/2). At its pole the inverse root of the rounding error bounds the slope that matters."""
     distance = abs(1 - x * x)
     return 1 / context.sqrt(distance) if distance else context.mpf(2) ** (context.prec // 2)
 
@@ -47,11 +50,11 @@ def _logarithm(a: Arithmetic, value: Value, base: Value | None = None) -> Value:
     if base is None:
         return top
     quotient = a.divide(top, a.logarithm(base))
-    return _whole_power(a, value, base, quotient) or quotient
+    return _integer_logarithm(a, value, base, quotient) or quotient
 
 
-def _whole_power(a: Arithmetic, value: Value, base: Value, quotient: Value) -> Fraction | None:
-    """The logarithm where it is a whole number, exactly: its floor and ceiling depend on it."""
+def _integer_logarithm(a: Arithmetic, value: Value, base: Value, quotient: Value) -> Fraction | None:
+    """Return the logarithm exactly where it is an integer: its floor and ceiling depend on it."""
     if not isinstance(value, Fraction) or not isinstance(base, Fraction) or isinstance(quotient, Fraction):
         return None
     exponent = Fraction(int(a.context.nint(a.context.re(quotient.middle))))
@@ -59,7 +62,7 @@ def _whole_power(a: Arithmetic, value: Value, base: Value, quotient: Value) -> F
 
 
 def _tanh(a: Arithmetic, value: Value) -> Value:
-    """By its exponentials, whose sizes show how near to 1 it may be."""
+    """Return tanh from exponentials, whose sizes keep the distance to 1."""
     square = a.exponential(a.multiply(Fraction(2), value))
     return a.divide(a.add(square, Fraction(-1)), a.add(square, Fraction(1)))
 
@@ -73,7 +76,7 @@ def _root(a: Arithmetic, value: Value, degree: Value) -> Value:
 
 def _double_factorial(a: Arithmetic, value: Value) -> Value:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_DOUBLE_FACTORIAL:
-        raise TooLarge(f"a double factorial of what is not a whole number up to {MAX_DOUBLE_FACTORIAL}")
+        raise TooLarge(f"a double factorial of anything but an integer up to {MAX_DOUBLE_FACTORIAL}")
     return Fraction(math.prod(range(value.numerator, 0, -2)))
 
 
@@ -89,25 +92,26 @@ def _smallest(a: Arithmetic, *values: Value) -> Value:
     return a.negative(_largest(a, *(a.negative(value) for value in values)))
 
 
-def _whole(values: tuple[Value, ...]) -> list[int]:
-    if not all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
-        raise Undefined("gcd and lcm are of whole numbers")
-    return [int(value) for value in values]
+def _integers(values: tuple[Value, ...]) -> list[int]:
+    integers = [int(value) for value in values if isinstance(value, Fraction) and value.denominator == 1]
+    if len(integers) < len(values):
+        raise Undefined("gcd or lcm of a number that is not an integer")
+    return integers
 
 
-FUNCTIONS: dict[str, Callable[..., Value]] = {
-    "sin": _smooth("sin", _wave),
-    "cos": _smooth("cos", _wave),
-    "tan": _smooth("tan", _square),
-    "cot": _smooth("tan", _square, inverse=True),
-    "sec": _smooth("cos", _wave, inverse=True),
-    "csc": _smooth("sin", _wave, inverse=True),
-    "sinh": _smooth("sinh", _wave, largest=10**6),
-    "cosh": _smooth("cosh", _wave, largest=10**6),
+FUNCTIONS: dict[str, Function] = {
+    "sin": _smooth("sin", _slope_of_wave),
+    "cos": _smooth("cos", _slope_of_wave),
+    "tan": _smooth("tan", _slope_of_tangent),
+    "cot": _smooth("tan", _slope_of_tangent, inverse=True),
+    "sec": _smooth("cos", _slope_of_wave, inverse=True),
+    "csc": _smooth("sin", _slope_of_wave, inverse=True),
+    "sinh": _smooth("sinh", _slope_of_wave, largest=10**6),
+    "cosh": _smooth("cosh", _slope_of_wave, largest=10**6),
     "tanh": _tanh,
     "coth": lambda a, value: a.inverse(_tanh(a, value)),
-    "arcsin": _smooth("asin", _arc),
-    "arccos": _smooth("acos", _arc),
+    "arcsin": _smooth("asin", _slope_of_arc),
+    "arccos": _smooth("acos", _slope_of_arc),
     "arctan": _smooth("atan", lambda context, x, y: 1 / abs(1 + x * x)),
     "exp": lambda a, value: a.exponential(value),
     "ln": lambda a, value: _logarithm(a, value),
@@ -124,17 +128,17 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "sgn": lambda a, value: Fraction(a.sign(value)),
     "max": _largest,
     "min": _smallest,
-    "gcd": lambda a, *values: Fraction(math.gcd(*_whole(values))),
-    "lcm": lambda a, *values: a.fit(Fraction(math.lcm(*_whole(values)))),
+    "gcd": lambda a, *values: Fraction(math.gcd(*_integers(values))),
+    "lcm": lambda a, *values: a.fit(Fraction(math.lcm(*_integers(values)))),
 }
 FUNCTIONS.update({short: FUNCTIONS["arc" + short[1:]] for short in ("asin", "acos", "atan")})
 OF_ANGLES = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 
 
 def call(name: str, arithmetic: Arithmetic, values: list[Value]) -> Value:
-    """Value of a known function. Raises Undefined or TooLarge."""
+    """Return the value of a known function. Raises Undefined or TooLarge."""
     if not values:
-        raise Undefined(f"{name} of nothing")
+        raise Undefined(f"{name} without an argument")
     try:
         return FUNCTIONS[name](arithmetic, *values)
     except TypeError:

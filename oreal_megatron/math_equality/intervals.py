@@ -1,7 +1,8 @@
-"""Sets of reals written as intervals, unions, set builders or inequalities in one unknown, as one list of pieces."""
+"""Sets of reals written as intervals, unions, set builders or inequalities in one unknown: one list of intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
@@ -12,149 +13,151 @@ from oreal_megatron.math_equality.shapes import is_infinite
 from oreal_megatron.math_equality.tree import Node, key
 from oreal_megatron.math_equality.values import Arithmetic, TooLarge, Undefined
 
-MAX_PIECES = 60
-END_WORK = 300  # nodes visited for one end of a piece
+MAX_INTERVALS = 60
+END_WORK = 300  # nodes visited for one end of an interval
 INEQUALITIES = frozenset(("<", "<=", ">", ">=", "!="))
 _INFINITY = ("const", "inf")
 _MINUS_INFINITY = ("neg", _INFINITY)
 _EVERYTHING = frozenset(("all real numbers", "all reals", "all real number", "real numbers", "any real number"))
 _TURNED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_SCALE = 400  # bits behind the point by which ends are told apart
+_SCALE = 400  # bits behind the point to which ends are compared
 _ENDS = Arithmetic(600)
 
 
-class Unreadable(ValueError):
-    """The tree is no set of reals that this file reads."""
+class NotARealSet(ValueError):
+    """The tree is no set of reals that this module reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One interval; a single point is a closed interval from itself to itself."""
+class Interval:
+    """One interval; a point is a closed interval from itself to itself."""
 
     low: Node
     high: Node
     low_closed: bool
     high_closed: bool
 
-    def cuts(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:
-        """Where the piece begins and ends: at a number, and above it or not. Raises Unreadable for lettered ends."""
+    def bounds(self) -> tuple[tuple[Any, bool], tuple[Any, bool]]:
+        """Return both ends as (number, whether the end lies just above it). Raises NotARealSet for lettered ends."""
         return (_number(self.low), not self.low_closed), (_number(self.high), self.high_closed)
 
 
 class RealSet(NamedTuple):
-    """`unknown`: the name in the inequalities; empty where none is written, or a set builder binds it."""
+    """Intervals, and the name in the inequalities; it is empty where none is written or a set builder binds it."""
 
     unknown: str
-    pieces: list[Piece]
+    intervals: list[Interval]
 
 
 def read(node: Node) -> RealSet | None:
-    """The set, its pieces in order and without overlaps, or None where the tree is none."""
+    """Return the set with its intervals in order and without overlaps, or None where the tree is none."""
     try:
-        found = _read(node)
-        return RealSet(found.unknown, _merged(found.pieces))
-    except Unreadable:
+        real_set = _read(node)
+        return RealSet(real_set.unknown, _merged(real_set.intervals))
+    except NotARealSet:
         return None
 
 
 def is_condition(node: Node) -> bool:
-    """A list with inequalities in it."""
-    return node[0] == "list" and any(item[0] == "rel" and INEQUALITIES & set(item[2]) for item in node[1])
+    """Return whether a node is a list with inequalities in it."""
+    return bool(node[0] == "list" and any(item[0] == "rel" and INEQUALITIES & set(item[2]) for item in node[1]))
 
 
 def _read(node: Node) -> RealSet:
     kind = node[0]
     if kind == "tuple" and len(node[3]) == 2:
-        return RealSet("", [Piece(*node[3], node[1] == "[", node[2] == "]")])
+        low, high = node[3]
+        return RealSet("", [Interval(low, high, node[1] == "[", node[2] == "]")])
     if kind == "union":
-        return _joined([_read(item) for item in node[1]], _all_pieces)
+        return _joined([_read(item) for item in node[1]], _union)
     if kind == "list":
         return _conditions(node)
     if kind == "set":
-        return RealSet("", [Piece(item, item, True, True) for item in node[1]])
+        return RealSet("", [Interval(item, item, True, True) for item in node[1]])
     if kind == "such":
         return _builder(node[1], node[2])
     if kind == "rel":
         return _relation(node)
     if kind == "meet":
-        return _joined([_read(node[1]), _read(node[2])], _met)
+        return _joined([_read(node[1]), _read(node[2])], _intersection)
     if kind in ("minus", "add"):
-        return _without(node)
+        return _difference(node)
     if node == ("const", "set R") or kind == "word" and node[1].lower() in _EVERYTHING:
-        return RealSet("", [Piece(_MINUS_INFINITY, _INFINITY, False, False)])
+        return RealSet("", [Interval(_MINUS_INFINITY, _INFINITY, False, False)])
     if node == ("const", "empty"):
         return RealSet("", [])
-    raise Unreadable
+    raise NotARealSet
 
 
-def _joined(sets: list[RealSet], combine) -> RealSet:
-    """Sets in one unknown, combined."""
-    names = {found.unknown for found in sets} - {""}
+def _joined(sets: list[RealSet], combine: Callable[[list[Interval], list[Interval]], list[Interval]]) -> RealSet:
+    """Combine sets in one unknown."""
+    names = {real_set.unknown for real_set in sets} - {""}
     if len(names) > 1:
-        raise Unreadable
-    return RealSet(names.pop() if names else "", reduce(combine, (found.pieces for found in sets)))
+        raise NotARealSet
+    return RealSet(names.pop() if names else "", reduce(combine, (real_set.intervals for real_set in sets)))
 
 
-def _all_pieces(first: list[Piece], second: list[Piece]) -> list[Piece]:
+def _union(first: list[Interval], second: list[Interval]) -> list[Interval]:
     return first + second
 
 
 def _conditions(node: Node) -> RealSet:
-    """Conditions: any of them ("or"), all of them ("and"); behind commas all of them where they can hold together."""
+    """Read conditions: any of them ("or"), all of them ("and"); behind commas all, or any where no number meets all."""
     if not all(item[0] in ("rel", "tuple", "union") for item in node[1]):
-        raise Unreadable
+        raise NotARealSet
     sets = [_read(item) for item in node[1]]
     if not is_condition(node) or node[-1] == "or":
-        return _joined(sets, _all_pieces)
-    together = _joined(sets, _met)
-    if node[-1] == "and" and not together.pieces:
-        raise Unreadable
-    return together if together.pieces else _joined(sets, _all_pieces)
+        return _joined(sets, _union)
+    together = _joined(sets, _intersection)
+    if node[-1] == "and" and not together.intervals:
+        raise NotARealSet
+    return together if together.intervals else _joined(sets, _union)
 
 
 def _builder(bound: Node, condition: Node) -> RealSet:
-    """{x | 1 < x}, {x in R | 1 < x}."""
+    """Read {x | 1 < x} and {x in R | 1 < x}."""
     if bound[0] == "rel" and bound[1][1:] != (("const", "set R"),):
-        raise Unreadable
+        raise NotARealSet
     name = bound[1][0] if bound[0] == "rel" else bound
-    found = _read(condition)
-    if condition[0] not in ("rel", "list") or found.unknown != key(name):
-        raise Unreadable
-    return RealSet("", found.pieces)
+    real_set = _read(condition)
+    if condition[0] not in ("rel", "list") or real_set.unknown != key(name):
+        raise NotARealSet
+    return RealSet("", real_set.intervals)
 
 
-def _without(node: Node) -> RealSet:
-    r"""R \ {a}, (0, 9) - [1, 2]."""
-    whole, removed = (node[1], node[2]) if node[0] == "minus" else (node[1][0], node[1][-1])
+def _difference(node: Node) -> RealSet:
+    r"""Read R \ {a} and (0, 9) - [1, 2]."""
+    minuend, removed = (node[1], node[2]) if node[0] == "minus" else (node[1][0], node[1][-1])
     if node[0] == "add":
         if len(node[1]) != 2 or removed[0] != "neg" or removed[1][0] not in ("set", "tuple", "union"):
-            raise Unreadable
+            raise NotARealSet
         removed = removed[1]
-    rest = [Piece(_MINUS_INFINITY, _INFINITY, False, False)]
-    for piece in _read(removed).pieces:
-        around = _half_line(piece.low, "<" if piece.low_closed else "<=")
-        rest = _met(rest, around + _half_line(piece.high, ">" if piece.high_closed else ">="))
-    return RealSet("", _met(_read(whole).pieces, rest))
+    remaining = [Interval(_MINUS_INFINITY, _INFINITY, False, False)]
+    for interval in _read(removed).intervals:
+        below = _half_line(interval.low, "<" if interval.low_closed else "<=")
+        above = _half_line(interval.high, ">" if interval.high_closed else ">=")
+        remaining = _intersection(remaining, below + above)
+    return RealSet("", _intersection(_read(minuend).intervals, remaining))
 
 
 # -- inequalities ------------------------------------------------------------------------------------------------
 def _relation(node: Node) -> RealSet:
-    """x > 3, 0 < x <= 5, |x - 1| < 2, 1 - 2x < 5, x != 3, x in (0, 1): links of a chain hold together."""
+    """Read x > 3, 0 < x <= 5, |x - 1| < 2, 1 - 2x < 5, x != 3, x in (0, 1); all links of a chain hold."""
     _, items, ops = node
     if ops == ("in",) and _is_unknown(items[0]):
-        return RealSet(key(items[0]), _read(items[1]).pieces)
+        return RealSet(key(items[0]), _read(items[1]).intervals)
     links = [_link(a, op, b) for a, op, b in zip(items, ops, items[1:], strict=False)]
-    return _joined(links, _met)
+    return _joined(links, _intersection)
 
 
 def _link(left: Node, op: str, right: Node) -> RealSet:
     if has_variables(left) == has_variables(right) or op not in INEQUALITIES | {"="}:
-        raise Unreadable
+        raise NotARealSet
     return _solved(left, op, right) if has_variables(left) else _solved(right, _TURNED.get(op, op), left)
 
 
 def _solved(unknown: Node, op: str, bound: Node) -> RealSet:
-    """Takes signs, sums and factors off the unknown."""
+    """Solve a relation for its unknown, as far as signs, sums and constant factors go."""
     if _is_unknown(unknown):
         return RealSet(key(unknown), _half_line(bound, op))
     if unknown[:2] == ("fn", "abs"):
@@ -166,40 +169,42 @@ def _solved(unknown: Node, op: str, bound: Node) -> RealSet:
     parts = unknown[1] if unknown[0] in ("add", "mul") else ()
     lettered, plain = [p for p in parts if has_variables(p)], tuple(p for p in parts if not has_variables(p))
     if len(lettered) != 1 or not plain:
-        raise Unreadable
+        raise NotARealSet
     if unknown[0] == "add":
         return _solved(lettered[0], op, ("add", (bound, *(("neg", part) for part in plain))))
     return _scaled(lettered[0], op, ("div", bound, ("mul", plain)), ("mul", plain))
 
 
 def _scaled(unknown: Node, op: str, bound: Node, factor: Node) -> RealSet:
-    """The rest of c * unknown after c is divided away: a negative one turns the relation."""
+    """Solve the relation that is left after division by `factor`; a negative one reverses it."""
     sign = _number(factor)
     if sign == 0:
-        raise Unreadable
+        raise NotARealSet
     return _solved(unknown, _TURNED.get(op, op) if sign < 0 else op, bound)
 
 
 def _absolute(inner: Node, op: str, bound: Node) -> RealSet:
+    """Solve |inner| op bound."""
     below, above = _solved(inner, _TURNED.get(op, op), ("neg", bound)), _solved(inner, op, bound)
-    return _joined([below, above], _met if op in ("<", "<=", "!=") else _all_pieces)
+    return _joined([below, above], _intersection if op in ("<", "<=", "!=") else _union)
 
 
 def _is_unknown(node: Node) -> bool:
-    """A letter with or without an index, or f(x)."""
+    """Return whether a node is a letter with or without an index, or f(x)."""
     return node[0] == "atom" or is_opaque(node)
 
 
-def _half_line(bound: Node, op: str) -> list[Piece]:
-    below = Piece(_MINUS_INFINITY, bound, False, op == "<=")
-    above = Piece(bound, _INFINITY, op == ">=", False)
-    point = Piece(bound, bound, True, True)
+def _half_line(bound: Node, op: str) -> list[Interval]:
+    """Return the numbers x with x op bound."""
+    below = Interval(_MINUS_INFINITY, bound, False, op == "<=")
+    above = Interval(bound, _INFINITY, op == ">=", False)
+    point = Interval(bound, bound, True, True)
     return {"<": [below], "<=": [below], ">": [above], ">=": [above], "!=": [below, above], "=": [point]}[op]
 
 
-# -- pieces on the number line -----------------------------------------------------------------------------------
+# -- intervals on the number line --------------------------------------------------------------------------------
 def _number(node: Node) -> Any:
-    """An end as a number to sort by."""
+    """Return an end as a number to sort by."""
     if sign := is_infinite(node):
         return sign * _ENDS.context.inf
     try:
@@ -207,38 +212,37 @@ def _number(node: Node) -> Any:
     except (Undefined, TooLarge):
         value = None
     if value is None or not _ENDS.is_real(value):
-        raise Unreadable
+        raise NotARealSet
     return _ENDS.context.nint(_ENDS.context.re(_ENDS.ball(value).middle) * 2**_SCALE)
 
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
-    """In order, with what overlaps or touches made one. Pieces with lettered ends stay as they are."""
-    if len(pieces) > MAX_PIECES:
-        raise Unreadable
+def _merged(intervals: list[Interval]) -> list[Interval]:
+    """Sort intervals and merge those that overlap or touch. With letters at an end, return them unchanged."""
+    if len(intervals) > MAX_INTERVALS:
+        raise NotARealSet
     try:
-        rows = sorted(((piece.cuts(), piece) for piece in pieces), key=lambda row: row[0])
-    except Unreadable:
-        return pieces
-    found: list[Piece] = []
-    for (low, high), piece in rows:
+        rows = sorted(((interval.bounds(), interval) for interval in intervals), key=lambda row: row[0])
+    except NotARealSet:
+        return intervals
+    merged: list[Interval] = []
+    for (low, high), interval in rows:
         if low >= high:
-            raise Unreadable  # (3, 1)
-        if not found or low > found[-1].cuts()[1]:
-            found.append(piece)
-        elif high > found[-1].cuts()[1]:
-            found[-1] = replace(found[-1], high=piece.high, high_closed=piece.high_closed)
-    return found
+            raise NotARealSet  # (3, 1)
+        if not merged or low > merged[-1].bounds()[1]:
+            merged.append(interval)
+        elif high > merged[-1].bounds()[1]:
+            merged[-1] = replace(merged[-1], high=interval.high, high_closed=interval.high_closed)
+    return merged
 
 
-def _met(first: list[Piece], second: list[Piece]) -> list[Piece]:
-    """What lies in both."""
-    if len(first) * len(second) > MAX_PIECES:
-        raise Unreadable
-    found = []
+def _intersection(first: list[Interval], second: list[Interval]) -> list[Interval]:
+    if len(first) * len(second) > MAX_INTERVALS:
+        raise NotARealSet
+    common = []
     for a in first:
         for b in second:
-            low, high = max(a, b, key=lambda p: p.cuts()[0]), min(a, b, key=lambda p: p.cuts()[1])
-            piece = Piece(low.low, high.high, low.low_closed, high.high_closed)
-            if piece.cuts()[0] < piece.cuts()[1]:
-                found.append(piece)
-    return found
+            low, high = max(a, b, key=lambda p: p.bounds()[0]), min(a, b, key=lambda p: p.bounds()[1])
+            interval = Interval(low.low, high.high, low.low_closed, high.high_closed)
+            if interval.bounds()[0] < interval.bounds()[1]:
+                common.append(interval)
+    return common

@@ -1,4 +1,4 @@
-"""Normalised text -> tokens. A table, no evaluation: an unknown command is an error, never a guess."""
+"""Normalised text -> tokens, by tables. Nothing is evaluated; an unknown command is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_TOKENS = 1500
 
 
 class ParseError(ValueError):
-    """The text is not mathematics this grammar knows. Answers are then compared as text."""
+    """The text is not mathematics that this grammar knows. Answers are then compared as text."""
 
 
 class Token(NamedTuple):
-    """kind: num rep atom const fn big frac sqrt op rel open close sep word deg money begin end mod."""
+    """One token. Kinds: num rep atom const fn big frac sqrt op rel open close sep word deg money begin end mod."""
 
     kind: str
     value: str
@@ -62,6 +62,7 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)")
 _REPEATING = re.compile(r"(\d*\.\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _NAME = re.compile(r"[A-Za-z]+")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _SYMBOLS = re.compile(r"\*\*|<=|>=|==|!=|<>|->|=>|!!|.", re.DOTALL)
 _SYMBOL = {
@@ -80,28 +81,31 @@ SHORT_WORDS = frozenset("cm mm km ft in kg mg mi lb lbs oz yd hr hrs min sec mph
 
 
 def tokens(text: str, thousands: bool = True) -> list[Token]:
-    """Tokens of a normalised answer. Raises ParseError on what is too long or unknown."""
+    """Split a normalised answer into tokens. `thousands`: 1,000 is one number outside brackets.
+
+    Raises ParseError for a text that is too long, or holds what no table names.
+    """
     if len(text) > MAX_CHARS:
         raise ParseError(f"an answer of {len(text)} characters is not parsed (limit {MAX_CHARS})")
-    found: list[Token] = []
+    result: list[Token] = []
     at, fences = 0, 0
     while at < len(text):
         if text[at].isspace():
             at += 1
             continue
-        token_list, at = _next(text, at, thousands and fences == 0)
-        for token in token_list:
+        new, at = _next_tokens(text, at, thousands and fences == 0)
+        for token in new:
             fences += (token.kind == "open" and token.value in "([set") - (
                 token.kind == "close" and token.value in ")]set"
             )
-        found.extend(token_list)
-        if len(found) > MAX_TOKENS:
+        result.extend(new)
+        if len(result) > MAX_TOKENS:
             raise ParseError(f"an answer of more than {MAX_TOKENS} tokens is not parsed")
-    return found
+    return result
 
 
-def _next(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
-    """The tokens of one spelling (often one, none for a dropped command) and where the next begins."""
+def _next_tokens(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
+    """Return the tokens of one spelling (usually one, none for a dropped command) and the index behind it."""
     character = text[at]
     if character.isdigit() or character == "." and text[at + 1 : at + 2].isdigit():
         return _number(text, at, thousands)
@@ -111,25 +115,29 @@ def _next(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
         return _command(text, at)
     if (name := _NAME.match(text, at)) is not None:
         return _letters(text, name)
+    return _symbol(text, at)
+
+
+def _symbol(text: str, at: int) -> tuple[list[Token], int]:
+    """Return an operator, a relation, a bracket, a currency sign or a word outside ASCII."""
     symbol = _SYMBOLS.match(text, at)
-    if symbol.group() == "!=" and text[:at].rstrip()[-1:].isdigit():
+    if symbol is not None and symbol.group() == "!=" and text[:at].rstrip()[-1:].isdigit():
         return [Token("op", "!")], at + 1  # 3! = 6
-    if symbol.group() in _SYMBOL:
+    if symbol is not None and symbol.group() in _SYMBOL:
         return [Token(*_SYMBOL[symbol.group()])], symbol.end()
-    if character in _MONEY:
-        return [Token("money", _MONEY[character])], at + 1
-    if character > "\x7f" and character.isalpha():
-        word = re.compile(r"[^\x00-\x7f]+").match(text, at)
+    if text[at] in _MONEY:
+        return [Token("money", _MONEY[text[at]])], at + 1
+    if text[at].isalpha() and (word := _NOT_ASCII.match(text, at)) is not None:
         return [Token("word", word.group())], word.end()
-    raise ParseError(f"no meaning known for {character!r}")
+    raise ParseError(f"no meaning known for {text[at]!r}")
 
 
 def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     if not text[at : at + 1].isascii():
-        raise ParseError(f"no meaning known for the digit {text[at]!r}")
+        raise ParseError(f"the digit {text[at]!r} is outside ASCII")
     if (repeating := _REPEATING.match(text, at)) is not None:
         if text[repeating.end() : repeating.end() + 1].isdigit():
-            raise ParseError("digits behind a repeating decimal")
+            raise ParseError("digits stand behind a repeating decimal")
         return [Token("rep", f"{repeating.group(1)}|{repeating.group(2)}")], repeating.end()
     if thousands and (grouped := _THOUSANDS.match(text, at)) is not None:
         return [Token("num", grouped.group().replace(",", ""))], grouped.end()
@@ -139,8 +147,8 @@ def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     return [Token("num", number.group())], number.end()
 
 
-def _letters(text: str, name: re.Match) -> tuple[list[Token], int]:
-    """A run of letters: a function, a word, or single-letter variables next to each other."""
+def _letters(text: str, name: re.Match[str]) -> tuple[list[Token], int]:
+    """Return a run of letters as a function, a word, or single-letter variables next to each other."""
     run, end = name.group(), name.end()
     lowered = run.lower()
     after_number = text[: name.start()].rstrip()[-1:].isdigit()
@@ -183,13 +191,13 @@ def _command(text: str, at: int) -> tuple[list[Token], int]:
     if name in ("mathbb", "Bbb"):
         inner = re.compile(r"\s*\{?\s*([A-Z])\s*\}?").match(text, end)
         if inner is None:
-            raise ParseError("\\mathbb without a letter")
+            raise ParseError("\\mathbb has no letter")
         return [Token("const", f"set {inner.group(1)}")], inner.end()
     return _table(name), end
 
 
 def _table(name: str) -> list[Token]:
-    """Tokens of a command whose meaning does not depend on what follows."""
+    """Return the tokens of a command whose meaning does not depend on what follows."""
     if name in ("frac", "dfrac", "tfrac", "cfrac"):
         return [Token("frac", "/")]
     if name in ("binom", "dbinom", "tbinom"):
@@ -221,14 +229,14 @@ def _table(name: str) -> list[Token]:
 
 
 def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
-    r"""\text{...}: a separator, mathematics in upright letters, a function name, or words."""
+    r"""Return the tokens of \text{...}: a separator, upright mathematics, a function name, or words."""
     while at < len(text) and text[at].isspace():
         at += 1
     if name == "mathrm" and text[at : at + 1].isalpha():
         return [_atom(text[at])], at + 1
     end = closing_braces(text, at).get(at, -1)
     if end < 0:
-        raise ParseError(f"\\{name} without its braces")
+        raise ParseError(f"\\{name} has no braces")
     inner = text[at + 1 : end].strip()
     if re.fullmatch(r"[a-zA-Z]", inner) and text[at + 1] == " ":
         return [Token("word", inner)], end + 1  # 5\text{ m}: a unit, set apart by its space
@@ -248,5 +256,5 @@ def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
 def _environment(text: str, name: str, at: int) -> tuple[list[Token], int]:
     match = re.compile(r"\s*\{([a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?").match(text, at)
     if match is None:
-        raise ParseError(f"\\{name} without the name of an environment")
+        raise ParseError(f"\\{name} has no name of an environment")
     return [Token(name, match.group(1))], match.end()

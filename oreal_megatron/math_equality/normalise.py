@@ -1,5 +1,7 @@
-"""One spelling for gold and prediction: unicode, delimiters, spacing commands. Pure string work, linear in the
-length."""
+"""One spelling for gold and prediction: Unicode, delimiters, spacing commands.
+
+String work only, linear in the length of the text.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +57,12 @@ _PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))")
 _OLD_FRACTION = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 _EMPTY = re.compile(r"(?<=\w)\{\}|\{([-+])\}")
 _DOLLARS = re.compile(r"^(\s*-?\s*)\$(?=\s*\d)")  # $5, and no second sign that would make it a formula
-MAX_WRAPPERS = 8  # a box in a box in a box: eight are taken off
+MAX_WRAPPERS = 8  # boxes within boxes that are removed
 _BOX = re.compile(r"^\\(?:boxed|fbox|framebox|mathbox)\s*\{")
 
 
 def _character(character: str) -> str:
-    """The LaTeX or ASCII spelling of one character outside ASCII."""
+    """Return the LaTeX or ASCII spelling of one character outside ASCII."""
     if character in _CHARACTERS:
         return _CHARACTERS[character]
     if (digit := unicodedata.decimal(character, None)) is not None:
@@ -69,15 +71,16 @@ def _character(character: str) -> str:
 
 
 def _script_runs(text: str) -> str:
-    """x²³ -> x^{23}, x₁₂ -> x_{12}."""
+    """Replace runs of superscripts and subscripts: x²³ -> x^{23}, x₁₂ -> x_{12}."""
     for table, sign in ((_SUPERSCRIPT, "^"), (_SUBSCRIPT, "_")):
-        run = re.compile(f"[{''.join(table)}]+")
-        text = run.sub(lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m.group())}}}", text)
+        pieces = re.split(f"([{''.join(table)}]+)", text)
+        pieces[1::2] = [f"{sign}{{{''.join(map(table.__getitem__, run))}}}" for run in pieces[1::2]]
+        text = "".join(pieces)
     return text
 
 
 def unicode_to_latex(text: str) -> str:
-    """ASCII and LaTeX where there is a spelling; other characters stay as they are."""
+    """Replace characters by ASCII and LaTeX where there is a spelling; leave others unchanged."""
     if text.isascii():
         return text
     text = _script_runs(_INVISIBLE.sub("", text))
@@ -85,7 +88,7 @@ def unicode_to_latex(text: str) -> str:
 
 
 def closing_braces(text: str, start: int = 0) -> dict[int, int]:
-    """Index of every opening brace from `start` -> index of the one that closes it. One pass, however deep they are."""
+    """Map the index of every opening brace from `start` to the index of its closing brace, in one pass."""
     pairs: dict[int, int] = {}
     open_at: list[int] = []
     for match in _BRACE.finditer(text, start):
@@ -97,7 +100,7 @@ def closing_braces(text: str, start: int = 0) -> dict[int, int]:
 
 
 def _unwrap(text: str) -> str:
-    """Without the things that stand around a whole answer: a box, bold signs, trailing punctuation."""
+    """Remove what may surround an answer: a box, bold signs, quotes, trailing punctuation."""
     for _ in range(MAX_WRAPPERS):
         before = text
         text = _without_tail(text.strip())
@@ -115,7 +118,7 @@ def _unwrap(text: str) -> str:
 
 
 def _without_tail(text: str) -> str:
-    """Without punctuation and row ends at the end; an ellipsis is part of the answer."""
+    """Remove trailing punctuation and row ends; an ellipsis is part of the answer."""
     while not text.endswith(_ELLIPSES):
         shorter = text.rstrip(" \t\r\n.,;:。，；")
         shorter = shorter[:-2] if shorter.endswith("\\\\") else shorter
@@ -125,13 +128,17 @@ def _without_tail(text: str) -> str:
     return text
 
 
-def _drop(pattern: re.Pattern, text: str, by: str) -> str:
-    """Replaces every match by `by`, save the row ends that the pattern also matches so as not to split them."""
-    return pattern.sub(lambda match: match.group() if match.group() == "\\\\" else by, text)
+def _replace_except_row_ends(pattern: re.Pattern[str], text: str, by: str) -> str:
+    r"""Replace every match by `by`; a row end \\, which the pattern matches so as not to split it, stays."""
+
+    def replacement(match: re.Match[str]) -> str:
+        return "\\\\" if match.group() == "\\\\" else by
+
+    return pattern.sub(replacement, text)
 
 
 def _old_fractions(text: str) -> str:
-    r"""{14 \over 3} -> \frac{14}{3}, {n \choose k} -> \binom{n}{k}, \cr -> \\."""
+    r"""Rewrite TeX's old commands: {14 \over 3} -> \frac{14}{3}, {n \choose k} -> \binom{n}{k}, \cr -> \\."""
     if "\\over" not in text and "\\choose" not in text and "\\cr" not in text:
         return text
     names = {"over": "frac", "choose": "binom"}
@@ -141,7 +148,7 @@ def _old_fractions(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """The spelling both sides are compared and parsed in."""
+    """Return the spelling in which both sides are compared and parsed."""
     text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text))
     if text.count("$") == 1:
         text = _DOLLARS.sub(r"\1\\$", text)
@@ -151,14 +158,14 @@ def normalise(text: str) -> str:
         if "\\begin" not in text:
             text = _DOUBLED.sub(r"\\", text)  # "\\frac" escaped twice; in a matrix \\ ends a row
         text = _ROW_END.sub(r"\\\\", text)
-        text = _drop(_SIZE, _STYLE.sub("", text), "")
+        text = _replace_except_row_ends(_SIZE, _STYLE.sub("", text), "")
         text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
-        text = _drop(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
+        text = _replace_except_row_ends(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
     text = _EMPTY.sub(r"\1", text)
     if "mod" in text:
         text = _MODULO.sub(r"\\pmod{\1}", text)
     missing = text.count("{") - text.count("}")
     if 0 < missing <= 3:
-        text += "}" * missing  # an answer cut at its last brace
-    text = _unwrap(_drop(_DELIMITERS, _unwrap(text), " "))
+        text += "}" * missing  # the answer was cut before its last brace
+    text = _unwrap(_replace_except_row_ends(_DELIMITERS, _unwrap(text), " "))
     return text.replace(" ", ",") if _SPACED_THOUSANDS.fullmatch(text) else text

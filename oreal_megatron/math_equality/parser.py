@@ -1,4 +1,4 @@
-"""Tokens -> tree, upper half: lists, relations, ratios, unions, sums, products, powers."""
+"""Tokens -> tree, upper half of the grammar: lists, relations, ratios, unions, sums, products, powers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from oreal_megatron.math_equality.lexer import ParseError, tokens
 from oreal_megatron.math_equality.primaries import END, FACTOR, Primaries
 from oreal_megatron.math_equality.tree import Node
 
-MAX_POSTFIX = 8  # exponents, factorials, primes behind one operand
+MAX_POSTFIX = 8  # exponents, factorials and primes behind one operand
 _SIGNS = frozenset(("+", "-", "pm", "mp"))
 
 
 def parse(text: str, thousands: bool = True) -> Node:
-    """Tree of a normalised answer. Raises ParseError."""
+    """Parse a normalised answer. `thousands`: 1,000 is one number. Raises ParseError."""
     parser = _Parser(tokens(text, thousands))
     node = parser.answer()
     if parser.peek() is not END:
-        raise ParseError(f"did not expect {parser.peek().value!r}")
+        raise ParseError(f"unexpected {parser.peek().value!r}")
     if tree.depth(node) > tree.MAX_TREE_DEPTH:
-        raise ParseError(f"a tree of more than {tree.MAX_TREE_DEPTH} levels")
+        raise ParseError(f"the tree has more than {tree.MAX_TREE_DEPTH} levels")
     return node
 
 
@@ -28,7 +28,7 @@ class _Parser(Primaries):
     """Recursive descent, one method per level of binding."""
 
     def answer(self) -> Node:
-        """items separated by commas, semicolons, "and", "or"."""
+        """Parse items separated by commas, semicolons, "and", "or"."""
         items, separators = [self.item()], []
         while (separator := self.take("sep")) is not None:
             while (more := self.take("sep")) is not None:
@@ -40,7 +40,7 @@ class _Parser(Primaries):
         return items[0] if len(items) == 1 else tree.grouped(items, separators)
 
     def item(self) -> Node:
-        """A chain of relations, or words."""
+        """Parse a chain of relations, or words."""
         if self.peek().kind == "word":
             words = self.words()
             if self.take("rel", "=") is None:
@@ -56,13 +56,14 @@ class _Parser(Primaries):
         return node if self.take("mod") is None else ("rel", (node, self.ratio()), ("mod",))
 
     def words(self) -> Node:
-        """Words up to the next separator, as text."""
-        found = []
+        """Parse words up to the next separator, as one text."""
+        words = []
         while self.peek().kind not in ("sep", "close", "rel", "end of text"):
-            found.append(self.take().value)
-        return ("word", " ".join(found))
+            words.append(self.advance().value)
+        return ("word", " ".join(words))
 
     def ratio(self) -> Node:
+        """Parse 2:3:4, or one union."""
         items = [self.union()]
         while self.peek() == ("op", ":") and self.peek(1).kind in FACTOR | {"op"}:
             self.take()
@@ -70,9 +71,10 @@ class _Parser(Primaries):
         return items[0] if len(items) == 1 else ("ratio", tuple(items))
 
     def union(self) -> Node:
+        """Parse sums joined by union, intersection or set difference."""
         node = self.sum()
         while self.peek() in (("op", "cup"), ("op", "cap"), ("op", "setminus")):
-            op, right = self.take().value, self.sum()
+            op, right = self.advance().value, self.sum()
             if op == "cup":
                 node = ("union", (node[1] if node[0] == "union" else (node,)) + (right,))
             else:
@@ -80,16 +82,17 @@ class _Parser(Primaries):
         return node
 
     def sum(self) -> Node:
+        """Parse terms and the signs between them."""
         terms = [self.signed()]
         while self.peek().kind == "op" and self.peek().value in _SIGNS:
             terms.append(self.signed())
         return terms[0] if len(terms) == 1 else ("add", tuple(terms))
 
     def signed(self) -> Node:
-        """A term with its signs."""
+        """Parse a term with its signs."""
         negative, plus_minus = False, None
         while self.peek().kind == "op" and self.peek().value in _SIGNS:
-            sign = self.take().value
+            sign = self.advance().value
             negative ^= sign == "-"
             plus_minus = sign if sign in ("pm", "mp") else plus_minus
         node = self.term()
@@ -98,12 +101,15 @@ class _Parser(Primaries):
         return node if plus_minus is None else ("pm", plus_minus, node)
 
     def term(self) -> Node:
-        """Products and quotients from the left. Next to a letter, juxtaposition binds more than "/": x/yz is x/(yz)."""
+        """Parse products and quotients from the left, and the unit behind them.
+
+        Next to a letter, juxtaposition binds more than "/": x/yz is x/(yz).
+        """
         if (money := self.take("money")) is not None:
             return ("unit", self.signed(), money.value)
         node = self.product()
         while self.peek() in (("op", "*"), ("op", "/")):
-            if self.take().value == "*":
+            if self.advance().value == "*":
                 node = tree.times(node, self.product(signs=True))
                 continue
             bottom = self.factor(signs=True)
@@ -115,15 +121,15 @@ class _Parser(Primaries):
         return self.unit(node)
 
     def follows(self) -> bool:
-        """Whether a factor stands next, without a sign between."""
+        """Return whether a factor is next, without a sign before it."""
         return self.peek().kind in FACTOR or self.at_bar()
 
     def at_bar(self) -> bool:
-        """A bar here opens an absolute value: none is open, and it is not the bar of a set builder."""
+        """Return whether a bar is next that opens an absolute value: none is open, and another bar follows."""
         return self.peek() == ("op", "|") and self.bars == 0 and ("op", "|") in self.tokens[self.at + 1 :]
 
     def product(self, signs: bool = False) -> Node:
-        """Factors next to each other; 1\\frac{1}{2} is a mixed number."""
+        r"""Parse factors next to each other; 1\frac{1}{2} is a mixed number."""
         bare, factors = self.peek().kind == "num", [self.factor(signs)]
         while self.follows():
             token = self.peek()
@@ -137,44 +143,46 @@ class _Parser(Primaries):
             bare = token.kind == "num"
         return factors[0] if len(factors) == 1 else ("mul", tuple(factors))
 
-    def mixed(self, whole: Node) -> Node:
-        """3 1/2. Two numbers next to each other mean nothing else."""
+    def mixed(self, integer: Node) -> Node:
+        """Parse the fraction of 3 1/2. Two numbers next to each other mean nothing else."""
         top, slash, bottom = self.peek(), self.peek(1), self.peek(2)
-        plain = top.value.isdigit() and bottom.value.isdigit() and whole[1].denominator == 1
+        plain = top.value.isdigit() and bottom.value.isdigit() and integer[1].denominator == 1
         if slash != ("op", "/") or bottom.kind != "num" or not plain or int(bottom.value) <= int(top.value):
-            raise ParseError(f"two numbers next to each other, the second {top.value[:20]}")
+            raise ParseError(f"two numbers stand next to each other, the second is {top.value[:20]}")
         self.at += 3
-        return ("add", (whole, ("num", Fraction(int(top.value), int(bottom.value)), None)))
+        return ("add", (integer, ("num", Fraction(int(top.value), int(bottom.value)), None)))
 
     def unit(self, node: Node) -> Node:
-        """The words after a number, with their exponent: 15 cm^2, 12 square units, 60 miles per hour."""
-        words = []
+        """Parse the words behind a number, with their exponent: 15 cm^2, 12 square units, 60 miles per hour."""
+        words: list[str] = []
         while self.peek().kind in ("word", "money"):
-            words.append(self.take().value)
+            words.append(self.advance().value)
             if words[0] in ("base", "in base") and (base := self.take("num")) is not None:
                 return tree.subscript(node, tree.number(base.value))
             if self.peek() in (("op", "^"), ("op", "/")):
-                words.append(self.take().value + self.unit_part())
+                words.append(self.advance().value + self.unit_part())
         return ("unit", node, " ".join(words)) if words else node
 
     def unit_part(self) -> str:
+        """Parse the exponent or divisor of a unit."""
         braces = self.take("open", "{") is not None
         token = self.take()
         if token is None or token.kind not in ("num", "word", "atom"):
-            raise ParseError("a unit followed by what is neither a number nor a word")
+            raise ParseError("the exponent or divisor of a unit is neither a number nor a word")
         if braces:
             self.expect("close", "}")
         return token.value
 
     def factor(self, signs: bool = False) -> Node:
+        """Parse an operand with its powers; `signs`: with the signs before it."""
         negative = False
         while signs and self.peek().kind == "op" and self.peek().value in ("+", "-"):
-            negative ^= self.take().value == "-"
+            negative ^= self.advance().value == "-"
         node = self.postfix(self.primary())
         return ("neg", node) if negative else node
 
     def postfix(self, node: Node) -> Node:
-        """Subscripts, powers, factorials, degrees, percent signs."""
+        """Parse subscripts, powers, factorials, degree and percent signs behind an operand."""
         for _ in range(MAX_POSTFIX):
             token = self.peek()
             if token.kind == "deg":
@@ -191,10 +199,10 @@ class _Parser(Primaries):
                 node = ("pct", node) if token.value == "%" else ("fn", token.value, (node,))
             else:
                 return node
-        raise ParseError(f"more than {MAX_POSTFIX} exponents or signs behind one operand")
+        raise ParseError(f"more than {MAX_POSTFIX} exponents or signs stand behind one operand")
 
     def exponent(self) -> Node:
-        """Powers of powers bind from the right: 2^3^2 is 2^9."""
+        """Parse an exponent. Powers of powers bind from the right: 2^3^2 is 2^9."""
         levels = [self.argument()]
         while self.take("op", "^") is not None:
             levels.append(self.argument())

@@ -1,14 +1,15 @@
-"""Tokens -> tree, lower half: numbers, letters, brackets and commands with their arguments."""
+"""Tokens -> tree, lower half of the grammar: numbers, letters, brackets and commands with their arguments."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 
 from oreal_megatron.math_equality import tree
 from oreal_megatron.math_equality.lexer import ParseError, Token
 from oreal_megatron.math_equality.tree import Node
 
-MAX_DEPTH = 50  # of things in things
+MAX_DEPTH = 50  # of brackets and commands within each other
 END = Token("end of text", "")
 FACTOR = frozenset(("num", "rep", "atom", "const", "fn", "big", "frac", "sqrt", "open", "begin"))
 _APPLIED = frozenset(("f", "g", "h", "F", "G", "P", "Q", "\\phi", "\\Phi", "\\varphi", "\\psi"))
@@ -16,17 +17,41 @@ _MATRICES = frozenset(("pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "vmat
 _MINUS_ONE = ("neg", ("num", Fraction(1), None))
 
 
-class Primaries:
-    """A cursor over tokens and what begins at it. The upper half of the grammar is in parser.py."""
+class Primaries(ABC):
+    """A cursor over tokens, and the operands that begin at it. parser.py defines the abstract levels above them."""
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens, self.at, self.depth, self.bars = tokens, 0, 0, 0
 
+    # -- levels of the grammar above, which brackets and commands hold ---------------------------------------------
+    @abstractmethod
+    def answer(self) -> Node:
+        """Parse items separated by commas, semicolons, "and", "or"."""
+
+    @abstractmethod
+    def sum(self) -> Node:
+        """Parse terms and the signs between them."""
+
+    @abstractmethod
+    def term(self) -> Node:
+        """Parse a product or quotient with its unit."""
+
+    @abstractmethod
+    def factor(self, signs: bool = False) -> Node:
+        """Parse an operand with its powers; `signs`: with the signs before it."""
+
+    # -- the cursor --------------------------------------------------------------------------------------------------
     def peek(self, ahead: int = 0) -> Token:
+        """Return the token `ahead` of the cursor, END behind the last."""
         return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else END
 
+    def advance(self) -> Token:
+        """Return the next token and step past it. Only where a token is known to be next."""
+        self.at += 1
+        return self.tokens[self.at - 1]
+
     def take(self, kind: str | None = None, value: str | None = None) -> Token | None:
-        """The next token if it is of this kind and value, else None."""
+        """Return the next token and step past it if it is of this kind and value, else None."""
         token = self.peek()
         if token is END or kind is not None and token.kind != kind or value is not None and token.value != value:
             return None
@@ -34,24 +59,27 @@ class Primaries:
         return token
 
     def expect(self, kind: str, value: str) -> None:
+        """Step past a token that must be next."""
         if self.take(kind, value) is None:
-            raise ParseError(f"wanted {value!r}, found {self.peek().value!r}")
+            raise ParseError(f"expected {value!r}, got {self.peek().value!r}")
 
+    # -- operands ----------------------------------------------------------------------------------------------------
     def primary(self) -> Node:
-        """One operand, without its powers."""
+        """Parse one operand, without its powers."""
         token = self.take()
         if token is None:
-            raise ParseError("the text ends where a number was wanted")
+            raise ParseError("the text ends where a number is expected")
         if token.kind in ("num", "rep"):
             return tree.number(token.value) if token.kind == "num" else tree.repeating(token.value)
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise ParseError(f"more than {MAX_DEPTH} brackets or commands in each other")
+            raise ParseError(f"more than {MAX_DEPTH} brackets or commands stand within each other")
         node = self.compound(token)
         self.depth -= 1
         return node
 
     def compound(self, token: Token) -> Node:
+        """Parse an operand that is no number: a letter, a command or a bracket."""
         if token.kind in ("atom", "const"):
             return self.applied((token.kind, token.value))
         handler = {"frac": self.fraction, "sqrt": self.root, "fn": self.function, "big": self.big, "begin": self.matrix}
@@ -62,10 +90,10 @@ class Primaries:
             return self.group()
         if token == ("op", "|"):
             return self.absolute()
-        raise ParseError(f"did not expect {token.value!r}")
+        raise ParseError(f"unexpected {token.value!r}")
 
     def argument(self, digit: bool = False) -> Node:
-        """What a command or ^ takes: a group, or one token (one digit of it after \\frac)."""
+        r"""Parse the argument of a command or ^: a group, or one token (one digit of it after \frac)."""
         token = self.peek()
         if token == ("open", "{"):
             return self.primary()
@@ -77,19 +105,22 @@ class Primaries:
         return self.primary()
 
     def applied(self, node: Node) -> Node:
-        """Phi(x, y), f(2): a letter in front of a list in brackets, or a usual function letter in front of brackets."""
+        """Parse the arguments behind a letter, Phi(x, y) or f(2); return the letter where none follow.
+
+        Arguments are a list in brackets behind any letter, or any brackets behind a usual function letter.
+        """
         if self.peek() != ("open", "(") or node[0] != "atom" or not (node[1] in _APPLIED or self.lists_ahead()):
             return node
         inside = self.group()
         if inside[0] == "tuple" and inside[1:3] != ("(", ")"):
-            raise ParseError("a function of an interval")
+            raise ParseError("the argument of a function is an interval")
         args = inside[3] if inside[0] == "tuple" else (inside,)
         if node[1] == "C" and [arg[0] for arg in args] == ["num", "num"]:
             return ("fn", "binom", args)
         return ("fn", node[1], args)
 
     def lists_ahead(self) -> bool:
-        """Whether the bracket ahead holds a comma of its own. Looks, does not parse: no work is done twice."""
+        """Return whether the bracket ahead holds a comma of its own, without parsing it twice."""
         level = 0
         for token in self.tokens[self.at :]:
             level += (token.kind == "open") - (token.kind == "close")
@@ -100,11 +131,13 @@ class Primaries:
         return False
 
     def fraction(self, kind: str) -> Node:
+        r"""Parse the arguments of \frac or \binom."""
         top = self.argument(digit=True)
         bottom = self.argument(digit=True)
         return ("div", top, bottom) if kind == "/" else ("fn", "binom", (top, bottom))
 
     def root(self, _: str) -> Node:
+        r"""Parse the arguments of \sqrt."""
         if self.take("open", "[") is None:
             return ("fn", "sqrt", (self.argument(),))
         degree = self.sum()
@@ -112,7 +145,7 @@ class Primaries:
         return ("fn", "root", (self.argument(), degree))
 
     def function(self, name: str) -> Node:
-        """sin^2 x, log_2 8, max(a, b), cos 2x: without brackets the argument is the following product."""
+        """Parse sin^2 x, log_2 8, max(a, b), cos 2x: without brackets the argument is the product that follows."""
         if self.peek().kind in ("close", "end of text"):
             return ("atom", name)
         scripts = self.scripts()
@@ -120,7 +153,7 @@ class Primaries:
         if self.peek().kind == "open":
             inside = self.group()
             if inside[0] == "tuple" and inside[1:3] not in (("(", ")"), ("[", "]")):
-                raise ParseError("a function of an interval")
+                raise ParseError("the argument of a function is an interval")
             args = inside[3] if inside[0] == "tuple" else inside[1] if inside[0] == "set" else (inside,)
             if inside[0] not in ("tuple", "set") and power is None and self.take("op", "^") is not None:
                 power = self.argument()
@@ -132,15 +165,15 @@ class Primaries:
         return node if power is None else ("pow", node, power)
 
     def scripts(self) -> dict[str, Node]:
-        """Arguments of ^ and _ behind a command."""
-        found: dict[str, Node] = {}
+        """Parse the arguments of ^ and _ behind a command."""
+        arguments: dict[str, Node] = {}
         while self.peek() in (("op", "^"), ("op", "_")):
-            which = self.take().value
-            found[which] = self.argument()
-        return found
+            sign = self.advance().value
+            arguments[sign] = self.argument()
+        return arguments
 
     def bare_argument(self) -> Node:
-        """Factors up to the next function, sign or bracket: \\sin 2x \\cos y is sin(2x) cos(y)."""
+        r"""Parse factors up to the next function, sign or bracket: \sin 2x \cos y is sin(2x) cos(y)."""
         node = self.factor(signs=True)
         while self.peek().kind in ("num", "atom", "const", "frac", "sqrt"):
             node = tree.times(node, self.factor())
@@ -150,11 +183,12 @@ class Primaries:
         return node
 
     def big(self, name: str) -> Node:
-        """Sums, products, integrals, limits with their bounds and the following product."""
+        """Parse a sum, product, integral or limit: its bounds and the term that follows."""
         bounds = self.scripts()
         return ("fn", name, (self.term(), bounds.get("_", ("word", "")), bounds.get("^", ("word", ""))))
 
     def absolute(self) -> Node:
+        """Parse an absolute value behind its first bar."""
         self.bars += 1
         inside = self.answer()
         self.expect("op", "|")
@@ -162,8 +196,9 @@ class Primaries:
         return ("fn", "abs", (inside,))
 
     def matrix(self, name: str) -> Node:
+        """Parse the rows of a matrix environment."""
         if name not in _MATRICES:
-            raise ParseError(f"no meaning known for the environment {name}")
+            raise ParseError(f"the environment {name} is unknown")
         rows: list[list[Node]] = [[]]
         while self.take("end") is None:
             if self.take("op", "\\\\") is not None:
@@ -174,7 +209,7 @@ class Primaries:
         return ("fn", "det", (node,)) if name == "vmatrix" else node
 
     def colon_of_builder(self) -> None:
-        """{x in R : x > 3}: the colon behind "in" is the bar of a set builder."""
+        """Turn the colon of {x in R : x > 3}, the first behind "in", into the bar of a set builder."""
         member = False
         for at in range(self.at, len(self.tokens)):
             token = self.tokens[at]
@@ -185,15 +220,16 @@ class Primaries:
                 return
 
     def group(self) -> Node:
-        """Brackets of every kind."""
-        opening, bars = self.take("open").value, self.bars
+        """Parse brackets of every kind."""
+        opening, bars = self.advance().value, self.bars
         self.bars = 0
         if opening == "set":
             self.colon_of_builder()
+        inside: Node | None
         builder = opening in ("set", "{") and self.peek().kind == "atom" and self.peek(1) in (("op", "|"), ("op", ":"))
         if builder:
-            variable = self.take()
-            self.take()
+            variable = self.advance()
+            self.advance()
             inside = ("such", ("atom", variable.value), self.answer())
         else:
             inside = None if self.peek().kind == "close" else self.answer()
@@ -202,6 +238,6 @@ class Primaries:
         closing = self.take("close")
         self.bars = bars
         if closing is None:
-            raise ParseError(f"wanted a closing bracket, found {self.peek().value!r}")
+            raise ParseError(f"expected a closing bracket, got {self.peek().value!r}")
         node = tree.bracket(opening, closing.value, inside)
-        return inside if builder else node
+        return inside if builder and inside is not None else node

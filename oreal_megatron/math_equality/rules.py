@@ -1,7 +1,7 @@
-"""Two answers -> correct or wrong, by rules alone. Pure: no process, no clock, no torch, and no code made of strings.
+"""Decide whether two answers are the same, by rules alone. Pure: no process, no clock, no code made of strings.
 
 A text becomes tokens, tokens become a tree of tuples, and the tree is computed by this package's own arithmetic.
-Nothing reads a model's text as Python: not here, not in a library (mpmath is handed numbers, never strings).
+Nothing reads a model's text as Python, neither here nor in a library: mpmath receives numbers, never strings.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from oreal_megatron.math_equality import extract
-from oreal_megatron.math_equality.compare_answers import Same
+from oreal_megatron.math_equality.compare_answers import AnswerComparison
 from oreal_megatron.math_equality.lexer import ParseError
 from oreal_megatron.math_equality.normalise import normalise, unicode_to_latex
 from oreal_megatron.math_equality.parser import parse
 from oreal_megatron.math_equality.tree import Node
 
-MAX_ANSWER = 20_000  # characters of an answer that is looked at; no gold is longer
-MAX_REMEMBERED = 200  # characters of a text whose tree is kept
+MAX_ANSWER = 20_000  # characters; a longer answer is incorrect
+MAX_CACHED = 200  # characters of a text whose tree is cached
 _INTEGER = re.compile(r"[-+]?\d{1,4000}")
 _SPACES = re.compile(r"\s+")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
@@ -54,7 +54,7 @@ _CJK_NOT = re.compile(r"[不非没无否]")
 
 
 class Graded(NamedTuple):
-    """What the rules say of one answer; the parent process makes a Verdict of it."""
+    """Result of the rules for one answer."""
 
     outcome: str  # "correct", "incorrect", "unknown"
     method: str  # "exact", "numeric", "symbolic", "truncated", "no answer", "error"
@@ -62,41 +62,37 @@ class Graded(NamedTuple):
 
 
 def grade(gold: str, response: str, finished: bool = True, thinking_end: tuple[str, ...] = ()) -> Graded:
-    """Grades a response of the policy: only a box after the thinking counts as its answer."""
+    """Grade a response of the policy: only a box after the thinking counts as its answer."""
     if not finished:
         return Graded("incorrect", "truncated", None)
-    found = extract.from_boxes(extract.after_thinking(response, thinking_end))
-    return Graded("incorrect", "no answer", None) if found is None else graded(gold, found)
+    extracted = extract.from_boxes(extract.after_thinking(response, thinking_end))
+    return Graded("incorrect", "no answer", None) if extracted is None else grade_extracted(gold, extracted)
 
 
 def grade_text(gold: str, text: str) -> Graded:
-    """Grades what stands in a file: a bare answer, or a text with the answer in it."""
-    found = extract.from_boxes(text)
-    if found is None and _is_prose(text):
-        found = extract.from_text(text)
-        if found is None:
+    """Grade the text of a file: a bare answer, or a text with the answer in it."""
+    extracted = extract.from_boxes(text)
+    if extracted is None and _is_prose(text):
+        extracted = extract.from_text(text)
+        if extracted is None:
             return Graded("incorrect", "no answer", None)
-    return graded(gold, found or extract.Found(text))
+    return grade_extracted(gold, extracted or extract.ExtractedAnswer(text))
 
 
-def graded(gold: str, found: extract.Found) -> Graded:
-    """Compares the answer, or the boxes it ends where there are several."""
-    answer = found.together or found.answer
+def grade_extracted(gold: str, extracted: extract.ExtractedAnswer) -> Graded:
+    """Compare the answer with the gold; where several boxes are joined, their list."""
+    answer = extracted.joined or extracted.answer
     same, method = equal(gold, answer)
     return Graded("correct" if same else "incorrect", method, answer)
 
 
 def equals_itself(gold: str) -> bool:
-    """Whether a gold answer can be graded at all: its own repetition is correct, also inside a box and past the
-    text match."""
-    if not gold.strip():
-        return False
-    graded_box = grade(gold, f"\\boxed{{{gold}}}")
-    return graded_box.outcome == "correct"
+    """Return whether a gold answer can be graded: its own repetition in a box is correct."""
+    return bool(gold.strip()) and grade(gold, f"\\boxed{{{gold}}}").outcome == "correct"
 
 
-def trivial(gold: str, answer: str) -> bool | None:
-    """Verdict of two whole numbers, or None. Bounded and cheap enough for the caller's own process."""
+def compare_integers(gold: str, answer: str) -> bool | None:
+    """Return whether two integers are equal, or None for other texts. Cheap enough for the caller's own process."""
     if len(gold) < 64 and len(answer) < 64 and gold.isascii() and answer.isascii():
         gold, answer = gold.strip(" $"), answer.strip(" $")
         if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
@@ -105,74 +101,75 @@ def trivial(gold: str, answer: str) -> bool | None:
 
 
 def equal(gold: str, answer: str) -> tuple[bool, str]:
-    """(same answer, how it was decided)."""
+    """Return (whether the answers are the same, the method: "exact", "numeric" or "symbolic")."""
     if len(answer) > MAX_ANSWER:
         return False, "exact"
-    if (verdict := trivial(gold, answer)) is not None:
-        return verdict, "exact"
-    gold_text, text = prepared(gold), prepared(answer)
-    if squashed(gold_text) == squashed(text):
+    if (same := compare_integers(gold, answer)) is not None:
+        return same, "exact"
+    gold_text, text = prepare(gold), prepare(answer)
+    if without_loose_spaces(gold_text) == without_loose_spaces(text):
         return bool(text), "exact"
-    if (verdict := same_choice(gold_text, text)) is not None:
-        return verdict, "exact"
-    if (words := folded(gold_text)) is not None and words == folded(text):
+    if (same := compare_choices(gold_text, text)) is not None:
+        return same, "exact"
+    if (words := fold_words(gold_text)) is not None and words == fold_words(text):
         return True, "exact"
-    if is_string(gold_text) and (letters := _unwrapped(text).replace(" ", "")).isalpha():
-        return _unwrapped(gold_text) == letters, "exact"
-    if (labels := labelled(gold_text)) is not None and labels == labelled(text):
+    if is_string(gold_text) and (letters := _without_text_commands(text).replace(" ", "")).isalpha():
+        return _without_text_commands(gold_text) == letters, "exact"
+    if (date := fold_date(gold_text)) is not None and date == fold_date(text):
         return True, "exact"
-    return same_mathematics(gold_text, text)
+    return compare_expressions(gold_text, text)
 
 
 def is_string(gold: str) -> bool:
-    """HHT, ABCD, \\text{ab}, cat: letters that stand in their order; xy is a product."""
-    letters = _unwrapped(gold) if len(gold) < 100 else ""
-    written = letters.isupper() or letters != gold.strip() or len(letters) > 2
-    return len(letters) > 1 and letters.isascii() and letters.isalpha() and written
+    r"""Return whether a gold is letters whose order matters: HHT, ABCD, \text{ab}, cat; xy is a product."""
+    letters = _without_text_commands(gold) if len(gold) < 100 else ""
+    is_word = letters.isupper() or letters != gold.strip() or len(letters) > 2
+    return len(letters) > 1 and letters.isascii() and letters.isalpha() and is_word
 
 
-def labelled(text: str) -> str | None:
-    """Dates, times and ordinals (June 20, 1:03 p.m., 3rd) in one spelling; None for what is not digits and words."""
-    plain = _HALF_DAY.sub(r" \1m", _unwrapped(text)) if len(text) < 100 else ""
+def fold_date(text: str) -> str | None:
+    """Return one spelling of a date, time or ordinal (June 20, 1:03 p.m., 3rd); None for other texts."""
+    plain = _HALF_DAY.sub(r" \1m", _without_text_commands(text)) if len(text) < 100 else ""
     if "\\" in plain or not re.search(r"\d", plain) or not _LABEL.search(plain):
         return None
     return _LOOSE_MARK.sub("", plain).casefold()
 
 
-def prepared(text: str) -> str:
-    """Normalised, and without Chinese words around the answer."""
+def prepare(text: str) -> str:
+    """Normalise a text and remove Chinese words around the answer."""
     text = normalise(text)
     return _without_chinese(text) if _CJK.search(text) else text
 
 
 def _without_chinese(text: str) -> str:
-    """Takes phrases such as "the answer is" off the front; words alone, or behind a number (units), stay."""
-    run = _CJK_RUN.match(text).group()
-    end = max((run.rfind(word) + len(word) for word in _CJK_IS if word in run), default=_CJK_SO.match(text).end())
-    rest = text if _CJK_NOT.search(run[:end]) else text[end:].strip()
-    rest = re.sub(r"(?<=[\d})])\s*(?:或者|或)\s*", " or ", rest)
-    rest = re.sub(r"(?<=[\d})])\s*(?:和|与|及)\s*", " , ", rest)
-    return rest or text
+    """Remove phrases such as "the answer is" from the front; words alone, or behind a number (units), stay."""
+    run_match, therefore = _CJK_RUN.match(text), _CJK_SO.match(text)
+    run, end = run_match.group() if run_match else "", therefore.end() if therefore else 0
+    end = max((run.rfind(word) + len(word) for word in _CJK_IS if word in run), default=end)
+    answer = text if _CJK_NOT.search(run[:end]) else text[end:].strip()
+    answer = re.sub(r"(?<=[\d})])\s*(?:或者|或)\s*", " or ", answer)
+    answer = re.sub(r"(?<=[\d})])\s*(?:和|与|及)\s*", " , ", answer)
+    return answer or text
 
 
-def squashed(text: str) -> str:
-    """Without the spaces that mean nothing; "5 5" keeps its own."""
+def without_loose_spaces(text: str) -> str:
+    """Remove the spaces that mean nothing; the one in "5 5" stays."""
     text = _LOOSE_SPACE.sub("", _SPACES.sub(" ", text))
     return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
-def _unwrapped(text: str) -> str:
-    """Without \\text{...} and its like, three deep."""
+def _without_text_commands(text: str) -> str:
+    r"""Remove \text{...} and similar commands, up to three within each other."""
     for _ in range(3):
         text = _WRAPPER.sub(r" \1 ", text)
     return text.strip()
 
 
-def folded(text: str) -> str | None:
-    """Words in one case and without spacing; None for what is more than words."""
+def fold_words(text: str) -> str | None:
+    """Return words in lower case without spaces, article and plural; None for texts of more than words."""
     if len(text) > 400:
         return None
-    text = _SPACES.sub(" ", _unwrapped(text)).strip(" .,;:!\"'*`")
+    text = _SPACES.sub(" ", _without_text_commands(text)).strip(" .,;:!\"'*`")
     if not _WORDS.fullmatch(text) or not _WORD.search(text):
         return None
     text = text.casefold()
@@ -182,54 +179,56 @@ def folded(text: str) -> str | None:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """(choice letters in order, what stands behind a single one), or None where the text is no choice."""
+    """Return (choice letters in order, the value behind a single one), or None where the text is no choice."""
     if len(text) > 300:
         return None
-    text = _SPACES.sub(" ", _unwrapped(text)).strip()
-    if (bare := _CHOICE.fullmatch(text)) is not None and bare.group(bare.lastindex).isupper():
-        return bare.group(bare.lastindex), ""
+    text = _SPACES.sub(" ", _without_text_commands(text)).strip()
+    if (bare := _CHOICE.fullmatch(text)) is not None and (letter := bare.group(bare.lastindex or 0)).isupper():
+        return letter, ""
     if _CHOICES.fullmatch(text):
         letters = re.findall(r"[A-J]", text)
         listed = letters if text.isalpha() else sorted(letters)  # DBA may be a word; D, B, A are choices
         return ("".join(listed), "") if len(set(letters)) == len(letters) else None
     if (labelled := _LABELLED.fullmatch(text)) is not None:
         letter = next(group for group in labelled.groups()[::2] if group)
-        rest = next(group for group in labelled.groups()[1::2] if group)
-        return None if re.search(r"\([A-J]\)|^\s*[=<>+*/^_-]", rest) else (letter, rest)
+        value = next(group for group in labelled.groups()[1::2] if group)
+        return None if re.search(r"\([A-J]\)|^\s*[=<>+*/^_-]", value) else (letter, value)
     return None
 
 
-def same_choice(gold: str, answer: str) -> bool | None:
-    """Verdict of two multiple-choice answers: C, (C), \\text{(C)}, "C. 5", "A, B, D". None where one side is none."""
+def compare_choices(gold: str, answer: str) -> bool | None:
+    r"""Compare two multiple-choice answers: C, (C), \text{(C)}, "C. 5", "A, B, D". None where a side is no choice."""
     golds, answers = _choice(gold), _choice(answer)
     if golds is None or answers is None:
         labelled, other = (golds, answer) if golds else (answers, gold)
         if labelled is None or not labelled[1] or _NOT_A_VALUE.search(labelled[1]):
             return None
-        return True if same_mathematics(prepared(labelled[1]), other)[0] else None  # "(C) 12" is 12
+        return True if compare_expressions(prepare(labelled[1]), other)[0] else None  # "(C) 12" is 12
     if golds[0] == answers[0]:
         return True
     return None if len(golds[0]) > 1 or len(answers[0]) > 1 else False
 
 
-def same_mathematics(gold: str, answer: str) -> tuple[bool, str]:
-    """Compares every reading of one side with the same reading of the other."""
+def compare_expressions(gold: str, answer: str) -> tuple[bool, str]:
+    """Compare every reading of one side with the same reading of the other; return (same, method)."""
     method = "exact"
     for golds, answers in zip(readings(gold), readings(answer), strict=True):
         for gold_tree in golds:
             for tree in answers:
-                same = Same()
-                if same.answers(gold_tree, tree):
-                    return True, same.method
-                method = same.method
+                comparison = AnswerComparison()
+                if comparison.answers(gold_tree, tree):
+                    return True, comparison.method
+                method = comparison.method
     return False, method
 
 
 def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """Trees of a text: as written, and where it holds a comma in front of three digits, with that comma as a
-    separator."""
+    """Return the trees of a text: as written, and with a comma before three digits as a separator.
+
+    The second are the same as the first where the text has no such comma.
+    """
     first = _tree(text, True)
-    plain = () if first is None else (first,)
+    plain: tuple[Node, ...] = () if first is None else (first,)
     if _DECIMAL_COMMA.fullmatch(text) and (decimal := _tree(text.replace(",", "."), True)) is not None:
         plain += (decimal,)
     if not _GROUPED.search(text) or _ZERO_GROUP.search(text):
@@ -239,22 +238,22 @@ def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
 
 
 def _tree(text: str, thousands: bool) -> Node | None:
-    return _short_tree(text, thousands) if len(text) <= MAX_REMEMBERED else _parsed(text, thousands)
+    return _short_tree(text, thousands) if len(text) <= MAX_CACHED else _parsed(text, thousands)
 
 
 def _parsed(text: str, thousands: bool) -> Node | None:
     try:
         return parse(text, thousands)
     except ParseError:
-        return None  # what a model writes need not be mathematics; it is then compared as text only
+        return None  # a model may write anything; without a tree it is compared as text only
 
 
-# a gold is parsed once for all the answers to its question; long texts are not kept, so that memory stays small
+# a gold is parsed once for all responses to its question; long texts are not cached, so that memory stays small
 _short_tree = lru_cache(maxsize=1024)(_parsed)
 
 
 def _is_prose(text: str) -> bool:
-    """A sentence with an answer in it, rather than an answer."""
+    """Return whether a text is prose with an answer in it, rather than an answer."""
     if _LABELLED.fullmatch(text.strip()):
         return False
     plain = unicode_to_latex(text[:4000])

@@ -1,20 +1,23 @@
-"""What kind of answer a tree is: units behind it, the items in it, its two signs, a matrix, a time."""
+"""Kinds of answers: a number with its unit, a list of items, plus-minus, a matrix, a time of day."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeAlias
 
 from oreal_megatron.math_equality import units
 from oreal_megatron.math_equality.tree import Node, walk
 
-MAX_MATRIX = 36  # entries of a product of matrices that is worked out
+MAX_MATRIX = 36  # scalar products in a product of matrices that is computed
+Rows: TypeAlias = tuple[tuple[Node, ...], ...]  # entries of a matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number or expression without its unit."""
+    """A number or expression, with its unit and percent sign apart."""
 
     node: Node
     unit: str | None  # None: nothing was written
@@ -22,7 +25,7 @@ class Quantity:
 
 
 def quantity(node: Node) -> Quantity:
-    """Takes unit, degree and percent signs off the outside of an expression."""
+    """Separate unit, degree and percent signs from an expression."""
     if node[0] == "deg":
         return Quantity(node[1], "degree", False)
     if node[0] == "pct":
@@ -42,7 +45,7 @@ def quantity(node: Node) -> Quantity:
 
 
 def _measured(node: Node) -> Quantity:
-    """A number and the words behind it. Words that are no unit: no value, so equal to nothing."""
+    """Separate the words behind a number. Words that are no unit stay in the node, which then has no value."""
     factor, words = units.scaled(node[2])
     inner, unit = quantity(node[1]), units.canonical(words) if words else None
     number = inner.node if factor == 1 else ("mul", (inner.node, ("num", Fraction(factor), None)))
@@ -55,29 +58,29 @@ def _measured(node: Node) -> Quantity:
 
 
 def lettered(quantity: Quantity, other: Quantity) -> Quantity:
-    """5m, 5m^2 and 5L read as 5 metres, 5 square metres and 5 litres where the other side has such a unit."""
+    """Read 5m, 5m^2 and 5L as 5 metres, 5 square metres and 5 litres where the other side has such a unit."""
     node = quantity.node
     if quantity.unit is not None or other.unit is None or node[0] != "mul":
         return quantity
-    *rest, last = node[1]
+    *factors, last = node[1]
     last, power = (last[1], last[2]) if last[0] == "pow" else (last, ("num", Fraction(1), None))
     unit = units.letter(last[1], int(power[1])) if last[0] == "atom" and power[0] == "num" else None
     if unit is None or units.factor(other.unit, unit) is None or other.unit == "unit":
         return quantity
-    return Quantity(rest[0] if len(rest) == 1 else ("mul", tuple(rest)), unit, quantity.percent)
+    return Quantity(factors[0] if len(factors) == 1 else ("mul", tuple(factors)), unit, quantity.percent)
 
 
 def is_time(node: Node) -> bool:
-    """12:30, 10:45: minutes, and no ratio in lowest terms."""
+    """Return whether a ratio is a time of day: 12:30, 10:45; its second part is minutes, not in lowest terms."""
     if node[0] != "ratio" or len(node[1]) != 2 or not all(part[0] == "num" for part in node[1]):
         return False
     hour, minute = node[1][0][1], node[1][1][1]
-    whole = hour.denominator == minute.denominator == 1
-    return whole and hour <= 24 and 10 <= minute < 60 and math.gcd(int(hour), int(minute)) > 1
+    integers = hour.denominator == minute.denominator == 1
+    return bool(integers and hour <= 24 and 10 <= minute < 60 and math.gcd(int(hour), int(minute)) > 1)
 
 
 def is_infinite(node: Node) -> int:
-    """1 for infinity, -1 for minus infinity, else 0."""
+    """Return 1 for infinity, -1 for minus infinity, else 0."""
     sign = 1
     while node[0] == "neg" or node[0] == "add" and len(node[1]) == 1:
         sign, node = (-sign, node[1]) if node[0] == "neg" else (sign, node[1][0])
@@ -85,78 +88,82 @@ def is_infinite(node: Node) -> int:
 
 
 def items_of(node: Node) -> tuple[Node, ...]:
-    """Items of a list, set or tuple in round brackets; a single answer is a list of one. Two signs count as two
-    items."""
+    """Return the items of a list, set or tuple in round brackets; a single answer is a list of one.
+
+    A plus-minus counts as two items.
+    """
     if node[0] == "tuple":
         return node[3] if node[1:3] == ("(", ")") else (node,)
     items = node[1] if node[0] in ("list", "set") else (node,)
-    found: list[Node] = []
+    flat: list[Node] = []
     for item in items:
         item = plus_minus(item)
         if item[0] == "rel" and set(item[2]) <= {"="} and (signed := plus_minus(item[1][-1]))[0] == "list":
-            found.extend(("rel", item[1][:-1] + (value,), item[2]) for value in signed[1])
+            flat.extend(("rel", item[1][:-1] + (value,), item[2]) for value in signed[1])
         elif item[0] == "list" and node[0] != "list" or item[0] == "list" and item[-1] == "signs":
-            found.extend(item[1])
+            flat.extend(item[1])
         else:
-            found.append(item)
-    return tuple(found)
+            flat.append(item)
+    return tuple(flat)
 
 
 def plus_minus(node: Node) -> Node:
-    r"""a \pm b -> the list a + b, a - b. Signs in one expression go together."""
+    r"""Return a \pm b as the list a + b, a - b; other nodes unchanged. All signs of an expression change together."""
     if node[0] in ("rel", "list", "set", "tuple", "union") or not any(part[0] == "pm" for part in walk(node)):
         return node
     return ("list", (_signed(node, 1), _signed(node, -1)), "signs")
 
 
-def _signed(node: object, sign: int) -> object:
-    if not isinstance(node, tuple):
-        return node
+def _signed(node: Node, sign: int) -> Node:
     if node and node[0] == "pm":
         inner = _signed(node[2], sign)
         return inner if (node[1] == "pm") == (sign > 0) else ("neg", inner)
-    return tuple(_signed(part, sign) for part in node)
+    return tuple(_signed(part, sign) if isinstance(part, tuple) else part for part in node)
 
 
-def matrix_rows(node: Node) -> tuple | None:
-    """Rows of a matrix, or of a sum, difference or product of matrices worked out; None for what is no matrix."""
+def matrix_rows(node: Node) -> Rows | None:
+    """Return the rows of a matrix, or of a sum, difference or product of matrices; None for other nodes."""
     if node[0] == "matrix":
-        return node[1]
+        rows: Rows = node[1]
+        return rows
     if not any(part[0] == "matrix" for part in walk(node)):
         return None
     if node[0] == "neg":
         return _scaled(("num", Fraction(-1), None), matrix_rows(node[1]))
     if node[0] == "add":
-        return _folded(node[1], _summed)
+        return _combined(node[1], _summed)
     if node[0] == "mul":
-        return _folded(node[1], _multiplied)
+        return _combined(node[1], _multiplied)
     return None
 
 
-def _folded(items: tuple[Node, ...], combine) -> tuple | None:
-    total = matrix_rows(items[0]) or items[0]
+def _combined(items: tuple[Node, ...], combine: Callable[[Node, Node], Node | None]) -> Rows | None:
+    """Combine items, each of them rows or a scalar node, from the left; None where the result is no matrix."""
+    total: Node = matrix_rows(items[0]) or items[0]
     for item in items[1:]:
-        total = combine(total, matrix_rows(item) or item)
-        if total is None:
+        combined = combine(total, matrix_rows(item) or item)
+        if combined is None:
             return None
+        total = combined
     return total if _is_rows(total) else None
 
 
-def _is_rows(value: tuple) -> bool:
+def _is_rows(value: Node) -> bool:
+    """Return whether a value is the rows of a matrix; the first item of a scalar node is the name of its kind."""
     return bool(value) and isinstance(value[0], tuple)
 
 
-def _scaled(scalar: Node, rows: tuple | None) -> tuple | None:
+def _scaled(scalar: Node, rows: Rows | None) -> Rows | None:
     return None if rows is None else tuple(tuple(("mul", (scalar, entry)) for entry in row) for row in rows)
 
 
-def _summed(a: tuple, b: tuple) -> tuple | None:
+def _summed(a: Node, b: Node) -> Node | None:
     if not (_is_rows(a) and _is_rows(b)) or [len(row) for row in a] != [len(row) for row in b]:
         return None
     return tuple(tuple(("add", pair) for pair in zip(r, s, strict=True)) for r, s in zip(a, b, strict=True))
 
 
-def _multiplied(a: tuple, b: tuple) -> tuple | None:
+def _multiplied(a: Node, b: Node) -> Node | None:
     if not _is_rows(a):
         return _scaled(a, b) if _is_rows(b) else ("mul", (a, b))
     if not _is_rows(b):

@@ -1,4 +1,6 @@
-"""The tree of an answer. Nodes are plain tuples whose first item names the kind; nothing is computed here.
+"""The tree of an answer: plain tuples whose first item names the kind. Nothing is computed here.
+
+Kinds and their fields, in the order they stand in the tuple (a, b, low ... are nodes; items is a tuple of nodes):
 
 num value places | atom name | const name | add items | mul items | div a b | neg a | pow a b | fn name args | deg a |
 pct a | pm sign a | tuple open close items | set items | such variable condition | union items | minus a b | meet a b |
@@ -10,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any, TypeAlias
 
 from oreal_megatron.math_equality.lexer import ParseError
 
-Node = tuple
+Node: TypeAlias = tuple[Any, ...]  # the fields depend on the kind: see above
 MAX_EXPONENT = 200  # of a number written 1e200; beyond it the number is a power that is not built
 MAX_TREE_DEPTH = 120  # well inside Python's own recursion limit
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -22,7 +25,7 @@ _NAMED = ("atom", "const", "word")
 
 
 def number(text: str) -> Node:
-    """12, 0.50 (two places written), 6.02e23."""
+    """Return the node of a number as it is written: 12, 0.50 (two decimal places), 6.02e23."""
     mantissa, _, exponent = text.lower().partition("e")
     value = Fraction(mantissa.rstrip(".") or "0")
     if not exponent:
@@ -33,7 +36,7 @@ def number(text: str) -> Node:
 
 
 def repeating(text: str) -> Node:
-    """ "0.1|6" -> 1/6."""
+    """Return the node of a repeating decimal: "0.1|6", 0.1666..., is 1/6."""
     head, cycle = text.split("|")
     places = len(head.partition(".")[2])
     tail = Fraction(int(cycle), 10**places * (10 ** len(cycle) - 1))
@@ -41,7 +44,7 @@ def repeating(text: str) -> Node:
 
 
 def grouped(items: list[Node], separators: list[str]) -> Node:
-    """A list. With both signs present, semicolons part groups of commas: p=5,q=2; p=7,q=2."""
+    """Return a list node. With both signs present, semicolons separate groups of commas: p=5,q=2; p=7,q=2."""
     if set(separators) in ({"and"}, {"or"}) and all(item[0] == "rel" for item in items):
         inequality = any(set(item[2]) - {"=", "in"} for item in items)
         return ("list", tuple(items), separators[0]) if inequality else ("list", tuple(items))
@@ -59,14 +62,14 @@ def grouped(items: list[Node], separators: list[str]) -> Node:
 
 
 def bracket(opening: str, closing: str, inside: Node | None) -> Node:
-    """What a pair of brackets makes of its content: grouping, tuple, interval, set, floor, ceiling."""
+    """Return the node of a pair of brackets: a group, tuple, interval, set, floor or ceiling."""
     if opening in ("floor", "ceil"):
         if closing != opening or inside is None:
-            raise ParseError("a floor or ceiling that is not closed")
+            raise ParseError("a floor or ceiling is not closed")
         return ("fn", opening, (inside,))
     partner = "{" if closing == "}" else closing
     if any((opening == kind) != (partner == kind) for kind in ("{", "set", "<")):
-        raise ParseError(f"{opening!r} closed by {closing!r}")
+        raise ParseError(f"{opening!r} is closed by {closing!r}")
     items = () if inside is None else inside[1] if inside[0] == "list" else (inside,)
     if opening == "set":
         return ("set", items) if items else ("const", "empty")
@@ -80,12 +83,15 @@ def bracket(opening: str, closing: str, inside: Node | None) -> Node:
 
 
 def mixed(factors: list[Node], part: Node) -> Node:
-    r"""2\frac{1}{3} takes the whole number from the factors before it, also in 2\frac{1}{3}\%."""
+    r"""Return `part` as a mixed number with the integer before it: 2\frac{1}{3}, also 2\frac{1}{3}\%.
+
+    The integer is removed from `factors`. Return `part` unchanged where the two are a product.
+    """
     if part[0] in ("pct", "deg"):
         inner = mixed(factors, part[1])
         return part if inner is part[1] else (part[0], inner)
-    whole = factors[-1]
-    if whole[0] != "num" or whole[2] is not None or whole[1].denominator != 1 or part[0] != "div":
+    integer = factors[-1]
+    if integer[0] != "num" or integer[2] is not None or integer[1].denominator != 1 or part[0] != "div":
         return part
     top, bottom = part[1], part[2]
     plain = top[0] == bottom[0] == "num" and top[2] is None and bottom[2] is None
@@ -93,23 +99,23 @@ def mixed(factors: list[Node], part: Node) -> Node:
 
 
 def subscript(node: Node, index: Node) -> Node:
-    """x_1 is a variable of its own; 204_5 is a numeral in base 5."""
+    """Return a node with its index: x_1 is a variable of its own; 204_5 is a numeral in base 5."""
     if node[0] != "num":
         return ("fn", "_", (node, index))
     if index[0] == "word" and index[1].lower() in BASES:
         return ("base", str(node[1]), BASES[index[1].lower()])
     if index[0] != "num" or index[1].denominator != 1:
-        raise ParseError("a number with a subscript that is not a base")
+        raise ParseError("the subscript of a number is not a base")
     return ("base", str(node[1]), int(index[1]))
 
 
 def times(a: Node, b: Node) -> Node:
-    """One product of the factors of both, so that long products stay flat."""
+    """Return one product of the factors of both, so that long products stay flat."""
     return ("mul", (a[1] if a[0] == "mul" else (a,)) + (b[1] if b[0] == "mul" else (b,)))
 
 
-def depth(node: object) -> int:
-    """Levels of a tree, counted without recursion."""
+def depth(node: Node) -> int:
+    """Count the levels of a tree, without recursion."""
     levels, row = 0, [node]
     while row:
         levels += 1
@@ -117,8 +123,8 @@ def depth(node: object) -> int:
     return levels
 
 
-def walk(node: object) -> Iterator[Node]:
-    """Every node of a tree."""
+def walk(node: Node) -> Iterator[Node]:
+    """Yield every node of a tree."""
     stack = [node]
     while stack:
         item = stack.pop()
@@ -127,38 +133,36 @@ def walk(node: object) -> Iterator[Node]:
         stack.extend(part for part in item if isinstance(part, tuple))
 
 
-def renamed(node: object, names: dict[str, str]) -> object:
-    """The tree with other letters."""
-    if not isinstance(node, tuple):
-        return node
+def rename_letters(node: Node, names: dict[str, str]) -> Node:
+    """Return the tree with other letters."""
     if node[:1] == ("atom",):
         return ("atom", names.get(node[1], node[1]))
-    return tuple(renamed(part, names) for part in node)
+    return tuple(rename_letters(part, names) if isinstance(part, tuple) else part for part in node)
 
 
 def key(node: Node) -> str:
-    """One string for trees that differ only in the order of their sums and products."""
+    """Return one string for trees that differ only in the order of their sums and products."""
     if node[0] == "num":
         return str(node[1])
     if node[0] in _NAMED:
-        return node[1]
+        return str(node[1])
     if node[0] in ("add", "mul", "set", "union"):
-        return f"{node[0]}({';'.join(sorted(_flat(node)))})"
-    return f"{node[0]}({';'.join(_part(part) for part in node[1:])})"
+        return f"{node[0]}({';'.join(sorted(_flat_keys(node)))})"
+    return f"{node[0]}({';'.join(_key_of_field(part) for part in node[1:])})"
 
 
-def _part(part: object) -> str:
+def _key_of_field(part: object) -> str:
     if not isinstance(part, tuple):
         return str(part)
     if part and isinstance(part[0], str) and (part[0] in _NAMED or not all(isinstance(item, str) for item in part)):
         return key(part)
-    return f"[{','.join(map(_part, part))}]"
+    return f"[{','.join(map(_key_of_field, part))}]"
 
 
-def _flat(node: Node) -> Iterator[str]:
+def _flat_keys(node: Node) -> Iterator[str]:
     for item in node[1]:
         if item[0] == node[0]:
-            yield from _flat(item)
+            yield from _flat_keys(item)
         elif node[0] == "add" and item[0] == "neg" and item[1][0] == "add":
             yield from (key(("neg", inner)) for inner in item[1][1])
         else:

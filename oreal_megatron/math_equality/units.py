@@ -43,7 +43,7 @@ _KNOWN = frozenset(_FACTORS) | frozenset(_SYNONYMS.values()) | frozenset(
 )  # fmt: skip
 _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
                 "dozen": 12, "万": 10**4, "亿": 10**8}  # fmt: skip
-_BESIDE = frozenset("of the in total square cubic per a an us each old".split())  # words that say nothing alone
+_BESIDE = frozenset("of the in total square cubic per a an us each old".split())  # no unit by themselves
 _ARITHMETIC = re.compile(
     r"not?|isn|never|wrong|incorrect|unless|except|without|or|and|if|undefined|none|correct|answer|ignore|infinit\w*|"
     r"\w+th|(?!months$|paths$|lengths$|baths$|moths$|cloths$|births$|deaths$)\w+ths|hal[fv]\w*|thirds?|quarters?|"
@@ -60,6 +60,7 @@ MAX_WORDS = 5
 
 
 def _singular(word: str) -> str:
+    """Return the name of a unit without its plural; a power (cm^2) stays."""
     name, caret, power = word.partition("^")
     if caret:
         return f"{_singular(name)}^{power}"
@@ -74,16 +75,18 @@ def _is_plural(word: str) -> bool:
 
 
 def scaled(words: str) -> tuple[int, str]:
-    """(factor, the other words) of "million dollars"."""
-    first, _, rest = words.strip().partition(" ")
+    """Split a multiplier off the words behind a number: "million dollars" -> (10**6, "dollars")."""
+    first, _, others = words.strip().partition(" ")
     if first.lower() in _MULTIPLIERS:
-        return _MULTIPLIERS[first.lower()], rest
+        return _MULTIPLIERS[first.lower()], others
     return (_MULTIPLIERS[first[0]], words.strip()[1:]) if first[:1] in _MULTIPLIERS else (1, words)
 
 
 def canonical(words: str) -> str | None:
-    """One spelling of a unit or of what is counted; None for any words that may change what the number says: what is
-    neither a known unit nor a plural without a word of arithmetic in it ("halves", "to the third", "factorial")."""
+    """Return one spelling of a unit or of the things counted; None for words that may change the number.
+
+    Accepted are known units, and plurals without a word of arithmetic ("halves", "to the third", "factorial").
+    """
     text = words.lower().strip(" .").replace("{", "").replace("}", "")
     if not text.isascii():
         return _cjk(text)
@@ -93,9 +96,9 @@ def canonical(words: str) -> str | None:
         return None
     if any(_ARITHMETIC.fullmatch(part) for part in text.split()) or "percent" in parts[:-1] or text == "per cent":
         return None
-    said = [part for part in parts if part not in _BESIDE]
+    nouns = [part for part in parts if part not in _BESIDE]
     plural = any(_is_plural(part) for part in text.split())
-    if said and not plural and not any(part.partition("^")[0] in _KNOWN for part in said):
+    if nouns and not plural and not any(part.partition("^")[0] in _KNOWN for part in nouns):
         return None
     joined = " ".join(part for part in parts if part not in ("of", "the", "in", "total") or len(parts) == 1)
     joined = re.sub(r"\bsquare (\S+)", r"\1^2", "unit" if joined in ("total", "each") else joined)
@@ -103,25 +106,25 @@ def canonical(words: str) -> str | None:
 
 
 def denies(words: str) -> bool:
-    """Whether words in front of "=" may turn what is said into its opposite."""
+    """Return whether words in front of "=" may negate or change the value behind it."""
     return any(_ARITHMETIC.fullmatch(word) for word in words.lower().split()) or bool(_CJK_ARITHMETIC.search(words))
 
 
 def _cjk(text: str) -> str | None:
-    """5个, 5米, 5种方法; but not 5倍 and 5次方."""
+    """Return the unit in Chinese words: 5个, 5米, 5种方法; None for 5倍 and 5次方."""
     if text in _SYNONYMS:
         return _SYNONYMS[text]
     return "unit" if text[0] in _COUNTED and len(text) <= 6 and not _CJK_ARITHMETIC.search(text) else None
 
 
 def letter(name: str, power: int) -> str | None:
-    """The unit that a single letter behind a number stands for."""
+    """Return the unit that a single letter behind a number stands for, or None."""
     unit = {"m": "m", "g": "g", "s": "second", "h": "hour", "L": "liter", "l": "liter"}.get(name)
     return unit if unit is None or power == 1 else f"{unit}^{power}"
 
 
 def factor(gold: str | None, predicted: str | None) -> Fraction | None:
-    """What the predicted number is multiplied by to stand in gold's unit; None where the units are different things."""
+    """Return the factor from the predicted unit to gold's; None where the units measure different things."""
     if gold is None or predicted is None or gold == predicted:
         return Fraction(1)
     (g, power), (p, other) = _powered(gold), _powered(predicted)

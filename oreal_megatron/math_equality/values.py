@@ -1,7 +1,8 @@
-"""Arithmetic that never grows: exact fractions while they are small, then balls that know their error.
+"""Arithmetic of bounded cost: exact fractions while they are small, then balls, numbers with an error bound.
 
 A number beyond MAX_BITS is a `Ball`: middle and radius (mpmath numbers have exponents of any size, so 2^(10^9) costs
-nothing), and for integers and fractions also the residue modulo two primes, which tells 2^(10^9) from 2^(10^9) + 1.
+nothing), and for integers and fractions also the residue modulo two primes, which distinguishes 2^(10^9) from
+2^(10^9) + 1.
 """
 
 from __future__ import annotations
@@ -11,26 +12,27 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpmath.ctx_mp import MPContext
 
+MpmathNumber: TypeAlias = Any  # mpf or mpc of a context; mpmath has no types
 MAX_BITS = 20_000  # of numerator or denominator kept exactly
 MAX_EXACT_FACTORIAL = 2000
 MAX_RESIDUE_FACTORIAL = 100_000
 MAX_GAMMA_BITS = 1500  # a gamma function of more digits takes seconds
 
 
-def _drawn_prime() -> int:
-    """A prime of this process alone: an answer cannot be made to have the residues of a gold."""
+def _draw_prime() -> int:
+    """Draw a prime for this process alone, so that no answer can be built to have the residues of a gold."""
     while True:
         number = secrets.randbits(127) | 1 << 126 | 1
         if all(pow(base, number - 1, number) == 1 for base in (2, 3, 5)):
             return number
 
 
-MODULUS = (2**127 - 1) * _drawn_prime()
-_FACTORIALS = [1]  # residues of 0!, 1!, 2! ... as far as they were needed
+MODULUS = (2**127 - 1) * _draw_prime()
+_FACTORIALS = [1]  # residues of 0!, 1!, 2! ... as far as they have been needed
 
 
 class Undefined(ArithmeticError):
@@ -47,12 +49,13 @@ class TooLarge(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class Ball:
-    """Some number within `radius` of `middle`; `residue` modulo MODULUS where it is rational.
+    """Some number within `radius` of `middle`, with its residue modulo MODULUS where it is rational.
 
-    `blurred`: a term too small for the precision was added somewhere (100000! + 1)."""
+    `blurred`: a term too small for the precision was added somewhere (100000! + 1).
+    """
 
-    middle: Any  # mpf or mpc
-    radius: Any  # mpf
+    middle: MpmathNumber  # mpf or mpc
+    radius: MpmathNumber  # mpf
     residue: int | None = None
     blurred: bool = False
 
@@ -70,7 +73,7 @@ def _inverse(number: int) -> int | None:
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction | None:
-    """The rational root of a non-negative fraction, or None."""
+    """Return the rational root of a non-negative fraction, or None."""
     if degree > 64 or max(value.numerator.bit_length(), value.denominator.bit_length()) > 2048:
         return None
     top, bottom = _integer_root(value.numerator, degree), _integer_root(value.denominator, degree)
@@ -97,7 +100,7 @@ def _factorial_residue(a: Value) -> int | None:
 
 
 class Arithmetic:
-    """Operations at one precision, in bits."""
+    """Operations at one precision, in bits. They raise Undefined or TooLarge where there is no value."""
 
     def __init__(self, bits: int) -> None:
         self.context = MPContext()
@@ -109,16 +112,19 @@ class Arithmetic:
         self.i = Ball(self.context.mpc(0, 1), self.context.mpf(0))
 
     def ball(self, value: Value) -> Ball:
+        """Return a value as a ball of this precision."""
         if isinstance(value, Ball):
             return value
         middle = self.context.mpf(value.numerator) / value.denominator
         return Ball(middle, abs(middle) * self.error, _residue(value))
 
     def fit(self, value: Fraction) -> Value:
+        """Return a fraction as it is, or as a ball where it is longer than MAX_BITS."""
         bits = max(value.numerator.bit_length(), value.denominator.bit_length())
         return value if bits <= MAX_BITS else self.ball(value)
 
     def add(self, a: Value, b: Value) -> Value:
+        """Return a + b."""
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return self.fit(a + b)
         a, b = self.ball(a), self.ball(b)
@@ -129,11 +135,13 @@ class Arithmetic:
         return Ball(middle, a.radius + b.radius + abs(middle) * self.error, residue, blurred)
 
     def negative(self, a: Value) -> Value:
+        """Return -a."""
         if isinstance(a, Fraction):
             return -a
         return Ball(-a.middle, a.radius, None if a.residue is None else -a.residue % MODULUS, a.blurred)
 
     def multiply(self, a: Value, b: Value) -> Value:
+        """Return a * b; zero is exact."""
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return self.fit(a * b)
         if a == 0 or b == 0:
@@ -145,20 +153,23 @@ class Arithmetic:
         return Ball(middle, radius, residue, a.blurred or b.blurred)
 
     def divide(self, a: Value, b: Value) -> Value:
+        """Return a / b."""
         return self.multiply(a, self.inverse(b))
 
     def inverse(self, b: Value) -> Value:
+        """Return 1 / b."""
         if isinstance(b, Fraction):
             if b == 0:
                 raise Undefined("division by zero")
             return 1 / b
         size = abs(b.middle)
         if size <= 2 * b.radius:
-            raise Undefined("division by what may be zero")
+            raise Undefined("division by a number that may be zero")
         residue = None if b.residue is None else _inverse(b.residue)
         return Ball(1 / b.middle, 2 * b.radius / size**2 + self.error / size, residue, b.blurred)
 
     def power(self, a: Value, b: Value) -> Value:
+        """Return a^b: exactly for integer exponents and rational roots, else exp(b log a)."""
         if isinstance(b, Fraction):
             if b.denominator == 1:
                 return self._integer_power(a, b.numerator)
@@ -193,6 +204,7 @@ class Arithmetic:
         return Ball(middle, abs(middle) * 2 * relative, residue, a.blurred)
 
     def exponential(self, a: Value) -> Value:
+        """Return e^a."""
         if a == 0:
             return Fraction(1)
         a = self.ball(a)
@@ -202,17 +214,23 @@ class Arithmetic:
         return Ball(middle, abs(middle) * (2 * a.radius + self.error), None, a.blurred)
 
     def logarithm(self, a: Value) -> Value:
+        """Return the natural logarithm of a."""
         if a == 1:
             return Fraction(0)
         a = self.ball(a)
         size = abs(a.middle)
         if size <= 2 * a.radius:
-            raise Undefined("the logarithm of what may be zero")
+            raise Undefined("the logarithm of a number that may be zero")
         middle = self.context.log(a.middle)
         return Ball(middle, 2 * a.radius / size + (abs(middle) + 1) * self.error, None, a.blurred)
 
-    def smooth(self, function: Callable, slope: Callable, a: Value) -> Ball:
-        """function(a), with the error that `slope` (a bound of the derivative) makes of the error of a."""
+    def smooth(
+        self,
+        function: Callable[[MpmathNumber], MpmathNumber],
+        slope: Callable[[MpmathNumber, MpmathNumber], MpmathNumber],
+        a: Value,
+    ) -> Ball:
+        """Return function(a) of mpmath numbers; slope(x, function(x)) bounds the derivative, so also the error."""
         a = self.ball(a)
         if abs(a.middle) > 10**9:
             raise TooLarge("a function of a huge number")
@@ -227,7 +245,7 @@ class Arithmetic:
         return Ball(middle, radius, None, a.blurred)
 
     def factorial(self, a: Value) -> Value:
-        """n!, and gamma(a + 1) where a is not a whole number."""
+        """Return a!, which is gamma(a + 1) where a is not an integer."""
         if isinstance(a, Fraction) and a.denominator == 1:
             n = a.numerator
             if n < 0:
@@ -246,6 +264,7 @@ class Arithmetic:
         return Ball(middle, abs(middle) * relative, _factorial_residue(a), ball.blurred)
 
     def binomial(self, n: Value, k: Value) -> Value:
+        """Return n! / (k! (n - k)!); 0 for integers k outside 0 .. n."""
         if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1 and n >= 0:
             if k < 0 or k > n:
                 return Fraction(0)
@@ -255,6 +274,7 @@ class Arithmetic:
         return self.divide(self.factorial(n), bottom)
 
     def floor(self, a: Value) -> Fraction:
+        """Return the largest integer that is not above a. Undefined where the ball holds an integer."""
         if isinstance(a, Fraction):
             return Fraction(math.floor(a))
         if abs(a.middle) > 10**100 or not self.is_real(a):
@@ -266,34 +286,36 @@ class Arithmetic:
         return Fraction(int(low))
 
     def absolute(self, a: Value) -> Value:
+        """Return |a|."""
         if isinstance(a, Fraction):
             return abs(a)
         residue = a.residue if self.is_real(a) and self.context.re(a.middle) > 0 else None
         return Ball(abs(a.middle), a.radius, residue, a.blurred)
 
     def is_real(self, a: Value) -> bool:
-        return isinstance(a, Fraction) or abs(self.context.im(a.middle)) <= a.radius
+        """Return whether the imaginary part is zero within the error."""
+        return isinstance(a, Fraction) or bool(abs(self.context.im(a.middle)) <= a.radius)
 
     def sign(self, a: Value) -> int:
-        """-1, 0 or 1 of a real value; raises Undefined where the ball holds zero and more."""
+        """Return -1, 0 or 1 for a real value. Undefined where the ball holds zero and other numbers."""
         if isinstance(a, Fraction):
             return (a > 0) - (a < 0)
         if not self.is_real(a) or abs(a.middle) <= a.radius:
-            raise Undefined("a sign that is not settled")
+            raise Undefined("the sign of a number that may be zero")
         return 1 if self.context.re(a.middle) > 0 else -1
 
     def extent(self, value: Value) -> int:
-        """Bits that the number is long, or its exponent is."""
+        """Return the length in bits of a fraction, or the size of a ball's exponent."""
         if isinstance(value, Fraction):
             return max(value.numerator.bit_length(), value.denominator.bit_length())
         return abs(int(self.context.mag(value.middle))) if value.middle else 0
 
     def equal(self, a: Value, b: Value) -> bool:
-        """Whether the two are one number as far as this precision can tell; what it cannot tell is not equal."""
+        """Return whether two values are certainly the same number; values too close to distinguish are not equal."""
         return self.same(a, b) is True
 
     def same(self, a: Value, b: Value) -> bool | None:
-        """Exact for fractions; of balls False when they are apart, None when they meet but say too little."""
+        """Compare two values: exactly for fractions; balls that overlap without enough precision give None."""
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a == b
         a, b = self.ball(a), self.ball(b)
@@ -308,16 +330,18 @@ class Arithmetic:
 
 
 class RealArithmetic(Arithmetic):
-    """Has no value where the real numbers have none. The root of x times the root of y is the root of xy only there."""
+    """Operations of real numbers: NotReal where there is no real value, as sqrt(x) sqrt(y) = sqrt(xy) needs."""
 
     def power(self, a: Value, b: Value) -> Value:
+        """Return a^b; odd roots of negative numbers are real: (-8)^(1/3) = -2."""
         odd = isinstance(b, Fraction) and b.denominator % 2 == 1 and b.denominator > 1
-        if odd and a != 0 and self.is_real(a) and self.sign(a) < 0:
-            root = self.power(self.negative(a), b)  # (-8)^(1/3) is -2
+        if isinstance(b, Fraction) and odd and a != 0 and self.is_real(a) and self.sign(a) < 0:
+            root = self.power(self.negative(a), b)
             return self.negative(root) if b.numerator % 2 else root
         return super().power(a, b)
 
     def logarithm(self, a: Value) -> Value:
+        """Return the natural logarithm of a number that is not negative."""
         if self.is_real(a) and self.sign(a) < 0:
             raise NotReal("the logarithm or a root of a negative number")
         return super().logarithm(a)

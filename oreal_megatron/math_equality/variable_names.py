@@ -1,4 +1,4 @@
-"""The names in front of answers: x = 5, f(t) = t + 1, AB = 4, Area = 540. A value belongs to its name."""
+"""Names in front of answers: x = 5, f(t) = t + 1, AB = 4, Area = 540. A value belongs to its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from oreal_megatron.math_equality.tree import Node, key, walk
 
 
 def _is_name(node: Node, depth: int = 0) -> bool:
-    """The left side of a gold's assignment: x, a_n, f(x), sin x, AB, |AB|, angle ABC, A:B, dy/dx, (p, q)."""
+    """Return whether a node may be named by a gold: x, a_n, f(x), sin x, AB, |AB|, angle ABC, A:B, dy/dx, (p, q)."""
     kind = node[0]
     if depth > 3:
         return False
@@ -24,11 +24,13 @@ def _is_name(node: Node, depth: int = 0) -> bool:
 
 
 def is_plain_name(node: Node) -> bool:
-    """A name that may stand before the value the gold has bare: x, a_n, f(x), AB, |AB|, NO/BO, but not sin x, |x| or
-    xy: 5 is not the answer where xy = 5."""
+    """Return whether a name may precede a value that the gold gives without one: x, a_n, f(x), AB, |AB|, NO/BO.
+
+    Not sin x, |x| or xy: 5 is not the answer where xy = 5.
+    """
     kind = node[0]
     if kind == "fn" and node[1] == "abs":
-        return node[2][0][0] == "mul" and is_plain_name(node[2][0])
+        return bool(node[2][0][0] == "mul" and is_plain_name(node[2][0]))
     if kind in ("mul", "ratio", "div"):
         parts = node[1] if kind != "div" else node[1:]
         return all(map(_is_name, parts)) and any(_is_figure(part) for part in walk(parts))
@@ -38,13 +40,15 @@ def is_plain_name(node: Node) -> bool:
 
 
 def _is_figure(node: Node) -> bool:
-    """A point of a figure, or the sign of an angle or triangle."""
+    """Return whether a letter is a point of a figure, or the sign of an angle or triangle."""
     return node[0] == "atom" and (len(node[1]) == 1 and node[1].isupper() or node[1] in ("\\angle", "\\triangle"))
 
 
 def named(node: Node) -> tuple[Node | None, tuple[Node, ...]]:
-    """(name, values) of "x = 1 + 1 = 2", "x in S", "x = 1/3 ~ 0.33", the last value being the answer; no name in
-    "2 + 4 = 6" and in what is no assignment."""
+    """Return (name, values) of "x = 1 + 1 = 2", "x in S", "x = 1/3 ~ 0.33"; the last value is the answer.
+
+    The name is None in "2 + 4 = 6" and for nodes that are no assignment.
+    """
     if node[0] != "rel":
         return None, (node,)
     items, ops = node[1], node[2]
@@ -63,7 +67,7 @@ def named(node: Node) -> tuple[Node | None, tuple[Node, ...]]:
 
 
 def same_name(gold: Node, name: Node) -> bool:
-    """x is x; a name in words ("Area") may stand for any other."""
+    """Return whether two names are the same; a name in words ("Area") may stand for any other."""
     return (
         key(gold).lower() == key(name).lower()
         if gold[0] == name[0] == "word"
@@ -72,7 +76,7 @@ def same_name(gold: Node, name: Node) -> bool:
 
 
 def renaming(gold: Node, name: Node) -> dict[str, str]:
-    """f(t) -> f(x): the letters of one function's arguments to the other's."""
+    """Map the letters in the arguments of `name` to those of `gold`, the same function: f(t) -> f(x)."""
     if gold[:2] != name[:2] or not is_opaque(gold) or len(gold[2]) != len(name[2]) or gold[1] in ("_", "'"):
         return {}
     letters, others = ([arg[1] for arg in side[2] if arg[0] == "atom"] for side in (gold, name))
@@ -82,13 +86,13 @@ def renaming(gold: Node, name: Node) -> dict[str, str]:
 
 
 def unindexed(node: Node) -> Node:
-    """x_1 = 2 -> x = 2."""
+    """Return the assignment without the index of its unknown: x_1 = 2 -> x = 2."""
     if node[0] != "rel" or node[1][0][:2] != ("fn", "_"):
         return node
     return ("rel", (node[1][0][2][0], *node[1][1:]), node[2])
 
 
 def assignments(items: tuple[Node, ...]) -> bool:
-    """Whether every item names an unknown of its own: AB = 4, CD = 5. The roots x_1 = 2, x_2 = 3 are of one."""
+    """Return whether every item has its own unknown: AB = 4, CD = 5. The roots x_1 = 2, x_2 = 3 share one."""
     names = [named(unindexed(item))[0] for item in items]
     return len(items) > 1 and None not in names and len(set(names)) == len(items)

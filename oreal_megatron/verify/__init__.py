@@ -1,9 +1,8 @@
-"""Response text -> Verdict: rules in killable worker processes, then an LLM judge where the rules say wrong.
+"""Response text -> Verdict: rules in killable worker processes, then an LLM judge where the rules say incorrect.
 
-Files, in reading order: extract, normalise, lexer, primaries, parser, tree (text -> tree); values, functions,
-sampling, evaluate (tree -> value); units, shapes, names, intervals, scalars, compare, rules (two answers -> graded);
-worker, pool (processes); prompt, cache, judge (HTTP); futures, grader (all of it),
-gathered (the verdicts of a step, on every rank).
+The rules are in the package math_equality. Modules here, in reading order: worker_process, worker_pool (processes);
+judge_prompt, verdict_cache, judge (HTTP); futures, grader (rules and judge together); step_verifier (the verdicts of a
+step, on every rank); grade_file, file_summary (`oreal verify`).
 """
 
-VERSION = "2"  # of the verdicts: goes up with any change that can turn one verdict into another
+VERSION = "2"  # of the verdicts: increases with any change that can turn one verdict into another

@@ -1,11 +1,9 @@
-"""The LLM judge over the OpenAI-compatible API: the one file that speaks HTTP.
+"""LLM judge over an OpenAI-compatible API. The only module of the package that speaks HTTP.
 
-Its own thread runs an asyncio loop: bounded concurrency, time-outs, retries with jittered back-off, one circuit
-breaker per
-host, verdicts cached. A host that fails is left alone for a growing while and then asked for its models; when all
-are down,
-requests wait up to `all_down_wait_s`, say so, and fail with JudgesDown: the run stops resumably and never trains on
-guesses.
+A thread of its own runs an asyncio loop: bounded concurrency, time-outs, retries with jittered back-off, one circuit
+breaker per host, cached verdicts. A host that fails pauses for a growing time and is then probed. When all hosts are
+down, requests wait up to `all_down_wait_s` with a warning now and then, and fail with JudgesDown: the run stops, can be
+resumed, and never trains on guesses.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,19 +30,19 @@ from oreal_megatron.verify.futures import cancel, fail, settle
 from oreal_megatron.verify.verdict_cache import VerdictCache, cache_key
 
 log = logging.getLogger(__name__)
-FAILURES_TO_OPEN = 3  # in a row, before a host is left alone
-REST_S = (1.0, 30.0)  # how long it is left alone: first, and at most; doubled from one to the next
-BACK_OFF_S = (0.5, 10.0)  # before a retry: first, and at most; tripled from one to the next
-MESSAGE_EVERY_S = 10.0  # while every host is down
-PROBE_S = 5.0  # for the list of models of a host that was left alone
+FAILURES_TO_OPEN = 3  # in a row, before a host pauses
+PAUSE_S = (1.0, 30.0)  # first and longest pause of a host; each is twice the one before
+BACK_OFF_S = (0.5, 10.0)  # first and longest time before a retry; each is three times the one before
+WARN_EVERY_S = 10.0  # while every host is down
+PROBE_S = 5.0  # time-out of a probe, a request for the list of models
 MAX_REPLY_BYTES = 1_000_000
-MAX_TOKENS = 256  # one word is asked for; some judges think aloud first
-API_KEY = "OREAL_JUDGE_API_KEY"  # of the environment only: nothing of it is ever written down
-_REFUSED = (400, 413, 422)  # this request is at fault, not the host
+MAX_TOKENS = 256  # the verdict is one word, but some judges think aloud first
+API_KEY = "OREAL_JUDGE_API_KEY"  # name of the environment variable; its value is never written to a file or log
+_REFUSED = (400, 413, 422)  # status codes for which the request is at fault, not the host
 
 
 def refuse_secrets(urls: Sequence[str]) -> None:
-    """URLs are written into config.json and logs, so no key may be in one."""
+    """Raise ConfigError for a URL with a password or a query: URLs are written into config.json and logs."""
     for url in map(urlsplit, urls):
         if url.username or url.password or url.query:
             raise config.ConfigError(
@@ -53,14 +52,14 @@ def refuse_secrets(urls: Sequence[str]) -> None:
 
 
 class JudgesDown(RuntimeError):
-    """No judge host answered for the whole waiting time. Stop the run; it can be resumed when one is back."""
+    """No judge host replied within all_down_wait_s. The run stops and can be resumed when one is back."""
 
 
-class _Failed(Exception):
-    """One exchange that brought no reply; the text says why."""
+class _RequestFailed(Exception):
+    """One request without a usable reply; the text is the reason."""
 
-    def __init__(self, why: str, status: int = 0, retry_after_s: float = 0.0) -> None:
-        super().__init__(why)
+    def __init__(self, reason: str, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
         self.status, self.retry_after_s = status, retry_after_s
 
 
@@ -70,27 +69,29 @@ class _Host:
 
     url: str
     failures: int = 0  # in a row
-    rests_until: float = 0.0  # monotonic time
+    retry_at: float = 0.0  # monotonic time at which the pause ends
     probing: bool = False
-    under_way: int = 0
+    in_flight: int = 0
     model: str = ""
     last_error: str = ""
 
     @property
-    def up(self) -> bool:
+    def is_up(self) -> bool:
+        """True while requests may go to the host."""
         return self.failures < FAILURES_TO_OPEN
 
-    def failed(self, why: str) -> None:
+    def record_failure(self, reason: str) -> None:
+        """Count a failure; after FAILURES_TO_OPEN in a row the host pauses."""
         self.failures += 1
-        self.last_error = why
-        if not self.up:
-            first, most = REST_S
-            rest = min(most, first * 2.0 ** min(self.failures - FAILURES_TO_OPEN, 10))
-            self.rests_until = time.monotonic() + rest * random.uniform(0.75, 1.25)
+        self.last_error = reason
+        if not self.is_up:
+            first, longest = PAUSE_S
+            pause_s = min(longest, first * 2.0 ** min(self.failures - FAILURES_TO_OPEN, 10))
+            self.retry_at = time.monotonic() + pause_s * random.uniform(0.75, 1.25)
 
 
 class JudgeClient:
-    """Asks judges from any thread. `submit` never blocks."""
+    """Client of one or more judge servers, for any thread. `submit` never blocks."""
 
     def __init__(self, config: config.JudgeConfig) -> None:
         if not config.urls:
@@ -100,10 +101,10 @@ class JudgeClient:
         self.cache = VerdictCache(config.cache)
         self.hosts = [_Host(url.rstrip("/").removesuffix("/v1")) for url in config.urls]
         self.requests = 0  # sent so far
-        self._flying: dict[str, asyncio.Future[str]] = {}
-        self._tasks: set[asyncio.Task] = set()
+        self._pending: dict[str, asyncio.Future[str]] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
         self._down_since: float | None = None
-        self._said_at = 0.0
+        self._warned_at = 0.0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="verify-judge", daemon=True)
@@ -112,22 +113,22 @@ class JudgeClient:
 
     # -- for every thread ----------------------------------------------------------------------------------------
     def submit(self, question: str, gold: str, answer: str) -> Future[tuple[Outcome, float]]:
-        """(outcome, seconds) to come; the future fails with JudgesDown. UNKNOWN: no reply, or one without a verdict."""
+        """Return a future (outcome, seconds). UNKNOWN: no reply, or one without a verdict. It fails with JudgesDown."""
         future: Future[tuple[Outcome, float]] = Future()
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._answer(future, question, gold, answer)))
         return future
 
-    def asks_about(self, gold: str, answer: str) -> bool:
-        """Whether an answer is shown to the judge at all: not when it is too long to be one, or talks to its reader."""
+    def accepts(self, gold: str, answer: str) -> bool:
+        """Return whether the judge may see an answer: not if it is too long, or addresses its reader."""
         short = len(answer) <= max(self.config.max_answer_chars, 2 * len(gold))
         return short and (judge_prompt.is_injection(gold) or not judge_prompt.is_injection(answer))
 
     def health(self) -> dict[str, str]:
-        """url -> "up", or why it is left alone."""
-        return {host.url: "up" if host.up else f"down: {host.last_error}" for host in self.hosts}
+        """Map the URL of each host to "up", or to the error for which it pauses."""
+        return {host.url: "up" if host.is_up else f"down: {host.last_error}" for host in self.hosts}
 
     def close(self) -> None:
-        """Drops the connections; verdicts still to come are cancelled."""
+        """Close the connections; pending verdicts are cancelled."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -138,7 +139,7 @@ class JudgeClient:
         self._slots = asyncio.Semaphore(self.config.concurrency)
         timeout = httpx.Timeout(self.config.read_timeout_s, connect=self.config.connect_timeout_s, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency)
-        # trust_env=False: a judge is an address of the cluster; a proxy of the environment has no part in it
+        # trust_env=False: a judge is an address of the cluster, not one behind the environment's proxy
         key = os.environ.get(API_KEY, "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, headers=headers)
@@ -151,41 +152,40 @@ class JudgeClient:
         self._loop.run_until_complete(self._client.aclose())
         self._loop.close()
 
-    def _spawn(self, coroutine: Coroutine) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only weak references
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, future: Future, question: str, gold: str, answer: str) -> None:
+    async def _answer(self, future: Future[tuple[Outcome, float]], question: str, gold: str, answer: str) -> None:
         start = time.monotonic()
         try:
             outcome = await self._verdict(question, gold, answer)
         except asyncio.CancelledError:
             cancel(future)
             raise
-        except Exception as error:  # it reaches whoever waits for the verdict
+        except Exception as error:  # raised where the verdict is waited for
             fail(future, error)
         else:
             settle(future, (Outcome(outcome), time.monotonic() - start))
 
     async def _verdict(self, question: str, gold: str, answer: str) -> str:
-        """Refusal, cache, a request for the same that is under way, else a request."""
-        if not self.asks_about(gold, answer):
+        """Return the outcome: of an answer that is not shown, of the cache, or of one request per different answer."""
+        if not self.accepts(gold, answer):
             return "incorrect"
         judge = self.config.model or " ".join(host.url for host in self.hosts)
         key = cache_key(question, gold, answer, judge, judge_prompt.PROMPT_VERSION)
         if (known := self.cache.get(key)) is not None:
             return known
-        if key not in self._flying:
-            self._flying[key] = asyncio.ensure_future(self._ask(question, gold, answer))
-            self._flying[key].add_done_callback(lambda _: self._flying.pop(key))
-        outcome = await self._flying[key]
+        if key not in self._pending:
+            self._pending[key] = asyncio.ensure_future(self._request_verdict(question, gold, answer))
+            self._pending[key].add_done_callback(lambda _: self._pending.pop(key))
+        outcome = await self._pending[key]
         self.cache.put(key, outcome)
         return outcome
 
-    async def _ask(self, question: str, gold: str, answer: str) -> str:
-        """Tries hosts until one replies. After the retries UNKNOWN where a host lives, else another round when one
-        is back."""
+    async def _request_verdict(self, question: str, gold: str, answer: str) -> str:
+        """Try hosts until one replies. After the retries: "unknown" if a host is alive, else another round."""
         chat = judge_prompt.messages(question, gold, answer, max(self.config.max_answer_chars, len(answer)))
         async with self._slots:
             while True:
@@ -193,7 +193,7 @@ class JudgeClient:
                     host = await self._host()
                     try:
                         return judge_prompt.parse(await self._request(host, chat))
-                    except _Failed as failure:
+                    except _RequestFailed as failure:
                         if failure.status in _REFUSED:
                             log.warning("judge %s refused a request: %s", host.url, failure)
                             return "unknown"
@@ -202,9 +202,10 @@ class JudgeClient:
                     return "unknown"
 
     @staticmethod
-    def _back_off(attempt: int, failure: _Failed) -> float:
-        first, most = BACK_OFF_S
-        return max(min(most, first * 3.0**attempt) * random.uniform(0.5, 1.0), min(failure.retry_after_s, REST_S[1]))
+    def _back_off(attempt: int, failure: _RequestFailed) -> float:
+        first, longest = BACK_OFF_S
+        back_off_s = min(longest, first * 3.0**attempt) * random.uniform(0.5, 1.0)
+        return max(back_off_s, min(failure.retry_after_s, PAUSE_S[1]))
 
     async def _any_alive(self) -> bool:
         if any(host.failures == 0 for host in self.hosts):
@@ -212,41 +213,40 @@ class JudgeClient:
         return any(await asyncio.gather(*(self._probe(host) for host in self.hosts)))
 
     async def _host(self) -> _Host:
-        """The host with the fewest requests under way among those that are up; waits, and says so, while there is
-        none."""
-        while not (up := [host for host in self.hosts if host.up]):
+        """Return the host with the fewest requests in flight among those that are up; wait while there is none."""
+        while not (up := [host for host in self.hosts if host.is_up]):
             now = time.monotonic()
             for host in self.hosts:
-                if now >= host.rests_until and not host.probing:
+                if now >= host.retry_at and not host.probing:
                     self._spawn(self._probe(host))
-            self._complain(now)
+            self._warn_or_raise(now)
             await asyncio.sleep(0.1)
         self._down_since = None
         for host in self.hosts:
-            if not host.up and not host.probing and time.monotonic() >= host.rests_until:
+            if not host.is_up and not host.probing and time.monotonic() >= host.retry_at:
                 self._spawn(self._probe(host))
-        return min(up, key=lambda host: (host.under_way, host.failures, random.random()))
+        return min(up, key=lambda host: (host.in_flight, host.failures, random.random()))
 
-    def _complain(self, now: float) -> None:
-        """Says that every host is down, now and then, and raises JudgesDown when that has lasted too long."""
+    def _warn_or_raise(self, now: float) -> None:
+        """Warn that every host is down, every WARN_EVERY_S; raise JudgesDown after all_down_wait_s."""
         self._down_since = self._down_since or now
         down_s, limit = now - self._down_since, self.config.all_down_wait_s
-        why = "; ".join(f"{host.url}: {host.last_error}" for host in self.hosts)
+        errors = "; ".join(f"{host.url}: {host.last_error}" for host in self.hosts)
         if down_s >= limit:
             raise JudgesDown(
-                f"no judge host answered for {down_s:.0f} s ({why}); bring one up and resume the run, "
+                f"no judge host replied for {down_s:.0f} s ({errors}); bring one up and resume the run, "
                 f"or raise verify.judge.all_down_wait_s (now {limit:g} s)"
             )
-        if now - self._said_at >= MESSAGE_EVERY_S:
-            self._said_at = now
-            log.warning("all judge hosts are down for %.0f s, waiting up to %.0f s: %s", down_s, limit, why)
+        if now - self._warned_at >= WARN_EVERY_S:
+            self._warned_at = now
+            log.warning("all judge hosts are down for %.0f s, waiting up to %.0f s: %s", down_s, limit, errors)
 
     async def _probe(self, host: _Host) -> bool:
-        """Whether a host that was left alone speaks HTTP again. Closes its breaker if so."""
+        """Return whether a host replies to HTTP again; close its circuit breaker if so."""
         host.probing = True
         try:
             response = await asyncio.wait_for(self._client.get(f"{host.url}/v1/models"), PROBE_S)
-            alive = response.status_code < 500 or response.status_code == 501  # a server without that page lives too
+            alive = response.status_code < 500 or response.status_code == 501  # a server without this page is alive
         except (httpx.HTTPError, TimeoutError):
             alive = False
         finally:
@@ -254,32 +254,32 @@ class JudgeClient:
         if alive:
             host.failures = 0
         else:
-            host.failed(host.last_error or "no reply to a probe")
+            host.record_failure(host.last_error or "no reply to a probe")
         return alive
 
     async def _request(self, host: _Host, chat: list[dict[str, str]]) -> str:
-        """The text of one reply. Everything a server or the network may do wrong becomes _Failed."""
+        """Return the text of one reply. Every fault of a server or the network becomes _RequestFailed."""
         self.requests += 1
-        host.under_way += 1
+        host.in_flight += 1
         try:
-            # the whole exchange is timed as well: a server that sends a byte now and then never meets the read time-out
+            # the exchange has a time-out too: a server that sends a byte now and then never meets the read time-out
             limit = self.config.connect_timeout_s + self.config.read_timeout_s
             text = await asyncio.wait_for(self._exchange(host, chat), limit)
         except TimeoutError:
-            failure = _Failed("no complete reply in time")
+            failure = _RequestFailed("no complete reply in time")
         except httpx.HTTPError as error:
-            failure = _Failed(f"{type(error).__name__} {error}".strip())
+            failure = _RequestFailed(f"{type(error).__name__} {error}".strip())
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            failure = _Failed(f"a reply that is not of the OpenAI API ({type(error).__name__})")
-        except _Failed as error:
+            failure = _RequestFailed(f"the reply does not follow the OpenAI API ({type(error).__name__})")
+        except _RequestFailed as error:
             failure = error
         else:
             host.failures = 0
             return text
         finally:
-            host.under_way -= 1
-        if failure.status not in (429, *_REFUSED):  # a busy host is no dead one
-            host.failed(str(failure))
+            host.in_flight -= 1
+        if failure.status not in (429, *_REFUSED):  # a busy host is not down
+            host.record_failure(str(failure))
         raise failure
 
     async def _exchange(self, host: _Host, chat: list[dict[str, str]]) -> str:
@@ -289,14 +289,14 @@ class JudgeClient:
         reply = await self._json("POST", f"{host.url}/v1/chat/completions", body)
         text = reply["choices"][0]["message"]["content"]
         if not isinstance(text, str):
-            raise TypeError("a reply without text")
+            raise TypeError("the reply has no text")
         return text
 
-    async def _json(self, method: str, url: str, body: dict | None) -> dict:
+    async def _json(self, method: str, url: str, body: dict[str, Any] | None) -> dict[str, Any]:
         async with self._client.stream(method, url, json=body) as response:
             if response.status_code != 200:
                 after = response.headers.get("retry-after", "")
-                raise _Failed(
+                raise _RequestFailed(
                     f"HTTP status {response.status_code}",
                     response.status_code,
                     float(after) if after.isdigit() else 0.0,
@@ -305,5 +305,6 @@ class JudgeClient:
             async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > MAX_REPLY_BYTES:
-                    raise _Failed(f"a reply of more than {MAX_REPLY_BYTES} bytes")
-        return json.loads(content)
+                    raise _RequestFailed(f"the reply has more than {MAX_REPLY_BYTES} bytes")
+        reply: dict[str, Any] = json.loads(content)
+        return reply

@@ -1,11 +1,11 @@
-"""What the judge is asked and how its reply is read: one vocabulary, CORRECT and WRONG, in both. Pure."""
+"""Prompt of the judge and parser of its reply, with one vocabulary, CORRECT and WRONG, in both. Pure."""
 
 from __future__ import annotations
 
 import json
 import re
 
-PROMPT_VERSION = "1"  # part of the cache key: goes up with any change of the words below
+PROMPT_VERSION = "1"  # part of the cache key: increases with any change of the words below
 
 SYSTEM = (
     "You compare a candidate's final answer to a mathematics question with the reference answer. "
@@ -19,13 +19,15 @@ SYSTEM = (
     "Reply with one word, CORRECT or WRONG."
 )
 _QUESTION_CHARS = 4000
+# one vocabulary in prompt and parser; WRONG, because "INCORRECT" holds the other word
+_OUTCOMES = {"CORRECT": "correct", "WRONG": "incorrect"}
 _VERDICT = re.compile(r"(?<![A-Za-z])(CORRECT|WRONG)(?![A-Za-z])")
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _NEGATED = re.compile(r"(?:\bnot|n't|\bneither|\bnor|\bin)\s*[*_`\"']*$", re.IGNORECASE)
 
 
 def messages(question: str, gold: str, answer: str, max_answer_chars: int) -> list[dict[str, str]]:
-    """The chat. Only the extracted answer is shown, cut to its limit and quoted: it cannot leave its quotes."""
+    """Return the chat. Of the response only the extracted answer is in it: cut to its limit, as a JSON string."""
     parts = {
         "question": question[:_QUESTION_CHARS],
         "reference answer": gold,
@@ -39,27 +41,27 @@ def messages(question: str, gold: str, answer: str, max_answer_chars: int) -> li
 
 
 def shown(answer: str, max_answer_chars: int) -> str:
-    """The answer as the judge sees it: cut, and without the marks by which chat templates part their turns."""
+    """Return the answer as the judge sees it: cut, and without the tokens by which chat templates separate turns."""
     answer = re.sub(r"<\s*/?\s*[|｜]?[A-Za-z_][^<>\n]{0,40}[|｜]?\s*>|\[/?INST\]", " ", answer)
     return answer[:max_answer_chars]
 
 
 def parse(reply: object) -> str:
-    """Every reply is "correct", "incorrect" or "unknown". Total: both words, a negation, or none of them is unknown."""
+    """Return "correct", "incorrect" or "unknown" for any reply; both words, a negation or neither word is unknown."""
     if not isinstance(reply, str):
         return "unknown"
     reply = _THINKING.sub(" ", reply)
     if "<think>" in reply:
         return "unknown"  # cut off while thinking
-    found = list(_VERDICT.finditer(reply))
-    words = {match.group(1) for match in found}
-    if len(words) != 1 or any(_NEGATED.search(reply[: match.start()][-12:]) for match in found):
+    matches = list(_VERDICT.finditer(reply))
+    words = {match.group(1) for match in matches}
+    if len(words) != 1 or any(_NEGATED.search(reply[: match.start()][-12:]) for match in matches):
         return "unknown"
-    return words.pop().lower()
+    return _OUTCOMES[words.pop()]
 
 
 def is_injection(answer: str) -> bool:
-    """Whether an "answer" talks to the judge instead of answering. Such answers are WRONG without asking."""
+    """Return whether an "answer" addresses the judge. Such answers are incorrect and never shown to it."""
     return bool(_TALK.search(answer))
 
 

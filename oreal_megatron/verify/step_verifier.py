@@ -1,4 +1,4 @@
-"""Verdicts of a step: each rank grades what it generated, while others still generate; then all ranks know all."""
+"""Verdicts of a step: each rank grades its rollouts during generation; then every rank gets all verdicts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from oreal_megatron.verify.worker_pool import PoolBroken
 
 
 class TooManyUnknown(RunStopped):
-    """More verdicts of a step are UNKNOWN than the run tolerates."""
+    """More verdicts of a step are unknown than verify.unknown_limit allows."""
 
 
 class StepVerifier:
-    def __init__(self, grader: Grader, unknown_limit: float):
+    """The Verifier of the loop: a grader on each rank, and one exchange of verdicts per step."""
+
+    def __init__(self, grader: Grader, unknown_limit: float) -> None:
         self.grader, self.unknown_limit = grader, unknown_limit
         self.pending: dict[tuple[int, int], Future[Verdict]] = {}
 
@@ -26,17 +28,17 @@ class StepVerifier:
         self.grader.close()
 
     def submit(self, rollout: Rollout) -> None:
-        """Start grading one answer of this rank."""
+        """Start grading one rollout of this rank."""
         prompt = rollout.prompt
         try:
             future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question)
-        except Exception as error:  # no worker can be started: told in verdicts(), where all ranks hear it
+        except Exception as error:  # no worker can be started: reported by verdicts(), on all ranks
             future = Future()
             future.set_exception(error)
         self.pending[rollout.key] = future
 
     def verdicts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Verdict]]:
-        """[P, K] verdicts, on every rank; each answer was submitted on one of them. Collective."""
+        """Return [P, K] verdicts on every rank; each rollout was submitted on one of them. Collective."""
         shares = distributed.all_gather_object(self._collect())
         if failures := [failure for _, failure in shares if failure]:
             raise RunStopped(failures[0])
@@ -46,7 +48,7 @@ class StepVerifier:
         return table
 
     def _collect(self) -> tuple[dict[tuple[int, int], Verdict], str]:
-        """This rank's verdicts, or why there are none: a rank that fails alone would leave the others waiting."""
+        """Return this rank's verdicts, or an error text: a rank that raised alone would leave the others waiting."""
         pending, self.pending = self.pending, {}
         verdicts = {}
         try:
@@ -56,7 +58,7 @@ class StepVerifier:
         except (JudgesDown, PoolBroken) as error:
             return {}, str(error)
         except Exception as error:  # a bug of the verifier
-            return {}, f"grading answer {key} failed with {error!r} on rank {distributed.rank()}; please report it"
+            return {}, f"grading rollout {key} failed with {error!r} on rank {distributed.rank()}; please report it"
         return verdicts, ""
 
     def _refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
@@ -66,5 +68,5 @@ class StepVerifier:
             raise TooManyUnknown(
                 f"{len(unknown)} of {len(verdicts)} verdicts are unknown ({methods}), more than the "
                 f"{self.unknown_limit:.0%} that verify.unknown_limit allows. Nothing was trained on this step; "
-                "mend the judge or the limits and resume"
+                "fix the judge or the limits and resume"
             )

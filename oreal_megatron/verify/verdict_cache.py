@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def cache_key(*parts: str) -> str:
-    """One key for (question, gold, answer, judge, prompt version); no two lists of parts share their text."""
+    """Return the key of (question, gold, answer, judge, prompt version); different parts have different keys."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class VerdictCache:
-    """key -> "correct" or "incorrect". UNKNOWN is never kept. Several processes may append to one file."""
+    """Map of keys to "correct" or "incorrect"; "unknown" is never stored. Several processes may share one file."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path) if path else None
@@ -23,15 +23,17 @@ class VerdictCache:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
-            self._load()
+            self._load(self._path)
 
-    def _load(self) -> None:
-        with self._path.open("rb") as lines:
+    def _load(self, path: Path) -> None:
+        with path.open("rb") as lines:
             for line in lines:
                 try:
                     key, outcome = json.loads(line)
                 except (ValueError, TypeError):
-                    continue  # a line cut by a crash is asked again
+                    continue  # a line cut by a crash; the judge decides that answer again
+                if outcome == "wrong":  # the word of version 0.1
+                    outcome = "incorrect"
                 if outcome in ("correct", "incorrect"):
                     self._known[key] = outcome
 
@@ -39,9 +41,11 @@ class VerdictCache:
         return len(self._known)
 
     def get(self, key: str) -> str | None:
+        """Return the stored outcome, or None."""
         return self._known.get(key)
 
     def put(self, key: str, outcome: str) -> None:
+        """Store "correct" or "incorrect" under a key that is new; ignore anything else."""
         if outcome not in ("correct", "incorrect") or key in self._known:
             return
         self._known[key] = outcome
@@ -49,14 +53,15 @@ class VerdictCache:
             line = json.dumps([key, outcome]).encode() + b"\n"
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(handle, self._opening() + line)  # one write: lines of several processes do not mix
+                os.write(handle, _missing_newline(self._path) + line)  # one write: processes do not mix their lines
             finally:
                 os.close(handle)
 
-    def _opening(self) -> bytes:
-        """A newline first where a crash left the file in the middle of a line."""
-        with self._path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return b""
-            file.seek(-1, os.SEEK_END)
-            return b"" if file.read(1) == b"\n" else b"\n"
+
+def _missing_newline(path: Path) -> bytes:
+    """Return a newline where a crash left the file in the middle of a line, else nothing."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return b""
+        file.seek(-1, os.SEEK_END)
+        return b"" if file.read(1) == b"\n" else b"\n"

@@ -1,8 +1,7 @@
-"""Long-lived killable worker processes. One thread of this process owns their pipes, their clocks and their deaths.
+"""Pool of long-lived worker processes that can be killed. One thread of this process owns their pipes and clocks.
 
-Time and memory limits are enforced from outside: a late worker is killed, memory is capped by the kernel through
-prlimit.
-Its item becomes UNKNOWN, a new worker takes its place, and every other item keeps its place and its result.
+Limits are enforced from outside the workers: one that exceeds its time is killed, memory is limited by the kernel
+(prlimit). The answer being graded becomes "unknown", a new worker starts, and all other answers keep their order.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from oreal_megatron.verify.futures import cancel, fail, settle
 from oreal_megatron.verify.judge import API_KEY
 
-IN_FLIGHT = 16  # answers written ahead to one worker; it grades them one by one, each with its own clock
+IN_FLIGHT = 16  # answers written ahead to one worker; it grades them in turn, each with its own clock
 START_S = 60.0  # a worker that is not ready by then counts as dead
 MAX_FAILED_STARTS = 5  # in a row, before the pool gives up
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -31,12 +31,12 @@ _TICK_S = 5.0
 
 
 class PoolBroken(RuntimeError):
-    """No worker can be started. The message says what the last one printed."""
+    """No worker can be started, or the pool is closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a worker said, or "unknown" with "time-out" or "error" where it could not."""
+    """Result of a worker; "unknown" with the method "time-out" or "error" where there is none."""
 
     outcome: str
     method: str
@@ -47,22 +47,24 @@ class Result:
 @dataclass(slots=True)
 class _Task:
     line: bytes
-    future: Future
+    future: Future[Result]
 
 
 @dataclass(slots=True)
 class _Worker:
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
+    stdin: IO[bytes]
+    stdout: IO[bytes]
     ready: bool = False
-    deadline: float = 0.0  # of the item being graded, on the monotonic clock; of the start while not ready
-    started: float = 0.0  # when that item began
+    deadline: float = 0.0  # of the answer being graded, in monotonic time; of the start while not ready
+    started: float = 0.0  # when that answer began
     tasks: deque[_Task] = field(default_factory=deque)  # the first is being graded
     unread: bytes = b""
     unwritten: bytearray = field(default_factory=bytearray)
 
 
 class Pool:
-    """Grades answers in `workers` processes. `submit` may be called from any thread and never blocks."""
+    """Worker processes that grade answers. `submit` may be called from any thread and never blocks."""
 
     def __init__(
         self, workers: int = 2, timeout_s: float = 2.0, memory_mib: int = 1024, command: list[str] | None = None
@@ -91,18 +93,21 @@ class Pool:
     def submit(
         self, kind: str, gold: str, text: str, finished: bool = True, thinking_end: tuple[str, ...] = ()
     ) -> Future[Result]:
-        """A future of the result. It fails with PoolBroken when no worker can be started."""
+        """Return a future result; `kind` is "response", "text" or "itself" (see worker_process.grade).
+
+        It fails with PoolBroken when no worker can be started.
+        """
         future: Future[Result] = Future()
         line = json.dumps([kind, gold, text, finished, thinking_end]).encode() + b"\n"
         with self._lock:
             if self._closing:
-                raise self._broken or PoolBroken("the grading pool is closed; make a new one")
+                raise self._broken or PoolBroken("the grading pool is closed; create a new one")
             self._waiting.append(_Task(line, future))
             self._wake()
         return future
 
     def close(self) -> None:
-        """Ends the workers; what was not graded yet is cancelled."""
+        """End the workers; pending results are cancelled."""
         with self._lock:
             if not self._closing:
                 self._closing = True
@@ -110,11 +115,11 @@ class Pool:
         self._thread.join()
 
     def pids(self) -> list[int]:
-        """Process ids of the workers that live now."""
+        """Return the process ids of the live workers."""
         return [worker.process.pid for worker in list(self._workers)]
 
     def _wake(self) -> None:
-        """Called with the lock held, so that the pipe is open."""
+        """Wake the thread that owns the workers. Call with the lock held, so that the pipe is open."""
         try:
             os.write(self._wake_write, b"x")
         except BlockingIOError:
@@ -125,37 +130,37 @@ class Pool:
         try:
             while not self._closing:
                 self._fill()
-                for key, events in self._selector.select(self._patience()):
+                for key, events in self._selector.select(self._seconds_to_deadline()):
                     if key.data is None:
                         os.read(self._wake_read, 65536)
                     elif key.data in self._workers:
                         self._serve(key.data, events)
-                self._kill_the_late()
+                self._kill_late_workers()
         except PoolBroken as broken:
             self._broken = broken
-        except Exception as error:  # whatever it was, nobody may wait for ever on a thread that is gone
+        except Exception as error:  # without this thread no future would ever be done
             self._broken = PoolBroken(
                 f"the thread of the grading pool failed with {error!r}; this is a bug, please report it"
             )
         finally:
             self._end()
 
-    def _patience(self) -> float:
-        """Seconds until the next deadline."""
+    def _seconds_to_deadline(self) -> float:
+        """Return the seconds until the next deadline, at most _TICK_S."""
         deadlines = [worker.deadline for worker in self._workers if worker.tasks or not worker.ready]
         return max(0.0, min([_TICK_S, *(deadline - time.monotonic() for deadline in deadlines)]))
 
     def _fill(self) -> None:
-        """Starts missing workers once there is work, and hands waiting answers to the ones with fewest."""
+        """Start missing workers once there is work, and send waiting answers to the workers with the fewest."""
         while self._waiting and len(self._workers) < self._size:
             self._start()
         while self._waiting:
             able = [worker for worker in self._workers if worker.ready and len(worker.tasks) < IN_FLIGHT]
             if not able:
                 return
-            self._hand(min(able, key=lambda worker: len(worker.tasks)))
+            self._send_next(min(able, key=lambda worker: len(worker.tasks)))
 
-    def _hand(self, worker: _Worker) -> None:
+    def _send_next(self, worker: _Worker) -> None:
         with self._lock:
             task = self._waiting.popleft()
         if task.future.cancelled():
@@ -182,16 +187,17 @@ class Pool:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=environment,
-            start_new_session=True,  # a Ctrl-C at the terminal is for the trainer, which then closes the pool
+            start_new_session=True,  # Ctrl-C at the terminal reaches the trainer only, which then closes the pool
         )
+        assert process.stdin is not None and process.stdout is not None
         try:
             resource.prlimit(process.pid, resource.RLIMIT_AS, (self._memory, self._memory))
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
         except ProcessLookupError:
-            pass  # it died already: its end of the pipe tells
+            pass  # it has died: reading finds the end of its output
         for pipe in (process.stdin, process.stdout):
             os.set_blocking(pipe.fileno(), False)
-        worker = _Worker(process, deadline=time.monotonic() + START_S)
+        worker = _Worker(process, process.stdin, process.stdout, deadline=time.monotonic() + START_S)
         self._workers.append(worker)
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
 
@@ -202,19 +208,19 @@ class Pool:
             self._read(worker)
 
     def _write(self, worker: _Worker) -> None:
-        """Writes what the pipe takes now; the selector says when it takes more."""
+        """Write as much as the pipe takes now; the selector reports when it takes more."""
         try:
             while worker.unwritten:
-                sent = os.write(worker.process.stdin.fileno(), worker.unwritten[:65536])
+                sent = os.write(worker.stdin.fileno(), worker.unwritten[:65536])
                 del worker.unwritten[:sent]
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            worker.unwritten.clear()  # it died: reading finds the end of its output
+            worker.unwritten.clear()  # it has died: reading finds the end of its output
         self._watch_writes(worker)
 
     def _watch_writes(self, worker: _Worker) -> None:
-        pipe = worker.process.stdin
+        pipe = worker.stdin
         watched = pipe.fileno() in self._selector.get_map()
         if worker.unwritten and not watched:
             self._selector.register(pipe, selectors.EVENT_WRITE, worker)
@@ -223,7 +229,7 @@ class Pool:
 
     def _read(self, worker: _Worker) -> None:
         try:
-            chunk = os.read(worker.process.stdout.fileno(), 65536)
+            chunk = os.read(worker.stdout.fileno(), 65536)
         except BlockingIOError:
             return
         if not chunk:
@@ -242,15 +248,15 @@ class Pool:
             self._start_clock(worker)
         settle(task.future, Result(*json.loads(line)))
 
-    def _kill_the_late(self) -> None:
+    def _kill_late_workers(self) -> None:
         now = time.monotonic()
         for worker in list(self._workers):
             if (worker.tasks or not worker.ready) and now >= worker.deadline:
                 self._replace(worker, "time-out")
 
     def _replace(self, worker: _Worker, method: str) -> None:
-        """Buries a worker: the item it was at is UNKNOWN, the ones behind it go back to the front, in order."""
-        self._bury(worker)
+        """End a worker: the answer it was grading is "unknown", those behind it return to the front, in order."""
+        self._end_worker(worker)
         self.replaced += 1
         if not worker.ready:
             self._failed_starts += 1
@@ -265,25 +271,25 @@ class Pool:
         with self._lock:
             self._waiting.extendleft(reversed(worker.tasks))
 
-    def _bury(self, worker: _Worker) -> None:
+    def _end_worker(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        for pipe in (worker.process.stdout, worker.process.stdin):
+        for pipe in (worker.stdout, worker.stdin):
             if pipe.fileno() in self._selector.get_map():
                 self._selector.unregister(pipe)
         worker.process.kill()
         worker.process.wait()
-        worker.process.stdin.close()
-        worker.process.stdout.close()
+        worker.stdin.close()
+        worker.stdout.close()
 
     def _end(self) -> None:
-        """No worker and no unanswered future is left behind."""
+        """End every worker and settle every future."""
         with self._lock:
             self._closing = True
             os.close(self._wake_read)
             os.close(self._wake_write)
         unfinished = [task for worker in self._workers for task in worker.tasks] + list(self._waiting)
         for worker in list(self._workers):
-            self._bury(worker)
+            self._end_worker(worker)
         self._selector.close()
         for task in unfinished:
             if self._broken is None:

@@ -1,8 +1,7 @@
 """One grading process: reads answers as JSON lines, writes results as JSON lines. Never imports torch.
 
-Started by pool.py as `python -m oreal_megatron.verify.worker_process`. It is killed from outside when it is late or too
-big; the
-timer below only ends it where the process that would do so has died.
+worker_pool.py starts it as `python -m oreal_megatron.verify.worker_process` and kills it when an answer takes too long
+or too much memory. The timer below ends it only if that parent process has died.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 from oreal_megatron.math_equality import rules
 
-ORPHAN_S = 60.0  # processor seconds on one answer after which the kernel ends a worker that nobody watches
-MAX_EXTRACTED = 2000  # characters of the answer that go back
+ORPHAN_S = 60.0  # processor seconds on one answer after which the kernel ends a worker without a parent
+MAX_EXTRACTED = 2000  # characters of the answer that are returned
 
 
-def grade(task: list) -> rules.Graded:
-    """One task: [kind, gold, text, finished, thinking_end]. What the rules cannot do is an error."""
-    kind, gold, text, finished, thinking_end = task
+def grade(kind: str, gold: str, text: str, finished: bool, thinking_end: Sequence[str]) -> rules.Graded:
+    """Grade one answer; `kind` is "response", "text" or "itself". An exception of the rules is the method "error"."""
     try:
         if kind == "text":
             return rules.grade_text(gold, text)
@@ -28,22 +27,22 @@ def grade(task: list) -> rules.Graded:
             return rules.Graded("correct" if rules.equals_itself(gold) else "incorrect", "exact", gold)
         return rules.grade(gold, text, finished, tuple(thinking_end))
     except MemoryError:
-        raise  # the memory cap: this process is no longer fit to grade; it ends and is replaced
-    except Exception:  # a model's text found a hole in the rules: the item is UNKNOWN and counted, the run goes on
+        raise  # the memory limit: this process ends and is replaced
+    except Exception:  # a fault of the rules must not stop a run: the answer is unknown, and counted
         return rules.Graded("unknown", "error", None)
 
 
 def main() -> None:
-    """Serves until the input closes."""
+    """Grade lines of the standard input until it closes."""
     sys.setrecursionlimit(3000)
     out = sys.stdout.buffer
-    rules.grade("\\frac{1}{2}", "\\boxed{\\sqrt{2}^{-2}}")  # loads and warms everything before "ready"
+    rules.grade("\\frac{1}{2}", "\\boxed{\\sqrt{2}^{-2}}")  # the first comparison is slow: it comes before "ready"
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_VIRTUAL, ORPHAN_S)
         start = time.perf_counter()
-        outcome, method, extracted = grade(json.loads(line))
+        outcome, method, extracted = grade(*json.loads(line))
         seconds = time.perf_counter() - start
         out.write(json.dumps([outcome, method, extracted and extracted[:MAX_EXTRACTED], seconds]).encode() + b"\n")
         out.flush()

@@ -87,5 +87,5 @@ def test_ranks_never_disagree_about_what_went_wrong_on_one(in_processes):
         ("incorrect", "exact"),
     ]
     assert first["no worker can be started"].startswith("RunStopped: 5 grading processes in a row died")
-    assert first["all judges are down"].startswith("RunStopped: no judge host answered for")
-    assert first["a bug"].startswith("RunStopped: grading answer (1, 0) failed with KeyError('a bug') on rank 1")
+    assert first["all judges are down"].startswith("RunStopped: no judge host replied for")
+    assert first["a bug"].startswith("RunStopped: grading rollout (1, 0) failed with KeyError('a bug') on rank 1")

@@ -1,9 +1,7 @@
-"""A judge server that misbehaves on request: `python scripted_judge.py BEHAVIOUR...`, one per request, the last one
-for ever.
+"""Judge server that misbehaves on request: `python scripted_judge.py BEHAVIOUR...`.
 
-Prints its port, then one line per chat request: the user message, as JSON. Speaks the OpenAI chat API on raw
-sockets, so
-that it can also break off in the middle of a reply.
+One behaviour per request, the last one for all that follow. Prints its port, then the user message of each chat request
+as a line of JSON. Speaks the OpenAI chat API on raw sockets, so that it can also break off in the middle of a reply.
 """
 
 import asyncio

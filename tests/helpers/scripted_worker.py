@@ -1,5 +1,4 @@
-"""A worker process that does what the answer says: sleep, hog memory, die, or answer. The pool must survive all of
-it."""
+"""Worker process that does what the answer says: sleep, use memory, die, or grade. The pool must survive all of it."""
 
 import json
 import os

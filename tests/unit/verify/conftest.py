@@ -1,43 +1,45 @@
-"""Judge servers as processes, and small helpers of the verifier's tests."""
+"""Fixtures of the verifier's tests: scripted judge servers as processes."""
+
+from __future__ import annotations
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-SHARED = HERE.parents[3] / "shared" / "data"
+SCRIPT = Path(__file__).parents[2] / "helpers/scripted_judge.py"
 
 
 class JudgeServer:
     """One scripted judge process."""
 
-    def __init__(self, *behaviours, port=0):
-        environment = {**os.environ, "PORT": str(port)}
+    def __init__(self, *behaviours: str, port: int = 0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE.parents[1] / "helpers/scripted_judge.py"), *behaviours],
+            [sys.executable, str(SCRIPT), *behaviours],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "PORT": str(port)},
         )
         self.port = int(self.process.stdout.readline())
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def stop(self):
-        """Ends the server; returns the user messages it was sent."""
+    def stop(self) -> list[str]:
+        """End the server and return the user messages it received."""
         self.process.kill()
         return [json.loads(line) for line in self.process.communicate()[0].splitlines()]
 
 
 @pytest.fixture
-def judge_server():
-    servers = []
+def judge_server() -> Iterator[Callable[..., JudgeServer]]:
+    """Return a function that starts a scripted judge; all of them end with the test."""
+    servers: list[JudgeServer] = []
 
-    def start(*behaviours, port=0):
+    def start(*behaviours: str, port: int = 0) -> JudgeServer:
         servers.append(JudgeServer(*behaviours, port=port))
         return servers[-1]
 
@@ -49,20 +51,8 @@ def judge_server():
 
 
 @pytest.fixture
-def free_port():
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-@pytest.fixture
-def shared_rows():
-    """Rows of a file of ../shared/data; skips, and says so, where it is not there."""
-
-    def read(name):
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f"../shared/data/{name} is not here: the figure on it is not checked")
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-    return read

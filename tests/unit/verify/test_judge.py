@@ -17,8 +17,8 @@ from oreal_megatron.verify.judge import JudgeClient, JudgesDown
 def quick(monkeypatch):
     """The same behaviour on a shorter clock."""
     monkeypatch.setattr(module, "BACK_OFF_S", (0.02, 0.1))
-    monkeypatch.setattr(module, "REST_S", (0.2, 0.4))
-    monkeypatch.setattr(module, "MESSAGE_EVERY_S", 0.2)
+    monkeypatch.setattr(module, "PAUSE_S", (0.2, 0.4))
+    monkeypatch.setattr(module, "WARN_EVERY_S", 0.2)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_refused_request_is_unknown_at_once_and_does_not_count_against_the_hos
 
 
 def test_retry_after_is_waited_for(judge_server, judge, monkeypatch):
-    monkeypatch.setattr(module, "REST_S", (0.2, 2.0))
+    monkeypatch.setattr(module, "PAUSE_S", (0.2, 2.0))
     client = judge(judge_server("429=1", "CORRECT"))
     start = time.monotonic()
     assert outcome(client) is Outcome.CORRECT

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oreal_megatron.verify import judge_prompt
 from oreal_megatron.verify.verdict_cache import VerdictCache, cache_key
@@ -29,9 +31,14 @@ def test_what_is_no_text_is_unknown(reply):
     assert judge_prompt.parse(reply) == "unknown"
 
 
+@given(st.text())
+def test_the_reply_parser_is_total(reply):
+    assert judge_prompt.parse(reply) in ("correct", "incorrect", "unknown")
+
+
 def test_the_words_of_the_prompt_are_the_words_of_the_parser():
-    for word in ("CORRECT", "WRONG"):
-        assert word in judge_prompt.SYSTEM and judge_prompt.parse(word) == word.lower()
+    for word, outcome in (("CORRECT", "correct"), ("WRONG", "incorrect")):
+        assert word in judge_prompt.SYSTEM and judge_prompt.parse(word) == outcome
     assert "INCORRECT" not in judge_prompt.SYSTEM
 
 
@@ -89,6 +96,13 @@ def test_the_cache_outlives_its_process_and_a_cut_line(tmp_path):
     again.put("d", "incorrect")
     third = VerdictCache(str(path))
     assert (third.get("a"), third.get("d"), len(third)) == ("correct", "incorrect", 2)
+
+
+def test_verdicts_written_by_version_0_1_are_read(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('["a", "wrong"]\n["b", "correct"]\n')
+    cache = VerdictCache(str(path))
+    assert (cache.get("a"), cache.get("b")) == ("incorrect", "correct")
 
 
 def test_without_a_file_it_remembers_as_long_as_it_lives():

@@ -8,7 +8,7 @@ from oreal_megatron.math_equality import extract
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "together"),
+    ("text", "answer", "joined"),
     [
         ("\\boxed{5}", "5", None),
         ("\\boxed {5} and done", "5", None),
@@ -29,8 +29,8 @@ from oreal_megatron.math_equality import extract
         ("$x=\\boxed{1}$ and $y=\\boxed{2}$", "2", "1 , 2"),
     ],
 )
-def test_the_last_box_that_holds_something(text, answer, together):
-    assert extract.from_boxes(text) == extract.Found(answer, together)
+def test_the_last_box_that_holds_something(text, answer, joined):
+    assert extract.from_boxes(text) == extract.ExtractedAnswer(answer, joined)
 
 
 @pytest.mark.parametrize("text", ["", "5", "\\boxed{}", "unboxed{5}", "\\boxed", "\\boxed{", "\\boxed{ $. }"])

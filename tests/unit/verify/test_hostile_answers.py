@@ -1,47 +1,12 @@
-"""The figures of docs/reference/verifier.md, on ../shared/data where it is there."""
+"""The grader on the hostile answers of ../shared/data, where it is present."""
 
 import random
-import statistics
 import time
 from pathlib import Path
 
-import pytest
-
 from oreal_megatron import config
-from oreal_megatron.math_equality import rules
 from oreal_megatron.records import Outcome
 from oreal_megatron.verify.grader import Grader
-
-FILES = (
-    "math500",
-    "gsm8k_train",
-    "gsm8k_test",
-    "aime2024",
-    "aime2025",
-    "aime_1983_2023",
-    "amc23",
-    "olympiadbench_math_en",
-)
-
-
-def test_accuracy_and_speed_on_the_labelled_pairs(shared_rows):
-    rows = [row for row in shared_rows("grading_pairs.jsonl") if not row["kind"].startswith("convention")]
-    accepts = rejects = 0
-    seconds = []
-    for row in rows:
-        start = time.perf_counter()
-        right = rules.grade_text(row["gold"], row["pred"]).outcome == "correct"
-        seconds.append(time.perf_counter() - start)
-        accepts += right and not row["label"]
-        rejects += not right and bool(row["label"])
-    assert 1 - (accepts + rejects) / len(rows) >= 0.99 and accepts <= 5
-    assert statistics.median(seconds) <= 0.001 and sorted(seconds)[int(0.99 * len(seconds))] <= 0.05
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_gold_equals_itself(shared_rows, name):
-    golds = [str(row["answer"]) for row in shared_rows(f"{name}.jsonl")]
-    assert [gold for gold in golds if not rules.equals_itself(gold)] == []
 
 
 def test_hostile_answers(shared_rows, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from oreal_megatron.math_equality import rules
 
+LIBRARIES = ["torch", "sympy", "numpy", "httpx"]
 TABLE = (Path(__file__).parent / "pairs.tsv").read_text().split("# different answers\n")
 SAME, DIFFERENT = ([tuple(row.split("\t")) for row in part.splitlines() if "\t" in row] for part in TABLE)
 LABELLED = [(gold, answer, True) for gold, answer in SAME] + [(gold, answer, False) for gold, answer in DIFFERENT]
@@ -116,8 +117,9 @@ def test_heavy_answers_end_of_themselves(answer):
         assert time.process_time() - start < 1.5
 
 
-def test_the_worker_side_is_light():
-    """No torch, no sympy: a worker starts at once and stays small."""
-    heavy = {"torch", "sympy", "numpy", "httpx"}
-    code = f"import sys, oreal_megatron.verify.worker_process; print(sorted({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_the_package_stands_alone():
+    """Importing it loads neither torch nor sympy nor any other package of this project."""
+    code = "import sys, oreal_megatron.math_equality as m; m.grade('1', '1'); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name.split(".")[1] for name in modules if name.startswith("oreal_megatron.")}
+    assert ours == {"math_equality"} and not set(LIBRARIES) & set(modules)
