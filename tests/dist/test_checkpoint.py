@@ -260,7 +260,7 @@ def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
-    files.PAUSE_S, looks = 0.01, []
+    files.RETRY_S, looks = 0.01, []
     checkpoint_saver.shutil = SimpleNamespace(
         disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40)
     )

@@ -90,12 +90,12 @@ def full(times: int):
 
 
 def test_a_full_disk_is_waited_for_and_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "PAUSE_S", 0.001)
-    assert files.with_room(tmp_path, full(3), "written") == "written"
+    monkeypatch.setattr(files, "RETRY_S", 0.001)
+    assert files.write_when_space(tmp_path, full(3), "written") == "written"
     said = capsys.readouterr().err
-    assert said.count("no space left") == 1 and "there is room" in said
+    assert said.count("no space left") == 1 and "there is space" in said
     with pytest.raises(ValueError, match="other"):
-        files.with_room(tmp_path, lambda: (_ for _ in ()).throw(ValueError("other")))
+        files.write_when_space(tmp_path, lambda: (_ for _ in ()).throw(ValueError("other")))
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
