@@ -14,7 +14,7 @@ from oreal_megatron.data import problems
 
 @dataclass(frozen=True)
 class Suite:
-    """A JSONL file of problems. `part`: (field, value) of those that belong to it; `hub`: where the suite alone lies."""
+    """A JSONL file of problems. `part`: (field, value) of those in the suite; `hub`: location of the suite alone."""
 
     title: str
     file: str
