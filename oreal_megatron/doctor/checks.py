@@ -164,7 +164,10 @@ def host_memory(config: Config, arch: Architecture) -> CheckResult:
     """Compare the memory of this node with what `oreal plan` computes."""
     world = config.gpus or 1
     scenario = Scenario(config, arch, next(iter(GPUS.values())), world, min(world, 8))
-    needed, present = sum(memory.host(scenario).values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, present = (
+        sum(memory.host_bytes(scenario).values()),
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
     fix = "" if present > needed else "use nodes with more memory, or more nodes; `oreal plan` shows what needs it"
     detail = f"{present / 1e9:.0f} GB, {needed / 1e9:.0f} GB are needed"
     return CheckResult("host memory", FAILED if fix else OK, detail, fix)

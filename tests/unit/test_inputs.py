@@ -405,7 +405,7 @@ def with_field(**fields):
     ("change", "says"),
     [
         (with_text("config.json", '{"a": '), "config.json cannot be read as JSON"),
-        (with_text("config.json", "[1]"), "config.json holds list; wanted a JSON object"),
+        (with_text("config.json", "[1]"), "config.json holds list; expected a JSON object"),
         (with_text("tokenizer_config.json", "[1]"), "the tokenizer of .* cannot be loaded"),
         (with_text("generation_config.json", '{"eos_token_id": "x"}'), "names eos_token_id 'x'"),
         (with_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "has no weight_map that says"),
