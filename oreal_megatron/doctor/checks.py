@@ -45,11 +45,11 @@ def software() -> Iterator[CheckResult]:
     fix = "" if supported else "use Python 3.11, 3.12 or 3.13 in a new environment"
     yield CheckResult("Python", OK if supported else FAILED, version, fix)
     yield from accelerator()
-    for name, supported in (("Megatron-core", versions.MEGATRON), ("vLLM", versions.VLLM)):
+    for name, releases in (("Megatron-core", versions.MEGATRON), ("vLLM", versions.VLLM)):
         try:
-            yield CheckResult(name, OK, versions.check(supported))
+            yield CheckResult(name, OK, versions.check(releases))
         except ConfigError as error:
-            yield CheckResult(name, FAILED, str(error), f"pip install {_requirement(supported)}")
+            yield CheckResult(name, FAILED, str(error), f"pip install {_requirement(releases)}")
     yield package("Triton", "triton", "GPU kernels need it: pip install triton", needed=True)
     yield package("transformers", "transformers", "pip install transformers", needed=True)
     yield package("Transformer Engine", "transformer-engine", 'optional; used with model.layers="transformer_engine"')

@@ -56,7 +56,7 @@ def collectives(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
                     position[other] += 1
                 moved = True
     stuck = [
-        (next_of(other) is None or next_of(other).group != call.group, rank, other)
+        ((other_call := next_of(other)) is None or other_call.group != call.group, rank, other)
         for rank in waiting
         if (call := next_of(rank)) is not None
         for other in itertools.islice((x for x in call.group if x in waiting and next_of(x) != call), 1)
@@ -111,9 +111,9 @@ def checkpoint(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
             yield f"{key} has different shapes on different ranks: {sorted(shapes)}"
             continue
         written = [(rank, shard) for rank, shard in shards if shard.written]
-        for (one, first), (two, second) in itertools.combinations(written, 2):
+        for (rank, first), (other, second) in itertools.combinations(written, 2):
             if _overlap(first, second):
-                yield f"{key}: ranks {one} and {two} both write what begins at {first.offset} and {second.offset}"
+                yield f"{key}: ranks {rank} and {other} both write what begins at {first.offset} and {second.offset}"
         count, expected = sum(math.prod(shard.size) for _, shard in written), math.prod(shards[0][1].shape)
         if count < expected:
             writers = sorted({rank for rank, _ in written})

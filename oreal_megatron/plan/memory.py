@@ -18,7 +18,7 @@ COMPONENTS = (
     "parameters", "gradients", "optimizer", "activations", "head", "engine weights", "KV cache", "buffers", "reserve"
 )  # fmt: skip
 GATHER_BUCKET = 256 * 2**20  # reshard/gather_transport.py
-Bytes = Counter  # by component
+Bytes = Counter[str]  # bytes by component; floats, for which Counter has no type
 
 
 @dataclass(frozen=True)

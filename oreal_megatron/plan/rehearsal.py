@@ -138,7 +138,7 @@ def _size_table(scenario: Scenario, ran: list[rehearse_rank.RankRehearsal]) -> T
             if rank.activation_bytes.get(name):
                 saved = activations.saved_bytes_for(scenario.arch, scenario.config, stage, rank.tokens)
                 pairs = [(saved, rank.activation_bytes[name])]
-            cells = [(planned[part], size) for part, size in parts.items()]
-            cells = [f"{expected / 2**30:.2f} / {actual / 2**30:.2f}" for expected, actual in cells + pairs]
+            sizes = [(planned[part], size) for part, size in parts.items()]
+            cells = [f"{expected / 2**30:.2f} / {actual / 2**30:.2f}" for expected, actual in sizes + pairs]
             table.add_row(str(rank.rank), name, *cells)
     return table

@@ -118,7 +118,7 @@ class Watchdog:
             progress.micro_batch, progress.transitions, time.monotonic() - progress.beat_at, limit,
             processes.in_collective(), self.state, self.error,
         )  # fmt: skip
-        self.store.set(self.keys[self.rank], b"%d " % self.sent + hang_diagnosis.encode(report))
+        self.store.set(self.keys[self.rank], f"{self.sent} {hang_diagnosis.encode(report).decode()}")
 
     def _receive(self) -> bytes:
         """Read the reports of all ranks; return the diagnosis of the first rank that has one."""
@@ -147,7 +147,7 @@ class Watchdog:
         """End the job when the store does not answer; write stacks when no Python thread can run here."""
         last, alone = time.monotonic(), self.world == 1
         while not self.stopping.wait(self.limits.every_s):
-            output = sys.__stderr__ if alone else self.stacks
+            output = sys.__stderr__ if alone and sys.__stderr__ else self.stacks
             faulthandler.dump_traceback_later(STACKS_SHARE * self.limits.silent_s, file=output, exit=alone)
             now = time.monotonic()
             if now - last > self.limits.silent_s / 2:  # this thread was suspended, and so was the other

@@ -115,7 +115,7 @@ def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch,
     assert main.main(["doctor", "--quick", recipe, *(word for one in small for word in ("--set", one))]) == 1
     assert os.environ["WORLD_SIZE"] == "8"  # the recipe's
     shown = capsys.readouterr().out
-    assert "oreal_prompts.jsonl does not exist" in shown.replace("\n", "") and "1 of" in shown
+    assert "oreal_prompts.jsonldoesnotexist" in "".join(shown.split()) and "1 of" in shown
 
 
 def test_the_cause_is_told_rather_than_what_followed():
