@@ -17,7 +17,7 @@ from oreal_megatron.reshard.overlaps import ReshardLayout
 
 if TYPE_CHECKING:
     from oreal_megatron.mcore.fake_world import Call
-    from oreal_megatron.mcore.rehearse_rank import RankRehearsal, CheckpointShard
+    from oreal_megatron.mcore.rehearse_rank import CheckpointShard, RankRehearsal
 
 PEERS = 8  # peers whose plans are made as well; each takes a third of a second at 128 ranks
 MESSAGES = ("send", "recv_")
@@ -127,7 +127,9 @@ def _overlap(one: CheckpointShard, two: CheckpointShard) -> bool:
     )
 
 
-def weight_sync(layout: ReshardLayout, ranks: Sequence[RankRehearsal], itemsize: int, batch_bytes: int) -> Iterator[str]:
+def weight_sync(
+    layout: ReshardLayout, ranks: Sequence[RankRehearsal], itemsize: int, batch_bytes: int
+) -> Iterator[str]:
     """Check the transfers to the engine among these ranks, and between the first of them and some of its peers.
 
     Both ends must agree, and every slice must lie in a tensor of the trainer's model or of the engine's layout.
