@@ -27,18 +27,18 @@ def groups(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Check that every rank creates the same groups in the same order, because that is collective."""
     first = ranks[0]
     for other in ranks[1:]:
-        for number, (one, two) in enumerate(itertools.zip_longest(first.groups, other.groups)):
-            if one != two:
+        for number, (entry, peer_entry) in enumerate(itertools.zip_longest(first.groups, other.groups)):
+            if entry != peer_entry:
                 yield (
-                    f"process group {number} is {_members(one)} on rank {first.rank}, and {_members(two)} on rank "
-                    f"{other.rank}; all ranks must create the same groups in the same order"
+                    f"process group {number} is {_members(entry)} on rank {first.rank}, and {_members(peer_entry)} on "
+                    f"rank {other.rank}; all ranks must create the same groups in the same order"
                 )
                 break
 
 
 def collectives(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Simulate the collectives: one completes when every rehearsed member has reached it."""
-    waiting = {one.rank: [call for call in one.calls if call.operation not in MESSAGES] for one in ranks}
+    waiting = {entry.rank: [call for call in entry.calls if call.operation not in MESSAGES] for entry in ranks}
     position = dict.fromkeys(waiting, 0)
 
     def next_of(rank: int) -> Call | None:
@@ -71,30 +71,30 @@ def collectives(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
 def messages(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Check that messages match in number, order and sizes at both ends."""
     sent, received = defaultdict(list), defaultdict(list)
-    known = {one.rank for one in ranks}
-    for one in ranks:
-        for call in one.calls:
+    known = {entry.rank for entry in ranks}
+    for entry in ranks:
+        for call in entry.calls:
             if call.operation == "send" and call.peer in known:
-                sent[one.rank, call.peer].append(call.sizes)
+                sent[entry.rank, call.peer].append(call.sizes)
             elif call.operation == "recv_" and call.peer in known:
-                received[call.peer, one.rank].append(call.sizes)
+                received[call.peer, entry.rank].append(call.sizes)
     for ends in sorted(sent.keys() | received.keys()):
         yield from _mismatch(sent[ends], received[ends], *ends)
 
 
 def _mismatch(sent: list[Any], received: list[Any], source: int, destination: int) -> Iterator[str]:
-    for number, (one, two) in enumerate(itertools.zip_longest(sent, received)):
-        if one != two:
+    for number, (entry, peer_entry) in enumerate(itertools.zip_longest(sent, received)):
+        if entry != peer_entry:
             yield (
-                f"message {number} from rank {source} to rank {destination}: {_bytes(one)} are sent, {_bytes(two)} are "
-                "expected"
+                f"message {number} from rank {source} to rank {destination}: {_bytes(entry)} are sent, "
+                f"{_bytes(peer_entry)} are expected"
             )
             return
 
 
 def micro_batches(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Check that all replicas have equally many micro-batches: Megatron's schedules deadlock otherwise."""
-    numbers = {one.rank: len(one.tokens) for one in ranks if one.tokens}
+    numbers = {entry.rank: len(entry.tokens) for entry in ranks if entry.tokens}
     if len(set(numbers.values())) > 1:
         yield f"ranks have different numbers of micro-batches: {numbers}"
 
@@ -102,9 +102,9 @@ def micro_batches(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
 def checkpoint(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Check that the parts written by the ranks of one replica cover every tensor exactly once."""
     parts: dict[str, dict[int, list[CheckpointShard]]] = defaultdict(lambda: defaultdict(list))
-    for one in ranks:
-        for shard in one.shards:
-            parts[shard.key][one.rank].append(shard)
+    for entry in ranks:
+        for shard in entry.shards:
+            parts[shard.key][entry.rank].append(shard)
     for key, by_rank in parts.items():
         shards = [(rank, shard) for rank, rank_shards in by_rank.items() for shard in rank_shards]
         if len(shapes := {shard.shape for _, shard in shards}) > 1:
@@ -120,10 +120,10 @@ def checkpoint(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
             yield f"{key}: only {count} of its {expected} elements are written, by ranks {writers}"
 
 
-def _overlap(one: CheckpointShard, two: CheckpointShard) -> bool:
+def _overlap(entry: CheckpointShard, peer_entry: CheckpointShard) -> bool:
     return all(
         start < other + extent and other < start + size
-        for start, size, other, extent in zip(one.offset, one.size, two.offset, two.size, strict=True)
+        for start, size, other, extent in zip(entry.offset, entry.size, peer_entry.offset, peer_entry.size, strict=True)
     )
 
 
@@ -134,15 +134,15 @@ def weight_sync(
 
     Both ends must agree, and every slice must lie in a tensor of the trainer's model or of the engine's layout.
     """
-    plans = {one.rank: planner.plan_transfer(layout, one.rank, itemsize, batch_bytes) for one in ranks}
-    for one in ranks:
-        yield from _outside(one, plans[one.rank], layout)
+    plans = {entry.rank: planner.plan_transfer(layout, entry.rank, itemsize, batch_bytes) for entry in ranks}
+    for entry in ranks:
+        yield from _outside(entry, plans[entry.rank], layout)
     first = plans[ranks[0].rank]
     peers = {move.peer for batch in first.batches for move in (*batch.sends, *batch.receives)} - plans.keys()
     spread = sorted(peers)[:: max(len(peers) // PEERS, 1)]
     plans |= {peer: planner.plan_transfer(layout, peer, itemsize, batch_bytes) for peer in spread}
     sends, receives = ({rank: _moves(plan, way) for rank, plan in plans.items()} for way in ("sends", "receives"))
-    known = {one.rank for one in ranks}
+    known = {entry.rank for entry in ranks}
     for source, destination in itertools.permutations(plans, 2):
         if {source, destination} <= known or ranks[0].rank in (source, destination):
             yield from _mismatch(sends[source][destination], receives[destination][source], source, destination)
@@ -157,27 +157,27 @@ def _moves(plan: planner.TransferPlan, way: str) -> dict[int, list[tuple[Any, ..
     return moves
 
 
-def _outside(one: RankRehearsal, plan: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
+def _outside(entry: RankRehearsal, plan: planner.TransferPlan, layout: ReshardLayout) -> Iterator[str]:
     """Yield the first slice outside the tensors of the trainer's model and of the engine's layout."""
     engine = vllm_layout.parameter_shapes(layout.arch, layout.engine)
     for batch in plan.batches:
-        slices = [(copy.source, copy.rows, copy.columns, one.shapes) for copy in batch.copies]
+        slices = [(copy.source, copy.rows, copy.columns, entry.shapes) for copy in batch.copies]
         slices += [
-            (move.offset, move.rows, move.columns, engine if move.relayed else one.shapes) for move in batch.sends
+            (move.offset, move.rows, move.columns, engine if move.relayed else entry.shapes) for move in batch.sends
         ]
         slices += [(move.offset, move.rows, move.columns, engine) for move in batch.receives]
-        for spot, rows, columns, shapes in slices:
-            if why := _not_in(spot, rows, columns, shapes):
-                yield f"rank {one.rank}: {why}"
+        for offset, rows, columns, shapes in slices:
+            if why := _not_in(offset, rows, columns, shapes):
+                yield f"rank {entry.rank}: {why}"
                 return
 
 
-def _not_in(spot: shards.Offset, rows: int, columns: int, shapes: dict[str, tuple[int, ...]]) -> str:
-    shape = shapes.get(spot.tensor)
+def _not_in(offset: shards.Offset, rows: int, columns: int, shapes: dict[str, tuple[int, ...]]) -> str:
+    shape = shapes.get(offset.tensor)
     if shape is None:
-        return f"the weight sync reads or writes {spot.tensor}, which is not there"
-    if spot.row + rows > shape[0] or spot.column + columns > math.prod(shape[1:]):
-        return f"{spot.tensor} has the shape {shape}, and the weight sync accesses row {spot.row + rows} of it"
+        return f"the weight sync reads or writes {offset.tensor}, which is not there"
+    if offset.row + rows > shape[0] or offset.column + columns > math.prod(shape[1:]):
+        return f"{offset.tensor} has the shape {shape}, and the weight sync accesses row {offset.row + rows} of it"
     return ""
 
 
