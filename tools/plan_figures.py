@@ -29,8 +29,8 @@ def main() -> None:
 
 def row(recipe: str, gpu: str) -> str:
     config = settings.from_recipe(f"{RECIPES}:{recipe}")
-    arch = architecture.read(published.config(config.model.path)[0])
-    made = estimate.make(Scenario(config, arch, gpus.named(gpu), config.gpus))
+    arch = architecture.read(published.read_config(config.model.path)[0])
+    made = estimate.estimate_scenario(Scenario(config, arch, gpus.find_gpu(gpu), config.gpus))
     return (
         f"| `{recipe}` | {config.gpus} {gpu} | {made.fullest.fullest} | {made.spare / GIB:.1f} "
         f"| {made.largest_cache / GIB:.0f} | {made.step_seconds:.0f} | {made.seconds['generate']:.0f} "

@@ -1,4 +1,4 @@
-"""`oreal plan RECIPE`: memory, time and bytes of a run before a GPU is spent, and its ranks rehearsed without one."""
+"""`oreal plan RECIPE`: memory, time and traffic of a run before it starts; layouts that fit; a rehearsal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oreal_megatron import settings
-from oreal_megatron.config import ConfigError, validate
+from oreal_megatron.config import ConfigError
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, search
 from oreal_megatron.plan.scenario import Scenario
@@ -18,6 +18,7 @@ from oreal_megatron.runtime.exit_codes import UNFIT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(
         textwrap.fill(line, 78, subsequent_indent="    ")
@@ -43,43 +44,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(width=120, soft_wrap=False)
-    case = _case(args, console)
+    """Print the plan; return the exit code."""
+    console = Console()
+    scenario = _read_scenario(args, console)
     try:
-        made = estimate.make(case)
+        plan = estimate.estimate_scenario(scenario)
     except ConfigError:
-        if args.search:  # the layout cannot be, but others can
-            report_tables.show_search(search.best(case), console)
+        if args.search:  # this layout is impossible, others may fit
+            report_tables.print_search(search.best_layouts(scenario), scenario, console)
         raise
-    report_tables.show(made, console)
-    said = made.as_dict()
+    report_tables.print_estimate(plan, console)
+    document = plan.as_dict()
     if args.search:
-        found = search.best(case)
-        report_tables.show_search(found, console)
-        said["search"] = [
-            {"layout": report_tables.layout(one), "why": search.reason(one)} | one.as_dict() for one in found
-        ]
-    sound = made.fits
+        layouts = search.best_layouts(scenario)
+        report_tables.print_search(layouts, scenario, console)
+        document["search"] = [search.as_dict(layout, scenario) for layout in layouts]
+    fits = plan.fits
     if args.rehearse:
         from oreal_megatron.plan import rehearsal  # imports Megatron, which takes seconds
 
-        said["rehearsal"] = rehearsal.run(case, args.ranks, console)
-        sound = sound and not said["rehearsal"]["faults"]
+        document["rehearsal"] = rehearsal.run(scenario, args.ranks, console)
+        fits = fits and not document["rehearsal"]["faults"]
     if args.json:
-        args.json.write_text(json.dumps(said, indent=2, default=float) + "\n")
+        args.json.write_text(json.dumps(document, indent=2, default=float) + "\n")
     if args.picture:
-        report_tables.draw(made, args.picture)
-    return 0 if sound else UNFIT
+        report_tables.draw(plan, args.picture)
+    return 0 if fits else UNFIT
 
 
-def _case(args: argparse.Namespace, console: Console) -> Scenario:
+def _read_scenario(args: argparse.Namespace, console: Console) -> Scenario:
     config = settings.load(args.recipe, args.set)
-    validate(config)
     world = args.gpus or config.gpus
     if world < 1:
         raise ConfigError("the recipe does not say how many GPUs it is for; give --gpus N")
-    hf, read = published.config(config.model.path)
-    if not read:
-        report_tables.say(console, f"{config.model.path} is not here; planned with the shapes of the published model")
-    arch = architecture.read(hf)
-    return Scenario(config, arch, gpus.named(args.gpu), world, args.gpus_per_node, assumptions.changed(args.assume))
+    hf, is_local = published.read_config(config.model.path)
+    if not is_local:
+        text = f"{config.model.path} does not exist here; planned with the shapes of the published model"
+        report_tables.print_text(console, text)
+    arch, assumed = architecture.read(hf), assumptions.with_changes(args.assume)
+    return Scenario(config, arch, gpus.find_gpu(args.gpu), world, args.gpus_per_node, assumed)

@@ -1,4 +1,4 @@
-"""The single checks of `oreal doctor`: each looks at one thing and says what was found and how to mend it."""
+"""Checks of a machine and of what a recipe needs: each examines one thing and says how to fix it."""
 
 from __future__ import annotations
 
@@ -26,192 +26,208 @@ from oreal_megatron.runtime import checkpoint_folders, versions
 from oreal_megatron.session.inputs import read_inputs
 
 OK, WARNING, FAILED, ABSENT = "ok", "warning", "FAILED", "absent"
-SKEW_S, SHARED_MEMORY_GB = 5.0, 1.0
+MAX_CLOCK_SKEW_S, MIN_SHARED_MEMORY_GIB = 5.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """What one check saw. ABSENT is what may be missing."""
+class CheckResult:
+    """Result of one check. ABSENT: missing, and optional."""
 
     name: str
     state: str
-    found: str
-    mend: str = ""
+    detail: str
+    fix: str = ""
 
 
-def software() -> Iterator[Finding]:
-    """Interpreter and packages, without importing the large ones."""
-    found = platform.python_version()
-    python = OK if sys.version_info >= (3, 10) else FAILED
-    yield Finding("Python", python, found, "" if python == OK else "3.10 or newer is needed; make a new environment")
+def software() -> Iterator[CheckResult]:
+    """Check interpreter and packages, without importing the large ones."""
+    version, supported = platform.python_version(), (3, 11) <= sys.version_info[:2] <= (3, 13)
+    fix = "" if supported else "use Python 3.11, 3.12 or 3.13 in a new environment"
+    yield CheckResult("Python", OK if supported else FAILED, version, fix)
     yield from accelerator()
-    for name, supported in (("Megatron-core", versions.MEGATRON), ("vLLM", versions.VLLM)):
+    for name, releases in (("Megatron-core", versions.MEGATRON), ("vLLM", versions.VLLM)):
         try:
-            yield Finding(name, OK, versions.check(supported))
+            yield CheckResult(name, OK, versions.check(releases))
         except ConfigError as error:
-            yield Finding(name, FAILED, str(error), f"pip install {_wanted(supported)}")
-    yield package("Triton", "triton", "the kernels of GPUs are written in it: pip install triton", needed=True)
+            yield CheckResult(name, FAILED, str(error), f"pip install {_requirement(releases)}")
+    yield package("Triton", "triton", "GPU kernels need it: pip install triton", needed=True)
     yield package("transformers", "transformers", "pip install transformers", needed=True)
     yield package("Transformer Engine", "transformer-engine", 'optional; used with model.layers="transformer_engine"')
     yield apex()
-    yield Finding("optimizer", OK, "torch's AdamW, also where Transformer Engine or apex bring a FusedAdam")
+    yield CheckResult("optimizer", OK, "torch's AdamW, even if Transformer Engine or apex provide FusedAdam")
     if native.available():
-        yield Finding("native kernels", OK, native.LIBRARY.name)
+        yield CheckResult("native kernels", OK, native.LIBRARY.name)
     else:
-        mend = "needed by fast CPU runs alone: pip install --no-build-isolation -e . with cmake and a C++ compiler"
-        yield Finding("native kernels", ABSENT, "torch does their work", mend)
+        fix = "only needed for fast runs on CPUs: pip install --no-build-isolation -e . with cmake and a C++ compiler"
+        yield CheckResult("native kernels", ABSENT, "torch is used instead", fix)
 
 
-def accelerator() -> Iterator[Finding]:
-    """torch, its CUDA and NCCL, and whether the GPUs answer and are free."""
+def accelerator() -> Iterator[CheckResult]:
+    """Check torch, its CUDA and NCCL, and that the GPUs respond and are free."""
     cuda = torch.version.cuda
-    found = package("torch", "torch", "pip install torch", needed=True)
-    yield dataclasses.replace(found, found=f"{found.found}, built for {'CUDA ' + cuda if cuda else 'CPUs'}")
+    result = package("torch", "torch", "pip install torch", needed=True)
+    yield dataclasses.replace(result, detail=f"{result.detail}, built for {'CUDA ' + cuda if cuda else 'CPUs'}")
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
         if driver and not cuda:
-            yield Finding("CUDA", FAILED, "there are GPUs, and this torch was built for CPUs", "pip install -e .[gpu]")
-        elif driver:
-            mend = (
-                "nvidia-smi shows the driver: its CUDA version must not be older than torch's; is a GPU given to you?"
+            yield CheckResult(
+                "CUDA", FAILED, "there are GPUs, but this torch was built for CPUs", "pip install -e .[gpu]"
             )
-            yield Finding("CUDA", FAILED, "torch does not reach the GPUs", mend)
+        elif driver:
+            fix = "nvidia-smi shows the driver: its CUDA version must be at least torch's; is a GPU assigned to you?"
+            yield CheckResult("CUDA", FAILED, "torch cannot access the GPUs", fix)
         else:
-            yield Finding("CUDA", ABSENT, "no GPU here", "processes run on CPUs, for tests and the quickstart")
+            yield CheckResult("CUDA", ABSENT, "no GPU", "processes run on CPUs, for tests and the quickstart")
         return
     free, total = zip(*(torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())), strict=True)
     names = ", ".join(sorted({torch.cuda.get_device_name(device) for device in range(len(free))}))
-    used = max(whole - left for left, whole in zip(free, total, strict=True)) / 2**30
-    mend = f"another process holds {used:.0f} GiB of a GPU; nvidia-smi names it" if used > 4 else ""
-    yield Finding("CUDA", WARNING if mend else OK, f"{len(free)} x {names}, {min(total) / 2**30:.0f} GiB", mend)
-    yield Finding("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
+    used = max(size - left for left, size in zip(free, total, strict=True)) / 2**30
+    fix = f"another process uses {used:.0f} GiB of a GPU; nvidia-smi shows it" if used > 4 else ""
+    yield CheckResult("CUDA", WARNING if fix else OK, f"{len(free)} x {names}, {min(total) / 2**30:.0f} GiB", fix)
+    yield CheckResult("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def package(name: str, distribution: str, mend: str, needed: bool = False) -> Finding:
+def package(name: str, distribution: str, fix: str, needed: bool = False) -> CheckResult:
+    """Check that a package is installed and recent enough; `fix` tells how to install it."""
     version, first = versions.installed(distribution), versions.AT_LEAST.get(distribution, "0")
     if not version:
-        return Finding(name, FAILED if needed else ABSENT, "not installed", mend)
+        return CheckResult(name, FAILED if needed else ABSENT, "not installed", fix)
     if Version(version) < Version(first):
-        mend = f"pip install '{distribution}>={first}'"
-        return Finding(name, FAILED, f"{version} is installed; supported is {first} and newer", mend)
-    return Finding(name, OK, version)
+        fix = f"pip install '{distribution}>={first}'"
+        return CheckResult(name, FAILED, f"{version} is installed; {first} or newer is supported", fix)
+    return CheckResult(name, OK, version)
 
 
-def apex() -> Finding:
-    """NVIDIA's apex is optional; PyPI's package of that name has nothing to do with it."""
+def apex() -> CheckResult:
+    """Check that apex, if installed, is NVIDIA's: the package of that name on PyPI is unrelated."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Finding("apex", ABSENT, "not installed", "optional: its fused operations have stand-ins here")
+        return CheckResult(
+            "apex", ABSENT, "not installed", "optional: other implementations of its fused operations are used"
+        )
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return Finding("apex", OK, f"NVIDIA's, {versions.installed('apex')}")
-    mend = "pip uninstall apex; NVIDIA's is built from its repository, and is optional"
-    return Finding("apex", FAILED, "PyPI's apex, an unrelated package that Megatron-core would try to use", mend)
+        return CheckResult("apex", OK, f"NVIDIA's, {versions.installed('apex')}")
+    fix = "pip uninstall apex; NVIDIA's is optional and built from its repository"
+    return CheckResult("apex", FAILED, "PyPI's apex, an unrelated package that Megatron-core would try to use", fix)
 
 
-def machine(run: Path) -> Iterator[Finding]:
-    """Shared memory, and the clock against that of the run folder's file system."""
+def machine(run: Path) -> Iterator[CheckResult]:
+    """Check shared memory, and the clock against the file system of the run folder."""
     size = shutil.disk_usage("/dev/shm").total / 2**30
-    mend = "" if size >= SHARED_MEMORY_GB else "NCCL and vLLM talk through it; in a container give it more (--shm-size)"
-    yield Finding("shared memory", WARNING if mend else OK, f"{size:.1f} GiB in /dev/shm", mend)
-    folder = existing(run)
+    fix = "" if size >= MIN_SHARED_MEMORY_GIB else "NCCL and vLLM use it; give a container more (--shm-size)"
+    yield CheckResult("shared memory", WARNING if fix else OK, f"{size:.1f} GiB in /dev/shm", fix)
+    folder = nearest_folder(run)
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             skew = abs(os.stat(file.name).st_mtime - time.time())
     except OSError as error:
-        yield Finding(
-            "run folder", FAILED, f"{folder}: {error.strerror}", "name one that can be written: --set run=..."
+        yield CheckResult(
+            "run folder", FAILED, f"{folder}: {error.strerror}", "choose one that can be written: --set run=..."
         )
         return
-    mend = "" if skew < SKEW_S else "let NTP set the clocks: logs of several machines could not be compared"
-    yield Finding("clock", WARNING if mend else OK, f"{skew:.1f} s from the run folder's file system", mend)
+    fix = (
+        "" if skew < MAX_CLOCK_SKEW_S else "set the clocks with NTP: logs of several nodes cannot be compared otherwise"
+    )
+    yield CheckResult("clock", WARNING if fix else OK, f"{skew:.1f} s off the run folder's file system", fix)
 
 
-def disk(config: Config, weights: Path) -> Finding:
-    """Room for the checkpoints that are kept and the one being written, less those that are there already, and for the
-    exported policies in best/ and policy/, which are replaced only when a new one is complete."""
-    there = len(checkpoint_folders.complete(Path(config.run) / "checkpoints"))
-    count = max(config.checkpoint.keep + 1 - there, 1)
+def disk(config: Config, weights: Path) -> CheckResult:
+    """Check the space for checkpoints and for the exported policies in best/ and policy/.
+
+    Needed are the checkpoints kept and the one being written, less those that exist already.
+    """
+    existing = len(checkpoint_folders.complete(Path(config.run) / "checkpoints"))
+    count = max(config.checkpoint.keep + 1 - existing, 1)
     needed = count * checkpoint_bytes(config, weights) + 2 * weight_bytes(weights)
-    free = shutil.disk_usage(existing(Path(config.run))).free
-    found = f"{free / 1e9:.0f} GB free, {count} more checkpoints, best/ and policy/ take {needed / 1e9:.0f} GB"
-    mend = "" if free > needed else "free some, name another run folder (--set run=...), or lower checkpoint.keep"
-    return Finding("disk", FAILED if mend else OK, found, mend)
+    free = shutil.disk_usage(nearest_folder(Path(config.run))).free
+    detail = f"{free / 1e9:.0f} GB free, {count} more checkpoints, best/ and policy/ need {needed / 1e9:.0f} GB"
+    fix = "" if free > needed else "free some, choose another run folder (--set run=...), or lower checkpoint.keep"
+    return CheckResult("disk", FAILED if fix else OK, detail, fix)
 
 
 def checkpoint_bytes(config: Config, weights: Path) -> float:
-    """Of one checkpoint: weights, and main weights with two moments in float32, of policy and reward model.
+    """Return the size of a checkpoint: weights, and main weights with two moments in float32, of all trained models.
 
-    `weights` holds the starting policy in as many bytes a weight as config.model.dtype says.
+    `weights`: folder of the starting policy, stored in config.model.dtype.
     """
-    times = {"bfloat16": (2 + 12) / 2, "float32": (4 + 12) / 4}[config.model.dtype]
-    return weight_bytes(weights) * times * (1 + config.reward_model.enabled)
+    ratio = {"bfloat16": (2 + 12) / 2, "float32": (4 + 12) / 4}[config.model.dtype]
+    return weight_bytes(weights) * ratio * (1 + config.reward_model.enabled)
 
 
 def weight_bytes(folder: Path) -> int:
+    """Return the size of the weights of a Hugging Face folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def host_memory(config: Config, arch: Architecture) -> Finding:
-    """What `oreal plan` says a machine must have, against what this one has."""
+def host_memory(config: Config, arch: Architecture) -> CheckResult:
+    """Compare the memory of this node with what `oreal plan` computes."""
     world = config.gpus or 1
-    case = Scenario(config, arch, next(iter(GPUS.values())), world, min(world, 8))
-    needed, there = sum(memory.host(case).values()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    mend = "" if there > needed else "take machines with more, or recipes for more of them; `oreal plan` shows for what"
-    found = f"{there / 1e9:.0f} GB, {needed / 1e9:.0f} GB are needed"
-    return Finding("host memory", FAILED if mend else OK, found, mend)
+    scenario = Scenario(config, arch, next(iter(GPUS.values())), world, min(world, 8))
+    needed, present = (
+        sum(memory.host_bytes(scenario).values()),
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
+    fix = "" if present > needed else "use nodes with more memory, or more nodes; `oreal plan` shows what needs it"
+    detail = f"{present / 1e9:.0f} GB, {needed / 1e9:.0f} GB are needed"
+    return CheckResult("host memory", FAILED if fix else OK, detail, fix)
 
 
-def existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+def nearest_folder(path: Path) -> Path:
+    """Return the nearest existing folder at or above a path."""
     path = path.absolute()
-    return path if path.is_dir() else existing(path.parent)
+    return path if path.is_dir() else nearest_folder(path.parent)
 
 
-def inputs(config: Config) -> Iterator[Finding]:
-    """Recipe, model and problems as `oreal train` will read them."""
+def inputs(config: Config) -> Iterator[CheckResult]:
+    """Check recipe, model and problems as `oreal train` reads them."""
     try:
-        read = read_inputs(config)
+        recipe = read_inputs(config)
     except ConfigError as error:
-        yield Finding("recipe and model", FAILED, str(error))
+        yield CheckResult("recipe and model", FAILED, str(error))
         return
-    yield Finding("recipe and model", OK, f"{read.folder.path}, {read.arch.layers} layers of {read.arch.family}")
+    yield CheckResult(
+        "recipe and model", OK, f"{recipe.folder.path}, {recipe.arch.layers} layers of {recipe.arch.family}"
+    )
     for name, path in (("prompts", config.data.path), ("held-out problems", config.data.held_out)):
         if not path and name != "prompts":
-            yield Finding(name, ABSENT, "none named", "without data.held_out nothing is evaluated")
+            yield CheckResult(name, ABSENT, "none", "without data.held_out nothing is evaluated")
             continue
         try:
-            yield Finding(name, OK, f"{len(read.prompts(path))} of {path}")
+            yield CheckResult(name, OK, f"{len(recipe.prompts(path))} of {path}")
         except ConfigError as error:
-            yield Finding(name, FAILED, str(error))
-    yield disk(config, read.folder.path)
-    yield host_memory(config, read.arch)
+            yield CheckResult(name, FAILED, str(error))
+    yield disk(config, recipe.folder.path)
+    yield host_memory(config, recipe.arch)
 
 
-def judges(config: JudgeConfig) -> list[Finding]:
-    """Ask every host one easy question, once. A run can do without some of them, not without all."""
-    found = [_judge(config, url) for url in config.urls]
-    if any(finding.state == OK for finding in found):
-        found = [dataclasses.replace(one, state=WARNING) if one.state == FAILED else one for one in found]
-    return found
+def judges(config: JudgeConfig) -> list[CheckResult]:
+    """Send every judge one easy question. A run needs at least one judge: the others are only warnings."""
+    results = [_check_judge(config, url) for url in config.urls]
+    if any(result.state == OK for result in results):
+        results = [
+            dataclasses.replace(result, state=WARNING) if result.state == FAILED else result for result in results
+        ]
+    return results
 
 
-def _judge(config: JudgeConfig, url: str) -> Finding:
+def _check_judge(config: JudgeConfig, url: str) -> CheckResult:
     from oreal_megatron.verify import judge
 
     once = dataclasses.replace(config, urls=(url,), retries=0, all_down_wait_s=2.0, read_timeout_s=30.0, cache="")
-    asked = judge.JudgeClient(once)
+    client = judge.JudgeClient(once)
     try:
-        outcome, seconds = asked.submit("What is 1 + 1?", "2", "2.0").result()
+        outcome, seconds = client.submit("What is 1 + 1?", "2", "2.0").result()
     except judge.JudgesDown:
-        return Finding(f"judge {url}", FAILED, asked.health()[url], f"is it up? curl {url}/v1/models")
+        return CheckResult(f"judge {url}", FAILED, client.health()[url], f"is it up? curl {url}/v1/models")
     finally:
-        asked.close()
-    right = outcome.value == "correct"
-    mend = "" if right else "it said that 2.0 is not 2, or no verdict at all; is it a chat model?"
-    return Finding(f"judge {url}", OK if right else FAILED, f"{outcome.value} after {seconds:.1f} s", mend)
+        client.close()
+    correct = outcome.value == "correct"
+    fix = "" if correct else "it did not confirm that 2.0 equals 2; is it a chat model?"
+    return CheckResult(f"judge {url}", OK if correct else FAILED, f"{outcome.value} after {seconds:.1f} s", fix)
 
 
-def _wanted(supported: dict[str, tuple[str, str]]) -> str:
+def _requirement(supported: dict[str, tuple[str, str]]) -> str:
+    """Return the requirement of the first of these distributions, for pip."""
     name, (first, stop) = next(iter(supported.items()))
     return f"'{name}>={first},<{stop}'"

@@ -1,7 +1,7 @@
-"""What `oreal doctor` runs for real, on a model of 0.4 M weights: ranks talk, an engine answers, a policy learns from
-it, and the engine takes the new weights. In processes of its own, so that a crash is only reported.
+"""Real runs of `oreal doctor` on a model of 0.4 M weights: a collective, generation, one update, a weight sync.
 
-Started by torchrun with the folder of that model; the first rank prints one line for each part that went well.
+real_run_launcher.py starts it with torchrun, so that a crash is only reported. The argument is the model folder; the
+first rank prints one line for each part that succeeded.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import torch.distributed as dist
 from oreal_megatron import loop
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config, EngineConfig, ModelConfig, SamplingConfig, VerifyConfig
-from oreal_megatron.records import Prompt, Sample
+from oreal_megatron.protocols import PolicyTrainer, RewardModelTrainer
+from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
 from oreal_megatron.runtime import distributed
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
 from oreal_megatron.session.session import start_engine
 
 PARTS = ("collective", "generate", "train", "weight sync")
-DONE = "doctor: "
+PREFIX = "doctor: "
 
 
 def make_model(folder: Path) -> None:
-    """A Qwen2 with random weights, and a tokenizer of one token for each letter."""
+    """Write a Qwen2 with random weights, and a tokenizer with one token per letter."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -46,6 +47,7 @@ def make_model(folder: Path) -> None:
 
 
 def run(folder: str) -> None:
+    """Run all parts with the model of a folder. Collective."""
     from oreal_megatron.mcore import parallel, trained_models
 
     config = Config(
@@ -57,38 +59,42 @@ def run(folder: str) -> None:
     )
     inputs = read_inputs(config)
     parallel.start_process_group()
-    with part("collective") as say:
-        say(collective())
-    with part("generate") as say:
+    with part("collective") as report:
+        report(collective())
+    with part("generate") as report:
         engine, verifier = start_engine(inputs)
         prompts = [Prompt(number, "", "", None, (number + 1, 2, 3)) for number in range(2 * engine.replicas)]
         rollouts = engine.generate(prompts, config.sampling, (0, 0))
-        say(f"{sum(map(len, rollouts))} answers from {engine.replicas} engines")
-    with part("train") as say:
+        report(f"{sum(map(len, rollouts))} responses from {engine.replicas} engines")
+    with part("train") as report:
         parallel.start_megatron(config.parallel, seed=0)
         policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
-        say(f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}")
-    with part("weight sync") as say:
+        report(
+            f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}"
+        )
+    with part("weight sync") as report:
         metrics = policy_weights.connect(policy, engine).sync(policy.updates)
-        say(f"{metrics['weight_sync/verified_parameters']:.0f} parameters arrived")
-    verifier.grader.close()
+        report(f"{metrics['weight_sync/verified_parameters']:.0f} parameters verified")
+    verifier.close()
     parallel.stop(engine)
 
 
 def collective() -> str:
-    """Sum a tensor over all ranks on their devices; raises when the sum is wrong."""
+    """Sum a tensor over all ranks on their devices; raise RuntimeError if the sum is wrong."""
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     ones = torch.ones(2**22, device=device)
     dist.all_reduce(ones)
     if ones.min().item() != ones.max().item() or ones[0].item() != dist.get_world_size():
-        raise RuntimeError(f"the sum of ones over {dist.get_world_size()} ranks came out as {ones[0].item()}")
+        raise RuntimeError(f"the sum of ones over {dist.get_world_size()} ranks is {ones[0].item()}")
     return f"{dist.get_world_size()} ranks on {device.type}"
 
 
-def train(policy, no_reward_model, rollouts, spec) -> str:
-    """One update on the answers, every second one called right; raises when nothing is learned from them."""
+def train(
+    policy: PolicyTrainer, no_reward_model: RewardModelTrainer, rollouts: list[list[Rollout]], spec: PackingSpec
+) -> str:
+    """Update once on the rollouts, every second one taken as correct; raise RuntimeError if there is no gradient."""
     samples = [
         Sample(rollout.prompt.tokens, rollout.tokens, reward, reward)
         for row in rollouts
@@ -103,11 +109,11 @@ def train(policy, no_reward_model, rollouts, spec) -> str:
 
 @contextmanager
 def part(name: str) -> Iterator[Callable[[str], None]]:
-    """Time one part, and print what it said once it has gone well."""
-    start, said = time.perf_counter(), []
-    yield said.append
+    """Time one part, and print what it reported once it has succeeded."""
+    start, details = time.perf_counter(), list[str]()
+    yield details.append
     if distributed.rank() == 0:
-        print(f"{DONE}{name}: {', '.join(said)} ({time.perf_counter() - start:.1f} s)", flush=True)
+        print(f"{PREFIX}{name}: {', '.join(details)} ({time.perf_counter() - start:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,124 +1,38 @@
-"""What `oreal evaluate` evaluates, and what it leaves behind."""
+"""Output folder of `oreal evaluate`: settings.json, results.json, table.md."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from rich.console import Console
 
-from oreal_megatron import settings
-from oreal_megatron.config import (
-    Config,
-    ConfigError,
-    EngineConfig,
-    EvaluationConfig,
-    ModelConfig,
-    ParallelConfig,
-    SamplingConfig,
-)
-from oreal_megatron.convert import stream, to_hf
-from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.convert.megatron_folder import MegatronFolder
+from oreal_megatron.config import ConfigError, SamplingConfig
 from oreal_megatron.evaluation import suites
+from oreal_megatron.evaluation.score import SuiteScores
+from oreal_megatron.observe.tables import add_columns, simple_table
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files
 from oreal_megatron.session.inputs import Inputs
 
-LONGEST = 16384  # tokens of prompt and response, where no run says it
-MARGIN_GB = 10.0  # of a GPU, that a cache which fills it leaves for activations, CUDA graphs and fragments
-
-
-def config_of(model: str, assignments: list[str]) -> Config:
-    """Of a recipe, of the run that a model lies in, or made for a lone Hugging Face folder."""
-    if ".py:" in model:
-        config = settings.from_recipe(model)
-    else:
-        config = dataclasses.replace(_of_run(Path(model)) or _alone(Path(model)), model=_named(Path(model)))
-    # Training's layout is of no use here: every GPU that the engine leaves is another engine.
-    return settings.override(dataclasses.replace(config, parallel=ParallelConfig(), offload=False), assignments)
-
-
-def _of_run(model: Path) -> Config | None:
-    """The configuration of the run folder that holds a policy or checkpoint, so that prompts are the same."""
-    for folder in list(model.absolute().parents)[:3]:
-        file = folder / "config.json"
-        if file.is_file() and "policy_freeze_steps" in (written := files.read_object(file)):
-            return settings.from_dict(written)
-    return None
-
-
-def _alone(model: Path) -> Config:
-    positions = min(_hf(model).get("max_position_embeddings", LONGEST), LONGEST)
-    engine = EngineConfig(
-        max_model_len=positions, kv_cache_gib=0.0 if torch.cuda.is_available() else EngineConfig.kv_cache_gib
-    )
-    return Config(engine=engine, evaluation=EvaluationConfig(max_new_tokens=positions))
-
-
-def _named(model: Path) -> ModelConfig:
-    half = torch.cuda.is_available() and _hf(model).get("torch_dtype", _hf(model).get("dtype")) != "float32"
-    return ModelConfig(str(model), dtype="bfloat16" if half else "float32")
-
-
-def _hf(model: Path) -> dict[str, Any]:
-    file = model / "config.json"
-    return files.read_object(file) if file.is_file() else {}
+ScoresByMode = Mapping[str, SuiteScores]  # "greedy", "sampled"
 
 
 def default_folder(model: str) -> Path:
+    """Return the output folder for a model, if none is given."""
     parts = Path(model.split(":")[-1]).parts
     return Path("runs/evaluations") / "_".join(parts[-3:]).strip("_/.")
 
 
-def with_weights(config: Config, model: str, out: Path) -> Config:
-    """A checkpoint becomes a Hugging Face folder in `out`, once. Collective."""
-    source = next((folder for folder in (Path(model), Path(model) / "policy") if is_checkpoint(folder)), None)
-    if source is None:
-        return config
-    folder, refusal = out / "model", ""
-    if distributed.rank() == 0 and not folder.is_dir():
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
-        except ConfigError as error:  # told on all ranks: the others wait for the folder
-            refusal = str(error)
-    if refusal := distributed.all_gather_object(refusal)[0]:
-        raise ConfigError(refusal)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
-
-
-def with_cache(config: Config) -> Config:
-    """A cache of 0, which a lone folder has on a GPU, becomes what the weights leave of its memory. Collective."""
-    if config.engine.kv_cache_gib:
-        return config
-    files = HFFolder(config.model.path).weight_files
-    weights = sum(file.stat().st_size for file in files) / config.engine.tensor / 2**30
-    free = min(distributed.all_gather_object(torch.cuda.mem_get_info()[0])) / 2**30
-    cache = free - weights - MARGIN_GB
-    if cache <= 0:
-        raise ConfigError(
-            f"{config.model.path} takes {weights:.1f} GB of each GPU, and {free:.1f} GB are free, of which "
-            f"{MARGIN_GB:g} are left for activations; cut it over several GPUs with --set engine.tensor=N"
-        )
-    if distributed.rank() == 0:
-        print(f"engine.kv_cache_gib is {cache:.1f}: {free:.1f} GB are free on each GPU, the weights take "
-              f"{weights:.1f}, and {MARGIN_GB:g} are left for activations", flush=True)  # fmt: skip
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kv_cache_gib=cache))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / "metadata.json").is_file()
-
-
-def claim(out: Path, inputs: Inputs, modes: dict[str, SamplingConfig], whole: dict[str, list[Prompt]]) -> None:
-    """Write what the answers in `out` depend on; refuse a folder with answers of something else. Collective."""
+def check_settings(
+    out: Path, inputs: Inputs, modes: Mapping[str, SamplingConfig], suite_prompts: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """Write what the responses in `out` depend on; raise ConfigError if it holds responses of others. Collective."""
     config = inputs.config
-    settings_now = {
+    present = {
         "model": inputs.folder.fingerprint(),
         "system_prompt": config.data.system_prompt,
         "seed": config.seed,
@@ -126,70 +40,108 @@ def claim(out: Path, inputs: Inputs, modes: dict[str, SamplingConfig], whole: di
         "dtype": config.engine_dtype,
         "thinking_end": list(config.verify.thinking_end),
         "judge": config.verify.judge.model or bool(config.verify.judge.urls),
-        **{f"suite {Path(name).stem}": digest(mine) for name, mine in whole.items()},  # its answers are in files STEM.*
+        **{f"suite {Path(name).stem}": _digest(prompts) for name, prompts in suite_prompts.items()},
         **{name: dataclasses.asdict(sampling) for name, sampling in modes.items()},
     }
     file = out / "settings.json"
     before = files.read_object(file) if file.is_file() else {}
-    changed = [key for key in before.keys() & settings_now.keys() if before[key] != settings_now[key]]
+    changed = [key for key in before.keys() & present.keys() if before[key] != present[key]]
     if changed := distributed.all_gather_object(changed)[0]:
         raise ConfigError(
-            f"{out} holds answers with another {', '.join(sorted(changed))}; name another folder with --out"
+            f"{out} holds responses with another {', '.join(sorted(changed))}; choose another folder with --out"
         )
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(before | settings_now, indent=2) + "\n")
+        file.write_text(json.dumps(before | present, indent=2) + "\n")
 
 
-def digest(problems: list[Prompt]) -> str:
-    """Of questions and gold answers: others under the same name would be given these answers' scores."""
+def _digest(problems: Sequence[Prompt]) -> str:
+    """Return a digest of questions and gold answers: the name of a suite does not identify its problems."""
     text = json.dumps([(prompt.question, prompt.gold) for prompt in problems])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def report(out: Path, model: str, results: dict[str, dict[str, Any]], overlap: dict[str, list[int]] | None) -> None:
-    """results.json and table.md, with what earlier calls left in them; the table is printed as well."""
+def write_results(
+    out: Path, model: str, scores: Mapping[str, ScoresByMode], overlap: Mapping[str, list[int]] | None
+) -> None:
+    """Write results.json and table.md, merged with those of earlier calls, and print the scores."""
     file = out / "results.json"
     before = files.read_object(file) if file.is_file() else {"suites": {}, "seen_in_training": {}}
-    seen = {name: numbers for name, numbers in (before["seen_in_training"] or {}).items() if name not in results}
+    seen = {name: numbers for name, numbers in (before["seen_in_training"] or {}).items() if name not in scores}
     seen |= overlap or {}
-    results = before["suites"] | {name: before["suites"].get(name, {}) | mine for name, mine in results.items()}
-    whole = {"model": model, "suites": results, "seen_in_training": seen}
-    files.write_text(file, json.dumps(whole, indent=2) + "\n")
-    text = table(model, {name: suites.named(name).title for name in results}, results)
-    if unseen := [name for name in results if name not in seen]:
-        text += f"\n{', '.join(unseen)}: not compared with training prompts; --training FILE.jsonl does.\n"
-    for name, numbers in seen.items():
-        text += f"\n{name}: training has seen {len(numbers)} of {results[name]['greedy']['problems']} problems.\n"
-    (out / "table.md").write_text(text)
-    print(text + f"\nResponses, results.json and this table: {out}")
+    merged = before["suites"] | {name: before["suites"].get(name, {}) | dict(modes) for name, modes in scores.items()}
+    document = {"model": model, "suites": merged, "seen_in_training": seen}
+    files.write_text(file, json.dumps(document, indent=2) + "\n")
+    notes = list(_overlap_notes(merged, seen))
+    text = markdown_table(model, {name: suites.named(name).title for name in merged}, merged)
+    (out / "table.md").write_text("\n".join([text, *notes]) + "\n")
+    _print_scores(model, merged)
+    print("\n".join(["", *notes, f"Responses, results.json and table.md: {out}"]))
 
 
-def table(model: str, titles: dict[str, str], results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: this model's scores with 95 % intervals above the paper's (percent)."""
+def _overlap_notes(scores: Mapping[str, ScoresByMode], seen: Mapping[str, list[int]]) -> list[str]:
+    """Return one sentence per suite about its overlap with the training prompts."""
+    notes = [
+        f"{name}: {len(numbers)} of {scores[name]['greedy']['problems']} problems occur in the training prompts."
+        for name, numbers in seen.items()
+    ]
+    if unchecked := [name for name in scores if name not in seen]:
+        notes.append(f"{', '.join(unchecked)}: not checked for contamination; use --training FILE.jsonl.")
+    return notes
+
+
+def _print_scores(model: str, scores: Mapping[str, ScoresByMode]) -> None:
+    """Print one line per suite and mode; table.md compares with the paper."""
+    table = simple_table(f"\n{model}")
+    add_columns(table, "suite", "mode", "accuracy", "95 %", "pass@k", "maj@k", "tokens", "truncated", "unknown")
+    for name, modes in scores.items():
+        for mode, score in modes.items():
+            k, (low, high) = score["answers_per_problem"], (100 * end for end in score["interval"])
+            best = max(score["pass_at"].values())
+            several = (f"{100 * best:.1f}", f"{100 * score['majority']:.1f}") if k > 1 else ("", "")
+            cells = [f"{100 * score['accuracy']:.1f}", f"{low:.1f}–{high:.1f}", *several, *_length_cells(score)]
+            table.add_row(suites.named(name).title, f"avg@{k}" if mode == "sampled" else mode, *cells)
+    Console().print(table)
+
+
+def _length_cells(score: SuiteScores) -> tuple[str, str, str]:
+    """Return mean tokens, share of truncated and number of unknown; older results.json may lack them."""
+    tokens, truncated, unknown = score.get("tokens"), score.get("truncated"), score.get("unknown")
+    return (
+        "" if tokens is None else f"{tokens['mean']:.0f}",
+        "" if truncated is None else f"{truncated:.1%}",
+        "" if unknown is None else str(unknown),
+    )
+
+
+def markdown_table(model: str, titles: Mapping[str, str], scores: Mapping[str, ScoresByMode]) -> str:
+    """Return this model's scores with 95 % intervals above those of the paper, in percent."""
     lines = ["| model | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
 
-    def line(name: str, cells: list[str]) -> None:
+    def add_line(name: str, cells: list[str]) -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
 
     for mode, words in (("greedy", "pass@1, greedy"), ("sampled", "avg@{k}")):
-        mine = [scores.get(mode) for scores in results.values()]
-        if any(mine):
-            k = next(filter(None, mine))["answers_per_problem"]
-            line(f"**{model}**, {words.format(k=k)}", [_cell(score, _with_interval) for score in mine])
-    if any(mine):  # sampled
-        line(f"**{model}**, pass@{k}", [_cell(x, lambda x: f"{100 * max(x['pass_at'].values()):.1f}") for x in mine])
-        line(f"**{model}**, maj@{k}", [_cell(x, lambda x: f"{100 * x['majority']:.1f}") for x in mine])
+        mode_scores = [modes.get(mode) for modes in scores.values()]
+        first = next(filter(None, mode_scores), None)
+        if first:
+            k = first["answers_per_problem"]
+            add_line(f"**{model}**, {words.format(k=k)}", [_cell(score, _with_interval) for score in mode_scores])
+    if first:  # sampled
+        best = [_cell(score, lambda score: f"{100 * max(score['pass_at'].values()):.1f}") for score in mode_scores]
+        add_line(f"**{model}**, pass@{k}", best)
+        majority = [_cell(score, lambda score: f"{100 * score['majority']:.1f}") for score in mode_scores]
+        add_line(f"**{model}**, maj@{k}", majority)
     columns = [suites.PAPER_SUITES.index(name) if name in suites.PAPER_SUITES else None for name in titles]
-    for name, scores in suites.PAPER.items() if any(column is not None for column in columns) else ():
-        line(f"{name} (paper)", ["–" if column is None else f"{scores[column]:.1f}" for column in columns])
+    for name, published in suites.PAPER.items() if any(column is not None for column in columns) else ():
+        add_line(f"{name} (paper)", ["–" if column is None else f"{published[column]:.1f}" for column in columns])
     return "\n".join(lines) + "\n"
 
 
-def _cell(score: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -> str:
+def _cell(score: SuiteScores | None, text: Callable[[SuiteScores], str]) -> str:
     return text(score) if score else "–"
 
 
-def _with_interval(score: dict[str, Any]) -> str:
+def _with_interval(score: SuiteScores) -> str:
     low, high = (100 * end for end in score["interval"])
     return f"{100 * score['accuracy']:.1f} ({low:.1f} to {high:.1f})"

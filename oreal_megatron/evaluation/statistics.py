@@ -1,4 +1,4 @@
-"""Scores of several answers to each problem, and how far chance could move them."""
+"""Statistics of several responses to each problem: pass@k, majority, confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from collections.abc import Sequence
 import torch
 
 
-def pass_at_k(answers: int, right: int, k: int) -> float:
-    """Chance that one of k answers drawn without replacement is right (Chen et al. 2021, Eq. 1, unbiased)."""
-    if not 1 <= k <= answers:
-        raise ValueError(f"pass@{k} cannot be estimated from {answers} answers; ask for at least {k}")
-    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
+def pass_at_k(responses: int, correct: int, k: int) -> float:
+    """Return the chance that one of k responses drawn without replacement is correct (Chen et al. 2021, Eq. 1)."""
+    if not 1 <= k <= responses:
+        raise ValueError(f"pass@{k} cannot be estimated from {responses} responses; sample at least {k}")
+    return 1.0 - math.comb(responses - correct, k) / math.comb(responses, k)
 
 
-def majority_is_right(extracted: Sequence[str | None], right: Sequence[bool]) -> bool:
-    """Whether the answer given most often is right; a tie goes to the one given first. None does not vote."""
+def majority_is_correct(extracted: Sequence[str | None], correct: Sequence[bool]) -> bool:
+    """Return whether the most frequent answer is correct; a tie goes to the first given. None does not vote."""
     votes: dict[str, list[bool]] = {}
-    for answer, correct in zip(extracted, right, strict=True):
+    for answer, is_correct in zip(extracted, correct, strict=True):
         if answer is not None:
-            votes.setdefault("".join(answer.split()), []).append(correct)
-    return any(max(votes.values(), key=len)) if votes else False
+            votes.setdefault("".join(answer.split()), []).append(is_correct)
+    return any(max(votes.values(), key=lambda outcomes: len(outcomes))) if votes else False
 
 
 def bootstrap(scores: Sequence[float], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over problems, which are drawn with replacement."""
+    """Return the 95 % percentile interval of the mean over problems, resampled with replacement."""
     values = torch.tensor(scores, dtype=torch.float64)
-    picked = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[picked].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    resampled = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[resampled].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927)."""
+    rate = successes / trials
+    centre = rate + z * z / (2 * trials)
+    spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return (centre - spread) / scale, (centre + spread) / scale

@@ -1,4 +1,4 @@
-"""The benchmarks of the paper: where their problems come from, what the paper reached, and what training has seen."""
+"""Benchmarks: files of their problems, results in the paper, and overlap with training prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oreal_megatron.data import problems
 
 @dataclass(frozen=True)
 class Suite:
-    """A JSONL file of problems; `part` keeps those with one value of a field. `hub`: where the suite itself lies."""
+    """A JSONL file of problems. `part`: (field, value) of those in the suite; `hub`: location of the suite alone."""
 
     title: str
     file: str
@@ -32,7 +32,7 @@ SUITES = {
     "amc23": Suite("AMC 2023", "amc23.jsonl"),
     "gsm8k": Suite("GSM8K", "gsm8k_test.jsonl"),
 }
-# The paper's Table 1: pass@1, greedy, percent; None where it gives none. Starred in the paper: copied from reports.
+# arXiv 2502.06781, Table 1: pass@1, greedy, percent; those starred there are copied from other reports.
 PAPER_SUITES = ("math500", "aime24", "aime25-1", "livemath", "olympiad")
 PAPER = {
     "Qwen2.5-7B-Instruct": (76.6, 13.3, 0.0, 37.0, 29.1),
@@ -46,17 +46,17 @@ PAPER = {
     "o1-preview": (85.5, 44.6, 40.0, 71.0, 43.6),
     "o1-mini": (90.0, 56.6, 46.7, 74.4, 46.3),
 }
-GRAM = 13  # words in a row that two texts do not share by chance (Brown et al. 2020)
+OVERLAP_WORDS = 13  # consecutive words that two texts do not share by chance (Brown et al. 2020)
 
 
 def find(name: str, folder: Path) -> tuple[Suite, str]:
-    """The suite of a name and its file in `folder`; a path to a JSONL file is a suite of its own.
+    """Return the suite of a name and its file in `folder`; a path to a JSONL file is a suite of its own.
 
-    `hub:OWNER/DATASET:FILE.jsonl` is fetched from the Hugging Face hub.
+    `hub:OWNER/DATASET:FILE.jsonl` is downloaded from the Hugging Face hub.
     """
     suite = named(name)
     if name.startswith("hub:"):
-        return suite, _fetched(name)
+        return suite, _download(name)
     if name.endswith(".jsonl"):
         return suite, name
     path = folder / suite.file
@@ -64,26 +64,26 @@ def find(name: str, folder: Path) -> tuple[Suite, str]:
         return suite, str(path)
     if not suite.hub:
         raise ConfigError(
-            f"suite {name}: {path} does not exist; put its problems there, or name their folder with --data"
+            f"suite {name}: {path} does not exist; put its problems there, or set their folder with --data"
         )
-    return dataclasses.replace(suite, part=None), _fetched(suite.hub)
+    return dataclasses.replace(suite, part=None), _download(suite.hub)
 
 
 def named(name: str) -> Suite:
-    """The suite of a name, wherever its problems are."""
+    """Return the suite of a name, without its file."""
     if name.startswith("hub:"):
         return Suite(name, name)
     if name.endswith(".jsonl"):
         return Suite(Path(name).stem, name)
     if name not in SUITES:
         raise ConfigError(
-            f"there is no suite {name!r}; known are {', '.join(SUITES)}, a path to a JSONL file with question and "
+            f"there is no suite {name!r}; choose one of {', '.join(SUITES)}, a path to a JSONL file with question and "
             "answer, and hub:OWNER/DATASET:FILE.jsonl"
         )
     return SUITES[name]
 
 
-def _fetched(name: str) -> str:
+def _download(name: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -91,20 +91,21 @@ def _fetched(name: str) -> str:
         _, repository, file = name.split(":")
         return hf_hub_download(repository, file, repo_type="dataset")
     except ValueError:
-        raise ConfigError(f"{name}: wanted hub:OWNER/DATASET:FILE.jsonl") from None
+        raise ConfigError(f"{name}: expected hub:OWNER/DATASET:FILE.jsonl") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{name} could not be fetched: {error}") from None
+        raise ConfigError(f"{name} could not be downloaded: {error}") from None
 
 
-def kept(suite: Suite, path: str) -> set[int]:
-    """The numbers of the problems that belong to the suite, from 0."""
+def problem_numbers(suite: Suite, path: str) -> set[int]:
+    """Return the lines of the file that belong to the suite, from 0."""
     lines = enumerate(problems.read_problems(path))
     return {number for number, line in lines if suite.part is None or line.get(suite.part[0]) == suite.part[1]}
 
 
-def seen(problems: Sequence[str], training: Sequence[str]) -> list[int]:
-    """Numbers of the problems that training has seen: the same words, or GRAM of them in a row."""
-    known, grams = set(), set()
+def find_overlap(problems: Sequence[str], training: Sequence[str]) -> list[int]:
+    """Return the problems that occur in training prompts: equal words, or OVERLAP_WORDS consecutive ones."""
+    known: set[tuple[str, ...]] = set()
+    grams: set[tuple[str, ...]] = set()
     for text in training:
         words = _words(text)
         known.add(words)
@@ -117,4 +118,4 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _grams(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return {words[start : start + GRAM] for start in range(len(words) - GRAM + 1)}
+    return {words[start : start + OVERLAP_WORDS] for start in range(len(words) - OVERLAP_WORDS + 1)}

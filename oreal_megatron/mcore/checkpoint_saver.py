@@ -111,7 +111,7 @@ class CheckpointSaver:
                 for finalize in request.finalize_fns:
                     finalize()
         if distributed.rank() == 0:
-            files.with_room(self.folder, self._complete, pending.partial, digests)
+            files.write_when_space(self.folder, self._complete, pending.partial, digests)
         dist.barrier()
 
     def _complete(self, partial: Path, digests: checkpoint_folders.Digests) -> None:
@@ -132,7 +132,7 @@ class CheckpointSaver:
                 )
             reported = True
             heartbeat.beat()
-            time.sleep(files.PAUSE_S)
+            time.sleep(files.RETRY_S)
         if distributed.rank() == 0 and reported:
             log.warning(f"there is space in {self.folder} again; continuing")
 
@@ -187,7 +187,7 @@ def _write_all(partial: Path, requests: list[AsyncRequest]) -> checkpoint_folder
         _, planned_files, results = request.async_fn_args
         written = {}
         for number, file in enumerate(planned_files):
-            written[number] = files.with_room(partial, _write, transforms, number, file)
+            written[number] = files.write_when_space(partial, _write, transforms, number, file)
             path = Path(file[0])
             digests[str(path.relative_to(partial))] = checkpoint_folders.digest(path)
         results.put(written)

@@ -139,7 +139,8 @@ def write_dump(
 
     Inputs that the policy's step did not get are left out: reference log-probs while it is frozen, invalid weights.
     """
-    tensors, (rank, shares) = {}, share
+    tensors: dict[str, Tensor] = {}
+    rank, shares = share
     for number, micro_batch in enumerate(batch.micro_batches):
         fields = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
         fields["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)

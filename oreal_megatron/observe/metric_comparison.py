@@ -33,11 +33,11 @@ def compare_metrics(before: Metrics, now: Metrics, tolerance: float) -> list[Met
     return pairs
 
 
-def relative_difference(one: float, other: float) -> float:
+def relative_difference(first: float, second: float) -> float:
     """Return the relative difference; 0 for two nans and for equal infinities."""
-    if one == other or (math.isnan(one) and math.isnan(other)):
+    if first == second or (math.isnan(first) and math.isnan(second)):
         return 0.0
-    difference = abs(one - other) / max(abs(one), abs(other))
+    difference = abs(first - second) / max(abs(first), abs(second))
     return difference if math.isfinite(difference) else math.inf
 
 

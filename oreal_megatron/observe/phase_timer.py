@@ -53,11 +53,11 @@ class PhaseTimer:
 
     def finish_step(self, metrics: Metrics, rollouts: Sequence[Sequence[Rollout]]) -> Metrics:
         """Return the metrics of speed of the step that ends now, and begin the next one. Collective."""
-        own_seconds, works = zip(*distributed.all_gather_object((self.own_seconds, self.work)), strict=True)
+        own_seconds, rank_works = zip(*distributed.all_gather_object((self.own_seconds, self.work)), strict=True)
         elapsed = time.monotonic() - self.started_at
         seconds = self.seconds | {"step": elapsed - self.seconds.get("evaluate", 0.0)}
         self.start()
-        works = [work for work in works if work]
+        works = [work for work in rank_works if work]
         models = speed.computed_models(self.config, metrics, seconds) if works else []
         rollout_tokens = sum(
             len(rollout.prompt.tokens) + len(rollout.tokens)

@@ -12,13 +12,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Bar:
-    """Progress of one long phase. `shown` is False on all ranks but the first; `done` counts from an earlier start."""
+    """Progress of one long phase, shown on the first rank only. `completed`: items of an earlier start."""
 
-    def __init__(self, title: str, total: int, shown: bool = True, done: int = 0):
-        self.title, self.total, self.done, self.note = title, total, done, ""
+    def __init__(self, title: str, total: int, shown: bool = True, completed: int = 0):
+        self.title, self.total, self.done, self.note = title, total, completed, ""
         self.console = Console(quiet=not shown, soft_wrap=True)
         self.started = self.last_line = time.monotonic()
-        self.first, self.printed = done, -1
+        self.first, self.printed = completed, -1
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         self.bar = Progress(*columns, console=self.console) if shown and self.console.is_terminal else None

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
     """Append one line; wait while the disk is full."""
-    files.with_room(file.parent, files.append_line, file, json.dumps(row))
+    files.write_when_space(file.parent, files.append_line, file, json.dumps(row))
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -53,7 +53,7 @@ class RunFolder:
             for graded in zip(*prompt_rows, strict=True)
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.with_room(self.path, files.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
+        files.write_when_space(self.path, files.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
 
 
 def refuse_existing(config: Config) -> None:

@@ -1,7 +1,7 @@
-"""Bytes of activations: what autograd keeps for the backward of one model on one rank, and what it works on besides.
+"""Bytes of activations: saved for the backward of one model on one rank, and used temporarily.
 
-Counted tensor by tensor for the layers that mcore/ builds, on a GPU: Megatron's local layer with our norms and packed
-attention, no fused SwiGLU. tests/dist/test_rehearse.py compares with what autograd keeps.
+Counted tensor by tensor for the layers that mcore/ builds on a GPU: Megatron's local layer with the norms and packed
+attention of this project, no fused SwiGLU. tests/dist/test_rehearse.py compares with what autograd saves.
 """
 
 from __future__ import annotations
@@ -18,84 +18,85 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Rows:
-    """How a micro-batch of `tokens` lies on a rank."""
+    """Number of rows of a micro-batch on one rank."""
 
     tokens: float  # of the micro-batch
-    own: float  # after context parallelism
-    residual: float  # in norms and residuals, which sequence parallelism cuts as well
+    local: float  # after context parallelism
+    residual: float  # in norms and residuals, which sequence parallelism splits as well
 
     @classmethod
-    def of(cls, tokens: float, cut: ParallelConfig) -> Rows:
-        own = tokens / cut.context
-        return cls(tokens, own, own / (cut.tensor if cut.sequence else 1))
+    def from_layout(cls, tokens: float, layout: ParallelConfig) -> Rows:
+        """Split the tokens of a micro-batch over the ranks of a layout."""
+        local = tokens / layout.context
+        return cls(tokens, local, local / (layout.tensor if layout.sequence else 1))
 
 
-def of_layer(arch: Architecture, cut: ParallelConfig, rows: Rows, itemsize: int, attention: bool = True) -> float:
-    """Kept by one layer of which nothing is computed again; without `attention`, its core is."""
-    queries, keys = arch.heads * arch.head_dim / cut.tensor, arch.kv_groups * arch.head_dim / cut.tensor
-    ffn = arch.ffn / cut.tensor * (arch.experts.per_token if arch.experts else 1)
+def layer_bytes(arch: Architecture, layout: ParallelConfig, rows: Rows, itemsize: int, attention: bool = True) -> float:
+    """Return what one layer saves without recomputation; `attention=False`: its core is recomputed."""
+    queries, keys = arch.heads * arch.head_dim / layout.tensor, arch.kv_groups * arch.head_dim / layout.tensor
+    ffn = arch.ffn / layout.tensor * (arch.experts.per_token if arch.experts else 1)
     norms = rows.residual * (4 * arch.hidden * itemsize + 2 * 4)  # two inputs, two outputs, two scales
-    rotary = rows.own * 4 * arch.head_dim * itemsize  # sine and cosine, of queries and of keys
-    core = rows.own * 2 * queries * itemsize  # queries and what attention gives
+    rotary = rows.local * 4 * arch.head_dim * itemsize  # sine and cosine, of queries and of keys
+    core = rows.local * 2 * queries * itemsize  # queries and output of attention
     if attention:
-        core += rows.tokens * 2 * keys * itemsize + rows.own * arch.heads / cut.tensor * 4
+        core += rows.tokens * 2 * keys * itemsize + rows.local * arch.heads / layout.tensor * 4
     else:
-        core += rows.own * (queries + 3 * keys) * itemsize  # what the product gave, whole, for a view of it
-    gate = rows.own * 5 * ffn * itemsize  # gate and up, the gate's SiLU, up plus an offset of zero, the product
+        core += rows.local * (queries + 3 * keys) * itemsize  # the whole output of the product, for a view of it
+    gate = rows.local * 5 * ffn * itemsize  # gate and up, the gate's SiLU, up plus an offset of zero, the product
     return norms + rotary + core + gate
 
 
-def in_flight(cut: ParallelConfig, stage: int, micro_batches: int) -> float:
-    """Micro-batches, as many layers each as the rank holds, whose activations wait for their backward at once.
+def in_flight(layout: ParallelConfig, stage: int, micro_batches: int) -> float:
+    """Return the micro-batches of all layers of the rank whose activations wait for their backward at once.
 
-    Stock schedules of Megatron-core: 1F1B, and interleaved, where a chunk's activations are a share of them.
+    Schedules of Megatron-core: 1F1B, and interleaved, where a chunk holds a part of the layers.
     """
-    if cut.virtual == 1:
-        return min(cut.pipeline - stage, micro_batches)
-    warm_up = 2 * (cut.pipeline - stage - 1) + (cut.virtual - 1) * cut.pipeline
-    return min(warm_up + 1, micro_batches * cut.virtual) / cut.virtual
+    if layout.virtual == 1:
+        return min(layout.pipeline - stage, micro_batches)
+    warm_up = 2 * (layout.pipeline - stage - 1) + (layout.virtual - 1) * layout.pipeline
+    return min(warm_up + 1, micro_batches * layout.virtual) / layout.virtual
 
 
-def kept(arch: Architecture, config: Config, stage: int, tokens: float, micro_batches: int) -> float:
-    """Kept by one rank of a pipeline stage at the most, when every micro-batch has `tokens`."""
-    cut, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
-    rows, layers = Rows.of(tokens, cut), arch.layers // cut.pipeline
+def saved_bytes(arch: Architecture, config: Config, stage: int, tokens: float, micro_batches: int) -> float:
+    """Return what one rank of a pipeline stage saves at most, if every micro-batch has `tokens` tokens."""
+    layout, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
+    rows, layers = Rows.from_layout(tokens, layout), arch.layers // layout.pipeline
     residual = rows.residual * arch.hidden * itemsize
-    whole = of_layer(arch, cut, rows, itemsize)
+    layer = layer_bytes(arch, layout, rows, itemsize)
     granularity = config.megatron.get("recompute_granularity")
     if granularity == "full":
         again = config.megatron.get("recompute_num_layers") or 1
         if config.megatron.get("recompute_method") == "block":
-            again = min(again * cut.virtual, layers)  # the first ones, whose backward comes last
-            waiting, working = again * residual + (layers - again) * whole, whole if again == layers else 0.0
+            again = min(again * layout.virtual, layers)  # the first layers: their backward comes last
+            waiting, working = again * residual + (layers - again) * layer, layer if again == layers else 0.0
         else:
-            waiting, working = layers / again * residual, again * whole - residual  # whose input waits already
+            waiting, working = layers / again * residual, again * layer - residual  # its input is counted already
     elif granularity == "selective":
-        waiting, working = layers * of_layer(arch, cut, rows, itemsize, attention=False), 0.0
+        waiting, working = layers * layer_bytes(arch, layout, rows, itemsize, attention=False), 0.0
     else:
-        waiting, working = layers * whole, 0.0
-    ends = residual  # what goes to the next stage, or into the head
-    return in_flight(cut, stage, micro_batches) * (waiting + ends) + working
+        waiting, working = layers * layer, 0.0
+    ends = residual  # output to the next stage or the head
+    return in_flight(layout, stage, micro_batches) * (waiting + ends) + working
 
 
-def kept_of(arch: Architecture, config: Config, stage: int, tokens: Sequence[int]) -> float:
-    """The same for micro-batches of these sizes, when the largest of them meet."""
-    meeting = math.ceil(in_flight(config.parallel, stage, len(tokens)))
-    largest = sorted(tokens)[-meeting:]
-    return kept(arch, config, stage, sum(largest) / len(largest), len(tokens))
+def saved_bytes_for(arch: Architecture, config: Config, stage: int, tokens: Sequence[int]) -> float:
+    """Return the same for micro-batches of these sizes, if the largest are in flight together."""
+    concurrent = math.ceil(in_flight(config.parallel, stage, len(tokens)))
+    largest = sorted(tokens)[-concurrent:]
+    return saved_bytes(arch, config, stage, sum(largest) / len(largest), len(tokens))
 
 
-def working(arch: Architecture, config: Config, tokens: int) -> float:
-    """What the widest layer has on the device besides, forward or backward: whole rows and both halves of its gate."""
-    cut, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
-    rows = Rows.of(tokens, cut)
-    ffn = arch.ffn / cut.tensor * (arch.experts.per_token if arch.experts else 1)
-    return itemsize * rows.own * (2 * arch.hidden + 4 * ffn)
+def temporary_bytes(arch: Architecture, config: Config, tokens: int) -> float:
+    """Return what the widest layer uses temporarily, forward or backward: full rows and both halves of its gate."""
+    layout, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
+    rows = Rows.from_layout(tokens, layout)
+    ffn = arch.ffn / layout.tensor * (arch.experts.per_token if arch.experts else 1)
+    return itemsize * rows.local * (2 * arch.hidden + 4 * ffn)
 
 
-def head(arch: Architecture, config: Config, tokens: int) -> float:
-    """The output layer's: logits of some rows at a time, the rows that have a label, and the gradient of both."""
-    cut, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
-    own = Rows.of(tokens, cut).own
-    logits = 2 * itemsize * own * arch.padded_vocab(cut.tensor) / cut.tensor
-    return min(logits, config.model.logits_mib * 2**20) + 3 * own * arch.hidden * itemsize
+def head_bytes(arch: Architecture, config: Config, tokens: int) -> float:
+    """Return what the output layer uses: logits of some rows at a time, rows with a label, and their gradients."""
+    layout, itemsize = config.parallel, ITEMSIZE[config.model.dtype]
+    local = Rows.from_layout(tokens, layout).local
+    logits = 2 * itemsize * local * arch.padded_vocab(layout.tensor) / layout.tensor
+    return min(logits, config.model.logits_mib * 2**20) + 3 * local * arch.hidden * itemsize

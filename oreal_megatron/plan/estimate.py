@@ -1,4 +1,4 @@
-"""The whole plan of a case, what is wrong with it, and the same as plain values for machines."""
+"""Estimate of a scenario: memory, time and traffic, with warnings, as a record and as JSON values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Estimate:
-    case: Scenario
+    """Memory, time and traffic of one scenario."""
+
+    scenario: Scenario
     stages: list[memory.Stage]
     largest_cache: float  # bytes
-    host: dict[str, float]  # bytes on a machine
+    host: dict[str, float]  # bytes on a node
     transfer: timing.Transfer
     generation: timing.Generation
     seconds: dict[str, float]  # by phase
@@ -26,42 +28,46 @@ class Estimate:
 
     @property
     def fullest(self) -> memory.Stage:
-        return max(self.stages, key=lambda stage: stage.most)
+        """Pipeline stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def spare(self) -> float:
         """Bytes left on the fullest rank in its fullest phase; negative when it does not fit."""
-        return self.case.usable - self.fullest.most
+        return self.scenario.usable - self.fullest.peak
 
     @property
     def fits(self) -> bool:
+        """True if every phase fits into the GPUs' memory."""
         return self.spare >= 0
 
     @property
     def step_seconds(self) -> float:
+        """Seconds of one step."""
         return sum(self.seconds.values())
 
     @property
     def hours(self) -> float:
-        """Of the whole run with its checkpoints; evaluations are not counted."""
-        steps, every = self.case.config.steps, self.case.config.checkpoint.every
+        """Hours of the run with its checkpoints, without evaluations."""
+        steps, every = self.scenario.config.steps, self.scenario.config.checkpoint.every
         return (steps * self.step_seconds + (steps // every if every else 1) * self.checkpoint[1]) / 3600
 
     @property
     def tokens_per_gpu_second(self) -> float:
-        """Tokens of all answers with their prompts by the time of whole steps, as NeMo-RL counts."""
-        config = self.case.config
-        answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt
-        return answers * self.case.sequence_tokens / self.step_seconds / self.case.world
+        """Tokens of all rollouts with their prompts per second of the step and GPU, counted as in NeMo-RL."""
+        config = self.scenario.config
+        rollouts = config.data.prompts_per_step * config.sampling.rollouts_per_prompt
+        return rollouts * self.scenario.sequence_tokens / self.step_seconds / self.scenario.world
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the estimate as JSON values."""
         return {
-            "gpus": self.case.world,
-            "gpus_per_node": self.case.node,
-            "gpu": dataclasses.asdict(self.case.gpu),
-            "assumptions": dataclasses.asdict(self.case.assumed),
+            "gpus": self.scenario.world,
+            "gpus_per_node": self.scenario.node,
+            "gpu": dataclasses.asdict(self.scenario.gpu),
+            "assumptions": dataclasses.asdict(self.scenario.assumed),
             "fits": self.fits,
-            "usable_bytes": self.case.usable,
+            "usable_bytes": self.scenario.usable,
             "spare_bytes": self.spare,
             "memory_bytes": {
                 f"stage {stage.number}": {phase: dict(parts) for phase, parts in stage.phases.items()}
@@ -69,97 +75,97 @@ class Estimate:
             },
             "host_bytes": self.host,
             "kv_cache": {
-                "bytes": self.case.config.engine.kv_cache_gib * GIB,
+                "bytes": self.scenario.config.engine.kv_cache_gib * GIB,
                 "largest_bytes": self.largest_cache,
-                "bytes_per_token": self.case.cache_token(),
+                "bytes_per_token": self.scenario.cache_token(),
             },
             "generation": dataclasses.asdict(self.generation) | {"seconds": self.generation.seconds},
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
             "hours": self.hours,
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
-            "bubble": timing.bubble(self.case),
-            "micro_batches": self.case.micro_batches,
+            "bubble": timing.bubble(self.scenario),
+            "micro_batches": self.scenario.micro_batches,
             "transfer_bytes": {key: value for key, value in vars(self.transfer).items() if key != "transport"},
             "checkpoint": {"bytes": self.checkpoint[0], "seconds": self.checkpoint[1]},
             "warnings": list(warnings(self)),
         }
 
 
-def make(case: Scenario, transfer: timing.Transfer | None = None) -> Estimate:
-    """Estimate a case, or refuse it with a ConfigError; the transfer, the slow part, may be given."""
-    case.check()
-    stages = memory.stages(case)
-    moved = transfer or timing.transfer(case)
+def estimate_scenario(scenario: Scenario, transfer: timing.Transfer | None = None) -> Estimate:
+    """Estimate a scenario; raise ConfigError if it cannot run. `transfer`: the slow part, if known already."""
+    scenario.check()
+    stages = memory.stages(scenario)
+    traffic = transfer or timing.transfer(scenario)
     return Estimate(
-        case,
+        scenario,
         stages,
-        memory.largest_cache(case, stages),
-        memory.host(case),
-        moved,
-        timing.generation(case),
-        timing.phases(case, moved),
-        timing.checkpoint(case),
+        memory.largest_cache(scenario, stages),
+        memory.host_bytes(scenario),
+        traffic,
+        timing.generation(scenario),
+        timing.phases(scenario, traffic),
+        timing.checkpoint(scenario),
     )
 
 
 def warnings(estimate: Estimate) -> Iterator[str]:
-    """Sentences about what does not fit, hardly fits, or waits."""
-    case = estimate.case
+    """Yield messages about what does not fit, fits barely, or waits."""
+    scenario = estimate.scenario
     for stage in estimate.stages:
         for phase, parts in stage.phases.items():
-            left = case.usable - parts.total()
-            if left < case.assumed.thin * case.usable:
+            left = scenario.usable - parts.total()
+            if left < scenario.assumed.thin * scenario.usable:
                 yield _tight(estimate, stage.number, phase, left)
     yield from _waiting(estimate)
     needed = sum(estimate.host.values()) / GIB
-    if needed > case.assumed.host_gib:
+    if needed > scenario.assumed.host_gib:
         yield (
-            f"a machine's own memory must hold {needed:.0f} GiB (idle models, and a checkpoint while it is gathered); "
-            f"{case.assumed.host_gib:.0f} are assumed to be there"
+            f"needs {needed:.0f} GiB of host RAM per node (offloaded models, and a checkpoint while it is gathered); "
+            f"{scenario.assumed.host_gib:.0f} assumed"
         )
 
 
 def _tight(estimate: Estimate, stage: int, phase: str, left: float) -> str:
-    """One phase of one stage that is too full, with what would help."""
+    """Return a message about one phase of one stage without a margin, with a remedy."""
     parts = estimate.stages[stage].phases[phase]
-    where = f"phase {phase} of stage {stage} " if len(estimate.stages) > 1 else f"phase {phase} "
-    said = f"{where}needs {parts.total() / GIB:.1f} of {estimate.case.usable / GIB:.1f} GiB"
-    said += f": {-left / GIB:.1f} too many" if left < 0 else f", {left / GIB:.1f} are left, which is thin"
-    return f"{said}; {_remedy(estimate, parts)}"
+    position = f"phase {phase} of stage {stage} " if len(estimate.stages) > 1 else f"phase {phase} "
+    text = f"{position}needs {parts.total() / GIB:.1f} of {estimate.scenario.usable / GIB:.1f} GiB"
+    text += f": {-left / GIB:.1f} GiB too much" if left < 0 else f", only {left / GIB:.1f} left"
+    return f"{text}; {_remedy(estimate, parts)}"
 
 
 def _remedy(estimate: Estimate, parts: memory.Bytes) -> str:
-    config, case = estimate.case.config, estimate.case
-    room = (estimate.largest_cache - case.assumed.thin * case.usable) / GIB
+    config, scenario = estimate.scenario.config, estimate.scenario
+    space = (estimate.largest_cache - scenario.assumed.thin * scenario.usable) / GIB
     if parts["KV cache"]:
-        needed = case.cache_token() * config.engine.max_model_len / GIB
-        if room > needed:
-            return f"engine.kv_cache_gib={int(room)} would leave room"
+        needed = scenario.cache_token() * config.engine.max_model_len / GIB
+        if space > needed:
+            return f"engine.kv_cache_gib={int(space)} would fit"
         if not config.offload:
-            return "offload=true takes idle models off the GPU"
-        return "more pipeline stages or data-parallel ranks hold less of a model each"
+            return "offload=true moves idle models to the host"
+        return "with more pipeline stages or data-parallel ranks, each holds less of a model"
     largest = max(("activations", "optimizer", "gradients", "parameters"), key=lambda name: parts[name])
     return {
         "activations": 'megatron.recompute_granularity="full", parallel.sequence=true or fewer '
-        "tokens_per_micro_batch make activations smaller",
+        "tokens_per_micro_batch reduce activations",
         "optimizer": "more data-parallel ranks share the optimizer",
-    }.get(largest, "a larger parallel.tensor or parallel.pipeline holds less of a model on each rank")
+    }.get(largest, "with a larger parallel.tensor or parallel.pipeline, each rank holds less of a model")
 
 
 def _waiting(estimate: Estimate) -> Iterator[str]:
-    case, generation = estimate.case, estimate.generation
-    cut, engine = case.config.parallel, case.config.engine
-    for key, size in (("parallel.tensor", cut.tensor), ("engine.tensor", engine.tensor)):
-        if case.crosses_nodes(size, 1):
-            yield f"{key} is {size}, more than the {case.node} GPUs of a machine: its exchanges cross the network"
-    if generation.concurrent < 0.8 * generation.answers:
+    scenario, generation = estimate.scenario, estimate.generation
+    layout, engine = scenario.config.parallel, scenario.config.engine
+    for key, size in (("parallel.tensor", layout.tensor), ("engine.tensor", engine.tensor)):
+        if scenario.crosses_nodes(size, 1):
+            yield f"{key} is {size}, more than {scenario.node} GPUs per node: its communication crosses the network"
+    if generation.concurrent < 0.8 * generation.rollouts:
         yield (
-            f"{generation.concurrent:.0f} of a replica's {generation.answers:.0f} answers run at once; the others "
-            "wait, or are computed again when the cache is full"
+            f"{generation.concurrent:.0f} of {generation.rollouts:.0f} rollouts per engine replica run at once "
+            "(engine.max_num_seqs, engine.kv_cache_gib); the others wait, or are computed again when the cache is full"
         )
-    if (idle := timing.bubble(case)) > 0.25:
+    if (idle := timing.bubble(scenario)) > 0.25:
         yield (
-            f"pipeline stages wait {idle:.0%} of an update: {case.micro_batches} micro-batches for {cut.pipeline} "
-            "stages; fewer stages, or fewer tokens_per_micro_batch"
+            f"pipeline stages wait {idle:.0%} of an update: {scenario.micro_batches} micro-batches for "
+            f"{layout.pipeline} stages; use fewer stages or fewer tokens_per_micro_batch"
         )

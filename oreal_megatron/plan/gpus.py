@@ -1,8 +1,8 @@
-"""GPUs as their makers describe them: data sheets of NVIDIA (A100, H100, H200, H20, B200 of HGX boards, SXM).
+"""GPUs by NVIDIA's data sheets (A100, H100, H200, H20, B200 on HGX boards, SXM).
 
 Memory is in GiB, as the sheets' "GB" are: an H200 of "141 GB" shows 140.4 GiB. Operations are bf16 without sparsity.
-NVLink is of one direction, half of what the sheets print. Between nodes one network card for each GPU is taken, as DGX
-and HGX machines have: 200 Gb/s beside an A100, 400 Gb/s beside the others.
+NVLink counts one direction, half of the number on the sheets. Between nodes there is one network card per GPU, as in
+DGX and HGX systems: 200 Gb/s beside an A100, 400 Gb/s beside the others.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from oreal_megatron.config import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
+    """Data sheet of one GPU."""
+
     name: str
     memory_gib: float
     flops: float  # per second
     memory_bytes: float  # per second
     nvlink_bytes: float  # per second and direction
     network_bytes: float  # per second and direction, between nodes
-    device: str  # what CUDA calls it
+    device: str  # name in CUDA
 
 
 GPUS = {
@@ -36,13 +38,14 @@ GPUS = {
 }
 
 
-def named(name: str) -> Gpu:
+def find_gpu(name: str) -> Gpu:
+    """Return a GPU by name; raise ConfigError for an unknown one."""
     if name not in GPUS:
-        raise ConfigError(f"no GPU is called {name}; known are {', '.join(GPUS)}")
+        raise ConfigError(f"unknown GPU {name}; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
-def peak(device: str, dtype: str) -> float | None:
-    """Operations per second of the device that CUDA calls so; None where no data sheet above says it."""
-    found = [gpu.flops for gpu in GPUS.values() if gpu.device == device]
-    return found[0] if found and dtype == "bfloat16" else None
+def peak_flops(device: str, dtype: str) -> float | None:
+    """Return the peak operations per second of a device by its name in CUDA; None if unknown."""
+    peaks = [gpu.flops for gpu in GPUS.values() if gpu.device == device]
+    return peaks[0] if peaks and dtype == "bfloat16" else None

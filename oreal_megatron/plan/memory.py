@@ -1,6 +1,6 @@
-"""Bytes on each rank in each phase, by component; and the largest key-value cache that they leave room for.
+"""Bytes on each rank in each phase by component, and the largest KV cache that fits beside them.
 
-Parameters, gradients and optimizer are those of Megatron's DistributedOptimizer as docs/evidence/scale.md measures
+Parameters, gradients and optimizer follow Megatron's DistributedOptimizer as docs/evidence/scale.md measures
 them: in bf16 2 + 4 bytes a parameter and 12 over the ranks that share it, in fp32 4 + 4 and 8.
 """
 
@@ -18,150 +18,169 @@ COMPONENTS = (
     "parameters", "gradients", "optimizer", "activations", "head", "engine weights", "KV cache", "buffers", "reserve"
 )  # fmt: skip
 GATHER_BUCKET = 256 * 2**20  # reshard/gather_transport.py
-Bytes = Counter  # by component
+Bytes = Counter[str]  # bytes by component; floats, for which Counter has no type
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage: the memory of each of its ranks, by phase."""
+    """Memory of each rank of one pipeline stage, by phase."""
 
     number: int
     phases: dict[str, Bytes]
 
     @property
     def fullest(self) -> str:
+        """Phase that needs most memory."""
         return max(self.phases, key=lambda phase: self.phases[phase].total())
 
     @property
-    def most(self) -> float:
+    def peak(self) -> float:
+        """Bytes in that phase."""
         return self.phases[self.fullest].total()
 
 
-def held(case: Scenario, stage: int, head: str) -> Bytes:
-    """A trained model: parameters, gradients, and its share of main weights and moments."""
-    elements, dtype = case.elements(stage, head), case.config.model.dtype
+def model_bytes(scenario: Scenario, stage: int, head: str) -> Bytes:
+    """Return parameters, gradients, and this rank's share of main weights and moments of a trained model."""
+    elements, dtype = scenario.elements(stage, head), scenario.config.model.dtype
     states = 12 if dtype == "bfloat16" else 8
-    sharing = case.data * case.config.parallel.context
+    sharing = scenario.data * scenario.config.parallel.context
     return Bytes(
         {"parameters": elements * ITEMSIZE[dtype], "gradients": 4 * elements, "optimizer": states * elements / sharing}
     )
 
 
-def stages(case: Scenario) -> list[Stage]:
-    return [Stage(stage, _phases(case, stage)) for stage in range(case.config.parallel.pipeline)]
+def stages(scenario: Scenario) -> list[Stage]:
+    """Return the memory of all pipeline stages."""
+    return [Stage(stage, _phases(scenario, stage)) for stage in range(scenario.config.parallel.pipeline)]
 
 
-def largest_cache(case: Scenario, planned: list[Stage]) -> float:
-    """Bytes of key-value cache that fit on every rank, in every phase that has one."""
+def largest_cache(scenario: Scenario, planned: list[Stage]) -> float:
+    """Return the KV cache that fits on every rank, in every phase that has one."""
     return min(
-        case.usable - memory.total() + memory["KV cache"]
+        scenario.usable - memory.total() + memory["KV cache"]
         for stage in planned
         for memory in stage.phases.values()
         if memory["KV cache"]
     )
 
 
-def _phases(case: Scenario, stage: int) -> dict[str, Bytes]:
-    config, scoring = case.config, _scoring(case, stage)
-    engine = Bytes({"engine weights": case.engine_weights(), "buffers": case.assumed.engine_gib * 2**30})
+def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
+    config, scoring = scenario.config, _scoring(scenario, stage)
+    engine = Bytes({"engine weights": scenario.engine_weights(), "buffers": scenario.assumed.engine_gib * 2**30})
     awake = engine + Bytes({"KV cache": config.engine.kv_cache_gib * 2**30})
-    resident = Bytes({"buffers": case.assumed.asleep_gib * 2**30})  # vLLM's sleep frees weights and cache only
+    resident = Bytes({"buffers": scenario.assumed.asleep_gib * 2**30})  # vLLM's sleep frees weights and cache only
     asleep, waking = (resident, engine) if config.engine.sleep else (awake, awake)
-    models = {name: held(case, stage, head) for name, head in case.roles.items()}
+    models = {name: model_bytes(scenario, stage, head) for name, head in scenario.roles.items()}
     weights = Bytes({"parameters": models["policy"]["parameters"]})
-    models["reference"] = weights  # is only read
+    models["reference"] = weights  # only read
     everything, largest = sum(models.values(), Bytes()), max(models.values(), key=Bytes.total)
 
-    def phase(engine: Bytes, model: Bytes, passing: Bytes) -> Bytes:
-        """The engine, the model at work or all of them, and what is there for a moment."""
-        return _with_reserve(case, engine + (model if config.offload else everything), passing)
+    def phase(engine: Bytes, model: Bytes, temporary: Bytes) -> Bytes:
+        """Add the engine, the active model (without offload: all models) and temporary memory."""
+        return _with_reserve(scenario, engine + (model if config.offload else everything), temporary)
 
-    # Parameters are there twice while Megatron copies them into its buffers, before it makes the optimizer.
+    # Parameters exist twice while Megatron copies them into its buffers, before it makes the optimizer.
     twice = Bytes({"buffers": max(largest["parameters"] - largest["optimizer"], 0.0)})
     phases = {"build": phase(asleep, largest, twice)}
     phases |= {"generate": phase(awake, Bytes(), Bytes()), "parity": phase(awake, weights, scoring)}
     for name in ("reward_model", "reference", "policy"):
         if name in models:
-            passing = scoring if name == "reference" else _training(case, stage, case.roles[name], models[name])
-            phases[name] = phase(asleep, models[name], passing)
-    phases["weight_sync"] = phase(waking, weights, _transfer(case))
+            temporary = (
+                scoring if name == "reference" else _training(scenario, stage, scenario.roles[name], models[name])
+            )
+            phases[name] = phase(asleep, models[name], temporary)
+    phases["weight_sync"] = phase(waking, weights, _transfer(scenario))
     phases["save"] = phase(awake, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
     return phases
 
 
-def _last(case: Scenario, stage: int) -> bool:
-    return stage == case.config.parallel.pipeline - 1
+def _last(scenario: Scenario, stage: int) -> bool:
+    return stage == scenario.config.parallel.pipeline - 1
 
 
-def _training(case: Scenario, stage: int, head: str, model: Bytes) -> Bytes:
-    """Of an update: activations at their most, or what AdamW needs when they are gone."""
-    kept = activations.kept(case.arch, case.config, stage, case.longest, case.micro_batches)
-    memory = Bytes({"activations": kept + activations.working(case.arch, case.config, case.longest)})
-    if head == "lm" and _last(case, stage):
-        memory["head"] = activations.head(case.arch, case.config, case.longest)
+def _training(scenario: Scenario, stage: int, head: str, model: Bytes) -> Bytes:
+    """Return what an update needs: the activations, or AdamW's temporary tensors after they are freed."""
+    saved = activations.saved_bytes(scenario.arch, scenario.config, stage, scenario.longest, scenario.micro_batches)
+    memory = Bytes(
+        {"activations": saved + activations.temporary_bytes(scenario.arch, scenario.config, scenario.longest)}
+    )
+    if head == "lm" and _last(scenario, stage):
+        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)
     square_roots = model["optimizer"] / 3  # torch's AdamW makes one more tensor of each state's size
     return memory if memory.total() > square_roots else Bytes({"buffers": square_roots})
 
 
-def _scoring(case: Scenario, stage: int) -> Bytes:
-    """Of a forward pass without a backward: one layer's work and logits."""
-    memory = Bytes({"activations": activations.working(case.arch, case.config, case.longest)})
-    if _last(case, stage):
-        memory["head"] = activations.head(case.arch, case.config, case.longest)
+def _scoring(scenario: Scenario, stage: int) -> Bytes:
+    """Return what a forward pass without a backward needs: one layer and logits."""
+    memory = Bytes({"activations": activations.temporary_bytes(scenario.arch, scenario.config, scenario.longest)})
+    if _last(scenario, stage):
+        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)
     return memory
 
 
-def _transfer(case: Scenario) -> Bytes:
-    direct = case.config.engine.transport == "direct" and not case.arch.experts
-    return Bytes({"buffers": case.config.engine.buffer_mib * 2**20 if direct else 2 * GATHER_BUCKET})
+def _transfer(scenario: Scenario) -> Bytes:
+    direct = scenario.config.engine.transport == "direct" and not scenario.arch.experts
+    return Bytes({"buffers": scenario.config.engine.buffer_mib * 2**20 if direct else 2 * GATHER_BUCKET})
 
 
-def _with_reserve(case: Scenario, standing: Bytes, passing: Bytes) -> Bytes:
-    assumed = case.assumed
-    communicators = assumed.context_gib + assumed.communicator_gib * groups(case)
-    total = standing + passing
-    total["reserve"] += communicators * 2**30 + assumed.fragments * passing.total()
+def _with_reserve(scenario: Scenario, standing: Bytes, temporary: Bytes) -> Bytes:
+    assumed = scenario.assumed
+    communicators = assumed.context_gib + assumed.communicator_gib * group_count(scenario)
+    total = standing + temporary
+    total["reserve"] += communicators * 2**30 + assumed.fragments * temporary.total()
     return total
 
 
-def groups(case: Scenario) -> int:
-    """Process groups that a rank uses: the world, each way of cutting, gradients over data and context, the engine."""
-    cut = case.config.parallel
-    sizes = (case.world, cut.tensor, cut.pipeline, cut.context, case.data, case.model_ranks, case.config.engine.tensor)
+def group_count(scenario: Scenario) -> int:
+    """Return the number of process groups of a rank: world, each parallel dimension, gradients, engine."""
+    layout = scenario.config.parallel
+    sizes = (
+        scenario.world,
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+        scenario.data,
+        scenario.model_ranks,
+        scenario.config.engine.tensor,
+    )
     return sum(size > 1 for size in sizes)
 
 
-def host(case: Scenario) -> dict[str, float]:
-    """Bytes of the host's memory that a node must have: for idle models, and while a checkpoint is gathered."""
-    cut = case.config.parallel
-    stride = cut.tensor * cut.context * case.data
+def host_bytes(scenario: Scenario) -> dict[str, float]:
+    """Return the host RAM a node needs for offloaded models, and while a checkpoint is gathered."""
+    layout = scenario.config.parallel
+    stride = layout.tensor * layout.context * scenario.data
     offloaded = gathering = 0.0
-    for first in range(0, case.world, case.node):
-        ranks = range(first, min(first + case.node, case.world))
-        away = [_offloaded(case, rank // stride) for rank in ranks]
-        # Those whose data- and context-parallel rank is 0 gather; each model at the same time on all ranks.
-        models = zip(*(_gathering(case, rank // stride, rank % stride < cut.tensor) for rank in ranks), strict=True)
-        offloaded, gathering = max(offloaded, sum(away)), max(gathering, *map(sum, models))
-    return {"idle models": offloaded if case.config.offload else 0.0, "gathering a checkpoint": gathering}
+    for first in range(0, scenario.world, scenario.node):
+        ranks = range(first, min(first + scenario.node, scenario.world))
+        copies = [_offloaded(scenario, rank // stride) for rank in ranks]
+        # Ranks with data- and context-parallel rank 0 gather; all ranks work on the same model at a time.
+        models = zip(
+            *(_gathering(scenario, rank // stride, rank % stride < layout.tensor) for rank in ranks), strict=True
+        )
+        offloaded, gathering = max(offloaded, sum(copies)), max(gathering, *map(sum, models))
+    return {"idle models": offloaded if scenario.config.offload else 0.0, "gathering a checkpoint": gathering}
 
 
-def _gathering(case: Scenario, stage: int, first: bool) -> list[float]:
-    """Of a rank at most, while each trained model in turn is gathered.
+def _gathering(scenario: Scenario, stage: int, first: bool) -> list[float]:
+    """Return the peak of a rank while each trained model in turn is gathered.
 
-    Megatron puts main weights and moments of its own shard in order, 12 bytes an element over all ranks. The first rank
-    gathers one kind after the other, 12 bytes, and holds up to 12 more: that kind in parts and put together, twice; or
-    then its copy of all. Of models before it are left the copies, and the weights.
+    Megatron sorts main weights and moments of its own shard: 12 bytes per element over all ranks. The first rank
+    gathers them in turn (12 bytes) and has up to 12 more: the current one in parts and joined, or its copy of all.
+    Copies and weights of earlier models remain.
     """
-    elements = [case.elements(stage, head) for name, head in case.roles.items() if name != "reference"]
-    shards = [12 * count / (case.data * case.config.parallel.context) for count in elements]
+    elements = [scenario.elements(stage, head) for name, head in scenario.roles.items() if name != "reference"]
+    shards = [12 * count / (scenario.data * scenario.config.parallel.context) for count in elements]
     if not first:
         return shards
-    pending = itertools.accumulate(((12 + ITEMSIZE[case.config.model.dtype]) * count for count in elements), initial=0)
+    pending = itertools.accumulate(
+        ((12 + ITEMSIZE[scenario.config.model.dtype]) * count for count in elements), initial=0
+    )
     return [before + 24 * count + shard for before, count, shard in zip(pending, elements, shards, strict=False)]
 
 
-def _offloaded(case: Scenario, stage: int) -> float:
-    """Copies that a rank keeps on the host; gradients are not copied."""
-    parts = [held(case, stage, head) for name, head in case.roles.items() if name != "reference"]
-    reference = held(case, stage, "lm")["parameters"]
+def _offloaded(scenario: Scenario, stage: int) -> float:
+    """Return the copies of a rank on the host; gradients are not copied."""
+    parts = [model_bytes(scenario, stage, head) for name, head in scenario.roles.items() if name != "reference"]
+    reference = model_bytes(scenario, stage, "lm")["parameters"]
     return sum(part["parameters"] + part["optimizer"] for part in parts) + reference

@@ -1,6 +1,6 @@
-"""config.json of the models that the recipes name, for planning where their folders are not.
+"""config.json of the models in the recipes, to plan without their folders.
 
-The authors' SFT models have the shapes of the Qwen2.5 bases that they were made from.
+The authors' SFT models have the shapes of the Qwen2.5 bases they were trained from.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CONFIGS = {
 }
 
 
-def config(path: str) -> tuple[dict[str, Any], bool]:
-    """The config.json of a model folder, or of a published model with the folder's name; and whether it was read."""
+def read_config(path: str) -> tuple[dict[str, Any], bool]:
+    """Return the config.json of a model folder, or of a published model of that name; and whether it was read."""
     file = Path(path) / "config.json"
     if file.is_file():
         return files.read_object(file), True
     if (name := Path(path).name) in CONFIGS:
         return CONFIGS[name], False
     raise ConfigError(
-        f"{path} is no model folder here, and {name!r} is none of the published models that the plan knows by name "
-        f"({', '.join(CONFIGS)}); put the model's config.json into a folder and name it with --set model.path=FOLDER"
+        f"{path} is not a model folder, and {name!r} is not a published model that the plan knows "
+        f"({', '.join(CONFIGS)}); put the model's config.json into a folder and set --set model.path=FOLDER"
     )

@@ -1,4 +1,4 @@
-"""What is planned: a recipe on so many GPUs of one kind, and where each rank stands."""
+"""Scenario of a plan: a recipe on a number of GPUs of one kind, and the layout of its ranks."""
 
 from __future__ import annotations
 
@@ -17,124 +17,130 @@ from oreal_megatron.reshard import vllm_layout
 
 @dataclass(frozen=True)
 class Scenario:
+    """A recipe, a model architecture, and the GPUs to run on."""
+
     config: Config
     arch: Architecture
     gpu: Gpu
     world: int
-    node: int = 8  # GPUs of a machine
+    node: int = 8  # GPUs per node
     assumed: Assumptions = field(default_factory=Assumptions)
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one replica of a model."""
+        """Number of ranks that hold one replica of a model."""
         return self.config.parallel.tensor * self.config.parallel.pipeline
 
     @property
     def data(self) -> int:
-        """Data-parallel replicas, which see different samples."""
+        """Number of data-parallel replicas, which train on different samples."""
         return self.world // (self.model_ranks * self.config.parallel.context)
 
     @property
     def replicas(self) -> int:
-        """Of the engine."""
+        """Number of engine replicas."""
         return self.world // self.config.engine.tensor
 
     @property
     def longest(self) -> int:
-        """Tokens of the largest micro-batch: a longer sequence than the budget stands alone."""
+        """Tokens of the largest micro-batch: a sequence longer than the budget has its own."""
         return max(self.config.tokens_per_micro_batch, self.config.engine.max_model_len)
 
     @property
     def roles(self) -> dict[str, str]:
-        """The models that are held, with the kind of their heads."""
+        """Models on each rank, with the kind of their heads."""
         rewarded = {"reward_model": "scalar"} if self.config.reward_model.enabled else {}
         return {"policy": "lm", **rewarded, "reference": "lm"}
 
     @property
     def sequence_tokens(self) -> float:
-        """Of a mean sequence, prompt and response."""
+        """Tokens of a mean sequence, prompt and response."""
         return self.assumed.prompt_tokens + self.assumed.response_tokens
 
     @property
     def sequences(self) -> float:
-        """That a step trains on."""
-        kept = 2 if self.config.selection.keep == "pair" else self.config.sampling.rollouts_per_prompt
-        return self.config.data.prompts_per_step * self.assumed.mixed_share * kept
+        """Number of samples in a step."""
+        samples_per_prompt = 2 if self.config.selection.keep == "pair" else self.config.sampling.rollouts_per_prompt
+        return self.config.data.prompts_per_step * self.assumed.mixed_share * samples_per_prompt
 
     @property
     def micro_batches(self) -> int:
-        """Of each data-parallel replica in a step."""
+        """Number of micro-batches of each data-parallel replica in a step."""
         share = self.sequences * self.sequence_tokens / self.data
-        found = max(1, math.ceil(share / self.config.tokens_per_micro_batch))
-        cut = self.config.parallel
-        return found if cut.virtual == 1 else math.ceil(found / cut.pipeline) * cut.pipeline
+        count = max(1, math.ceil(share / self.config.tokens_per_micro_batch))
+        layout = self.config.parallel
+        return count if layout.virtual == 1 else math.ceil(count / layout.pipeline) * layout.pipeline
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU's memory."""
+        """Bytes of a GPU's memory that programs can use."""
         return self.gpu.memory_gib * 2**30 * (1 - self.assumed.driver_share)
 
     def elements(self, stage: int, head: str) -> int:
-        """Parameters of a model on one rank of a pipeline stage."""
-        cut = self.config.parallel
-        return _elements(self.arch, cut.tensor, cut.pipeline, cut.virtual, stage, head)
+        """Return the parameters of a model on one rank of a pipeline stage."""
+        layout = self.config.parallel
+        return _elements(self.arch, layout.tensor, layout.pipeline, layout.virtual, stage, head)
 
     def all_elements(self, head: str) -> int:
-        """Parameters of a whole model, padding of the vocabulary left out."""
+        """Return the parameters of a complete model, without padding of the vocabulary."""
         return _all_elements(self.arch, head)
 
     def engine_weights(self) -> float:
-        """Bytes of one rank of the engine; of experts, which only its own loader knows exactly, an equal share."""
+        """Return the bytes of weights on one engine rank; for experts, an equal share of all."""
         itemsize, ranks = ITEMSIZE[self.config.engine_dtype], self.config.engine.tensor
         if self.arch.experts:
             return self.all_elements("lm") * itemsize / ranks
         return _engine_elements(self.arch, ranks) * itemsize
 
     def cache_token(self) -> float:
-        """Bytes of one token's keys and values on a rank of the engine."""
+        """Return the bytes of one token's keys and values on an engine rank."""
         groups = max(self.arch.kv_groups // self.config.engine.tensor, 1)
         return 2 * self.arch.layers * groups * self.arch.head_dim * ITEMSIZE[self.config.engine_dtype]
 
     def crosses_nodes(self, ranks: int, stride: int) -> bool:
-        """Whether a group of ranks, each `stride` after the one before, has members on several nodes."""
+        """Return whether a group of ranks at a distance of `stride` has members on several nodes."""
         return (ranks - 1) * stride >= self.node
 
     def check(self) -> None:
-        """Refuse what the trainer would refuse after everything is loaded; each fault is a ConfigError."""
+        """Raise ConfigError for what the trainer would refuse after everything is loaded."""
         self.check_layout()
         engine = self.config.engine
         needed = self.cache_token() * engine.max_model_len / 2**30
         if needed > engine.kv_cache_gib:
             raise ConfigError(
                 f"engine.kv_cache_gib is {engine.kv_cache_gib:g}, but one sequence of {engine.max_model_len} tokens "
-                f"needs {needed:.2f}; many run at once, so give several times that, or lower engine.max_model_len"
+                f"needs {needed:.2f} GiB; many run at once, so set several times that, or lower engine.max_model_len"
             )
 
     def check_layout(self) -> None:
-        """Refuse what the ranks cannot share evenly."""
-        cut, engine = self.config.parallel, self.config.engine
-        for key, value in (("--gpus", self.world), ("--gpus-per-node", self.node), ("parallel.context", cut.context)):
+        """Raise ConfigError for what the ranks cannot share evenly."""
+        layout, engine = self.config.parallel, self.config.engine
+        for key, value in (
+            ("--gpus", self.world),
+            ("--gpus-per-node", self.node),
+            ("parallel.context", layout.context),
+        ):
             if value < 1:
-                raise ConfigError(f"{key} is {value}; wanted at least 1")
-        self.arch.check_layout(cut.tensor, cut.pipeline, cut.virtual)
-        self.arch.check_training(cut.tensor, cut.sequence)
+                raise ConfigError(f"{key} is {value}; expected at least 1")
+        self.arch.check_layout(layout.tensor, layout.pipeline, layout.virtual)
+        self.arch.check_training(layout.tensor, layout.sequence)
         if self.world > self.node and self.world % self.node:
             raise ConfigError(
-                f"{self.world} GPUs are no multiple of {self.node} of a machine; set --gpus or --gpus-per-node"
+                f"{self.world} GPUs is not a multiple of {self.node} GPUs per node; set --gpus or --gpus-per-node"
             )
-        if cut.sequence and cut.tensor == 1:
+        if layout.sequence and layout.tensor == 1:
             raise ConfigError("parallel.sequence is set, which needs parallel.tensor of at least 2")
         self._check_divisions()
         if engine.max_model_len > self.arch.max_positions:
             raise ConfigError(
-                f"engine.max_model_len is {engine.max_model_len}, but the model was made for "
+                f"engine.max_model_len is {engine.max_model_len}, but the model has only "
                 f"{self.arch.max_positions} positions"
             )
 
     def _check_divisions(self) -> None:
-        cut, engine = self.config.parallel, self.config.engine
+        layout, engine = self.config.parallel, self.config.engine
         for what, size in (
-            ("parallel.tensor x pipeline x context", self.model_ranks * cut.context),
+            ("parallel.tensor x pipeline x context", self.model_ranks * layout.context),
             ("engine.tensor", engine.tensor),
         ):
             if self.world % size:

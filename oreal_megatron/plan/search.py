@@ -1,4 +1,4 @@
-"""Layouts that fit, best first: every cut of the model that divides it evenly, with the cache that fills the GPU."""
+"""Search for layouts that fit, best first: every even split of the model, with the largest KV cache that fits."""
 
 from __future__ import annotations
 
@@ -6,85 +6,125 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.plan import estimate, memory, timing
 from oreal_megatron.plan.estimate import GIB, Estimate
 from oreal_megatron.plan.scenario import Scenario
 
-CUTS = (1, 2, 4, 8)
-RECOMPUTE = {
+SIZES = (1, 2, 4, 8)
+RECOMPUTE: dict[str, dict[str, str | int]] = {
     "nothing": {},
     "everything": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-EQUAL = 1.03
-UNPLANNED = timing.Transfer(0.0, 0.0, 0.0, "direct")
+EQUAL_WITHIN = 1.03  # step times up to this factor of the fastest count as equal
+NO_TRANSFER = timing.Transfer(0.0, 0.0, 0.0, "direct")
 
 
-def best(case: Scenario, count: int = 5) -> list[Estimate]:
-    """The fastest layouts that fit with a margin, empty when none does. Those that are hardly slower than the fastest
-    count as equal, and of equals the one that is cut least is better."""
-    found = list(_fitting(case))
-    fastest = min((one.step_seconds for one in found), default=0.0)
-    found.sort(key=lambda one: (max(one.step_seconds, EQUAL * fastest), *_cut(one.case)))
-    return [estimate.make(one.case) for one in found[:count]]
+def best_layouts(scenario: Scenario, count: int = 5) -> list[Estimate]:
+    """Return the fastest layouts that fit with a margin, [] if none does.
+
+    Of layouts within EQUAL_WITHIN of the fastest, the least split one comes first.
+    """
+    fitting = list(_fitting(scenario))
+    fastest = min((layout.step_seconds for layout in fitting), default=0.0)
+    fitting.sort(key=lambda layout: (max(layout.step_seconds, EQUAL_WITHIN * fastest), *_split(layout.scenario)))
+    return [estimate.estimate_scenario(layout.scenario) for layout in fitting[:count]]
 
 
-def reason(one: Estimate) -> str:
-    """Why a layout is where it is."""
-    training = sum(one.seconds.get(name, 0.0) for name in ("reward_model", "reference", "policy"))
+def overrides(layout: Estimate, recipe: Scenario) -> list[str]:
+    """Return the `--set` assignments that change a recipe's layout to this one."""
+    assignments = []
+    for section in ("parallel", "engine"):
+        before, after = getattr(recipe.config, section), getattr(layout.scenario.config, section)
+        for field in dataclasses.fields(after):
+            if getattr(before, field.name) != getattr(after, field.name):
+                assignments.append(f"{section}.{field.name}={_format(getattr(after, field.name))}")
+    if recipe.config.offload != layout.scenario.config.offload:
+        assignments.append(f"offload={_format(layout.scenario.config.offload)}")
+    before, after = recipe.config.megatron, layout.scenario.config.megatron
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    return assignments + [f"megatron.{key}={_format(after.get(key))}" for key in changed]
+
+
+def as_dict(layout: Estimate, recipe: Scenario) -> dict[str, Any]:
+    """Return a layout, the reason for it and its assignments as JSON values."""
+    return {"set": overrides(layout, recipe), "why": reason(layout)} | layout.as_dict()
+
+
+def _format(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def reason(layout: Estimate) -> str:
+    """Return what decides about a layout, as text."""
+    training = sum(layout.seconds.get(name, 0.0) for name in ("reward_model", "reference", "policy"))
     left = min(
-        one.case.usable - parts.total()
-        for stage in one.stages
+        layout.scenario.usable - parts.total()
+        for stage in layout.stages
         for parts in stage.phases.values()
         if not parts["KV cache"]
     )
     return (
-        f"generates in {one.generation.seconds:.0f} s ({one.generation.bound}), trains in {training:.0f} s "
-        f"({timing.bubble(one.case):.0%} bubble), {left / GIB:.0f} GiB left while it trains"
+        f"generates in {layout.generation.seconds:.0f} s ({layout.generation.bound}), trains in {training:.0f} s "
+        f"({timing.bubble(layout.scenario):.0%} bubble), {left / GIB:.0f} GiB left in training"
     )
 
 
-def _cut(case: Scenario) -> tuple[int, int, int, int]:
-    cut = case.config.parallel
-    return cut.context, cut.pipeline, cut.tensor, case.config.engine.tensor
+def _split(scenario: Scenario) -> tuple[int, int, int, int]:
+    layout = scenario.config.parallel
+    return layout.context, layout.pipeline, layout.tensor, scenario.config.engine.tensor
 
 
-def _fitting(case: Scenario) -> Iterator[Estimate]:
-    options = (CUTS, CUTS, (1, 2, 4), CUTS, RECOMPUTE.values(), {True, case.config.offload})
+def _fitting(scenario: Scenario) -> Iterator[Estimate]:
+    options = (SIZES, SIZES, (1, 2, 4), SIZES, RECOMPUTE.values(), {True, scenario.config.offload})
     for tensor, pipeline, context, engine, recompute, offload in itertools.product(*options):
-        if max(tensor, engine) > case.node or tensor * pipeline * context > case.world:
+        if max(tensor, engine) > scenario.node or tensor * pipeline * context > scenario.world:
             continue
-        one = _case(case, tensor, pipeline, context, engine, recompute, offload)
+        candidate = _with_layout(scenario, tensor, pipeline, context, engine, recompute, offload)
         try:
-            one.check_layout()
-        except ConfigError:  # of what does not divide there is nothing to say
+            candidate.check_layout()
+        except ConfigError:  # does not divide evenly: not a candidate
             continue
-        if (filled := _filled(one)) is not None:
-            yield estimate.make(filled, UNPLANNED)
+        if (filled := _with_largest_cache(candidate)) is not None:
+            yield estimate.estimate_scenario(filled, NO_TRANSFER)
 
 
-def _case(
-    case: Scenario, tensor: int, pipeline: int, context: int, engine: int, recompute: dict, offload: bool
+def _with_layout(
+    scenario: Scenario,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    engine: int,
+    recompute: dict[str, str | int],
+    offload: bool,
 ) -> Scenario:
-    config = case.config
-    cut = dataclasses.replace(
+    config = scenario.config
+    parallel = dataclasses.replace(
         config.parallel, tensor=tensor, pipeline=pipeline, context=context, virtual=1, sequence=tensor > 1
     )
-    answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt * engine / case.world
-    served = dataclasses.replace(config.engine, tensor=engine, max_num_seqs=math.ceil(answers))
-    kept = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
-    changed = dataclasses.replace(config, parallel=cut, engine=served, megatron=kept | recompute, offload=offload)
-    return dataclasses.replace(case, config=changed)
+    rollouts = config.data.prompts_per_step * config.sampling.rollouts_per_prompt * engine / scenario.world
+    replica_engine = dataclasses.replace(config.engine, tensor=engine, max_num_seqs=math.ceil(rollouts))
+    megatron = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
+    changed = dataclasses.replace(
+        config, parallel=parallel, engine=replica_engine, megatron=megatron | recompute, offload=offload
+    )
+    return dataclasses.replace(scenario, config=changed)
 
 
-def _filled(case: Scenario) -> Scenario | None:
-    """The same with the largest cache that leaves a margin, in whole GiB; None when that is too small."""
-    stages = memory.stages(case)
-    margin = case.assumed.thin * case.usable
-    cache = (memory.largest_cache(case, stages) - margin) // GIB
+def _with_largest_cache(scenario: Scenario) -> Scenario | None:
+    """Return the scenario with the largest cache in GiB that leaves a margin; None if that is too small."""
+    stages = memory.stages(scenario)
+    margin = scenario.assumed.thin * scenario.usable
+    cache = (memory.largest_cache(scenario, stages) - margin) // GIB
     training = max(parts.total() for stage in stages for parts in stage.phases.values() if not parts["KV cache"])
-    if cache * GIB < case.cache_token() * case.config.engine.max_model_len or training > case.usable - margin:
+    if (
+        cache * GIB < scenario.cache_token() * scenario.config.engine.max_model_len
+        or training > scenario.usable - margin
+    ):
         return None
-    engine = dataclasses.replace(case.config.engine, kv_cache_gib=float(cache))
-    return dataclasses.replace(case, config=dataclasses.replace(case.config, engine=engine))
+    engine = dataclasses.replace(scenario.config.engine, kv_cache_gib=float(cache))
+    return dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, engine=engine))

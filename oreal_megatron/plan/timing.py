@@ -1,4 +1,4 @@
-"""Seconds of each phase of a step, estimated from operations, bytes and what assumptions.py takes for granted."""
+"""Seconds of each phase of a step, estimated from operations, bytes and assumptions.py."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from oreal_megatron.reshard.overlaps import ReshardLayout
 
 @dataclass(frozen=True)
 class Generation:
-    """What a replica of the engine does in a step."""
+    """Work of one engine replica in a step."""
 
-    answers: float  # of each replica
+    rollouts: float  # per replica
     concurrent: float  # of them at once
     prefill: float  # seconds
     decode: float
-    bound: str  # what decides the time of decoding
+    bound: str  # what limits decoding
 
     @property
     def seconds(self) -> float:
+        """Seconds of prefill and decoding."""
         return self.prefill + self.decode
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bytes of one hand-over of the weights: those of the busiest rank, and over all ranks between nodes."""
+    """Bytes of one weight sync: received by the busiest rank, and between nodes over all ranks."""
 
     received: float
     received_between: float
@@ -37,137 +38,153 @@ class Transfer:
     transport: str
 
 
-def layout(case: Scenario) -> ReshardLayout:
-    cut = case.config.parallel
+def layout(scenario: Scenario) -> ReshardLayout:
+    """Return the layouts of trainer and engine for the reshard planner."""
+    parallel = scenario.config.parallel
     # Context-parallel ranks hold the same weights as data-parallel ones.
     return ReshardLayout(
-        case.arch,
-        cut.tensor,
-        cut.pipeline,
-        cut.virtual,
-        case.config.engine.tensor,
-        case.world,
-        min(case.node, case.world),
+        scenario.arch,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual,
+        scenario.config.engine.tensor,
+        scenario.world,
+        min(scenario.node, scenario.world),
     )
 
 
-def transfer(case: Scenario) -> Transfer:
-    """From the plan of the direct transport; the other one gathers on every rank what it does not hold."""
-    cut, itemsize = case.config.parallel, ITEMSIZE[case.config.engine_dtype]
-    if case.config.engine.transport == "direct" and not case.arch.experts:
-        buffer = case.config.engine.buffer_mib * 2**20 // 4
-        traffic = planner.plan_transfer(layout(case), 0, itemsize, buffer).traffic
+def transfer(scenario: Scenario) -> Transfer:
+    """Return the traffic of the direct transport's plan; the gather transport sends every rank what it lacks."""
+    parallel, itemsize = scenario.config.parallel, ITEMSIZE[scenario.config.engine_dtype]
+    if scenario.config.engine.transport == "direct" and not scenario.arch.experts:
+        buffer = scenario.config.engine.buffer_mib * 2**20 // 4
+        traffic = planner.plan_transfer(layout(scenario), 0, itemsize, buffer).traffic
         return Transfer(
             traffic.received.max(), traffic.received_between.max(), traffic.received_between.sum(), "direct"
         )
     stages = [
-        case.elements(stage, "lm") * cut.tensor * ITEMSIZE[case.config.model.dtype] for stage in range(cut.pipeline)
+        scenario.elements(stage, "lm") * parallel.tensor * ITEMSIZE[scenario.config.model.dtype]
+        for stage in range(parallel.pipeline)
     ]
-    least = min(range(cut.pipeline), key=stages.__getitem__)  # whose ranks hold least, and receive all the rest
+    least = min(range(parallel.pipeline), key=stages.__getitem__)  # its ranks hold least and receive all other stages
     others = sum(stages) - stages[least]
-    between = others if case.crosses_nodes(cut.pipeline, cut.tensor * cut.context * case.data) else 0
-    return Transfer(others + stages[least] * (1 - 1 / cut.tensor), between, between * case.world, "gather")
+    between = (
+        others if scenario.crosses_nodes(parallel.pipeline, parallel.tensor * parallel.context * scenario.data) else 0
+    )
+    return Transfer(others + stages[least] * (1 - 1 / parallel.tensor), between, between * scenario.world, "gather")
 
 
-def generation(case: Scenario) -> Generation:
-    """Every token step reads the weights once, every token the keys and values before it; some answer is as long as
-    may be, so there are at least as many steps."""
-    config, assumed = case.config, case.assumed
-    answers = config.data.prompts_per_step * config.sampling.rollouts_per_prompt / case.replicas
+def generation(scenario: Scenario) -> Generation:
+    """Return the time of generation.
+
+    Every decoding step reads the weights once, every token the keys and values before it. One response reaches the
+    limit, so that there are at least as many steps as tokens in it.
+    """
+    config, assumed = scenario.config, scenario.assumed
+    rollouts = config.data.prompts_per_step * config.sampling.rollouts_per_prompt / scenario.replicas
     context = assumed.prompt_tokens + assumed.response_tokens / 2
-    fitting = config.engine.kv_cache_gib * 2**30 / case.cache_token() / context
-    concurrent = max(1.0, min(answers, config.engine.max_num_seqs, fitting))
-    tokens, longest = answers * assumed.response_tokens, config.sampling.max_new_tokens
+    fitting = config.engine.kv_cache_gib * 2**30 / scenario.cache_token() / context
+    concurrent = max(1.0, min(rollouts, config.engine.max_num_seqs, fitting))
+    tokens, longest = rollouts * assumed.response_tokens, config.sampling.max_new_tokens
     steps = max(longest, tokens / concurrent)
-    bandwidth = case.gpu.memory_bytes * assumed.memory_share
-    reading = (steps * case.engine_weights() + tokens * context * case.cache_token()) / bandwidth
-    rate = config.engine.tensor * case.gpu.flops * assumed.prefill_mfu
-    multiplying = tokens * 2 * flops.matrix_elements(case.arch) / rate
-    prefill = answers * assumed.prompt_tokens * 2 * flops.matrix_elements(case.arch) / rate
-    bound = "the longest answer" if steps == longest else f"{concurrent:.0f} answers at once"
-    return Generation(answers, concurrent, prefill, max(reading, multiplying) + steps * between_steps(case), bound)
+    bandwidth = scenario.gpu.memory_bytes * assumed.memory_share
+    reading = (steps * scenario.engine_weights() + tokens * context * scenario.cache_token()) / bandwidth
+    rate = config.engine.tensor * scenario.gpu.flops * assumed.prefill_mfu
+    multiplying = tokens * 2 * flops.matrix_elements(scenario.arch) / rate
+    prefill = rollouts * assumed.prompt_tokens * 2 * flops.matrix_elements(scenario.arch) / rate
+    bound = "the longest response" if steps == longest else f"{concurrent:.0f} concurrent responses"
+    decode = max(reading, multiplying) + steps * step_overhead(scenario)
+    return Generation(rollouts, concurrent, prefill, decode, bound)
 
 
-def between_steps(case: Scenario) -> float:
-    """Seconds of every token step that neither reads nor multiplies."""
-    exchanges = 2 * case.arch.layers * case.assumed.all_reduce_us / 1e6 if case.config.engine.tensor > 1 else 0.0
-    return exchanges + case.assumed.decode_step_ms / 1e3
+def step_overhead(scenario: Scenario) -> float:
+    """Return the seconds of a decoding step beside reads and products."""
+    exchanges = (
+        2 * scenario.arch.layers * scenario.assumed.all_reduce_us / 1e6 if scenario.config.engine.tensor > 1 else 0.0
+    )
+    return exchanges + scenario.assumed.decode_step_ms / 1e3
 
 
-def bubble(case: Scenario) -> float:
-    """Share of an update in which a pipeline's stages wait for each other."""
-    return case.config.parallel.bubble(case.micro_batches)
+def bubble(scenario: Scenario) -> float:
+    """Return the share of an update in which pipeline stages wait for each other."""
+    return scenario.config.parallel.bubble(scenario.micro_batches)
 
 
-def training(case: Scenario, passes: float) -> float:
-    """Seconds of so many passes forward (a backward is two) over what a step trains on."""
-    forward = flops.forward(case.arch, [case.sequence_tokens], case.sequence_tokens)
-    computing = case.sequences * forward * passes / (case.world * case.gpu.flops * case.assumed.train_mfu)
-    return (computing + exchanges(case) * passes) / (1 - bubble(case))
+def training(scenario: Scenario, passes: float) -> float:
+    """Return the seconds of a number of forward passes (a backward counts as two) over the samples of a step."""
+    forward = flops.forward(scenario.arch, [scenario.sequence_tokens], scenario.sequence_tokens)
+    computing = (
+        scenario.sequences * forward * passes / (scenario.world * scenario.gpu.flops * scenario.assumed.train_mfu)
+    )
+    return (computing + exchanges(scenario) * passes) / (1 - bubble(scenario))
 
 
-def exchanges(case: Scenario) -> float:
-    """Seconds of a pass forward in which a layer's ranks wait for each other: tensor-parallel ones put residuals
-    together twice, context-parallel ones gather keys and values."""
-    cut, arch = case.config.parallel, case.arch
-    values = case.sequences * case.sequence_tokens / case.data * arch.layers / cut.pipeline
-    values *= ITEMSIZE[case.config.model.dtype] / case.assumed.link_share
-    residuals = values / cut.context * 4 * arch.hidden * (1 - 1 / cut.tensor)
-    keys = values * 2 * arch.kv_groups * arch.head_dim / cut.tensor * (1 - 1 / cut.context)
-    return residuals / _link(case, cut.tensor, 1) + keys / _link(case, cut.context, cut.tensor)
+def exchanges(scenario: Scenario) -> float:
+    """Return the seconds of communication in a forward pass.
+
+    Tensor-parallel ranks reduce residuals twice per layer, context-parallel ranks gather keys and values.
+    """
+    parallel, arch = scenario.config.parallel, scenario.arch
+    values = scenario.sequences * scenario.sequence_tokens / scenario.data * arch.layers / parallel.pipeline
+    values *= ITEMSIZE[scenario.config.model.dtype] / scenario.assumed.link_share
+    residuals = values / parallel.context * 4 * arch.hidden * (1 - 1 / parallel.tensor)
+    keys = values * 2 * arch.kv_groups * arch.head_dim / parallel.tensor * (1 - 1 / parallel.context)
+    return residuals / _link(scenario, parallel.tensor, 1) + keys / _link(scenario, parallel.context, parallel.tensor)
 
 
-def _link(case: Scenario, ranks: int, stride: int) -> float:
-    """Bytes per second between ranks of a group."""
-    return case.gpu.network_bytes if case.crosses_nodes(ranks, stride) else case.gpu.nvlink_bytes
+def _link(scenario: Scenario, ranks: int, stride: int) -> float:
+    """Return the bandwidth between ranks of a group, in bytes per second."""
+    return scenario.gpu.network_bytes if scenario.crosses_nodes(ranks, stride) else scenario.gpu.nvlink_bytes
 
 
-def phases(case: Scenario, moved: Transfer) -> dict[str, float]:
-    """Seconds of each phase of a step in which the policy learns; checkpoints and evaluations are not in it."""
-    again = 1 if case.config.megatron.get("recompute_granularity") == "full" else 0
-    update = training(case, 3 + again) + gradients(case)
-    seconds = {"generate": generation(case).seconds, "parity": proving(case)}
-    if case.config.reward_model.enabled:
-        seconds["reward_model"] = update + swap(case, "reward_model")
-    seconds["reference"] = training(case, 1) + swap(case, "reference")
-    seconds["policy"] = update + swap(case, "policy")
-    share = case.assumed.link_share
-    within = (moved.received - moved.received_between) / (case.gpu.nvlink_bytes * share)
-    seconds["weight_sync"] = max(within, moved.received_between / (case.gpu.network_bytes * share)) + swap(case, "")
+def phases(scenario: Scenario, moved: Transfer) -> dict[str, float]:
+    """Return the seconds of each phase of a step that trains the policy, without checkpoints and evaluations."""
+    again = 1 if scenario.config.megatron.get("recompute_granularity") == "full" else 0
+    update = training(scenario, 3 + again) + gradients(scenario)
+    seconds = {"generate": generation(scenario).seconds, "parity": parity_check(scenario)}
+    if scenario.config.reward_model.enabled:
+        seconds["reward_model"] = update + swap(scenario, "reward_model")
+    seconds["reference"] = training(scenario, 1) + swap(scenario, "reference")
+    seconds["policy"] = update + swap(scenario, "policy")
+    share = scenario.assumed.link_share
+    within = (moved.received - moved.received_between) / (scenario.gpu.nvlink_bytes * share)
+    seconds["weight_sync"] = max(within, moved.received_between / (scenario.gpu.network_bytes * share)) + swap(
+        scenario, ""
+    )
     return seconds
 
 
-def proving(case: Scenario) -> float:
-    """Seconds to score the first tokens of a few answers with the policy; its share of a pass is that of its tokens."""
-    engine, assumed = case.config.engine, case.assumed
-    scored = engine.parity_rollouts * case.replicas * (assumed.prompt_tokens + engine.parity_tokens)
-    return training(case, 1) * scored / (case.sequences * case.sequence_tokens) + swap(case, "")
+def parity_check(scenario: Scenario) -> float:
+    """Return the seconds to score the first tokens of a few rollouts, in proportion to their number."""
+    engine, assumed = scenario.config.engine, scenario.assumed
+    scored = engine.parity_rollouts * scenario.replicas * (assumed.prompt_tokens + engine.parity_tokens)
+    return training(scenario, 1) * scored / (scenario.sequences * scenario.sequence_tokens) + swap(scenario, "")
 
 
-def gradients(case: Scenario) -> float:
-    """Seconds to sum fp32 gradients and to gather the new weights over the ranks that share an optimizer."""
-    cut = case.config.parallel
-    sharing = case.data * cut.context
+def gradients(scenario: Scenario) -> float:
+    """Return the seconds to reduce fp32 gradients and gather new weights over the ranks that share an optimizer."""
+    parallel = scenario.config.parallel
+    sharing = scenario.data * parallel.context
     if sharing == 1:
         return 0.0
-    moved = case.elements(0, "lm") * (4 + ITEMSIZE[case.config.model.dtype]) * (1 - 1 / sharing)
-    return moved / (_link(case, sharing, cut.tensor) * case.assumed.link_share)
+    moved = scenario.elements(0, "lm") * (4 + ITEMSIZE[scenario.config.model.dtype]) * (1 - 1 / sharing)
+    return moved / (_link(scenario, sharing, parallel.tensor) * scenario.assumed.link_share)
 
 
-def swap(case: Scenario, model: str) -> float:
-    """Seconds to fetch an idle model and to put it away again; for the transfer, the policy's weights."""
-    if not case.config.offload:
+def swap(scenario: Scenario, model: str) -> float:
+    """Return the seconds to load and offload a model; model "": the policy's weights for the weight sync."""
+    if not scenario.config.offload:
         return 0.0
-    part = memory.held(case, 0, case.roles.get(model, "lm"))
+    part = memory.model_bytes(scenario, 0, scenario.roles.get(model, "lm"))
     moved = part["parameters"] + (part["optimizer"] if model in ("policy", "reward_model") else 0)
-    return 2 * moved / (case.assumed.pcie_gb_s * 1e9)
+    return 2 * moved / (scenario.assumed.pcie_gb_s * 1e9)
 
 
-def checkpoint(case: Scenario) -> tuple[float, float]:
-    """Bytes of a checkpoint with every trained model, and seconds to gather and write it."""
+def checkpoint(scenario: Scenario) -> tuple[float, float]:
+    """Return bytes of a checkpoint of all trained models, and seconds to gather and write it."""
     states = 12  # main weights and moments; in fp32 the weights are written twice
-    per_element = ITEMSIZE[case.config.model.dtype] + states
-    trained = [head for name, head in case.roles.items() if name != "reference"]
-    written = sum(case.all_elements(head) for head in trained) * per_element
-    gathered = sum(case.elements(0, head) for head in trained) * states
-    return written, gathered / (case.assumed.gloo_gb_s * 1e9) + written / (case.assumed.storage_gb_s * 1e9)
+    per_element = ITEMSIZE[scenario.config.model.dtype] + states
+    trained = [head for name, head in scenario.roles.items() if name != "reference"]
+    written = sum(scenario.all_elements(head) for head in trained) * per_element
+    gathered = sum(scenario.elements(0, head) for head in trained) * states
+    return written, gathered / (scenario.assumed.gloo_gb_s * 1e9) + written / (scenario.assumed.storage_gb_s * 1e9)

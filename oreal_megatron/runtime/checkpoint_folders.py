@@ -1,11 +1,11 @@
-"""The checkpoints of a run as folders: which are whole, which is newest, which may go. Their contents are mcore's.
+"""Checkpoint folders of a run: complete ones, the newest, damage, deletion. mcore/ writes their contents.
 
 checkpoints/
-  step_000010/          complete since it bears this name
+  step_000010/          complete: it gets this name last
     manifest.json       every file's size and SHA-256
     policy/ reward_model/
-  step_000020.partial/  being written, or left by a run that died
-  latest                the name of the newest complete one
+  step_000020.partial/  being written, or left by a run that crashed
+  latest                name of the newest complete one
 """
 
 from __future__ import annotations
@@ -27,36 +27,37 @@ MANIFEST, LATEST, PARTIAL = "manifest.json", "latest", ".partial"
 
 @dataclass(frozen=True)
 class Damage:
-    """Why a checkpoint cannot be trusted."""
+    """Reason why a checkpoint cannot be loaded."""
 
     path: Path
-    what: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"checkpoint {self.path.name} is damaged: {self.what}"
+        return f"checkpoint {self.path.name} is damaged: {self.reason}"
 
 
 def name(step: int) -> str:
-    """Of a checkpoint after `step` steps."""
+    """Return the folder name of a checkpoint after `step` steps."""
     return f"step_{step:06d}"
 
 
 def step_of(path: Path) -> int:
+    """Return the number of steps before a checkpoint."""
     return int(path.name.removeprefix("step_"))
 
 
 def begin(partial: Path, models: Iterable[str]) -> None:
-    """Empty folders to write into; what dead runs left half written goes."""
-    for left in partial.parent.glob(f"step_*{PARTIAL}"):
-        shutil.rmtree(left)
+    """Create empty folders to write into, and delete incomplete checkpoints of earlier runs."""
+    for incomplete in partial.parent.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(incomplete)
     for model in models:
         (partial / model).mkdir(parents=True)
 
 
 def finish(partial: Path, digests: Digests) -> Path:
-    """Give a completely written folder its manifest and its name, and make it the latest.
+    """Give a completely written folder its manifest and its final name, and make it the latest.
 
-    `digests` are of the files that were measured while they were written; the others are measured now.
+    `digests`: of files that were hashed while they were written; the others are hashed now.
     """
     everything = digest_files(partial, [name for name in list_files(partial) if name not in digests]) | digests
     measured = {name: dict(zip(("bytes", "sha256"), everything[name], strict=True)) for name in sorted(everything)}
@@ -64,7 +65,7 @@ def finish(partial: Path, digests: Digests) -> Path:
     for folder in sorted({(partial / name).parent for name in everything}):
         files.sync(folder)
     path = partial.with_suffix("")
-    if path.exists():  # the run went on from an earlier one
+    if path.exists():  # the run was resumed from an earlier checkpoint
         remove(path)
     os.rename(partial, path)
     make_latest(path)
@@ -72,65 +73,67 @@ def finish(partial: Path, digests: Digests) -> Path:
 
 
 def make_latest(path: Path) -> None:
+    """Record a checkpoint as the newest one."""
     files.write_text(path.parent / LATEST, path.name + "\n")
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the latest `keep` and those whose step is a multiple of `keep_every` (0: of none)."""
+    """Delete all but the latest `keep` and the multiples of `keep_every` steps (0: no multiples)."""
     for path in candidates(folder)[keep:]:
         if not keep_every or step_of(path) % keep_every:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; one half deleted no longer bears the name of a whole one."""
-    going = path.with_name(path.name + ".old" + PARTIAL)
-    os.rename(path, going)
-    shutil.rmtree(going)
+    """Delete a checkpoint. It loses its final name first, so that a crash leaves no damaged one."""
+    obsolete = path.with_name(path.name + ".old" + PARTIAL)
+    os.rename(path, obsolete)
+    shutil.rmtree(obsolete)
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that bear a final name, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Checkpoints to go on from, newest first: the one that `latest` names, and those before it."""
-    found, file = complete(folder)[::-1], folder / LATEST
+    """Return the checkpoints to resume from, newest first: the latest and those before it."""
+    paths, file = complete(folder)[::-1], folder / LATEST
     latest = file.read_text().strip() if file.is_file() else ""
-    return [path for path in found if not latest or path.name <= latest]
+    return [path for path in paths if not latest or path.name <= latest]
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> Damage | None:
-    """What is wrong with a checkpoint, if anything. Of `shares` readers, each reads its share of the files."""
+    """Return what is wrong with a checkpoint, or None. Each of `shares` readers hashes its share of the files."""
     try:
         listed = json.loads((path / MANIFEST).read_text())["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except FileNotFoundError:
         return Damage(path, f"it has no {MANIFEST}")
     except (ValueError, KeyError, TypeError, OSError) as error:
         return Damage(path, f"its {MANIFEST} cannot be read ({error})")
-    for name, (size, _) in wanted.items():
+    for name, (size, _) in expected.items():
         if not (path / name).is_file():
             return Damage(path, f"{name} is missing")
-        if (found := (path / name).stat().st_size) != size:
-            return Damage(path, f"{name} has {found} bytes, its manifest says {size}")
-    for name in sorted(wanted)[share::shares]:
-        if digest(path / name) != wanted[name]:
-            return Damage(path, f"{name} does not have the SHA-256 of its manifest")
+        if (actual := (path / name).stat().st_size) != size:
+            return Damage(path, f"{name} has {actual} bytes, the manifest says {size}")
+    for name in sorted(expected)[share::shares]:
+        if digest(path / name) != expected[name]:
+            return Damage(path, f"{name} does not have the SHA-256 of the manifest")
     return None
 
 
 def list_files(path: Path) -> list[str]:
-    """All files below a folder, as paths relative to it."""
+    """Return all files below a folder, as paths relative to it."""
     return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
 def digest_files(path: Path, names: Iterable[str]) -> Digests:
+    """Return bytes and SHA-256 of files of a folder."""
     return {name: digest(path / name) for name in names}
 
 
 def digest(file: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file."""
+    """Return bytes and SHA-256 of a file."""
     with open(file, "rb") as stream:
         return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()

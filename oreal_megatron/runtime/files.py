@@ -1,4 +1,4 @@
-"""Files that are whole or not there, writes that wait for room instead of failing, JSON that is what it should be."""
+"""Atomic writes, writes that wait for disk space, and reading of JSON objects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 from oreal_megatron.config import ConfigError
 from oreal_megatron.runtime import heartbeat
 
-Result = TypeVar("Result")
 log = logging.getLogger(__name__)
-PAUSE_S = 10.0  # between looks at a full disk
-FULL = (errno.ENOSPC, errno.EDQUOT)
+Result = TypeVar("Result")
+RETRY_S = 10.0  # pause between attempts on a full disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by one that holds `text`: at no moment is it half written, not even if the machine dies."""
+    """Replace the contents of a file atomically: not even a crash of the machine leaves half of it."""
     new = path.with_name(path.name + ".new")
     with open(new, "w") as file:
         file.write(text)
@@ -32,18 +32,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """Return the object in a JSON file; raise ConfigError if it holds anything else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {type(value).__name__}; wanted a JSON object")
+        raise ConfigError(f"{path} holds {type(value).__name__}; expected a JSON object")
     return value
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line, or nothing: what a full disk cut off is taken back."""
+    """Append a line, or nothing: a partial line on a full disk is removed again."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
@@ -55,7 +55,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a power cut."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,33 +63,33 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def with_room(folder: Path, write: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `write(*arguments)`, again and again while it fails because the disk or the quota is full.
+def write_when_space(folder: Path, write: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `write(*arguments)`, and repeat it while disk or quota are full.
 
-    It says once that it waits, and for what. `write` must bear being repeated.
+    The wait is logged once. `write` must be repeatable.
     """
-    told = False
+    waiting = False
     while True:
         try:
             result = write(*arguments)
         except Exception as error:
             if not is_full(error):
                 raise
-            if not told:
-                log.warning("no space left in %s; waiting until there is some, nothing is lost", folder)
-                told = True
+            if not waiting:
+                log.warning("no space left in %s; waiting until there is space, nothing is lost", folder)
+                waiting = True
             heartbeat.beat()
-            time.sleep(PAUSE_S)
+            time.sleep(RETRY_S)
             continue
-        if told:
+        if waiting:
             log.warning("there is space in %s again; continuing", folder)
         return result
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one underneath it, says that there is no room: torch.save hides the number."""
+    """Return whether an error or its cause is a full disk: torch.save hides the error number."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,4 +1,4 @@
-"""Who keeps a job from going on, judged from what its ranks told. Pure: no clock, no thread, no process group."""
+"""Find the ranks that block a job, from the progress reports of all ranks. Pure: no clock, thread or process group."""
 
 from __future__ import annotations
 
@@ -6,112 +6,121 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-RUNNING, FAILING, FAILED, DONE = "running", "failing", "failed", "done"  # failing: with an error, and still there
+RUNNING, FAILING, FAILED, DONE = "running", "failing", "failed", "done"  # failing: has an error, still alive
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a rank tells the others, and what was found out about it since."""
+class ProgressReport:
+    """Progress of one rank as it reports it, and what the receiving rank has observed of it."""
 
     rank: int
-    host: str  # name and process-id namespace
+    host: str  # host name and namespace of process ids
     pid: int
-    stacks: int  # its file descriptor that a stuck interpreter's stacks are written to
+    stacks_fd: int  # file descriptor of that process, to which faulthandler writes its stacks
     step: int | None
     phase: str
     micro_batch: int | None
-    borders: int
-    idle_s: float  # since its last beat
-    limit_s: float  # that its phase may go without one
-    waits: bool  # in a collective, as far as its Python stacks show
+    transitions: int  # changes of step or phase so far
+    idle_s: float  # seconds since its last progress
+    limit_s: float  # seconds without progress that its phase may take
+    in_collective: bool  # as far as its Python stacks show
     state: str = RUNNING
-    error: str = ""  # that it failed with
-    gone: bool = False  # found out: its process has ended
-    silent_s: float = 0.0  # found out: since it was last heard
+    error: str = ""
+    gone: bool = False  # observed: its process has ended
+    silent_s: float = 0.0  # observed: seconds since its last report
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
+        """Phase, step and micro-batch as text."""
         step = "" if self.step is None else f" of step {self.step}"
         micro_batch = "" if self.micro_batch is None else f", micro-batch {self.micro_batch}"
         return f"phase {self.phase}{step}{micro_batch}"
 
     @property
     def late(self) -> bool:
+        """True if its phase makes no progress for longer than allowed."""
         return self.idle_s > self.limit_s
 
-    def found(self, gone: bool, silent_s: float) -> Report:
+    def observed(self, gone: bool, silent_s: float) -> ProgressReport:
+        """Return the report with the receiver's observations."""
         return replace(self, gone=gone, silent_s=silent_s)
 
     def line(self) -> str:
-        waits = ", waits in a collective" if self.waits else ""
-        return f"rank {self.rank}: {self.place}, {self.idle_s:.1f} s without a beat{waits}, {self.state} {self.error}"
+        """Return the report as one line for diagnosis.txt."""
+        waits = ", waits in a collective" if self.in_collective else ""
+        idle = f"no progress for {self.idle_s:.1f} s"
+        return f"rank {self.rank}: {self.position}, {idle}{waits}, {self.state} {self.error}"
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why the job ends."""
+    """Reason to end the job."""
 
-    guilty: tuple[int, ...]
-    sentence: str
-    step: int | None  # of the guilty
-    by: int = 0  # the rank that came to it first, and speaks
+    ranks: tuple[int, ...]  # the ranks that block the others
+    message: str
+    step: int | None  # step of the first of them
+    reporter: int = 0  # the rank that found it first, and prints the message
 
-    def said_by(self, rank: int) -> Diagnosis:
-        return replace(self, by=rank)
+    def reported_by(self, rank: int) -> Diagnosis:
+        """Return the diagnosis as found by a rank."""
+        return replace(self, reporter=rank)
 
 
-def encode(value: Report | Diagnosis) -> bytes:
+def encode(value: ProgressReport | Diagnosis) -> bytes:
+    """Encode a report or a diagnosis for the store."""
     return json.dumps(asdict(value)).encode()
 
 
-def report(text: bytes) -> Report:
-    return Report(**json.loads(text))
+def decode_report(text: bytes) -> ProgressReport:
+    """Decode a report."""
+    return ProgressReport(**json.loads(text))
 
 
-def verdict(text: bytes) -> Diagnosis:
+def decode_diagnosis(text: bytes) -> Diagnosis:
+    """Decode a diagnosis."""
     fields = json.loads(text)
-    return Diagnosis(**fields | {"guilty": tuple(fields["guilty"])})
+    return Diagnosis(**fields | {"ranks": tuple(fields["ranks"])})
 
 
-def judge(reports: Sequence[Report], silent_limit_s: float) -> Diagnosis | None:
-    """The ranks that are lost; else those that the others wait for, once one of them is over its phase's limit."""
-    return _lost(reports, silent_limit_s) or _stuck([one for one in reports if one.state == RUNNING])
+def diagnose(reports: Sequence[ProgressReport], silent_limit_s: float) -> Diagnosis | None:
+    """Return the lost ranks; else the ranks the others wait for, once one of them exceeds its phase's limit."""
+    return _find_lost(reports, silent_limit_s) or _find_hung([report for report in reports if report.state == RUNNING])
 
 
-def _lost(reports: Sequence[Report], silent_limit_s: float) -> Diagnosis | None:
-    lost = [one for one in reports if one.state != DONE and (one.gone or one.silent_s > silent_limit_s)]
-    failed = [one for one in reports if one.state == FAILED or one in lost and one.state == FAILING]
-    killed = [one for one in lost if one not in failed]  # before the others: their errors are those of its collectives
-    if killed:
-        return _verdict(killed, "lost, last seen in", "; ".join(map(_loss, killed)))
+def _find_lost(reports: Sequence[ProgressReport], silent_limit_s: float) -> Diagnosis | None:
+    lost = [report for report in reports if report.state != DONE and (report.gone or report.silent_s > silent_limit_s)]
+    failed = [report for report in reports if report.state == FAILED or report in lost and report.state == FAILING]
+    killed = [report for report in lost if report not in failed]
+    if killed:  # first: errors of other ranks are those of their collectives with the killed ones
+        return _diagnosis(killed, "lost, last seen in", "; ".join(map(_describe_loss, killed)))
     if failed:
-        return _verdict(failed, "lost, last seen in", "; ".join(f"it ended with {one.error}" for one in failed))
+        return _diagnosis(failed, "lost, last seen in", "; ".join(f"it ended with {report.error}" for report in failed))
     return None
 
 
-def _loss(one: Report) -> str:
-    if one.gone:
-        return f"its process {one.pid} on {one.host} has ended without a word (killed, or out of memory?)"
+def _describe_loss(report: ProgressReport) -> str:
+    if report.gone:
+        return f"process {report.pid} on {report.host} ended without an error message (killed, or out of memory?)"
     return (
-        f"nothing was heard of its process {one.pid} on {one.host} for {one.silent_s:.0f} s (stopped, stuck inside "
-        "native code with Python's lock, or the host or the network is gone?)"
+        f"no report from process {report.pid} on {report.host} for {report.silent_s:.0f} s (process stopped or blocked "
+        "in native code that holds Python's lock, or host or network down?)"
     )
 
 
-def _stuck(running: Sequence[Report]) -> Diagnosis | None:
-    """Ranks in a collective wait for those that are not, and ranks ahead for those behind."""
-    active = [one for one in running if not one.waits]
+def _find_hung(running: Sequence[ProgressReport]) -> Diagnosis | None:
+    """Ranks in a collective wait for those outside it, and ranks ahead wait for those behind."""
+    active = [report for report in running if not report.in_collective]
     if not active:
-        together = bool(running) and all(one.late for one in running)
-        return _verdict(running, "stuck in", "all wait in collectives, for each other") if together else None
-    behind = min(one.borders for one in active)
-    late = [one for one in active if one.borders == behind and one.late]
-    limits = "; ".join(f"no beat for {one.idle_s:.0f} s, {one.limit_s:g} s allowed" for one in late)
-    return _verdict(late, "stuck in", limits) if late else None
+        deadlock = bool(running) and all(report.late for report in running)
+        return _diagnosis(running, "hung in", "all wait for each other in collectives") if deadlock else None
+    earliest = min(report.transitions for report in active)
+    late = [report for report in active if report.transitions == earliest and report.late]
+    limits = "; ".join(f"no progress for {report.idle_s:.0f} s, {report.limit_s:g} s allowed" for report in late)
+    return _diagnosis(late, "hung in", limits) if late else None
 
 
-def _verdict(guilty: Sequence[Report], what: str, why: str) -> Diagnosis:
-    ranks = tuple(one.rank for one in guilty)
+def _diagnosis(blocking: Sequence[ProgressReport], state: str, reason: str) -> Diagnosis:
+    ranks = tuple(report.rank for report in blocking)
     names = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
-    places = "; ".join(dict.fromkeys(one.place for one in guilty))
-    return Diagnosis(ranks, f"{names} {what} {places}: {why}", guilty[0].step)
+    positions = "; ".join(dict.fromkeys(report.position for report in blocking))
+    return Diagnosis(ranks, f"{names} {state} {positions}: {reason}", blocking[0].step)

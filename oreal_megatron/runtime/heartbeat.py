@@ -1,4 +1,4 @@
-"""Where this rank is and when it last got on. Whoever works writes it, runtime/watchdog.py reads it. No collective."""
+"""Progress marker of this rank. The main thread writes it, runtime/watchdog.py reads it. Not collective."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Progress:
-    step: int | None = None  # None: before the first
+    """Step, phase and time of the last progress."""
+
+    step: int | None = None  # None: before the first step
     phase: str = "start"
     micro_batch: int | None = None
-    borders: int = 0  # of steps and phases crossed so far: equal on ranks that are equally far
+    transitions: int = 0  # changes of step or phase so far: equal on ranks that are equally far
     beat_at: float = field(default_factory=time.monotonic)
 
 
@@ -21,27 +23,27 @@ progress = Progress()
 
 
 def beat(micro_batch: int | None = None) -> None:
-    """Something was finished within the phase: an engine step, a micro-batch, a graded answer."""
+    """Report progress within the phase: an engine step, a micro-batch or a graded response is finished."""
     progress.micro_batch = micro_batch
     progress.beat_at = time.monotonic()
 
 
 def step(number: int) -> None:
-    """A step begins."""
+    """Begin a step."""
     progress.step = number
-    _cross("step")
+    _enter("step")
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What is done inside belongs to a phase. One that failed stays the place of this rank."""
+    """Mark the body as a phase. After an error, the phase stays, so that the watchdog can report it."""
     outer = progress.phase
-    _cross(name)
+    _enter(name)
     yield
-    _cross(outer)
+    _enter(outer)
 
 
-def _cross(phase: str) -> None:
+def _enter(phase: str) -> None:
     progress.phase = phase
-    progress.borders += 1
+    progress.transitions += 1
     beat()

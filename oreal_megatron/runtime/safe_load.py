@@ -1,7 +1,7 @@
-"""Checkpoints may come from anywhere, and reading a pickle can run whatever its writer liked. Here it cannot.
+"""Check of torch_dist checkpoints for code: reading a pickle can run whatever its author put into it.
 
-torch.distributed.checkpoint reads `.metadata` and every stored object with the whole power of pickle. `check` reads
-them before it does, with unpicklers that know a checkpoint's classes only; tensors it reads safely by itself.
+torch.distributed.checkpoint unpickles `.metadata` and every stored object without restrictions. `check` reads them
+first, with an unpickler that knows the classes of a checkpoint only. Tensors are read safely by torch itself.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint's metadata does not need")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
 def metadata(folder: Path) -> dcp.Metadata:
-    """What a torch_dist checkpoint says of its tensors and files; refuses one whose files lie elsewhere."""
+    """Return the metadata of a torch_dist checkpoint; raise ConfigError if it names files elsewhere."""
     try:
         with open(folder / ".metadata", "rb") as file:
             read = _Unpickler(file).load()
-        places = [info.relative_path for info in read.storage_data.values()]
+        names = [info.relative_path for info in read.storage_data.values()]
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{folder}/.metadata is missing, damaged or not a checkpoint's: {error}") from None
-    for place in places:
-        if Path(place).name != place:
-            raise ConfigError(f"{folder}/.metadata names the file {place}, outside the checkpoint")
+        raise ConfigError(f"{folder}/.metadata is missing, damaged or not part of a checkpoint: {error}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ConfigError(f"{folder}/.metadata names the file {name}, outside the checkpoint")
     return read
 
 
 def check(folder: Path) -> None:
-    """Refuse a torch_dist checkpoint in which anything but data is stored."""
+    """Raise ConfigError if a torch_dist checkpoint holds anything but data."""
     read = metadata(folder)
-    _only_data(folder / "common.pt")
+    _check_archive(folder / "common.pt")
     for index, info in read.storage_data.items():
         if not isinstance(read.state_dict_metadata.get(index.fqn), dcp.TensorStorageMetadata):
-            _only_data(folder / info.relative_path, info.offset, info.length)
+            _check_archive(folder / info.relative_path, info.offset, info.length)
 
 
-def _only_data(file: Path, offset: int = 0, length: int = -1) -> None:
-    """Of a torch.save archive, which may be part of a file."""
+def _check_archive(file: Path, offset: int = 0, length: int = -1) -> None:
+    """Check one torch.save archive, which may be part of a file."""
     try:
         with open(file, "rb") as stream:
             stream.seek(offset)
             torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{file} is missing, damaged or holds something else than data, of which nothing was run: {why}"
+            f"{file} is missing, damaged or holds something other than data (nothing was run): {reason}"
         ) from None

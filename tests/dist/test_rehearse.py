@@ -37,7 +37,7 @@ def case(tensor: int, pipeline: int, context: int, virtual: int, recompute: dict
         megatron=recompute,
     )
     assumed = assumptions.Assumptions(prompt_tokens=16, response_tokens=100)
-    return Scenario(config, architecture.read(HF), gpus.named("h100-80g"), world, 4, assumed)
+    return Scenario(config, architecture.read(HF), gpus.find_gpu("h100-80g"), world, 4, assumed)
 
 
 def every_layout() -> list[dict]:
@@ -47,21 +47,21 @@ def every_layout() -> list[dict]:
     for layout, recompute in LAYOUTS:
         one = case(*layout, recompute)
         one.check()
-        done = rehearsal.play(one, synthetic.chosen(one))
+        done = rehearsal.play(one, synthetic.default_ranks(one))
         ratios = {part: [] for part in ("parameters", "gradients", "optimizer", "activations")}
-        for rank in done.played:
+        for rank in done.ran:
             stage = rank.rank // (one.world // one.config.parallel.pipeline)
             for name, parts in rank.bytes.items():
-                held = memory.held(one, stage, one.roles[name])
+                held = memory.model_bytes(one, stage, one.roles[name])
                 for part, size in parts.items():
                     ratios[part].append(held[part] / size)
-            kept = activations.kept_of(one.arch, one.config, stage, rank.tokens)
+            kept = activations.saved_bytes_for(one.arch, one.config, stage, rank.tokens)
             ratios["activations"].append(kept / rank.activation_bytes["policy"])
-        replica = [rank for rank in (*done.played, *done.built) if rank.rank in synthetic.one_replica(one)]
+        replica = [rank for rank in (*done.ran, *done.built) if rank.rank in synthetic.one_replica(one)]
         ratios["checkpoint"] = [timing.checkpoint(one)[0] / rehearsal.written(replica)]
-        tokens = {len(set(rank.tokens)) for rank in done.played}
+        tokens = {len(set(rank.tokens)) for rank in done.ran}
         results.append(
-            {"broken": done.broken, "faults": rehearsal.checks(one, done), "ratios": ratios, "tokens": tokens}
+            {"broken": done.errors, "faults": rehearsal.checks(one, done), "ratios": ratios, "tokens": tokens}
         )
     return results
 
@@ -87,11 +87,11 @@ def planted() -> dict[str, dict]:
     for error, other in wrong.items():
         arch = dataclasses.replace(sound.arch, qkv_bias=error != "no bias")
         other = rehearse_rank.rehearse(arch, other, 8, odd, synthetic.samples(sound))
-        played = [other if one.rank == odd else one for one in done.played]
-        found[error] = rehearsal.checks(sound, dataclasses.replace(done, played=played))
+        played = [other if one.rank == odd else one for one in done.ran]
+        found[error] = rehearsal.checks(sound, dataclasses.replace(done, ran=played))
     uneven = dataclasses.replace(config, parallel=dataclasses.replace(cut, tensor=4, pipeline=1))
     three_heads = dataclasses.replace(sound.arch, heads=6, kv_groups=3)
-    broken = rehearsal.play(dataclasses.replace(sound, config=uneven, arch=three_heads), [0]).broken
+    broken = rehearsal.play(dataclasses.replace(sound, config=uneven, arch=three_heads), [0]).errors
     return found | {"uneven heads": {"broken": broken}}
 
 
@@ -191,9 +191,9 @@ def real_step(one) -> dict[str, float]:
     watch = rehearse_rank.ActivationCounter(model.parts["parameters"].tensors())
     with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
         model.update(batch)
-    planned = memory.held(one, 0, "scalar")
+    planned = memory.model_bytes(one, 0, "scalar")
     ratios = {part: planned[part] / held.bytes() for part, held in model.parts.items()}
-    return ratios | {"activations": activations.kept(one.arch, one.config, 0, 256, 2) / watch.peak}
+    return ratios | {"activations": activations.saved_bytes(one.arch, one.config, 0, 256, 2) / watch.peak}
 
 
 def test_planned_bytes_are_those_of_real_steps(in_processes):

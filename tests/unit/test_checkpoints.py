@@ -28,7 +28,7 @@ def test_a_whole_checkpoint_is_sound_and_latest(tmp_path):
     ("harm", "said"),
     [
         (lambda path: (path / "policy/file").write_text("tensorS"), "policy/file does not have the SHA-256"),
-        (lambda path: (path / "policy/file").write_text("tensor"), "policy/file has 6 bytes, its manifest says 7"),
+        (lambda path: (path / "policy/file").write_text("tensor"), "policy/file has 6 bytes, the manifest says 7"),
         (lambda path: (path / "policy/file").unlink(), "policy/file is missing"),
         (lambda path: (path / "manifest.json").unlink(), "it has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"files": {"policy/file"'), "manifest.json cannot be read"),
@@ -89,13 +89,13 @@ def full(times: int):
     return write
 
 
-def test_a_full_disk_is_waited_for_and_said_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "PAUSE_S", 0.001)
-    assert files.with_room(tmp_path, full(3), "written") == "written"
-    said = capsys.readouterr().err
-    assert said.count("no space left") == 1 and "there is room" in said
+def test_a_full_disk_is_waited_for_and_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "RETRY_S", 0.001)
+    assert files.write_when_space(tmp_path, full(3), "written") == "written"
+    said = caplog.text
+    assert said.count("no space left") == 1 and "there is space" in said
     with pytest.raises(ValueError, match="other"):
-        files.with_room(tmp_path, lambda: (_ for _ in ()).throw(ValueError("other")))
+        files.write_when_space(tmp_path, lambda: (_ for _ in ()).throw(ValueError("other")))
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from oreal_megatron.cli import doctor, main
+from oreal_megatron.cli import main
 from oreal_megatron.config import CheckpointConfig, Config, RewardModelConfig
 from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.doctor import checks
+from oreal_megatron.doctor import checks, real_run_launcher
 from oreal_megatron.doctor.checks import ABSENT, FAILED, OK, WARNING
 from oreal_megatron.models import architecture
 from oreal_megatron.runtime import versions
@@ -41,8 +41,8 @@ def test_pypis_apex_is_not_taken_for_nvidias(inside, state, says, tmp_path, monk
         (tmp_path / "apex" / inside).mkdir()
     importlib.invalidate_caches()
     finding = checks.apex()
-    assert finding.state == state and says in finding.found
-    assert ("pip uninstall apex" in finding.mend) == (state == FAILED)
+    assert finding.state == state and says in finding.detail
+    assert ("pip uninstall apex" in finding.fix) == (state == FAILED)
 
 
 def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch):
@@ -50,7 +50,7 @@ def test_this_environment_is_sound_and_an_unsupported_release_is_not(monkeypatch
     assert all(found[name] == OK for name in ("Python", "torch", "Megatron-core", "vLLM", "Triton"))
     monkeypatch.setattr(versions, "MEGATRON", {"megatron-core": ("0.18", "0.19")})
     finding = next(one for one in checks.software() if one.name == "Megatron-core")
-    assert finding.state == FAILED and finding.mend == "pip install 'megatron-core>=0.18,<0.19'"
+    assert finding.state == FAILED and finding.fix == "pip install 'megatron-core>=0.18,<0.19'"
 
 
 def test_every_package_is_compared_with_what_setup_asks_for(monkeypatch):
@@ -76,19 +76,19 @@ def test_host_memory_is_compared_with_the_plan(model_folder, monkeypatch):
     arch = architecture.read(HFFolder(str(model_folder)).config)
     config = Config(gpus=8)
     assert checks.host_memory(config, arch).state == OK
-    monkeypatch.setattr(checks.memory, "host", lambda case: {"idle models": 1e15})
+    monkeypatch.setattr(checks.memory, "host", lambda scenario: {"idle models": 1e15})
     assert checks.host_memory(config, arch).state == FAILED
 
 
 def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path, monkeypatch):
     config = Config(run=str(tmp_path), checkpoint=CheckpointConfig(keep=2))
-    assert "3 more checkpoints" in checks.disk(config, model_folder).found
+    assert "3 more checkpoints" in checks.disk(config, model_folder).detail
     for step in (10, 20):
         (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
     resumed = checks.disk(config, model_folder)
-    assert resumed.state == OK and "1 more checkpoints" in resumed.found
+    assert resumed.state == OK and "1 more checkpoints" in resumed.detail
     greedy = checks.disk(dataclasses.replace(config, checkpoint=CheckpointConfig(keep=10**9)), model_folder)
-    assert greedy.state == FAILED and "checkpoint.keep" in greedy.mend
+    assert greedy.state == FAILED and "checkpoint.keep" in greedy.fix
     weights = checks.weight_bytes(model_folder)
     room = shutil.disk_usage(tmp_path)._replace(free=8 * weights + weights)  # one checkpoint, not best/ and policy/
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: room)
@@ -100,7 +100,7 @@ def test_room_for_the_checkpoints_is_asked_for(model_folder, tmp_path, monkeypat
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above(tmp_path):
-    assert checks.existing(tmp_path / "a/b") == tmp_path
+    assert checks.nearest_folder(tmp_path / "a/b") == tmp_path
     assert states(checks.machine(tmp_path / "a/b"))["clock"] == OK
 
 
@@ -115,13 +115,13 @@ def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch,
     assert main.main(["doctor", "--quick", recipe, *(word for one in small for word in ("--set", one))]) == 1
     assert os.environ["WORLD_SIZE"] == "8"  # the recipe's
     shown = capsys.readouterr().out
-    assert "oreal_prompts.jsonl does not exist" in shown.replace("\n", "") and "1 of" in shown
+    assert "oreal_prompts.jsonldoesnotexist" in "".join(shown.split()) and "1 of" in shown
 
 
 def test_the_cause_is_told_rather_than_what_followed():
     errors = "Traceback:\n  File x\nRuntimeError: no room\n\nE1121 failed (exitcode: 1)\nChildFailedError:\n"
-    assert doctor.reason(errors) == "RuntimeError: no room"
-    assert doctor.reason("") == "ended without a word"
+    assert real_run_launcher.first_error(errors) == "RuntimeError: no room"
+    assert real_run_launcher.first_error("") == "ended without an error message"
 
 
 def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, monkeypatch):
@@ -130,10 +130,10 @@ def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, mon
     (tmp_path / "vllm/__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PET_NNODES", "4")  # as Kubeflow sets it; the runs are of this machine alone
-    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 100)
-    found = list(doctor.run_real_parts())
+    monkeypatch.setattr(real_run_launcher, "TIMEOUT_S", 100)
+    found = list(real_run_launcher.launch_real_runs())
     assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
-    assert "vllm" in found[1].mend and "vllm" not in sys.modules
+    assert "vllm" in found[1].fix and "vllm" not in sys.modules
 
 
 HANGS = """
@@ -147,9 +147,9 @@ time.sleep(100)
 
 def test_a_real_run_that_hangs_is_ended_with_its_processes(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
-    monkeypatch.setattr(doctor, "RUNS_LIMIT_S", 10)
+    monkeypatch.setattr(real_run_launcher, "TIMEOUT_S", 10)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    output, errors = doctor._run([*torchrun, str(tmp_path / "hangs.py")], dict(os.environ))
+    output, errors = real_run_launcher.run_with_timeout([*torchrun, str(tmp_path / "hangs.py")], dict(os.environ))
     assert "started" in output and "waiting for nobody" in errors
     pids = [file.stem for file in tmp_path.glob("*.pid")]
     assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)

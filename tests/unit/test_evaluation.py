@@ -8,7 +8,8 @@ import pytest
 
 from oreal_megatron.cli import main
 from oreal_megatron.config import Config
-from oreal_megatron.evaluation.score import evaluate, pass_rates, wilson_interval
+from oreal_megatron.evaluation.score import evaluate, pass_rates
+from oreal_megatron.evaluation.statistics import wilson_interval
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 

@@ -355,7 +355,7 @@ def test_a_command_with_bad_input_ends_with_code_2_and_a_sentence(recipe, capsys
 
 def test_unsupported_versions_are_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(versions, "installed", {"vllm": "0.40.1"}.get)
-    with pytest.raises(c.ConfigError, match="vllm 0.40.1 is installed; supported is 0.26 up to, not with, 0.34"):
+    with pytest.raises(c.ConfigError, match="vllm 0.40.1 is installed; supported are versions from 0.26 to below 0.34"):
         versions.check(versions.VLLM)
     monkeypatch.setattr(versions, "installed", {"vllm": "0.33.0.post1"}.get)
     assert versions.check(versions.VLLM) == "0.33.0.post1"
@@ -405,7 +405,7 @@ def with_field(**fields):
     ("change", "says"),
     [
         (with_text("config.json", '{"a": '), "config.json cannot be read as JSON"),
-        (with_text("config.json", "[1]"), "config.json holds list; wanted a JSON object"),
+        (with_text("config.json", "[1]"), "config.json holds list; expected a JSON object"),
         (with_text("tokenizer_config.json", "[1]"), "the tokenizer of .* cannot be loaded"),
         (with_text("generation_config.json", '{"eos_token_id": "x"}'), "has eos_token_id 'x'"),
         (with_text("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "has no weight_map from tensor names"),

@@ -82,9 +82,9 @@ def test_messages_must_be_waited_for_as_they_are_sent():
     assert list(matching.messages(sound)) == []
     swapped = [sound[0], rank(1, receive(4, 0), send(2, 0), receive(8, 0))]
     assert list(matching.messages(swapped)) == [
-        "message 0 from rank 0 to rank 1: [8] bytes are sent, [4] bytes are waited for"
+        "message 0 from rank 0 to rank 1: [8] bytes are sent, [4] bytes are expected"
     ]
-    assert "none are waited for" in next(matching.messages([sound[0], rank(1, receive(8, 0), send(2, 0))]))
+    assert "none are expected" in next(matching.messages([sound[0], rank(1, receive(8, 0), send(2, 0))]))
     assert list(matching.messages([rank(0, send(8, 7))])) == [], "rank 7 was not rehearsed"
 
 

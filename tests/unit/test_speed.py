@@ -91,8 +91,8 @@ def test_mfu_is_six_operations_a_paratimer_and_token_and_absent_where_the_peak_i
 
 
 def test_a_peak_is_of_a_device_that_is_known_and_of_bf16():
-    assert gpus.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12 == gpus.peak("NVIDIA H200", "bfloat16")
-    assert gpus.peak("NVIDIA H200", "float32") is None is gpus.peak("NVIDIA H100 PCIe", "bfloat16")
+    assert gpus.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12 == gpus.peak_flops("NVIDIA H200", "bfloat16")
+    assert gpus.peak_flops("NVIDIA H200", "float32") is None is gpus.peak_flops("NVIDIA H100 PCIe", "bfloat16")
 
 
 @pytest.mark.parametrize(

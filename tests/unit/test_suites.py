@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from oreal_megatron.cli import evaluate
 from oreal_megatron.cli.main import main
 from oreal_megatron.config import Config, ConfigError, JudgeConfig, SamplingConfig, VerifyConfig
 from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import problems
-from oreal_megatron.evaluation import results, statistics, suites
-from oreal_megatron.evaluation.score import summary
+from oreal_megatron.evaluation import benchmark, model_settings, results, statistics, suites
+from oreal_megatron.evaluation.score import summarize
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 SHARED = Path(__file__).parents[3] / "shared/data"
@@ -29,7 +28,7 @@ def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(answers, right,
 
 
 def test_more_answers_than_were_asked_for_cannot_be_estimated():
-    with pytest.raises(ValueError, match="pass@4 cannot be estimated from 2 answers"):
+    with pytest.raises(ValueError, match="pass@4 cannot be estimated from 2 responses"):
         statistics.pass_at_k(2, 1, 4)
 
 
@@ -46,7 +45,7 @@ def test_more_answers_than_were_asked_for_cannot_be_estimated():
     ],
 )
 def test_the_majority_decides(extracted, right, expected):
-    assert statistics.majority_is_right(extracted, right) is expected
+    assert statistics.majority_is_correct(extracted, right) is expected
 
 
 def test_the_bootstrap_interval_is_that_of_the_mean():
@@ -64,11 +63,11 @@ def test_a_summary_counts_unknown_and_truncated_answers_as_not_right():
 
     rows = [row(0, "correct"), row(0, "correct"), row(0, "incorrect", "2"), row(0, "unknown", None, False)]
     rows += [row(1, "incorrect"), row(1, "incorrect"), row(1, "correct", "2"), row(1, "incorrect", None)]
-    scores = summary(rows, seed=0)
+    scores = summarize(rows, seed=0)
     assert scores["accuracy"] == 3 / 8 and scores["unknown"] == 1 and scores["truncated"] == 1 / 8
     assert scores["pass_at"] == {"1": pytest.approx(3 / 8), "2": pytest.approx((5 / 6 + 1 / 2) / 2), "4": 1.0}
     assert scores["majority"] == 0.5 and scores["tokens"] == {"mean": 15.0, "median": 10.0, "most": 20.0}
-    none = summary([row(number, "incorrect") for number in range(10)], seed=0)
+    none = summarize([row(number, "incorrect") for number in range(10)], seed=0)
     assert none["accuracy"] == 0 and none["interval"] == pytest.approx([0.0, 0.2775], abs=1e-4)
 
 
@@ -76,9 +75,16 @@ def test_suites_have_names_paths_or_a_place_on_the_hub(tmp_path):
     lines = [{"problem": "a", "answer": "1", "part": "I"}, {"problem": "b", "answer": "2", "part": "II"}]
     (tmp_path / "aime2025.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     suite, path = suites.find("aime25-1", tmp_path)
-    assert suites.kept(suite, path) == {0} and suites.kept(*suites.find("aime25", tmp_path)) == {0, 1}
-    assert suites.kept(*suites.find(path, Path("elsewhere"))) == {0, 1}
-    for name, says in (("aime26", "known are math500"), ("gsm8k", "does not exist"), ("hub:x", "wanted hub:OWNER")):
+    assert suites.problem_numbers(suite, path) == {0} and suites.problem_numbers(*suites.find("aime25", tmp_path)) == {
+        0,
+        1,
+    }
+    assert suites.problem_numbers(*suites.find(path, Path("elsewhere"))) == {0, 1}
+    for name, says in (
+        ("aime26", "choose one of math500"),
+        ("gsm8k", "does not exist"),
+        ("hub:x", "expected hub:OWNER"),
+    ):
         with pytest.raises(ConfigError, match=says):
             suites.find(name, tmp_path)
 
@@ -87,80 +93,86 @@ def test_a_suite_that_is_not_there_comes_from_the_hub(tmp_path, monkeypatch):
     fetched = tmp_path / "fetched.jsonl"
     fetched.write_text('{"problem": "a", "answer": 70}\n{"question": "b", "answer": "2"}\n')
     asked = []
-    monkeypatch.setattr(suites, "_fetched", lambda name: asked.append(name) or str(fetched))
+    monkeypatch.setattr(suites, "_download", lambda name: asked.append(name) or str(fetched))
     found = {name: suites.find(name, tmp_path) for name in ("math500", "aime25-1", "aime25")}
     assert asked == [suites.SUITES[name].hub for name in found]
-    assert all(suites.kept(*suite) == {0, 1} for suite in found.values()), "the file on the hub is the part alone"
+    assert all(suites.problem_numbers(*suite) == {0, 1} for suite in found.values()), (
+        "the file on the hub is the part alone"
+    )
     assert [line["gold_answer"] for line in problems.read_problems(str(fetched))] == ["70", "2"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 def test_the_real_benchmarks_have_as_many_problems_as_the_paper():
     sizes = {"math500": 500, "aime24": 30, "aime25-1": 15, "gsm8k": 1319, "olympiad": 675, "amc23": 40}
-    assert {name: len(suites.kept(*suites.find(name, SHARED))) for name in sizes} == sizes
+    assert {name: len(suites.problem_numbers(*suites.find(name, SHARED))) for name in sizes} == sizes
 
 
 def test_a_problem_is_seen_with_its_words_or_thirteen_of_them_in_a_row():
     long = "Find the sum of all integer bases b greater than nine for which it divides"
     training = ["What is 2 + 2?", "Show first. " + long.upper() + ", please."]
     problems = ["what is $2+2$", "What is 2 + 3?", f"{long} seventeen.", "Find the sum of all integer bases b"]
-    assert suites.seen(problems, training) == [0, 2]
+    assert suites.find_overlap(problems, training) == [0, 2]
 
 
 def test_the_table_stands_beside_the_papers():
     score = {"answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5}, "majority": 0.5}
     more = score | {"answers_per_problem": 4, "accuracy": 0.25, "pass_at": {"1": 0.25, "4": 0.75}}
-    text = results.table("x", {"math500": "MATH-500", "mine": "Mine"}, {
+    text = results.markdown_table("x", {"math500": "MATH-500", "mine": "Mine"}, {
         name: {"greedy": score, "sampled": more} for name in ("math500", "mine")
     })  # fmt: skip
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[0] == ["model", "MATH-500", "Mine"] and rows[2][1:] == ["50.0 (40.0 to 60.0)"] * 2
     assert rows[3][0].endswith("avg@4") and rows[4][1] == "75.0" and ["OREAL-7B (paper)", "91.0", "–"] in rows
-    assert "(paper)" not in results.table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
+    assert "(paper)" not in results.markdown_table("x", {"mine": "Mine"}, {"mine": {"greedy": score}})
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=HFFolder(model_folder))
-    results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0)}, {})
-    results.claim(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0), "sampled": SamplingConfig()}, {})
-    with pytest.raises(ConfigError, match="holds answers with another sampled; name another folder with --out"):
-        results.claim(tmp_path, inputs, {"sampled": SamplingConfig(temperature=0.5)}, {})
+    results.check_settings(tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0)}, {})
+    results.check_settings(
+        tmp_path, inputs, {"greedy": SamplingConfig(temperature=0.0), "sampled": SamplingConfig()}, {}
+    )
+    with pytest.raises(ConfigError, match="holds responses with another sampled; choose another folder with --out"):
+        results.check_settings(tmp_path, inputs, {"sampled": SamplingConfig(temperature=0.5)}, {})
     for config, says in (
         (Config(seed=3), "seed"),
         (Config(verify=VerifyConfig(thinking_end=("</s>",))), "thinking_end"),
         (Config(verify=VerifyConfig(judge=JudgeConfig(urls=("http://x",)))), "judge"),
     ):
         with pytest.raises(ConfigError, match=f"another {says}"):
-            results.claim(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
+            results.check_settings(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
 
 
 def test_answers_to_other_problems_of_the_same_name_are_not_taken_for_these(tmp_path, model_folder):
     inputs = SimpleNamespace(config=Config(), folder=HFFolder(model_folder))
 
     def claim(path, *problems):
-        results.claim(tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]})
+        results.check_settings(
+            tmp_path, inputs, {}, {path: [Prompt(n, *both, None, (1,)) for n, both in enumerate(problems)]}
+        )
 
     claim("a/test.jsonl", ("q", "1"), ("r", "2"))
     claim("a/test.jsonl", ("q", "1"), ("r", "2"))
     claim("a/other.jsonl", ("s", "1"))
     for path, edited in (("b/test.jsonl", ("s", "1")), ("a/test.jsonl", ("q", "3")), ("a/test.jsonl", ("q2", "1"))):
-        with pytest.raises(ConfigError, match="another suite test; name another folder with --out"):
+        with pytest.raises(ConfigError, match="another suite test; choose another folder with --out"):
             claim(path, edited, ("r", "2"))
 
 
 def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
     score = {"problems": 4, "answers_per_problem": 1, "accuracy": 0.5, "interval": [0.4, 0.6], "pass_at": {"1": 0.5},
              "majority": 0.5}  # fmt: skip
-    results.report(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
-    results.report(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
-    results.report(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
+    results.write_results(tmp_path, "x", {"math500": {"greedy": score, "sampled": score}}, {"math500": [1, 2]})
+    results.write_results(tmp_path, "x", {"mine.jsonl": {"greedy": score}}, None)
+    results.write_results(tmp_path, "x", {"math500": {"greedy": score | {"accuracy": 0.75}}}, {"math500": [3]})
     written, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
     assert written["suites"]["mine.jsonl"]["greedy"] == score == written["suites"]["math500"]["sampled"]
     assert written["suites"]["math500"]["greedy"]["accuracy"] == 0.75 and written["seen_in_training"] == {
         "math500": [3]
     }
     assert "| 75.0 (40.0 to 60.0) | 50.0 (40.0 to 60.0) |" in table and "avg@1 | 50.0 (40.0 to 60.0) | – |" in table
-    assert "math500: training has seen 1 of 4" in table and "mine.jsonl: not compared" in table
+    assert "math500: 1 of 4 problems occur in the training prompts" in table and "mine.jsonl: not checked" in table
 
 
 @pytest.mark.parametrize("text", ["", "[1]"])
@@ -177,9 +189,9 @@ def test_broken_files_are_told_in_a_sentence(text, tmp_path, model_folder, capsy
         told.append(capsys.readouterr().err)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ConfigError) as refused:
-        results.claim(tmp_path, SimpleNamespace(config=Config(), folder=HFFolder(model_folder)), {}, {})
+        results.check_settings(tmp_path, SimpleNamespace(config=Config(), folder=HFFolder(model_folder)), {}, {})
     for sentence in (*told, str(refused.value)):
-        assert "cannot be read as JSON" in sentence or "holds list; wanted a JSON object" in sentence
+        assert "cannot be read as JSON" in sentence or "holds list; expected a JSON object" in sentence
 
 
 class Engine:
@@ -212,26 +224,24 @@ class Verifier:
 
 
 def test_an_interrupted_evaluation_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 4)
+    monkeypatch.setattr(benchmark, "BLOCK", 4)
     asked = [Prompt(number, f"q{number}", "1", None, (1,)) for number in range(10)]
     arguments = ("s.jsonl", asked, "sampled", SamplingConfig(rollouts_per_prompt=2), Config())
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole = evaluate.answer(*arguments, tmp_path / "whole", Engine(), Verifier())
+    whole = benchmark.answer_suite(*arguments, tmp_path / "whole", Engine(), Verifier())
     with pytest.raises(KeyboardInterrupt):
-        evaluate.answer(*arguments, tmp_path / "parts", Engine(breaks_at=2), Verifier())
+        benchmark.answer_suite(*arguments, tmp_path / "parts", Engine(breaks_at=2), Verifier())
     file = tmp_path / "parts/s.sampled.jsonl"
     file.write_text(file.read_text()[:-30])  # the last line was cut off as well, so its block is asked again
     again = Engine()
-    assert evaluate.answer(*arguments, tmp_path / "parts", again, Verifier()) == whole
+    assert benchmark.answer_suite(*arguments, tmp_path / "parts", again, Verifier()) == whole
     assert again.calls == [(0, -5), (0, -9)] and len(whole) == 20
     third = Engine()
-    assert evaluate.answer(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
+    assert benchmark.answer_suite(*arguments, tmp_path / "parts", third, Verifier()) == whole and not third.calls
 
 
 def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, monkeypatch, model_folder):
-    from oreal_megatron.mcore import parallel
-
     data, recipe, rated = tmp_path / "data.jsonl", tmp_path / "recipe.py", tmp_path / "rated.jsonl"
     lines = [{"question": f"q{number}", "gold_answer": "1", "source": "s"} for number in range(10)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -241,14 +251,23 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
         "    parallel=ParallelConfig(tensor=8, pipeline=2), engine=EngineConfig(max_model_len=64))\n"
     )
     engines = [Engine(breaks_at=1), Engine(), Engine()]
-    verifier = Verifier()
-    verifier.grader = SimpleNamespace(close=lambda: None)
     started = iter(engines)
-    monkeypatch.setattr(evaluate, "BLOCK", 4)
-    monkeypatch.setattr(evaluate, "start_engine", lambda inputs: (next(started), verifier))
-    for name in ("start_process_group", "stop"):
-        monkeypatch.setattr(parallel, name, lambda *args: None)
-    monkeypatch.setattr(evaluate.watchdog, "start", lambda config: None)
+
+    class FakeSession:
+        def __init__(self, config):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def start_engine(self, inputs):
+            return next(started), Verifier()
+
+    monkeypatch.setattr(benchmark, "BLOCK", 4)
+    monkeypatch.setattr(benchmark, "Session", FakeSession)
     words = ["evaluate", f"{recipe}:lone", "--samples", "4", "--rate", str(rated)]
     with pytest.raises(KeyboardInterrupt):
         main(words)
@@ -261,16 +280,18 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
 
 
 def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkeypatch, capsys):
-    assert results.with_cache(results.config_of(str(model_folder), [])).engine.kv_cache_gib == 1.0, "on a CPU"
-    monkeypatch.setattr(results.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(results.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
-    named = results.config_of(str(model_folder), ["engine.kv_cache_gib=3"])
-    assert results.with_cache(named).engine.kv_cache_gib == 3
+    assert model_settings.with_kv_cache(model_settings.config_for(str(model_folder), [])).engine.kv_cache_gib == 1.0, (
+        "on a CPU"
+    )
+    monkeypatch.setattr(model_settings.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model_settings.torch.cuda, "mem_get_info", lambda: (70 * 2**30, 80 * 2**30))
+    named = model_settings.config_for(str(model_folder), ["engine.kv_cache_gib=3"])
+    assert model_settings.with_kv_cache(named).engine.kv_cache_gib == 3
     file = SimpleNamespace(stat=lambda: SimpleNamespace(st_size=62 * 2**30))
-    monkeypatch.setattr(results, "HFFolder", lambda path: SimpleNamespace(weight_files=[file]))
-    alone = results.config_of(str(model_folder), [])
-    with pytest.raises(ConfigError, match="takes 62.0 GB of each GPU, and 70.0 GB are free"):
-        results.with_cache(alone)
-    halved = results.with_cache(results.config_of(str(model_folder), ["engine.tensor=2"]))
-    assert halved.engine.kv_cache_gib == 70 - 31 - results.MARGIN_GB
-    assert "engine.kv_cache_gib is 29.0: 70.0 GB are free" in capsys.readouterr().out
+    monkeypatch.setattr(model_settings, "HFFolder", lambda path: SimpleNamespace(weight_files=[file]))
+    alone = model_settings.config_for(str(model_folder), [])
+    with pytest.raises(ConfigError, match="needs 62.0 GiB of each GPU; 70.0 GiB are free"):
+        model_settings.with_kv_cache(alone)
+    halved = model_settings.with_kv_cache(model_settings.config_for(str(model_folder), ["engine.tensor=2"]))
+    assert halved.engine.kv_cache_gib == 70 - 31 - model_settings.MARGIN_GIB
+    assert "engine.kv_cache_gib=29.0: 70.0 GiB free" in capsys.readouterr().out

@@ -1,0 +1,149 @@
+"""Evaluation of a model on suites, and rating of training prompts. Responses are kept, so that both can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from oreal_megatron.config import Config, ConfigError, SamplingConfig
+from oreal_megatron.data import problems
+from oreal_megatron.evaluation import results, suites
+from oreal_megatron.evaluation.model_settings import with_kv_cache, with_weights
+from oreal_megatron.evaluation.score import (
+    SuiteScores,
+    generate_and_grade,
+    greedy,
+    pass_rates,
+    sampled,
+    summarize,
+)
+from oreal_megatron.observe.progress import Bar
+from oreal_megatron.observe.rows import Row, read_rows, write_rows
+from oreal_megatron.observe.run_folder import rollout_row
+from oreal_megatron.protocols import RolloutEngine, Verifier
+from oreal_megatron.records import Prompt
+from oreal_megatron.runtime import distributed, files, heartbeat
+from oreal_megatron.session.inputs import Inputs, read_inputs
+from oreal_megatron.session.session import Session
+
+BLOCK = 128  # problems that are generated, graded and written together
+
+
+def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> SuiteScores:
+    """Write the training prompts with their pass rates to `rated`, and the responses to `out`. Collective."""
+    inputs = read_inputs(config)
+    if not rated.resolve().parent.is_dir():
+        raise ConfigError(f"--rate {rated}: its folder does not exist")
+    prompts = inputs.prompts(config.data.path)
+    sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=responses)
+    with Session(config) as session:
+        results.check_settings(out, inputs, {"rating": sampling}, {config.data.path: prompts})
+        engine, verifier = session.start_engine(inputs)
+        with heartbeat.phase("evaluate"):
+            rows = answer_suite(config.data.path, prompts, "rating", sampling, config, out, engine, verifier)
+        if distributed.rank() == 0:
+            lines, rates = problems.read_problems(config.data.path), pass_rates(rows)
+            rated_lines = [lines[prompt.id] | {"pass_rate": rates[number]} for number, prompt in enumerate(prompts)]
+            files.write_text(rated, "".join(json.dumps(line) + "\n" for line in rated_lines))
+        return summarize(rows, config.seed)
+
+
+def run_benchmark(
+    config: Config,
+    model: str,
+    suite_files: Mapping[str, tuple[suites.Suite, str]],
+    limit: int,
+    responses: int | None,
+    training: str,
+    out: Path,
+) -> None:
+    """Evaluate every suite, greedily and with sampled responses; write responses and scores to `out`. Collective.
+
+    `limit`: first problems of each suite only (0: all); `training`: file of prompts to check for contamination.
+    """
+    if len({Path(name).stem for name in suite_files}) < len(suite_files):
+        raise ConfigError(f"two of the suites {', '.join(suite_files)} have one name; their responses would be mixed")
+    with Session(dataclasses.replace(config, run=str(out))) as session:
+        config = with_kv_cache(with_weights(config, model, out))
+        inputs = read_inputs(config)
+        all_prompts = {name: suite_prompts(inputs, *suite) for name, suite in suite_files.items()}
+        prompts = {name: suite[: limit or None] for name, suite in all_prompts.items()}
+        modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, responses)} if responses else {})
+        results.check_settings(out, inputs, modes, all_prompts)
+        engine, verifier = session.start_engine(inputs)
+        with heartbeat.phase("evaluate"):
+            scores = {
+                name: {
+                    mode: summarize(
+                        answer_suite(name, prompts[name], mode, sampling, config, out, engine, verifier), config.seed
+                    )
+                    for mode, sampling in modes.items()
+                }
+                for name in suite_files
+            }
+        if distributed.rank() == 0:
+            training = training or (config.data.path if Path(config.data.path).is_file() else "")
+            results.write_results(out, model, scores, _overlap(prompts, training))
+
+
+def suite_prompts(inputs: Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
+    """Return the problems of a suite, rendered as in training."""
+    numbers = suites.problem_numbers(suite, path)
+    return [prompt for prompt in inputs.rendered(path) if prompt.id in numbers]
+
+
+def answer_suite(
+    name: str,
+    prompts: Sequence[Prompt],
+    mode: str,
+    sampling: SamplingConfig,
+    config: Config,
+    out: Path,
+    engine: RolloutEngine,
+    verifier: Verifier,
+) -> list[Row]:
+    """Return the response lines of one suite in one mode; blocks of an earlier call are read, not generated again."""
+    file = out / f"{Path(name).stem}.{mode}.jsonl"
+    rows = read_complete_blocks(file, len(prompts), sampling.rollouts_per_prompt)
+    answered = {row["problem"] for row in rows}
+    with Bar(f"{name}, {mode}", len(prompts), distributed.rank() == 0) as bar:
+        for start in range(0, len(prompts), BLOCK):
+            block = prompts[start : start + BLOCK]
+            if start not in answered:
+                graded = generate_and_grade(block, engine, verifier, sampling, (config.seed, -1 - start))
+                new_rows = [
+                    {"problem": start + slot, **rollout_row(rollout, verdict)}
+                    for slot, prompt_rows in enumerate(zip(*graded, strict=True))
+                    for rollout, verdict in zip(*prompt_rows, strict=True)
+                ]
+                if distributed.rank() == 0:
+                    with open(file, "a") as lines:
+                        lines.writelines(json.dumps(row) + "\n" for row in new_rows)
+                rows += new_rows
+            bar.advance(len(block))
+    return [row for row in rows if row["problem"] < len(prompts)]
+
+
+def read_complete_blocks(file: Path, problem_count: int, responses: int) -> list[Row]:
+    """Return the lines of complete blocks on every rank, and delete the others from the file. Collective."""
+    rows: list[Row] = []
+    if distributed.rank() == 0:
+        rows = read_rows(file)
+        counts = Counter(row["problem"] // BLOCK for row in rows)
+        complete = {
+            block for block, count in counts.items() if count >= responses * min(BLOCK, problem_count - block * BLOCK)
+        }
+        rows = [row for row in rows if row["problem"] // BLOCK in complete]
+        write_rows(file, rows)
+    return distributed.all_gather_object(rows)[0]
+
+
+def _overlap(prompts: Mapping[str, Sequence[Prompt]], training: str) -> dict[str, list[int]] | None:
+    """Return the problems of each suite that occur in the training prompts; None without training prompts."""
+    if not training:
+        return None
+    texts = [line["question"] for line in problems.read_problems(training)]
+    return {name: suites.find_overlap([prompt.question for prompt in suite], texts) for name, suite in prompts.items()}
