@@ -11,7 +11,7 @@ import torch
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError, EngineConfig, EvaluationConfig, ModelConfig, ParallelConfig
 from oreal_megatron.convert import stream, to_hf
-from oreal_megatron.convert.hf_folder import Folder
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.runtime import distributed, files
 
@@ -51,7 +51,7 @@ def with_kv_cache(config: Config) -> Config:
     """Replace a KV cache of 0, the default of a lone folder on a GPU, by what the weights leave free. Collective."""
     if config.engine.kv_cache_gib:
         return config
-    weight_files = Folder(config.model.path).weight_files
+    weight_files = HFFolder(config.model.path).weight_files
     weights = sum(file.stat().st_size for file in weight_files) / config.engine.tensor / 2**30
     free = min(distributed.all_gather_object(torch.cuda.mem_get_info()[0])) / 2**30
     cache = free - weights - MARGIN_GIB
