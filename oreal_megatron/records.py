@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -103,10 +104,9 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the micro-batch with its tensors on a device."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(
-            self, **{name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return MicroBatch(**values | moved)
 
 
 @dataclass(frozen=True, slots=True)

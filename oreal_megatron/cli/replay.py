@@ -21,12 +21,10 @@ def run(args: argparse.Namespace) -> int:
     """Replay the step and print the comparison; return the exit code."""
     dump = dumps.read_dump(Path(args.dump))
 
-    from oreal_megatron.mcore import parallel  # imports Megatron, which takes seconds
-    from oreal_megatron.training.replay import replay_step
+    from oreal_megatron.training.replay import replay_step  # imports Megatron, which takes seconds
 
     replay = replay_step(dump, args.resume, args.tolerance)
     if distributed.rank() == 0:
         steps = ", ".join(map(str, replay.steps))
         print_comparison(replay.pairs, f"step {dump.step}, from {replay.source}, steps {steps}")
-    parallel.stop()
     return 0 if all(pair.same for pair in replay.pairs) else 1

@@ -24,7 +24,7 @@ from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
 from oreal_megatron.runtime import distributed
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
-from oreal_megatron.session.session import start_engine
+from oreal_megatron.session.session import Session
 
 PARTS = ("collective", "generate", "train", "weight sync")
 PREFIX = "doctor: "
@@ -58,27 +58,24 @@ def run(folder: str) -> None:
         verify=VerifyConfig(workers=1),
     )
     inputs = read_inputs(config)
-    parallel.start_process_group()
-    with part("collective") as report:
-        report(collective())
-    with part("generate") as report:
-        engine, verifier = start_engine(inputs)
-        prompts = [Prompt(number, "", "", None, (number + 1, 2, 3)) for number in range(2 * engine.replicas)]
-        rollouts = engine.generate(prompts, config.sampling, (0, 0))
-        report(f"{sum(map(len, rollouts))} responses from {engine.replicas} engines")
-    with part("train") as report:
-        parallel.start_megatron(config.parallel, seed=0)
-        policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
-        spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
-        gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
-        report(
-            f"{train(policy, trained_models.NoRewardModel(), rollouts, spec)}; engine and trainer agree to {gap:.0e}"
-        )
-    with part("weight sync") as report:
-        metrics = policy_weights.connect(policy, engine).sync(policy.updates)
-        report(f"{metrics['weight_sync/verified_parameters']:.0f} parameters verified")
-    verifier.close()
-    parallel.stop(engine)
+    with Session(config) as session:
+        with part("collective") as report:
+            report(collective())
+        with part("generate") as report:
+            engine, _ = session.start_engine(inputs)
+            prompts = [Prompt(number, "", "", None, (number + 1, 2, 3)) for number in range(2 * engine.replicas)]
+            rollouts = engine.generate(prompts, config.sampling, (0, 0))
+            report(f"{sum(map(len, rollouts))} responses from {engine.replicas} engines")
+        with part("train") as report:
+            session.start_megatron()
+            policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
+            spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
+            gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
+            update = train(policy, trained_models.NoRewardModel(), rollouts, spec)
+            report(f"{update}; engine and trainer agree to {gap:.0e}")
+        with part("weight sync") as report:
+            metrics = policy_weights.connect(policy, engine).sync(policy.updates)
+            report(f"{metrics['weight_sync/verified_parameters']:.0f} parameters verified")
 
 
 def collective() -> str:

@@ -21,7 +21,8 @@ def majority_is_correct(extracted: Sequence[str | None], correct: Sequence[bool]
     for answer, is_correct in zip(extracted, correct, strict=True):
         if answer is not None:
             votes.setdefault("".join(answer.split()), []).append(is_correct)
-    return any(max(votes.values(), key=lambda outcomes: len(outcomes))) if votes else False
+    most_frequent: list[bool] = max(votes.values(), key=len, default=[])
+    return any(most_frequent)
 
 
 def bootstrap(scores: Sequence[float], seed: int, draws: int = 2000) -> tuple[float, float]:

@@ -105,7 +105,7 @@ def _training(scenario: Scenario, stage: int, head: str, model: Bytes) -> Bytes:
         {"activations": saved + activations.temporary_bytes(scenario.arch, scenario.config, scenario.longest)}
     )
     if head == "lm" and _last(scenario, stage):
-        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)
+        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)  # type: ignore[assignment]  # floats, see Bytes
     square_roots = model["optimizer"] / 3  # torch's AdamW makes one more tensor of each state's size
     return memory if memory.total() > square_roots else Bytes({"buffers": square_roots})
 
@@ -114,7 +114,7 @@ def _scoring(scenario: Scenario, stage: int) -> Bytes:
     """Return what a forward pass without a backward needs: one layer and logits."""
     memory = Bytes({"activations": activations.temporary_bytes(scenario.arch, scenario.config, scenario.longest)})
     if _last(scenario, stage):
-        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)
+        memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)  # type: ignore[assignment]  # floats, see Bytes
     return memory
 
 
@@ -127,7 +127,7 @@ def _with_reserve(scenario: Scenario, standing: Bytes, temporary: Bytes) -> Byte
     assumed = scenario.assumed
     communicators = assumed.context_gib + assumed.communicator_gib * group_count(scenario)
     total = standing + temporary
-    total["reserve"] += communicators * 2**30 + assumed.fragments * temporary.total()
+    total["reserve"] += communicators * 2**30 + assumed.fragments * temporary.total()  # type: ignore[assignment]  # floats, see Bytes
     return total
 
 

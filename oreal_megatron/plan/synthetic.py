@@ -59,7 +59,8 @@ def default_ranks(scenario: Scenario) -> list[int]:
     sizes = (layout.tensor, layout.context, scenario.data)
     for axis, size in enumerate(sizes):
         if size > 1:
-            ranks.add(rank_at(scenario, *(int(other == axis) for other in range(3)), 0))
+            tensor, context, data = (int(other == axis) for other in range(3))
+            ranks.add(rank_at(scenario, tensor, context, data, 0))
     return sorted(ranks)
 
 

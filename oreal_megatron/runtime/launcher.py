@@ -41,7 +41,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
 
     A killed process counts as lost, and so does a failed rendezvous.
     """
-    api.LocalElasticAgent = Agent
+    setattr(api, "LocalElasticAgent", Agent)  # noqa: B010 - torch offers no other way to choose the agent
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))

@@ -14,6 +14,7 @@ from oreal_megatron.convert.megatron_folder import HF_SUBFOLDER, MegatronFolder
 from oreal_megatron.data import problems
 from oreal_megatron.models import architecture
 from oreal_megatron.records import PackingSpec, Sample
+from oreal_megatron.session.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +48,19 @@ def logits(source: HFFolder | MegatronFolder, tokens: Tensor) -> Tensor:
 
 def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
     from oreal_megatron.algo import packing
-    from oreal_megatron.mcore import gpt_model, output_heads, parallel, scorer
+    from oreal_megatron.mcore import gpt_model, output_heads, scorer
 
     config = Config()
-    parallel.start_process_group()
-    parallel.start_megatron(config.parallel, seed=0)
-    chunks = gpt_model.build(source.arch, config, source.head)
-    gpt_model.load(chunks, source.arch, config, source.head, source.tensor)
-    batch = packing.batch([Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()], PackingSpec(tokens.numel()))
-    language_model = output_heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
-    read = language_model.logits if source.head == "lm" else torch.clone
-    values = scorer.MegatronScorer(chunks, lambda output, micro_batch: read(output)).score(batch)
-    parallel.stop()
+    with Session(config) as session:
+        session.start_megatron()
+        chunks = gpt_model.build(source.arch, config, source.head)
+        gpt_model.load(chunks, source.arch, config, source.head, source.tensor)
+        samples = [Sample(tuple(row), (), 0.0, 0.0) for row in tokens.tolist()]
+        batch = packing.batch(samples, PackingSpec(tokens.numel()))
+        language_model = output_heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
+        read = language_model.logits if source.head == "lm" else torch.clone
+        values = scorer.MegatronScorer(chunks, lambda output, micro_batch: read(output)).score(batch)
     assert values is not None  # one process is the last pipeline stage
-    return values[0].cpu().unflatten(0, tokens.shape)[..., : source.arch.vocab if source.head == "lm" else 1]
+    columns = source.arch.vocab if source.head == "lm" else 1
+    output: Tensor = values[0].cpu().unflatten(0, tokens.shape)
+    return output[..., :columns]

@@ -11,9 +11,8 @@ from oreal_megatron import loop
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
-from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
-from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed
@@ -21,7 +20,8 @@ from oreal_megatron.plan import gpus
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
-from oreal_megatron.session.inputs import Inputs, read_inputs
+from oreal_megatron.session.inputs import read_inputs
+from oreal_megatron.session.models import build_models
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
 
@@ -45,10 +45,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None
         engine, verifier = session.start_engine(inputs, stop_request)
         session.start_megatron()
-        policy, reference, reward_model = _models(inputs)
-        trainers: dict[str, MegatronTrainer] = {"policy": policy}
-        if isinstance(reward_model, MegatronTrainer):
-            trainers["reward_model"] = reward_model
+        policy, reference, reward_model, trainers = build_models(inputs)
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
         run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch, _peak_flops(config))
@@ -70,18 +67,6 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
             speed_report.write_and_print(run_report.read_run(Path(config.run)))
 
 
-def _models(
-    inputs: Inputs,
-) -> tuple[
-    trained_models.Policy, trained_models.Reference, trained_models.TokenRewardModel | trained_models.NoRewardModel
-]:
-    parts = (inputs.arch, inputs.config, inputs.folder.tensor)
-    policy, reference = trained_models.Policy(*parts), trained_models.Reference(*parts)
-    if inputs.config.reward_model.enabled:
-        return policy, reference, trained_models.TokenRewardModel(*parts)
-    return policy, reference, trained_models.NoRewardModel()
-
-
 def _check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, str]) -> None:
     checkpoints = checkpoint_folders.complete(folder)
     if resume and resume != AUTO and not checkpoints:
@@ -91,5 +76,5 @@ def _check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, s
 
 
 def _peak_flops(config: Config) -> float | None:
-    """Peak operations per second of this rank's GPU, where its data sheet is known (plan/gpus.py)."""
+    """Return the peak operations per second of this rank's GPU if its data sheet is known (plan/gpus.py)."""
     return gpus.peak_flops(torch.cuda.get_device_name(), config.model.dtype) if torch.cuda.is_available() else None

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
 from oreal_megatron.observe.dumps import Dump, DumpShare, read_dump
 from oreal_megatron.observe.metric_comparison import MetricPair, compare_metrics
 from oreal_megatron.protocols import Metrics, PolicyTrainer, RewardModelTrainer, Scorer, TokenValues
 from oreal_megatron.runtime import checkpoint_folders, distributed
 from oreal_megatron.session.inputs import read_inputs
+from oreal_megatron.session.models import build_models
+from oreal_megatron.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,19 @@ def replay_step(dump: Dump, run: str | None, tolerance: float) -> Replay:
     folder = Path(config.run) / "checkpoints"
     first_step = _last_checkpoint_step(folder, dump.step)
     dumps = _dumps_from(dump, first_step or 0)
-    parallel.start_process_group()
-    checkpoint = None
-    if first_step is not None:
-        checkpoint = checkpoint_state.choose(folder, names, first_step, skip_damaged=False)
-    parallel.start_megatron(config.parallel, config.seed)
-    spec = parallel.packing_spec(config.tokens_per_micro_batch)
-    shares = [step_dump.share(spec.rank, spec.ranks) for step_dump in dumps]  # refuses damaged files
-    arguments = (inputs.arch, config, inputs.folder.tensor)
-    policy, reference = trained_models.Policy(*arguments), trained_models.Reference(*arguments)
-    reward_model = (
-        trained_models.TokenRewardModel(*arguments) if config.reward_model.enabled else trained_models.NoRewardModel()
-    )
-    if checkpoint:
-        checkpoint_state.load(checkpoint, dict(zip(names, (policy, reward_model), strict=False)))
-    metrics: Metrics = {}
-    for step_dump, share in zip(dumps, shares, strict=True):
-        metrics = _compute_step(step_dump, share.to(gpt_model.device()), policy, reference, reward_model)
+    with Session(config) as session:
+        checkpoint = None
+        if first_step is not None:
+            checkpoint = checkpoint_state.choose(folder, names, first_step, skip_damaged=False)
+        session.start_megatron()
+        spec = parallel.packing_spec(config.tokens_per_micro_batch)
+        shares = [step_dump.share(spec.rank, spec.ranks) for step_dump in dumps]  # refuses damaged files
+        policy, reference, reward_model, trainers = build_models(inputs)
+        if checkpoint:
+            checkpoint_state.load(checkpoint, trainers)
+        metrics: Metrics = {}
+        for step_dump, share in zip(dumps, shares, strict=True):
+            metrics = _compute_step(step_dump, share.to(gpt_model.device()), policy, reference, reward_model)
     source = str(checkpoint) if checkpoint else f"the starting model {config.model.path}"
     return Replay(source, [step.step for step in dumps], compare_metrics(dump.metrics, metrics, tolerance))
 

@@ -38,21 +38,21 @@ class Grader:
             self._settle_or_judge(future, easy, gold, question)
             return future
         task = self._pool.submit("response", gold, response, True, self.config.thinking_end)
-        task.add_done_callback(lambda done: self._graded(future, done, gold, question))
+        task.add_done_callback(lambda graded: self._graded(future, graded, gold, question))
         return future
 
     def submit_text(self, gold: str, text: str, question: str = "") -> Future[Verdict]:
         """Return the future verdict of a bare answer, or of a text that need not hold a box."""
         future: Future[Verdict] = Future()
         task = self._pool.submit("text", gold, text)
-        task.add_done_callback(lambda done: self._graded(future, done, gold, question))
+        task.add_done_callback(lambda graded: self._graded(future, graded, gold, question))
         return future
 
     def equals_itself(self, gold: str) -> Future[Verdict]:
         """Return a future: CORRECT when the gold answer's own repetition is correct. The judge takes no part."""
         future: Future[Verdict] = Future()
         task = self._pool.submit("itself", gold, "")
-        task.add_done_callback(lambda done: self._graded(future, done, gold, "", judged=False))
+        task.add_done_callback(lambda graded: self._graded(future, graded, gold, "", judged=False))
         return future
 
     def worker_pids(self) -> list[int]:
@@ -92,12 +92,12 @@ class Grader:
         return None if equal is None else Result("correct" if equal else "incorrect", "exact", extracted.answer, 0.0)
 
     def _graded(
-        self, future: Future[Verdict], done: Future[Result], gold: str, question: str, judged: bool = True
+        self, future: Future[Verdict], graded: Future[Result], gold: str, question: str, judged: bool = True
     ) -> None:
-        if copy_failure(done, future):
+        if copy_failure(graded, future):
             return
         try:
-            self._settle_or_judge(future, done.result(), gold, question, judged)
+            self._settle_or_judge(future, graded.result(), gold, question, judged)
         except Exception as error:  # raised in a callback it would only be logged, and the future would never be done
             fail(future, error)
 
@@ -117,10 +117,10 @@ class Grader:
             settle(future, verdict)
             return
         reply = self._judge.submit(question, gold, answer)
-        reply.add_done_callback(lambda done: self._judged(future, done, verdict))
+        reply.add_done_callback(lambda answered: self._judged(future, answered, verdict))
 
     @staticmethod
-    def _judged(future: Future[Verdict], done: Future[tuple[Outcome, float]], verdict: Verdict) -> None:
-        if not copy_failure(done, future):
-            outcome, seconds = done.result()
+    def _judged(future: Future[Verdict], reply: Future[tuple[Outcome, float]], verdict: Verdict) -> None:
+        if not copy_failure(reply, future):
+            outcome, seconds = reply.result()
             settle(future, Verdict(outcome, "judge", verdict.extracted, verdict.seconds + seconds))
