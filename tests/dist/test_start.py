@@ -62,11 +62,11 @@ def started(command: str, folder: str) -> list[str]:
     from oreal_megatron.mcore import gpt_model, offload
     from oreal_megatron.session import session
 
-    done, make, leave = [], gpt_model.build, offload.Parts.leave
+    done, make, leave = [], gpt_model.build, offload.MemoryParts.offload
     verifier = SimpleNamespace(close=lambda: None)
     session.start_engine = lambda *_: (Recorder(done), verifier)
     gpt_model.build = lambda *shape: done.append("build") or make(*shape)
-    offload.Parts.leave = lambda parts: done.append("leave") or leave(parts)
+    offload.MemoryParts.offload = lambda parts: done.append("leave") or leave(parts)
     score.evaluate = lambda *_: done.append("evaluate") or {"accuracy": 0.0}
     loop.train = lambda *_: done.append("train")
     assert main([command, f"{folder}/recipe.py:small"]) == 0
