@@ -47,7 +47,6 @@ def run(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *words], cwd=tree, capture_output=True, text=True)
 
 
-@pytest.mark.skipif("D401" not in (ROOT / "pyproject.toml").read_text(), reason="the rules are not on yet")
 @pytest.mark.parametrize("package", ["oreal_megatron", "kernels/oreal_kernels"])
 def test_ruff_reports_docstrings_against_the_rules(package, tree):
     for rule, text in DOCSTRING_FAULTS:

@@ -156,7 +156,7 @@ def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
     by_hand = 14000 * (weights / bandwidth + 0.004) + 128 * 5000 * (400 + 2500) * 57344 / bandwidth
     assert made.decode == pytest.approx(by_hand, rel=1e-3) and made.bound == "the longest response"
     few = timing.generation(case("oreal_7b_8_gpus", "engine.kv_cache_gib=4"))
-    assert few.concurrent == pytest.approx(4 * GIB / 57344 / 2900) and few.bound == "26 answers at once"
+    assert few.concurrent == pytest.approx(4 * GIB / 57344 / 2900) and few.bound == "26 concurrent responses"
     assert few.decode - made.decode == pytest.approx(
         (128 * 5000 / few.concurrent - 14000) * (weights / bandwidth + 0.004), rel=1e-2
     )
