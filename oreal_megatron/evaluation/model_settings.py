@@ -21,7 +21,7 @@ MARGIN_GIB = 10.0  # GPU memory that an automatic KV cache leaves for activation
 
 def config_for(model: str, assignments: list[str]) -> Config:
     """Return the configuration of a recipe, of the run that a model belongs to, or of a Hugging Face folder alone."""
-    if ".py:" in model:
+    if ".py:" in model or model.endswith(".py"):
         config = settings.from_recipe(model)
     else:
         base = _run_config(Path(model)) or _folder_config(Path(model))

@@ -279,6 +279,12 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
     assert main(words) == 2, "other prompts are not given these rates"
 
 
+@pytest.mark.parametrize("function", ["", ":job"])
+def test_a_recipe_is_evaluated_with_and_without_its_name(function, tmp_path):
+    (tmp_path / "recipe.py").write_text("from oreal_megatron.config import *\ndef job():\n    return Config(seed=5)\n")
+    assert model_settings.config_for(f"{tmp_path}/recipe.py{function}", []).seed == 5
+
+
 def test_the_cache_of_a_lone_folder_fills_the_gpu(model_folder, tmp_path, monkeypatch, capsys):
     assert model_settings.with_kv_cache(model_settings.config_for(str(model_folder), [])).engine.kv_cache_gib == 1.0, (
         "on a CPU"
