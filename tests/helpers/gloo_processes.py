@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -39,8 +40,9 @@ def run_in_processes(world: int, function: Callable[..., Any], *args: Any, timeo
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results: Any = context.Queue()
+    job = pickle.dumps((function, args))  # bytes, because tensors would go as file descriptors, 256 at most
     workers = [
-        context.Process(target=_run_rank, args=(rank, world, port, dict(os.environ), results, function, args))
+        context.Process(target=_run_rank, args=(rank, world, port, dict(os.environ), results, job))
         for rank in range(world)
     ]
     for worker in workers:
@@ -62,8 +64,7 @@ def _run_rank(
     port: int,
     environment: dict[str, str],
     results: Any,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    job: bytes,
 ) -> None:
     os.environ |= environment | {
         "RANK": str(rank),
@@ -77,6 +78,7 @@ def _run_rank(
     for category in (DeprecationWarning, UserWarning, FutureWarning):  # as pyproject.toml has it for pytest
         warnings.simplefilter("ignore", category)
     try:
+        function, args = pickle.loads(job)
         packed = io.BytesIO()  # bytes, because tensors in a queue are file descriptors of a process that is gone
         torch.save(function(*args), packed)
         results.put((rank, (packed.getvalue(), "")))

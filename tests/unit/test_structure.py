@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 
+from gloo_processes import PRELOADED
 from repository import ROOT, load_tool
 
 check_style = load_tool("check_style")
@@ -24,3 +26,7 @@ def test_the_loop_in_the_readme_is_the_loop():
         (ROOT / "oreal_megatron/loop.py").read_text().split("with run.steps() as steps:\n")[1].split("\n\n\n")[0]
     )
     assert quoted.strip() == source.strip()
+
+
+def test_modules_that_the_fork_server_imports_exist():
+    assert all(importlib.util.find_spec(name) for name in PRELOADED), "multiprocessing ignores a missing one"
