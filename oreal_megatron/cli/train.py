@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; return the exit code."""
-    stop_request = StopRequest().listen()
-    config = _config(args)
+    with StopRequest() as stop_request:
+        config = _config(args)
 
-    from oreal_megatron.training import reinforcement  # imports Megatron and vLLM, which takes seconds
+        from oreal_megatron.training import reinforcement  # imports Megatron and vLLM, which takes seconds
 
-    reinforcement.train(config, args.resume, args.step, stop_request)
+        reinforcement.train(config, args.resume, args.step, stop_request)
     return 0
 
 

@@ -23,11 +23,15 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.arrived_at is not None
 
-    def listen(self) -> StopRequest:
+    def __enter__(self) -> StopRequest:
         """Handle the signals from now on. On the main thread only."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
+
+    def __exit__(self, *error: object) -> None:
+        """Restore the handlers of before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

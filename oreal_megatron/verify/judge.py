@@ -160,14 +160,14 @@ class JudgeClient:
     async def _answer(self, future: Future[tuple[Outcome, float]], question: str, gold: str, answer: str) -> None:
         start = time.monotonic()
         try:
-            outcome = await self._verdict(question, gold, answer)
+            outcome = Outcome(await self._verdict(question, gold, answer))
         except asyncio.CancelledError:
             cancel(future)
             raise
         except Exception as error:  # raised where the verdict is waited for
             fail(future, error)
         else:
-            settle(future, (Outcome(outcome), time.monotonic() - start))
+            settle(future, (outcome, time.monotonic() - start))
 
     async def _verdict(self, question: str, gold: str, answer: str) -> str:
         """Return the outcome: of an answer that is not shown, of the cache, or of one request per different answer."""

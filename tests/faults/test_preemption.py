@@ -15,7 +15,7 @@ PROGRAM = """
 import time
 from oreal_megatron.runtime import preemption
 preemption.SAME_REQUEST_S = {same}
-request = preemption.StopRequest().listen()
+request = preemption.StopRequest().__enter__()
 print("listening", bool(request), flush=True)
 while not request:
     time.sleep(0.01)
@@ -51,3 +51,10 @@ def test_a_second_notice_ends_the_process_at_once():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
     assert process.returncode == 4 and "saved" not in process.stdout.read()
+
+
+def test_the_handlers_of_before_are_restored():
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    with preemption.StopRequest():
+        assert [signal.getsignal(number) for number in preemption.SIGNALS] != before
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
