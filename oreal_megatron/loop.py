@@ -1,6 +1,7 @@
-"""OREAL on one page (arXiv 2502.06781, Algorithm 1). Nouns are records; every function called belongs to a package.
+"""The training loop of OREAL on one page (arXiv 2502.06781, Algorithm 1).
 
-Every rank runs this loop. tests/unit/test_loop.py runs it with fakes. Shape letters: records.py.
+Every rank runs it; tests/unit/test_loop.py runs it with fakes. Data types and shape letters: records.py. Interfaces:
+protocols.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def train(
                 metrics = check_logprob_parity(config, engine, policy, rollouts, packing_spec, step)
             engine.sleep()
 
-            samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] a correct, an incorrect one
+            samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one of each outcome a prompt
             metrics |= selection.summary(rollouts, verdicts, samples)
             if samples:
                 batch = packing.batch(samples, packing_spec)  # with the token counts of the whole step

@@ -1,4 +1,4 @@
-"""Types of the seams between packages: what `loop.py` needs of a dataset, an engine, a verifier and the models.
+"""Interfaces between packages: what `loop.py` needs of a dataset, an engine, a verifier and the models.
 
 `loop.py` and the tests know these protocols only; `session/` builds the objects that implement them. Every method is
 collective (all ranks call it together) unless its docstring says otherwise. P, K: see records.py.
@@ -121,7 +121,7 @@ class RunRecorder(Protocol):
     """The record of a run: progress, phase times, metrics, rollouts and dumps."""
 
     def steps(self) -> AbstractContextManager[Iterator[int]]:
-        """Iterate over the steps that remain, under a progress bar."""
+        """Iterate over the steps that remain, under a progress bar. Not collective."""
         ...
 
     def phase(self, name: str) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Records that flow through a training step: frozen data classes with shapes on every field.
 
 Shape letters of the whole project: P prompts, K rollouts per prompt, N samples of a step, B sequences of a micro-batch,
-S its tokens, T its action tokens, V vocabulary, H hidden size.
+S its tokens, T its action tokens, V vocabulary, H hidden size. A name ending in _T is a tensor [T].
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 from oreal_megatron import config as c
 from oreal_megatron.algo import packing, selection
 from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.mcore import checkpoint_state, parallel, patches, trained_models
+from oreal_megatron.mcore import checkpoint_state, megatron_patches, parallel, trained_models
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.models import architecture
@@ -117,20 +117,24 @@ def show_packing(folder: HFFolder) -> None:
 
 
 def show_cpu_shim(folder: HFFolder) -> None:
-    """Print the number of calls of the CPU patches (mcore/patches.py) in a step, times their extra cost."""
-    step, calls, saved = policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))), [], dict(patches.CPU_PATCHES)
+    """Print the number of calls of the CPU patches (mcore/megatron_patches.py) in a step, times their extra cost."""
+    step, calls, saved = (
+        policy_step(folder, packing.batch(drawn(), PackingSpec(BUDGET))),
+        [],
+        dict(megatron_patches.CPU_PATCHES),
+    )
 
     def counted(stand_in: Callable) -> Callable:
         return lambda *args, **kwargs: calls.append(1) or stand_in(*args, **kwargs)
 
     try:
         for name, (owner, attribute, stand_in) in saved.items():
-            patches.CPU_PATCHES[name] = patches.Patch(owner, attribute, counted(stand_in))
+            megatron_patches.CPU_PATCHES[name] = megatron_patches.Patch(owner, attribute, counted(stand_in))
         step()
     finally:
-        patches.CPU_PATCHES.update(saved)
+        megatron_patches.CPU_PATCHES.update(saved)
     (taken,) = seconds([step])
-    rounds, made = 2000, patches.CPU_PATCHES["zeros"][2]
+    rounds, made = 2000, megatron_patches.CPU_PATCHES["zeros"][2]
     bare, through = (
         min(timeit.repeat("f(1, device='cpu')", number=rounds, globals={"f": f})) / rounds for f in (torch.zeros, made)
     )

@@ -1,4 +1,4 @@
-"""Reward shaping: advantages over all K rollouts of a prompt, before samples are selected."""
+"""Advantages over all K rollouts of a prompt, before samples are selected."""
 
 from __future__ import annotations
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Batch, Rollout, Sample
 
-TOKEN_CAP = (
-    4  # in tolerances: a token's gap is clamped to it, so that a quarter of a response must differ to stop a run
-)
+# In tolerances. The gap of one token is clamped to it, so that a quarter of a response must differ to stop a run.
+TOKEN_CAP = 4
 
 
 class LogprobMismatch(RunStopped):

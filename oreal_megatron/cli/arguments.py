@@ -29,7 +29,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     nodes = "number of nodes; start the same command on each (default 1)"
     parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help=nodes)
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="address where nodes meet: one of them, a free port")
-    restarts = "restarts after a lost process (default 0)"
+    restarts = "restarts after exit codes 1 and 5 (default 0)"
     parser.add_argument("--max-restarts", type=at_least(0), default=0, metavar="N", help=restarts)
     parser.add_argument("--logs", metavar="FOLDER", help="write each process's output here; the first is also shown")
 

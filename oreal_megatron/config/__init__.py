@@ -13,6 +13,7 @@ from oreal_megatron.config.algorithm import (
     WeightsConfig,
 )
 from oreal_megatron.config.errors import ConfigError, Preempted, RunStopped
+from oreal_megatron.config.root import Config, require_judge
 from oreal_megatron.config.schema import Key, Section, problems, validate
 from oreal_megatron.config.system import (
     CheckpointConfig,
@@ -23,7 +24,6 @@ from oreal_megatron.config.system import (
     VerifyConfig,
     WatchdogConfig,
 )
-from oreal_megatron.config.tree import Config, require_judge
 
 __all__ = [
     "CheckpointConfig",

@@ -51,7 +51,7 @@ class SelectionConfig(Section):
 
     advantage: Annotated[
         Literal["leave_one_out", "group_normalised"],
-        Key("reward minus the mean of the prompt's other rollouts, or minus the mean over the standard deviation"),
+        Key("reward minus the mean of the other rollouts, or (reward - mean) / standard deviation"),
     ] = "leave_one_out"
     keep: Annotated[
         Literal["pair", "all"],
@@ -65,9 +65,11 @@ class WeightsConfig(Section):
 
     rescale: Annotated[
         Literal["threshold", "top_share"],
-        Key("weight tokens by their score above a threshold, or only the tokens with the highest scores"),
+        Key("weight tokens by the belief in their outcome above a threshold, or only those of highest belief"),
     ] = "threshold"
-    threshold: Annotated[float, Key("score at which a token's weight is 0, for rescale=threshold", 0.0, 0.99)] = 0.5
+    threshold: Annotated[
+        float, Key("belief in the outcome up to which a token's weight is 0, for rescale=threshold", 0.0, 0.99)
+    ] = 0.5
     top_share: Annotated[float, Key("share of a response's tokens that count, for rescale=top_share", 0.0, 1.0)] = 0.25
 
 

@@ -6,14 +6,14 @@ class ConfigError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """The results of further steps would be invalid; the run can be resumed (exit code 3).
+    """The run cannot continue honestly, and can be resumed (exit code 3).
 
     Raised on all ranks at once, so that none is left waiting for the others.
     """
 
 
 class Preempted(RunStopped):
-    """The scheduler asked the run to end in the middle of a step; it can be resumed (exit code 4).
+    """A signal (SIGTERM, SIGUSR1, Ctrl-C) asked the run to stop; the last whole step is saved (exit code 4).
 
     Raised on all ranks at once.
     """

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from oreal_megatron import config as configuration
 from oreal_megatron.config.errors import ConfigError
+from oreal_megatron.config.root import Config
 from oreal_megatron.config.suggestions import suggest
-from oreal_megatron.config.tree import Config
 
 MODULE = "oreal_recipe"  # name under which the file is executed
 

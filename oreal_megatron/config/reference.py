@@ -14,7 +14,8 @@ def list_keys(config: Section, width: int) -> str:
     """Return all keys with value, meaning, type, bounds and changed default, in lines of at most `width`."""
     blocks = []
     for path, section, keys in _keys_by_section(config):
-        lines = textwrap.wrap(f"# {path.rstrip('.')}: {_title(section)}" if path else f"# {_title(section)}", width)
+        heading = f"# {path.rstrip('.')}: {_title(section)}" if path else f"# {_title(section)}"
+        lines = textwrap.wrap(heading, width, subsequent_indent="# ")
         for key in keys:
             value = textwrap.shorten(repr(key.value), LONGEST_VALUE, placeholder=" ...")
             lines += _wrap(f"{key.path} = {value}", width, "  ")

@@ -1,5 +1,7 @@
 """Declaration of configuration keys and the check of a configuration against it.
 
+The keys are in algorithm.py, system.py and root.py.
+
 A field declares its type (`Literal` for choices) and a `Key` with its meaning and bounds:
 
     lr: Annotated[float, Key("peak learning rate", low=0.0, high=10.0)] = 5e-7

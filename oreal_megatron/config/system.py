@@ -52,7 +52,7 @@ class EngineConfig(Section):
     """The colocated vLLM engine: replicas of `tensor` consecutive ranks each."""
 
     tensor: Annotated[int, Key("tensor-parallel size of a replica", low=1)] = 1
-    max_model_len: Annotated[int, Key("longest prompt with its response", low=2, unit="tokens")] = 16384
+    max_model_len: Annotated[int, Key("most tokens of a prompt with its response", low=2, unit="tokens")] = 16384
     max_num_seqs: Annotated[int, Key("responses that a replica generates at once", low=1)] = 256
     kv_cache_gib: Annotated[float, Key("GPU memory of the key-value cache on each rank", low=1e-4, unit="GiB")] = 1.0
     dtype: Annotated[

@@ -23,8 +23,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch import Tensor
 
 from oreal_megatron.config import RunStopped
-from oreal_megatron.mcore import adam, checkpoint_state, patches
-from oreal_megatron.mcore.patches import cpu_shim
+from oreal_megatron.mcore import adam, checkpoint_state, megatron_patches
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
 
@@ -146,7 +146,7 @@ def _bytes(trainer: MegatronTrainer) -> int:
 
 def _plan_files(trainer: MegatronTrainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
     """Return this rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
-    patches.use_local_results_queue()
+    megatron_patches.use_local_results_queue()
     state = common | {"updates": trainer.updates, "past": trainer.guard_state.to_checkpoint()}
     with cpu_shim(), trainer.parts.on_device(*checkpoint_state.SAVED_PARTS), trainer.readable():
         request = dist_checkpointing.save(

@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mcore import adam, patches
-from oreal_megatron.mcore.patches import cpu_shim
+from oreal_megatron.mcore import adam, megatron_patches
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, safe_load
 
@@ -38,7 +38,7 @@ COMMON_KEYS = ("step", "layout", "random", "updates", "past", "optimizer")  # va
 
 def load(path: Path, trainers: dict[str, MegatronTrainer]) -> int:
     """Restore all trainers in place and return the step to continue with. Collective."""
-    with cpu_shim(), patches.loadable_torch_adam():
+    with cpu_shim(), megatron_patches.loadable_torch_adam():
         for name, trainer in trainers.items():
             with trainer.parts.on_device(*SAVED_PARTS):
                 state = _load(path / name, trainer)

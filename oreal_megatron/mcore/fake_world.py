@@ -25,8 +25,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from oreal_megatron.mcore import patches
-from oreal_megatron.mcore.patches import Patch
+from oreal_megatron.mcore import megatron_patches
+from oreal_megatron.mcore.megatron_patches import Patch
 
 BACKEND = "cpu:fake,meta:fake"
 WITHOUT_META_KERNEL = ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_")
@@ -155,7 +155,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _patches(recorder: CallRecorder) -> dict[str, Patch]:
-    return patches.CPU_PATCHES | {
+    return megatron_patches.CPU_PATCHES | {
         "current_device": Patch(torch.cuda, "current_device", lambda: "meta"),
         "tensor": Patch(torch, "tensor", _on_meta(torch.tensor)),
         "zeros": Patch(torch, "zeros", _on_meta(torch.zeros)),
@@ -179,7 +179,7 @@ def simulate_rank(world: int, rank: int) -> Iterator[CallRecorder]:
     dist.init_process_group(BACKEND, rank=rank, world_size=world, store=FakeStore())
     _set_default_backend(dist.group.WORLD)
     try:
-        with patches.replaced(_patches(recorder)), torch.device("meta"), recorder:
+        with megatron_patches.replaced(_patches(recorder)), torch.device("meta"), recorder:
             yield recorder
     finally:
         parallel_state.destroy_model_parallel()

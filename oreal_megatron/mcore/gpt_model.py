@@ -17,10 +17,10 @@ from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.suggestions import suggest
-from oreal_megatron.mcore import expert_layers, layers, patches
+from oreal_megatron.mcore import expert_layers, layers, megatron_patches
 from oreal_megatron.mcore.layer_spec import layer_spec
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.output_heads import PassThroughOutput, ScalarHead
-from oreal_megatron.mcore.patches import cpu_shim
 from oreal_megatron.models import tensors, torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
 
@@ -79,7 +79,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        gradient_accumulation_fusion=True,  # apex's, or patches.Fp32WeightGradient
+        gradient_accumulation_fusion=True,  # apex's, or megatron_patches.Fp32WeightGradient
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,  # every tensor is filled from the Hugging Face folder
         **expert_layers.transformer_fields(arch),
@@ -121,7 +121,7 @@ def build(arch: Architecture, config: Config, head: str) -> list[GPTModel]:
         megatron = transformer_config(arch, config)
         if megatron.deterministic_mode:
             torch.use_deterministic_algorithms(True)
-        patches.prepare_experts()
+        megatron_patches.prepare_experts()
         chunks = [_chunk(arch, config, megatron, head, chunk) for chunk in range(config.parallel.virtual)]
         return [chunk.to(device(), megatron.params_dtype) for chunk in chunks]
 

@@ -6,14 +6,14 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import ModuleSpec
 
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.mcore import patches
+from oreal_megatron.mcore import megatron_patches
 from oreal_megatron.mcore.layers import PackedAttention, RMSNorm
 from oreal_megatron.models.architecture import Architecture
 
 
 def layer_spec(arch: Architecture, config: Config) -> ModuleSpec:
     """Return Megatron's transformer layer with our norms and core attention, or with Transformer Engine's modules."""
-    patches.use_own_weight_gradient()
+    megatron_patches.use_own_weight_gradient()
     experts = arch.experts.count if arch.experts else None
     if config.model.layers == "local":
         spec = gpt_layer_specs.get_gpt_layer_local_spec(experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")

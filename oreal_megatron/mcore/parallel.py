@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from oreal_megatron.config import ConfigError, ParallelConfig, WatchdogConfig
-from oreal_megatron.mcore.patches import cpu_shim
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.models import flops
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import PackingSpec
@@ -92,7 +92,7 @@ def packing_spec(tokens_per_micro_batch: int, arch: Architecture | None = None) 
     """Return the packing spec of this rank. Without `arch`, attention is assumed to cost nothing.
 
     Megatron's interleaved schedule takes micro-batches in groups as large as the number of pipeline stages. Tokens are
-    shared by context-parallel ranks in two chunks each, and these by tensor-parallel ranks when sequence-parallel.
+    shared by context-parallel ranks in two chunks each, and a chunk by tensor-parallel ranks (sequence parallelism).
     """
     interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     context_ranks = parallel_state.get_context_parallel_world_size()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from oreal_megatron.mcore import context_parallel, layers, varlen_attention
 from oreal_megatron.mcore.gpt_model import device
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.offload import MemoryPart, MemoryParts
-from oreal_megatron.mcore.patches import cpu_shim
 from oreal_megatron.records import Batch, MicroBatch
 from oreal_megatron.runtime import heartbeat
 
@@ -24,7 +24,7 @@ Head = Callable[[Tensor, MicroBatch], Tensor]
 
 
 class MegatronScorer:
-    """A model that is only read. Results stay where Megatron leaves them: on the last pipeline stage."""
+    """Forward passes of one model; base class of MegatronTrainer. Results stay on the last pipeline stage."""
 
     def __init__(self, chunks: list[GPTModel], head: Head):
         self.chunks, self.head = chunks, head

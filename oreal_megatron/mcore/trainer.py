@@ -1,4 +1,7 @@
-"""Training: optimizer steps of one model, with gradient buffers and Megatron's distributed AdamW."""
+"""Training: optimizer steps of one model, with gradient buffers and Megatron's distributed AdamW.
+
+Policy and token-level reward model: trained_models.py.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from torch import Tensor
 
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, OptimizerConfig
-from oreal_megatron.mcore import adam, parallel, patches
+from oreal_megatron.mcore import adam, megatron_patches, parallel
+from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.offload import MemoryPart
-from oreal_megatron.mcore.patches import cpu_shim
 from oreal_megatron.mcore.scorer import Head, MegatronScorer, parameters
 from oreal_megatron.records import Batch, MicroBatch
 from oreal_megatron.runtime import distributed
@@ -37,7 +40,7 @@ class MegatronTrainer(MegatronScorer):
             overlap_grad_reduce=config.parallel.overlap,
             overlap_param_gather=config.parallel.overlap,
         )
-        patches.use_torch_adam()
+        megatron_patches.use_torch_adam()
         with cpu_shim():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
             self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)

@@ -1,4 +1,4 @@
-"""Qwen3, dense: queries and keys are normalised, and the size of heads is a field of its own."""
+"""Qwen3, dense: normalised queries and keys, size of heads in config.json. Tensor mapping: tensors.py."""
 
 from __future__ import annotations
 

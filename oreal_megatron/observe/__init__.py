@@ -1,1 +1,1 @@
-"""Run folder, metrics, timers, dumps, report and viewer."""
+"""Run folder, metrics, timers, dumps, progress and reports."""

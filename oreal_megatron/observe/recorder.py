@@ -96,4 +96,4 @@ class Recorder:
         if self.writes:
             self.folder.write_rollouts(step, rollouts, verdicts)
             self.metrics.log_step(step, metrics)
-            self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, kept {metrics['batch/samples']}")
+            self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, samples {metrics['batch/samples']}")

@@ -33,11 +33,11 @@ class ChecksumTerm(NamedTuple):
     """A region to be summed: its elements, and the weights of its position in the matrix."""
 
     elements: Tensor  # [r, c], or [r, c * words of an element] int16
-    column_weights: Tensor  # [c * words] int32
-    row_weights: Tensor  # [r] int64
+    column_factors: Tensor  # [c * words] int32
+    row_factors: Tensor  # [r] int64
 
 
-class PositionWeights:
+class PositionFactors:
     """Weights of the positions in matrices of elements of `dtype` with at most `longest` rows and columns."""
 
     def __init__(self, longest: int, dtype: torch.dtype, device: torch.device):
@@ -51,8 +51,8 @@ class PositionWeights:
         elements = submatrix(as_matrix(tensor), source, rows, columns)
         if elements.dtype == self.dtype:
             elements = elements.view(torch.int16)
-        column_weights = self.columns[column * self.words : (column + columns) * self.words]
-        return ChecksumTerm(elements, column_weights, self.rows[row : row + rows])
+        column_factors = self.columns[column * self.words : (column + columns) * self.words]
+        return ChecksumTerm(elements, column_factors, self.rows[row : row + rows])
 
     def sums(self, index: Sequence[int] | Tensor, terms: Sequence[ChecksumTerm], size: int) -> Tensor:
         """Return [size] int64 sums; each term is added at its `index`."""
@@ -62,14 +62,14 @@ class PositionWeights:
             total.index_add_(0, index, torch.stack([self._sum(*term) for term in terms]))
         return total
 
-    def _sum(self, elements: Tensor, column_weights: Tensor, row_weights: Tensor) -> Tensor:
+    def _sum(self, elements: Tensor, column_factors: Tensor, row_factors: Tensor) -> Tensor:
         if elements.dtype != torch.int16:  # the trainer's dtype differs: what travels is cast
             elements = elements.to(self.dtype).view(torch.int16)
-        step = max(CHUNK_WORDS // len(column_weights), 1)
-        if step >= len(row_weights):
-            return ((elements * column_weights).sum(1, dtype=torch.int64) * row_weights).sum()
-        chunks = zip(elements.split(step), row_weights.split(step), strict=True)
-        partial = [((words * column_weights).sum(1, dtype=torch.int64) * rows).sum() for words, rows in chunks]
+        step = max(CHUNK_WORDS // len(column_factors), 1)
+        if step >= len(row_factors):
+            return ((elements * column_factors).sum(1, dtype=torch.int64) * row_factors).sum()
+        chunks = zip(elements.split(step), row_factors.split(step), strict=True)
+        partial = [((words * column_factors).sum(1, dtype=torch.int64) * rows).sum() for words, rows in chunks]
         return torch.stack(partial).sum()
 
 
@@ -90,7 +90,7 @@ class EngineChecksum:
         self.ranks, self.rank, self.names = layout.engine, rank % layout.engine, list(parameters)
         first = next(iter(parameters.values()))
         longest = max(max(as_matrix(tensor).shape) for tensor in parameters.values())
-        self.weights = PositionWeights(longest, first.dtype, first.device)
+        self.weights = PositionFactors(longest, first.dtype, first.device)
         self.previous: Tensor | None = None
         number = {name: index for index, name in enumerate(self.names)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oreal_megatron.models import tensors
 from oreal_megatron.reshard import shards
-from oreal_megatron.reshard.checksum import ChecksumMismatch, PositionWeights, compare
+from oreal_megatron.reshard.checksum import ChecksumMismatch, PositionFactors, compare
 from oreal_megatron.reshard.overlaps import ReshardLayout
 from oreal_megatron.reshard.shards import Offset, Region, Shard, as_matrix
 
@@ -26,7 +26,7 @@ class LoaderChecksum:
         entries = [entry for entry in tensors.entries(layout.arch, 1, 1, 0, "lm") if entry.exported]
         shapes = {name: shape for entry in entries for name, shape in tensors.hf_shapes(entry, layout.arch).items()}
         self.index = {name: number for number, name in enumerate(shapes)}
-        self.weights = PositionWeights(max(max(shape) for shape in shapes.values()), dtype, device)
+        self.weights = PositionFactors(max(max(shape) for shape in shapes.values()), dtype, device)
         self.shards = list(responsible_shards(layout, rank))
         self.loaded: Tensor | None = None
         self.previous: Tensor | None = None

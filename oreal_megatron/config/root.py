@@ -35,14 +35,14 @@ class Config(Section):
     """Everything that a run depends on."""
 
     run: Annotated[str, Key("run folder")] = "runs/oreal"
-    gpus: Annotated[int, Key("GPUs that the recipe is made for, which `oreal plan` takes; 0: not said", low=0)] = 0
+    gpus: Annotated[int, Key("GPUs that the recipe is made for, which `oreal plan` reads; 0: unknown", low=0)] = 0
     seed: Annotated[int, Key("seed of data order, sampling and new weights", 0, 2**32 - 1)] = 0
     steps: Annotated[int, Key("steps of the run", low=1)] = 90
     policy_freeze_steps: Annotated[
         int, Key("first steps, which train the reward model alone", low=0)
     ] = 10  # fmt: skip
     tokens_per_micro_batch: Annotated[
-        int, Key("sequences are packed up to this length; a longer one is alone", low=1, unit="tokens")
+        int, Key("tokens of a packed micro-batch; a longer sequence gets its own", low=1, unit="tokens")
     ] = 16384
     offload: Annotated[bool, Key("move idle models to host memory: parameters, gradients and optimizer states")] = False
     model: ModelConfig = field(default_factory=ModelConfig)
