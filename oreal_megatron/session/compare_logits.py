@@ -60,7 +60,7 @@ def _by_megatron(source: MegatronFolder, tokens: Tensor) -> Tensor:
         language_model = output_heads.LanguageModelHead(chunks[-1], source.arch.vocab, 0)
         read = language_model.logits if source.head == "lm" else torch.clone
         values = scorer.MegatronScorer(chunks, lambda output, micro_batch: read(output)).score(batch)
-    assert values is not None  # one process is the last pipeline stage
+    assert values is not None  # one process is the last pipeline stage; its only micro-batch holds the batch
     columns = source.arch.vocab if source.head == "lm" else 1
-    output: Tensor = values[0].cpu().unflatten(0, tokens.shape)
+    output: Tensor = values[0][0].cpu().unflatten(0, tokens.shape)
     return output[..., :columns]

@@ -110,11 +110,11 @@ def test_pinned_pieces_are_whole_powers_of_two():
     from oreal_megatron.mcore import offload
 
     for size in (0, 1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**20, 5120 * 27648 * 4 // 3):
-        sizes = offload._sizes(size)
+        sizes = offload._block_sizes(size)
         taken = sum(1 << (piece - 1).bit_length() for piece in sizes)
         assert sum(sizes) == size and all(sizes) and 0 <= taken - size < 2**15
     storage = torch.arange(2**17 + 5, dtype=torch.float32).untyped_storage()
-    held, before = offload._bytes_of(storage), offload._bytes_of(storage).clone()
+    held, before = offload._as_bytes(storage), offload._as_bytes(storage).clone()
     copies = offload._to_host(storage)
     held.zero_()
     offload._from_host(copies, storage)

@@ -126,7 +126,7 @@ def test_planted_errors_are_named(in_processes):
     assert found["no reward model"]["collectives"]
     bias = found["no bias"]
     assert "linear_qkv.bias: only" in str(bias["checkpoint"]) and "linear_qkv.bias, which is not there" in str(
-        bias["transfer to the engine"]
+        bias["weight sync"]
     )
     assert "rank 0: " in found["uneven heads"]["broken"][0]
 

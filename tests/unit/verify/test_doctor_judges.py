@@ -11,5 +11,5 @@ def test_every_judge_host_is_asked_and_a_bad_one_is_named(judge_server):
     found = checks.judges(JudgeConfig(urls=urls))
     assert [finding.state for finding in found] == ["ok", "warning", "warning"]
     assert [finding.name for finding in found] == [f"judge {url}" for url in urls]
-    assert "2.0 is not 2" in found[1].mend and found[2].found.startswith("down: ConnectError")
+    assert "2.0 equals 2" in found[1].fix and found[2].detail.startswith("down: ConnectError")
     assert [finding.state for finding in checks.judges(JudgeConfig(urls=urls[2:]))] == ["FAILED"]
