@@ -91,7 +91,7 @@ def test_a_slurm_job_brings_its_machines(path):
     [
         (("--hosts", "a,b"), "oreal_7b on 32 GPUs takes 4 machines of 8, not 2"),
         (("--hosts", "a,b", "--gpus-per-node", "12"), "32 GPUs cannot be had from machines of 12 each"),
-        (("--recipe", "oreal_7bb"), "did you mean 'oreal_7b'"),
+        (("--recipe", "oreal_7bb"), "did you mean oreal_7b,"),
         (("--recipe", "nowhere.py:x"), "nowhere.py does not exist"),
         (("--gpu", "8"), "unknown option --gpu"),
         (("--gpus", "many"), "many is not a whole number"),
@@ -242,7 +242,7 @@ def test_a_killed_rank_is_named_and_counts_as_lost(capsys):
     class Failure:
         exitcode, error_file = -signal.SIGKILL, "logs/x/attempt_0/3/error.json"
 
-    assert launcher._told(11, Failure(), "logs") == 5
+    assert launcher._exit_code_of(11, Failure(), "logs") == 5
     assert "rank 11 was ended by SIGKILL; its output is in logs/x/attempt_0/3/" in capsys.readouterr().err
 
 

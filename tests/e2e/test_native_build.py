@@ -107,7 +107,7 @@ def loading(monkeypatch):
 
 def test_a_missing_library_is_said_once(loading, tmp_path):
     loading(tmp_path / "liboreal_kernels.so")
-    with pytest.warns(UserWarning, match="was not built, so torch does its work, more slowly; `pip install"):
+    with pytest.warns(UserWarning, match="was not built, so torch computes instead, more slowly; `pip install"):
         assert not native.available()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,5 +122,5 @@ def test_a_library_of_another_version_is_not_used(loading, tmp_path):
     library = tmp_path / "liboreal_kernels.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "old.cpp", "-o", library], check=True)
     loading(library)
-    with pytest.warns(UserWarning, match="has version 0 of its interface and 2 is wanted"):
+    with pytest.warns(UserWarning, match="has version 0 of its interface; expected 2"):
         assert not native.available()

@@ -163,7 +163,7 @@ def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(
     changed["metrics"]["loss/kl"] *= 1.001
     (dump / "step.json").write_text(json.dumps(changed))
     told = oreal("replay", str(dump), processes=1, expected=1)
-    assert "not reproduced: the largest relative difference is 0.000999, of loss/kl" in told
+    assert "not reproduced: the largest relative difference is 0.000999, in loss/kl" in told
 
 
 @pytest.mark.full

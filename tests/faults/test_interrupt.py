@@ -23,7 +23,8 @@ def job():
         engine=EngineConfig(max_model_len=32, max_num_seqs=16, kv_cache_gib=0.05, enforce_eager=True),
         sampling=SamplingConfig(rollouts_per_prompt=2, top_p=1.0, max_new_tokens=8),
         data=DataConfig("{folder}/problems.jsonl", prompts_per_step=2), verify=VerifyConfig(workers=1),
-        checkpoint=CheckpointConfig(every=0),
+        checkpoint=CheckpointConfig(every=0), optimizer=OptimizerConfig(warmup_steps=1),
+        reward_model=RewardModelConfig(optimizer=OptimizerConfig(warmup_steps=1)),
     )
 
 def broken():
