@@ -5,7 +5,7 @@
 # Two lanes run side by side on two cores; the first one's output is shown when it ends.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-full=() limit=1500
+full=() limit=3000
 if [ "${1:-}" = --all ]; then
     full=(--full) limit=7200
     shift
