@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             *report_tables.describe_assumptions().splitlines(),
         ]
     )
-    parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
+    parser.add_argument("recipe", help="FILE.py:FUNCTION, which returns a Config; FILE.py alone if it holds one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in total; default: those of the recipe")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")

@@ -10,7 +10,7 @@ from oreal_megatron.runtime import distributed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("recipe", help="path/to/file.py:function, a function that returns a Config")
+    parser.add_argument("recipe", help="FILE.py:FUNCTION, which returns a Config; FILE.py alone if it holds one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. supervised.steps=500")
 
 

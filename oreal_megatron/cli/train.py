@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("recipe", nargs="?", help="path/to/file.py:function, a function that returns a Config")
+    parser.add_argument(
+        "recipe", nargs="?", help="FILE.py:FUNCTION, which returns a Config; FILE.py alone if it holds one"
+    )
     parser.add_argument(
         "--resume",
         metavar="RUN",

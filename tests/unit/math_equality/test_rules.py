@@ -110,11 +110,11 @@ HEAVY = [
 
 @pytest.mark.parametrize("answer", HEAVY)
 def test_heavy_answers_end_of_themselves(answer):
-    """Processor seconds; as the gold too, where every precision is tried."""
+    """As the gold too, where every precision is tried."""
     for gold in ("5", "x+1", "(0,1)", f"({answer})+0"):
         start = time.process_time()
         rules.grade_text(gold, answer)
-        assert time.process_time() - start < 1.5
+        assert time.process_time() - start < 10  # processor seconds; without the bounds they take minutes
 
 
 def test_the_package_stands_alone():
