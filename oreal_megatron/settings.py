@@ -14,17 +14,18 @@ from oreal_megatron.config.suggestions import suggest, suggest_keys
 SectionType = TypeVar("SectionType", bound=Section)
 
 # Keys of 0.1.0 and their names since 0.2.0; config.json of an older run folder is read with it.
-RENAMED = {
-    "data.drop_bad_golds": "data.drop_unreadable_golds",
-    "engine.buffer_megabytes": "engine.buffer_mib",
-    "engine.kv_cache_gb": "engine.kv_cache_gib",
-    "engine.proof_answers": "engine.parity_rollouts",
-    "engine.proof_tokens": "engine.parity_tokens",
-    "engine.proof_tolerance": "engine.parity_tolerance_nats",
-    "guard.skips_in_a_row": "guard.max_consecutive_skips",
-    "model.logits_megabytes": "model.logits_mib",
-    "sampling.answers_per_prompt": "sampling.rollouts_per_prompt",
-    "verify.memory_mb": "verify.memory_mib",
+RENAMED: dict[str, tuple[str, ...]] = {
+    "data.drop_bad_golds": ("data.drop_unreadable_golds",),
+    "engine.buffer_megabytes": ("engine.buffer_mib",),
+    "engine.kv_cache_gb": ("engine.kv_cache_gib",),
+    "engine.proof_answers": ("engine.parity_rollouts",),
+    "engine.proof_tokens": ("engine.parity_tokens",),
+    "engine.proof_tolerance": ("engine.parity_tolerance_nats",),
+    "guard.skips_in_a_row": ("guard.max_consecutive_skips",),
+    "model.logits_megabytes": ("model.logits_mib",),
+    "sampling.answers_per_prompt": ("sampling.rollouts_per_prompt",),
+    "verify.memory_mb": ("verify.memory_mib",),
+    "weights.threshold": ("weights.threshold_correct", "weights.threshold_incorrect"),
 }
 
 
@@ -45,7 +46,7 @@ def override(config: Config, assignments: list[str]) -> Config:
         if not equals:
             raise ConfigError(f"--set {assignment}: expected section.key=value")
         if path in RENAMED:
-            raise ConfigError(f"--set {assignment}: {path} is named {RENAMED[path]} since 0.2.0")
+            raise ConfigError(f"--set {assignment}: {path} is named {' and '.join(RENAMED[path])} since 0.2.0")
         try:
             config = _assign(config, path.split("."), text, path)
         except KeyError:
@@ -62,13 +63,16 @@ def from_dict(data: dict[str, Any]) -> Config:
 
 def with_current_names(data: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration dictionary with the keys of 0.1.0 renamed, in the same order."""
-    renamed = {tuple(old.split(".")): new.rpartition(".")[2] for old, new in RENAMED.items()}
     return {
-        section: {renamed.get((section, key), key): value for key, value in values.items()}
+        section: {new: value for key, value in values.items() for new in _current_names(section, key)}
         if isinstance(values, dict)
         else values
         for section, values in data.items()
     }
+
+
+def _current_names(section: str, key: str) -> list[str]:
+    return [name.rpartition(".")[2] for name in RENAMED.get(f"{section}.{key}", (key,))]
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -25,7 +25,7 @@ from oreal_kernels.linear_statistics import linear_statistics_kernel
 from oreal_kernels.policy_loss import terms_kernel
 from oreal_kernels.row_gradient import gradient_kernel
 from oreal_kernels.row_statistics import statistics_kernel
-from oreal_kernels.scores_to_weights import weights_kernel
+from oreal_kernels.scores_to_weights import BELIEFS, weights_kernel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +38,9 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDG.E.128", "LDGSTS.E.BYPASS.128", 
 TENSORS = dict(logits="bf16", out="fp32", parts="fp32", scores="bf16", hidden="bf16", weight="fp32")
 INTEGERS = ("label_column", "cu_seqlens", "owner")
 SCALARS = {
-    **dict.fromkeys(("threshold", "correct_scale", "incorrect_scale", "kl_scale"), "fp32"),
+    **dict.fromkeys(
+        ("threshold_correct", "threshold_incorrect", "correct_scale", "incorrect_scale", "kl_scale"), "fp32"
+    ),
     **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width", "units"), "i32"),
     **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i32"),
 }
@@ -60,7 +62,9 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
     )
     yield "gradient bf16 capped", "gradient", gradient_kernel, dict(**parts, SOFTCAP=30.0), dict(out="bf16")
     yield "combine 8 ranks", "combine", combine_kernel, dict(PARTS=8), {}
-    yield "token weights", "token_weights", weights_kernel, {}, {}
+    for belief in BELIEFS:
+        constants = dict(PREFIX_MEAN=belief == "prefix_mean")
+        yield f"token weights {belief}", "token_weights", weights_kernel, constants, {}
     for name, kind in (("k1", 1), ("k3", 3)):
         yield (
             f"policy terms {name}",

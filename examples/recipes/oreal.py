@@ -139,8 +139,11 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         ),
         # [paper] one correct and one incorrect response per question, leave-one-out; [code] filter_trajectory, rloo.
         selection=SelectionConfig(advantage="leave_one_out", keep="pair"),
-        # [paper] Eq. 10; [code] threshold_rescale, correct_threshold 0.5.
-        weights=WeightsConfig(rescale="threshold", threshold=0.5),
+        # [paper] Eq. 10; [code] threshold_rescale, correct_threshold and incorrect_threshold 0.5, and the mean of the
+        # scores up to a token in place of its own score.
+        weights=WeightsConfig(
+            belief="prefix_mean", rescale="threshold", threshold_correct=0.5, threshold_incorrect=0.5
+        ),
         # [paper] KL 0.01; [code] positive_loss_factor, negative_loss_factor, kl_coef, pos_mult_adv.
         loss=LossConfig(positive_coef=1.0, negative_coef=0.5, kl_coef=0.01, kl_kind="k3", advantage_on_positives=True),
         # [paper] 5e-7 and 2e-6, cosine to a fifth; [code] actor_lr, token_level_rm_lr, their minima, warmup_steps, wd,

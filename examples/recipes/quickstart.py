@@ -36,7 +36,7 @@ def oreal() -> Config:
         verify=VerifyConfig(workers=1),
         # The reward model of such a small policy is hardly better than chance after so few steps. With the paper's
         # threshold of 0.5 nearly all token weights would be 0; with 0.25 a token with score 0.5 has weight 1/3.
-        weights=WeightsConfig(threshold=0.25),
+        weights=WeightsConfig(threshold_correct=0.25, threshold_incorrect=0.25),
         optimizer=OptimizerConfig(lr=3e-4, min_lr=5e-5, warmup_steps=10),
         reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=1e-3, min_lr=2e-4, warmup_steps=10)),
         checkpoint=CheckpointConfig(every=50, keep=2),

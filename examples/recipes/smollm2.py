@@ -44,7 +44,9 @@ def oreal() -> Config:
             f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=32, system_prompt=SYSTEM_PROMPT
         ),
         verify=VerifyConfig(workers=1),
-        weights=WeightsConfig(threshold=0.25),  # as in the quickstart, and for the same reason
+        weights=WeightsConfig(
+            threshold_correct=0.25, threshold_incorrect=0.25
+        ),  # as in the quickstart, and for the same reason
         optimizer=OptimizerConfig(lr=3e-5, min_lr=3e-6, warmup_steps=3),
         reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-5, min_lr=5e-6, warmup_steps=3)),
         checkpoint=CheckpointConfig(every=8, keep=1),

@@ -60,7 +60,7 @@ class LossProviders:
     def packed(self, weights_of: Callable, loss_of: Callable) -> Tensor:
         """Compute weights and loss of all packed sequences at once."""
         terms = self.terms
-        weight, _ = weights_of(self.scores, terms.cu_seqlens, terms.reward > 0, THRESHOLD)
+        weight, _ = weights_of(self.scores, terms.cu_seqlens, terms.reward > 0, (THRESHOLD, THRESHOLD))
         return loss_of(self.fresh_leaf(), replace(terms, weight=weight))[0]
 
     def loop(self) -> Tensor:

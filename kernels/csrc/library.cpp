@@ -56,7 +56,7 @@ bool runs_avx512_bf16() {
 #endif
 }
 
-int oreal_abi_version() { return 2; }
+int oreal_abi_version() { return 3; }
 
 const char* oreal_features() {
     return runs_avx512_bf16() ? "avx512 avx512_bf16" : chosen.load()->name;
@@ -94,13 +94,15 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
 }
 
 void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlens, int64_t sequences,
-                         const uint8_t* correct, float threshold, float* weights, float* means, int threads) {
+                         const uint8_t* correct, int prefix_mean, float threshold_correct, float threshold_incorrect,
+                         float* weights, float* means, int threads) {
     const Passes& passes = *chosen;
     parallel_for(sequences, threads_for_tokens(cu_seqlens[sequences], threads), [=](int64_t sequence, int) {
         const int64_t begin = cu_seqlens[sequence], end = cu_seqlens[sequence + 1];
-        const float sign = correct[sequence] ? 1 : -1;
-        means[sequence] =
-            passes.weights(at(scores, begin, dtype), dtype, end - begin, sign, threshold, weights + begin);
+        const bool right = correct[sequence];
+        means[sequence] = passes.weights({at(scores, begin, dtype), dtype, end - begin, prefix_mean != 0,
+                                          right ? 1.0f : -1.0f, right ? threshold_correct : threshold_incorrect,
+                                          weights + begin});
     });
 }
 

@@ -32,10 +32,13 @@ void oreal_row_gradient(const void* logits, int dtype, int64_t stride, void* out
                         const float* inverse_temperature, float softcap, const float* maximum, const float* log_total,
                         const float* entropy, const float* a, const float* b, int threads);
 
-// For each sequence: belief = sigmoid(running mean of the scores), 1 - belief where the sequence is incorrect, and
-// weight = clamp((belief - threshold) / (1 - threshold), 0, 1); means [sequences] are 0 for empty ones.
+// For each sequence: belief = sigmoid(value of the token), 1 - belief where the sequence is incorrect, and
+// weight = clamp((belief - threshold) / (1 - threshold), 0, 1) with the threshold of the sequence's outcome. The value
+// is the mean of the scores up to the token with prefix_mean, else the token's own score. means [sequences], of all
+// scores, are 0 for empty ones.
 void oreal_token_weights(const void* scores, int dtype, const int64_t* cu_seqlens, int64_t sequences,
-                         const uint8_t* correct, float threshold, float* weights, float* means, int threads);
+                         const uint8_t* correct, int prefix_mean, float threshold_correct, float threshold_incorrect,
+                         float* weights, float* means, int threads);
 
 // Gradient of the policy loss by the log-prob of every token, and eight unscaled sums, see policy_terms in native.py.
 void oreal_policy_terms(const float* logp, const float* reference, const float* weight, const int64_t* cu_seqlens,

@@ -154,21 +154,28 @@ double running_sums(const T* scores, int64_t count, float* out) {
     return carried;
 }
 
-float weights_of(const void* scores, int dtype, int64_t count, float sign, float threshold, float* weights) {
-    const double total = dtype == 0 ? running_sums((const float*)scores, count, weights)
-                                    : running_sums((const bf16*)scores, count, weights);
-    const float scale = 1.0f / (1.0f - threshold);
+template <class T>
+float weights_from(const T* scores, const ScoredTokens& tokens) {
+    const double total = running_sums(scores, tokens.count, tokens.weights);
+    const float scale = 1.0f / (1.0f - tokens.threshold);
     Float read;
     for (int lane = 0; lane < LANES; ++lane) read[lane] = (float)(lane + 1);
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t remaining = count - i;
-        const Float sum = remaining < LANES ? load_some(weights + i, remaining) : load(weights + i);
-        const Float mean = sum / (read + (float)i);
-        const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-sign * mean, LOWEST), HIGHEST)));
-        const Float weight = at_most(at_least((belief - threshold) * scale, 0), 1);
-        remaining < LANES ? store_some(weights + i, weight, remaining) : store(weights + i, weight);
+    for (int64_t i = 0; i < tokens.count; i += LANES) {
+        const int64_t remaining = tokens.count - i;
+        const bool some = remaining < LANES;
+        const Float sum = some ? load_some(tokens.weights + i, remaining) : load(tokens.weights + i);
+        const Float score = some ? load_some(scores + i, remaining) : load(scores + i);
+        const Float value = tokens.prefix_mean ? sum / (read + (float)i) : score;
+        const Float belief = 1.0f / (1.0f + exponential(at_most(at_least(-tokens.sign * value, LOWEST), HIGHEST)));
+        const Float weight = at_most(at_least((belief - tokens.threshold) * scale, 0), 1);
+        some ? store_some(tokens.weights + i, weight, remaining) : store(tokens.weights + i, weight);
     }
-    return count ? (float)(total / (double)count) : 0;
+    return tokens.count ? (float)(total / (double)tokens.count) : 0;
+}
+
+float weights_of(const ScoredTokens& tokens) {
+    return tokens.dtype == 0 ? weights_from((const float*)tokens.scores, tokens)
+                             : weights_from((const bf16*)tokens.scores, tokens);
 }
 
 OREAL_INLINE Float kl_slope(Float d, Float k3, int kind) {

@@ -25,6 +25,16 @@ struct Tokens {
     int kl_kind;
 };
 
+// Tokens of one sequence with the reward model's scores; sign is 1 if it is correct and -1 if not.
+struct ScoredTokens {
+    const void* scores;
+    int dtype;
+    int64_t count;
+    bool prefix_mean;
+    float sign, threshold;
+    float* weights;
+};
+
 struct TokenSums {
     double weighted_logp, weight, difference, square, k3, logp;
 };
@@ -33,8 +43,8 @@ struct Passes {
     const char* name;
     void (*statistics)(const Row&, float out[4]);
     void (*gradient)(const Row&, const RowGradient&);
-    // The weights of one sequence from its scores, and the mean score; sign is 1 if it is correct and -1 if not.
-    float (*weights)(const void* scores, int dtype, int64_t count, float sign, float threshold, float* weights);
+    // Writes the weights of one sequence and returns its mean score; see oreal_token_weights.
+    float (*weights)(const ScoredTokens&);
     TokenSums (*policy)(const Tokens&);
 };
 

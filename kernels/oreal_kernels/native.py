@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("liboreal_kernels.so")
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # One letter per argument: p pointer, n int64, i int, f float, s string; the result comes first, - is none.
 SIGNATURES = {
@@ -26,7 +26,7 @@ SIGNATURES = {
     "oreal_select": "is",
     "oreal_row_statistics": "-pinnnppfpi",
     "oreal_row_gradient": "-pinpinnnnppfpppppi",
-    "oreal_token_weights": "-pipnpfppi",
+    "oreal_token_weights": "-pipnpiffppi",
     "oreal_policy_terms": "-ppppnppifffippi",
     "oreal_add_weight_gradient": "ipnpnpnnnni",
 }
@@ -127,23 +127,31 @@ def row_gradient(
     return out
 
 
-def token_weights(scores: Tensor, cu_seqlens: Tensor, correct: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def token_weights(
+    scores: Tensor, cu_seqlens: Tensor, correct: Tensor, thresholds: tuple[float, float], prefix_mean: bool
+) -> tuple[Tensor, Tensor]:
     """Return weights [T] and mean scores [B], fp32, of scores [T] in B sequences with offsets cu_seqlens [B + 1].
 
-    belief = sigmoid(running mean of the sequence's scores), 1 - belief where correct [B] (bool) is False;
-    weight = clamp((belief - threshold) / (1 - threshold), 0, 1). The mean of an empty sequence is 0.
+    belief = sigmoid(running mean of the sequence's scores, or the score itself), 1 - belief where correct [B] (bool) is
+    False; weight = clamp((belief - threshold) / (1 - threshold), 0, 1), with the first threshold for correct sequences
+    and the second for incorrect ones. The mean of an empty sequence is 0.
     """
     tokens = _vector("scores", scores, DTYPE_CODES)
     sequences = _sequences(cu_seqlens, tokens)
     _vector("correct", correct, torch.bool, sequences)
-    if not threshold < 1:
-        raise ValueError(f"threshold is {threshold}; expected a number below 1: beliefs are divided by 1 - threshold")
+    check_thresholds(thresholds)
     weights, means = (torch.empty(n, dtype=torch.float32, device="cpu") for n in (tokens, sequences))
     _library().oreal_token_weights(
-        scores.data_ptr(), DTYPE_CODES[scores.dtype], cu_seqlens.data_ptr(), sequences, correct.data_ptr(), threshold,
-        weights.data_ptr(), means.data_ptr(), torch.get_num_threads(),
+        scores.data_ptr(), DTYPE_CODES[scores.dtype], cu_seqlens.data_ptr(), sequences, correct.data_ptr(), prefix_mean,
+        *thresholds, weights.data_ptr(), means.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, means
+
+
+def check_thresholds(thresholds: tuple[float, float]) -> None:
+    """Raise ValueError for a threshold that a belief cannot be rescaled with."""
+    if not all(threshold < 1 for threshold in thresholds):
+        raise ValueError(f"thresholds are {thresholds}; expected numbers below 1: beliefs are divided by 1 - threshold")
 
 
 def policy_terms(

@@ -29,7 +29,7 @@ class _RewardLoss(torch.autograd.Function):
     def forward(ctx, scores, cu_seqlens, reward, sequences):
         length = cu_seqlens.diff()
         correct, real = reward > 0, (reward != 0) & (length > 0)
-        _, mean = token_weights(scores, cu_seqlens, correct, 0.0)
+        _, mean = token_weights(scores, cu_seqlens, correct, (0.0, 0.0))
         divisor = max(sequences, 1)
         loss = F.binary_cross_entropy_with_logits(mean, correct.float(), weight=real.float(), reduction="sum") / divisor
         hits = (real & ((mean > 0) == correct)).sum() / divisor

@@ -1,4 +1,4 @@
-"""Token weights from the token-level reward model's scores (arXiv 2502.06781, Eq. 10; the authors' prefix mean)."""
+"""Token weights from the token-level reward model's scores (arXiv 2502.06781, Eq. 10)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from oreal_megatron.records import MicroBatch
 def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) -> Tensor:
     """Return weights [T] in [0, 1], detached.
 
-    The belief that the response is correct is sigmoid(mean of the scores up to the token). Tokens of correct responses
-    are weighted by it, those of incorrect ones by its complement. `threshold` maps [threshold, 1] to [0, 1] and lower
-    values to 0: with 0.5 that is max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
+    The belief that the response is correct is sigmoid(mean of the scores up to the token), or with belief="token"
+    sigmoid(score of the token). Tokens of correct responses are weighted by it, those of incorrect ones by its
+    complement. The side's threshold maps [threshold, 1] to [0, 1] and lower values to 0: with 0.5 that is
+    max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
     """
     by_threshold = config.rescale == "threshold"
     correct = micro_batch.reward > 0
-    weight_T, _ = oreal_kernels.token_weights(
-        score_T, micro_batch.action_offsets, correct, config.threshold if by_threshold else 0.0
-    )
+    thresholds = (config.threshold_correct, config.threshold_incorrect) if by_threshold else (0.0, 0.0)
+    weight_T, _ = oreal_kernels.token_weights(score_T, micro_batch.action_offsets, correct, thresholds, config.belief)
     return weight_T if by_threshold else _weigh_top_share(weight_T, micro_batch.action_offsets, config.top_share)
 
 

@@ -63,12 +63,21 @@ class SelectionConfig(Section):
 class WeightsConfig(Section):
     """Token weights from the scores of the reward model (paper, Eq. 10)."""
 
+    belief: Annotated[
+        Literal["prefix_mean", "token"],
+        Key(
+            "belief in the outcome at a token: sigmoid of the mean score up to it (authors' code), or of its own score"
+        ),
+    ] = "prefix_mean"
     rescale: Annotated[
         Literal["threshold", "top_share"],
         Key("weight tokens by the belief in their outcome above a threshold, or only those of highest belief"),
     ] = "threshold"
-    threshold: Annotated[
-        float, Key("belief in the outcome up to which a token's weight is 0, for rescale=threshold", 0.0, 0.99)
+    threshold_correct: Annotated[
+        float, Key("belief up to which a correct response's token has weight 0, for rescale=threshold", 0.0, 0.99)
+    ] = 0.5
+    threshold_incorrect: Annotated[
+        float, Key("belief up to which an incorrect response's token has weight 0, for rescale=threshold", 0.0, 0.99)
     ] = 0.5
     top_share: Annotated[float, Key("share of a response's tokens that count, for rescale=top_share", 0.0, 1.0)] = 0.25
 

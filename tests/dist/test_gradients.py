@@ -69,7 +69,7 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
             parallel=c.ParallelConfig(**layout),
             optimizer=optimizer,
             reward_model=c.RewardModelConfig(optimizer=optimizer),
-            weights=c.WeightsConfig(threshold=0.3),
+            weights=c.WeightsConfig(threshold_correct=0.3, threshold_incorrect=0.3),
             loss=c.LossConfig(kl_coef=0.5),
             tokens_per_micro_batch=budget,
             megatron=dict(*more),

@@ -450,13 +450,13 @@ def test_torchs_default_dtype_does_not_matter(default, served_by):
     terms, scores = terms_of(), random(N)
     expected = (
         linear_oreal_loss(hidden, weight, labels, terms),
-        token_weights(scores, terms.cu_seqlens, terms.reward > 0, 0.5),
+        token_weights(scores, terms.cu_seqlens, terms.reward > 0, (0.5, 0.5)),
     )
     torch.set_default_dtype(default)
     try:
         found = (
             linear_oreal_loss(hidden, weight, labels, terms),
-            token_weights(scores, terms.cu_seqlens, terms.reward > 0, 0.5),
+            token_weights(scores, terms.cu_seqlens, terms.reward > 0, (0.5, 0.5)),
         )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -503,7 +503,11 @@ def test_labels_that_do_not_fit_are_rejected(labels, rows, sentence):
         ),
         (lambda: linear_logprob(hidden, weight, torch.zeros(N).long(), temperature=0), ValueError, "temperature is 0"),
         (lambda: logprob_from_logits(hidden, torch.zeros(N)), TypeError, "expected integers"),
-        (lambda: token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, 1.0), ValueError, "below 1"),
+        (
+            lambda: token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, (0.5, 1.0)),
+            ValueError,
+            "below 1",
+        ),
     ):
         with pytest.raises(error, match=sentence):
             run()

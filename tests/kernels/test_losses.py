@@ -10,6 +10,7 @@ import torch
 from oreal_kernels import SUMS, LossTerms, oreal_loss, reward_loss, token_weights
 from oreal_kernels.policy_loss import KL_KINDS, policy_terms
 from oreal_kernels.reward_model_loss import reference as reward_loss_reference
+from oreal_kernels.scores_to_weights import BELIEFS
 
 LENGTHS = [70, 0, 1, 130, 64, 5]
 REWARD = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0, 1.0])
@@ -25,24 +26,27 @@ def spans():
     return zip(CU_SEQLENS[:-1].tolist(), CU_SEQLENS[1:].tolist(), REWARD.tolist(), strict=True)
 
 
-def weights_by_hand(scores: list[float], threshold: float) -> tuple[list[float], list[float]]:
+def weights_by_hand(
+    scores: list[float], thresholds: tuple[float, float], belief_of: str
+) -> tuple[list[float], list[float]]:
     weights, means = [], []
     for first, stop, outcome in spans():
-        total = 0.0
+        total, threshold = 0.0, thresholds[0 if outcome > 0 else 1]
         for t in range(first, stop):
             total += scores[t]
-            belief = 1 / (1 + math.exp(-total / (t - first + 1)))
+            belief = 1 / (1 + math.exp(-(total / (t - first + 1) if belief_of == "prefix_mean" else scores[t])))
             merit = belief if outcome > 0 else 1 - belief
             weights.append(min(max((merit - threshold) / (1 - threshold), 0.0), 1.0))
         means.append(total / max(stop - first, 1))
     return weights, means
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.9])
-def test_token_weights(threshold, served_by):
+@pytest.mark.parametrize("belief", BELIEFS)
+@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (0.25, 0.5), (0.5, 0.25), (0.9, 0.0)])
+def test_token_weights(thresholds, belief, served_by):
     scores = random() * 3
-    weights, means = token_weights(scores, CU_SEQLENS, REWARD > 0, threshold)
-    expected_weights, expected_means = weights_by_hand(scores.double().tolist(), threshold)
+    weights, means = token_weights(scores, CU_SEQLENS, REWARD > 0, thresholds, belief)
+    expected_weights, expected_means = weights_by_hand(scores.double().tolist(), thresholds, belief)
     torch.testing.assert_close(weights, torch.tensor(expected_weights), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(means, torch.tensor(expected_means), rtol=1e-5, atol=1e-6)
 
@@ -52,7 +56,7 @@ def test_running_means_of_long_responses_keep_their_digits(served_by):
     scores = (random(14000, seed=3) * 0.5 + 0.3).bfloat16()
     cu_seqlens, correct = torch.tensor([0, 14000]), torch.tensor([True])
     given = scores.float() if served_by == "triton" else scores  # Triton's interpreter reads bf16 wrongly
-    weights, means = token_weights(given, cu_seqlens, correct, 0.0)
+    weights, means = token_weights(given, cu_seqlens, correct, (0.0, 0.0))
     exact = scores.double().cumsum(0) / torch.arange(1, 14001)
     torch.testing.assert_close(weights.double(), torch.sigmoid(exact), rtol=0, atol=1e-6)
     drifted = torch.zeros((), dtype=torch.bfloat16)
@@ -192,8 +196,8 @@ def test_sequences_may_be_permuted(served_by):
         advantage=terms.advantage[order],
     )
     torch.testing.assert_close(policy_terms(shuffled(logp), mixed)[0], shuffled(policy_terms(logp, terms)[0]))
-    weights, means = token_weights(scores, CU_SEQLENS, REWARD > 0, 0.5)
-    again, means_again = token_weights(shuffled(scores), mixed.cu_seqlens, mixed.reward > 0, 0.5)
+    weights, means = token_weights(scores, CU_SEQLENS, REWARD > 0, (0.5, 0.3))
+    again, means_again = token_weights(shuffled(scores), mixed.cu_seqlens, mixed.reward > 0, (0.5, 0.3))
     torch.testing.assert_close(again, shuffled(weights), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(means_again, means[order])
 
@@ -230,7 +234,7 @@ def test_nothing_at_all(served_by):
     for loss, _ in (oreal_loss(nothing, terms), reward_loss(nothing, cu_seqlens, torch.zeros(1), 4)):
         assert loss.item() == 0
         loss.backward()
-    weights, means = token_weights(nothing, cu_seqlens, torch.tensor([False]), 0.5)
+    weights, means = token_weights(nothing, cu_seqlens, torch.tensor([False]), (0.5, 0.5))
     assert weights.shape == (0,) and means.tolist() == [0.0]
 
 

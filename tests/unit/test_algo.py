@@ -108,9 +108,9 @@ def test_weights_are_eq_10_of_the_running_mean_and_stop_no_gradient_through():
 def test_top_share_spreads_the_best_tokens_over_zero_to_one():
     batch = packing.micro_batch([Sample((1,), (2, 3, 4, 5), 1.0, 1.0)])
     score = torch.tensor([4.0, -4.0, -4.0, -4.0])
-    half = token_weighting.importance(score, batch, WeightsConfig("top_share", top_share=0.5))
+    half = token_weighting.importance(score, batch, WeightsConfig(rescale="top_share", top_share=0.5))
     assert sorted(half.tolist()) == [0.0, 0.0, 0.0, 1.0] and half[0] == 1
-    even = token_weighting.importance(torch.zeros(4), batch, WeightsConfig("top_share", top_share=0.5))
+    even = token_weighting.importance(torch.zeros(4), batch, WeightsConfig(rescale="top_share", top_share=0.5))
     assert even.sum() == 2
 
 

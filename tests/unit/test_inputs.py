@@ -158,10 +158,10 @@ def test_a_recipe_of_0_1_0_is_told_the_new_names_of_sections(tmp_path):
 def test_a_key_of_0_1_0_is_read_from_a_run_folder_and_refused_on_the_command_line(old, new):
     section, key = old.split(".")
     config = dataclasses.asdict(c.Config())
-    config[section][key] = config[section].pop(new.split(".")[1])
+    config[section][key] = [config[section].pop(name.split(".")[1]) for name in new][0]
     assert settings.from_dict(config) == c.Config()
     assert settings.differences(settings.with_current_names(config), dataclasses.asdict(c.Config())) == []
-    with pytest.raises(c.ConfigError, match=f"{old} is named {new} since 0.2.0"):
+    with pytest.raises(c.ConfigError, match=f"{old} is named {' and '.join(new)} since 0.2.0"):
         settings.override(c.Config(), [f"{old}=1"])
 
 
@@ -183,7 +183,7 @@ def test_an_unknown_key_names_those_that_mean_it(path, nearest):
 
 
 def test_a_key_that_is_like_no_other_lists_its_section():
-    with pytest.raises(c.ConfigError, match="known are rescale, threshold, top_share; `oreal config` lists all"):
+    with pytest.raises(c.ConfigError, match="known are belief, rescale, .*, top_share; `oreal config` lists all"):
         settings.override(c.Config(), ["weights.zzz=1"])
 
 
@@ -273,7 +273,11 @@ def config_for(folder: Path, **changes) -> c.Config:
             1,
             "one sequence of 512 tokens needs 0.00",
         ),
-        (dict(weights=c.WeightsConfig(threshold=1.0)), 1, "weights.threshold is 1; expected 0 to 0.99"),
+        (
+            dict(weights=c.WeightsConfig(threshold_incorrect=1.0)),
+            1,
+            "weights.threshold_incorrect is 1; expected 0 to 0.99",
+        ),
         (dict(sampling=c.SamplingConfig(top_p=0.0)), 1, "sampling.top_p is 0; expected 0.001 to 1"),
         (dict(policy_freeze_steps=90), 1, "would never be trained"),
         (

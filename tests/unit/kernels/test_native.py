@@ -292,7 +292,7 @@ def all_results(seed):
     normal = normaliser(statistics)
     gradient = native.row_gradient(logits, torch.empty_like(logits), label, it, 0.0, columns, *normal, it, it)
     tokens, reference, weight, cu_seqlens, reward, advantage = packed([170_000, 0, 3, 180_000], seed)
-    weights = native.token_weights(tokens, cu_seqlens, reward > 0, 0.5)
+    weights = native.token_weights(tokens, cu_seqlens, reward > 0, (0.5, 0.5), True)
     terms = policy(tokens, reference, weight, cu_seqlens, reward, advantage)
     main_grad = torch.zeros(3001, 70)
     native.add_weight_gradient(gradient, logits[:, :70], main_grad)
@@ -337,15 +337,16 @@ LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
 
 @settings(max_examples=40)
-@given(LENGTHS, st.sampled_from([0.0, 0.3, 0.5]), st.sampled_from(DTYPES), st.integers(0, 100))
-def test_token_weights(lengths, threshold, dtype, seed):
+@given(LENGTHS, st.permutations([0.0, 0.3, 0.5]), st.sampled_from(DTYPES), st.integers(0, 100), st.booleans())
+def test_token_weights(lengths, thresholds, dtype, seed, prefix_mean):
     scores, _, _, cu_seqlens, reward, _ = packed(lengths, seed)
     scores = (scores * 3).to(dtype)
-    weights, means = native.token_weights(scores, cu_seqlens, reward > 0, threshold)
+    weights, means = native.token_weights(scores, cu_seqlens, reward > 0, tuple(thresholds[:2]), prefix_mean)
     for index, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         sequence = scores[begin:end].double()
-        running = sequence.cumsum(0) / torch.arange(1, end - begin + 1)
-        belief = torch.sigmoid(running if reward[index] > 0 else -running)
+        value = sequence.cumsum(0) / torch.arange(1, end - begin + 1) if prefix_mean else sequence
+        belief = torch.sigmoid(value if reward[index] > 0 else -value)
+        threshold = thresholds[0 if reward[index] > 0 else 1]
         expected = ((belief - threshold) / (1 - threshold)).clamp(0, 1)
         torch.testing.assert_close(weights[begin:end].double(), expected, atol=5e-7, rtol=1e-6)
         torch.testing.assert_close(means[index].double(), sequence.mean() if end > begin else 0 * means[index].double())
@@ -353,15 +354,15 @@ def test_token_weights(lengths, threshold, dtype, seed):
 
 def test_a_long_running_mean_does_not_drift():
     scores = torch.full((200_000,), 1.1, dtype=torch.bfloat16)
-    _, means = native.token_weights(scores, torch.tensor([0, 200_000]), torch.tensor([True]), 0.5)
+    _, means = native.token_weights(scores, torch.tensor([0, 200_000]), torch.tensor([True]), (0.5, 0.5), True)
     assert means.item() == scores[0].item(), "fp32 sums would drift by 1e-4, bf16 sums stop at 512"
 
 
 def test_scores_beyond_every_exponent():
     scores = torch.tensor([1000.0, -1000.0, -torch.inf, torch.nan])
     cu_seqlens = torch.arange(5)
-    correct, _ = native.token_weights(scores, cu_seqlens, torch.ones(4, dtype=torch.bool), 0.0)
-    incorrect, _ = native.token_weights(scores, cu_seqlens, torch.zeros(4, dtype=torch.bool), 0.0)
+    correct, _ = native.token_weights(scores, cu_seqlens, torch.ones(4, dtype=torch.bool), (0.0, 0.0), True)
+    incorrect, _ = native.token_weights(scores, cu_seqlens, torch.zeros(4, dtype=torch.bool), (0.0, 0.0), True)
     assert correct[:3].tolist() == pytest.approx([1, 0, 0], abs=1e-37) and correct[3].isnan()
     assert incorrect[:3].tolist() == pytest.approx([0, 1, 1], abs=1e-37) and incorrect[3].isnan()
 
@@ -428,16 +429,18 @@ def test_policies_close_together_keep_the_digits_of_k3():
 
 
 @settings(max_examples=20)
-@given(st.permutations(range(5)))
-def test_the_order_of_sequences_does_not_matter(order):
+@given(st.permutations(range(5)), st.booleans())
+def test_the_order_of_sequences_does_not_matter(order, prefix_mean):
     lengths = [5, 0, 17, 33, 1]
     tokens, reference, weight, cu_seqlens, reward, advantage = packed(lengths)
     pieces = [slice(begin, end) for begin, end in itertools.pairwise(cu_seqlens.tolist())]
     moved = torch.cat([torch.arange(60)[:56][pieces[index]] for index in order])
     borders = torch.tensor([0, *itertools.accumulate(lengths[index] for index in order)])
-    weights, means = native.token_weights(tokens, cu_seqlens, reward > 0, 0.4)
+    weights, means = native.token_weights(tokens, cu_seqlens, reward > 0, (0.4, 0.2), prefix_mean)
     index = torch.tensor(order)
-    other_weights, other_means = native.token_weights(tokens[moved], borders, reward[index] > 0, 0.4)
+    other_weights, other_means = native.token_weights(
+        tokens[moved], borders, reward[index] > 0, (0.4, 0.2), prefix_mean
+    )
     assert torch.equal(weights[moved], other_weights) and torch.equal(means[index], other_means)
     grad, sums = policy(tokens, reference, weight, cu_seqlens, reward, advantage)
     other_grad, other_sums = policy(
@@ -516,15 +519,15 @@ INVALID = {
     "columns": (lambda: native.row_statistics(torch.zeros(2, 3), *SMALL, 0.0, 4), ValueError, "columns is 4"),
     "meta": (lambda: native.row_statistics(torch.zeros(2, 3, device="meta"), *SMALL, 0.0, 3), ValueError, "CPU only"),
     "offsets": (
-        lambda: native.token_weights(torch.zeros(4), torch.tensor([0, 3, 2, 4]), torch.ones(3) > 0, 0.5),
+        lambda: native.token_weights(torch.zeros(4), torch.tensor([0, 3, 2, 4]), torch.ones(3) > 0, (0.5, 0.5), True),
         ValueError, "offsets that rise from 0 to the 4 tokens",
     ),
     "no offsets": (
-        lambda: native.token_weights(torch.zeros(0), torch.tensor([]).long(), torch.ones(0) > 0, 0.5),
+        lambda: native.token_weights(torch.zeros(0), torch.tensor([]).long(), torch.ones(0) > 0, (0.5, 0.5), True),
         ValueError, "offsets that rise",
     ),
     "threshold": (
-        lambda: native.token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, 1.0),
+        lambda: native.token_weights(torch.zeros(1), torch.tensor([0, 1]), torch.ones(1) > 0, (0.5, 1.0), True),
         ValueError, "below 1",
     ),
     "kl_kind": (lambda: policy(*packed([2]), kind="k4"), ValueError, "expected 1, -1, 2 or 3"),

@@ -1,0 +1,81 @@
+"""Token weights against the formulas of the paper and of the authors' code, written token by token in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oreal_kernels import backend
+
+from oreal_megatron.algo import packing, token_weighting
+from oreal_megatron.config import WeightsConfig
+from oreal_megatron.records import Sample
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def micro_batch(*samples: tuple[float, int]):
+    """Samples given as (reward, response tokens)."""
+    return packing.micro_batch([Sample((1,), tuple(range(5, 5 + n)), reward, reward) for reward, n in samples])
+
+
+def authors_weights(scores: list[float], correct: bool, config: WeightsConfig) -> list[float]:
+    """Return one response's weights as train_oreal.py computes them, threshold_rescale; belief="token": Eq. 10.
+
+    Theirs: the prefix means, their sigmoid p (1 - p for an incorrect response), (p - threshold).clamp(0), divided by
+    1 - threshold. Eq. 10 with 0.5: max(2 sigmoid(w_t) - 1, 0) and max(1 - 2 sigmoid(w_t), 0).
+    """
+    weights = []
+    for t, score in enumerate(scores):
+        w = sum(scores[: t + 1]) / (t + 1) if config.belief == "prefix_mean" else score
+        p = sigmoid(w) if correct else 1 - sigmoid(w)
+        threshold = config.threshold_correct if correct else config.threshold_incorrect
+        weights.append(max(p - threshold, 0) / (1 - threshold))
+    return weights
+
+
+THRESHOLD = st.sampled_from([0.0, 0.25, 0.5, 0.7])
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from([1.0, -1.0]), st.integers(1, 40)), min_size=1, max_size=5),
+    st.sampled_from(["prefix_mean", "token"]), THRESHOLD, THRESHOLD, st.integers(0, 1000),
+    st.sampled_from(["reference", "native"]),
+)  # fmt: skip
+def test_weights_equal_the_formula(rows, belief, threshold_correct, threshold_incorrect, seed, served_by):
+    config = WeightsConfig(belief, "threshold", threshold_correct, threshold_incorrect)
+    batch = micro_batch(*rows)
+    scores = torch.randn(len(batch.labels), generator=torch.Generator().manual_seed(seed)) * 2
+    leaf = scores.clone().requires_grad_()
+    with backend.use(served_by):
+        result = token_weighting.importance(leaf, batch, config)
+    parts = zip(scores.split([n for _, n in rows]), rows, strict=True)
+    expected = [weight for part, (reward, _) in parts for weight in authors_weights(part.tolist(), reward > 0, config)]
+    assert result.tolist() == pytest.approx(expected, abs=2e-6)
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize("served_by", ["reference", "native"])
+def test_eq_10_as_printed_sees_the_token_that_the_prefix_mean_hides(served_by):
+    """A single wrong step after many good ones: its own score is weighed, the mean up to it is not."""
+    scores, config = torch.tensor([3.0] * 9 + [-4.0]), WeightsConfig(belief="token")
+    with backend.use(served_by):
+        printed = token_weighting.importance(scores, micro_batch((-1.0, 10)), config)
+        released = token_weighting.importance(scores, micro_batch((-1.0, 10)), WeightsConfig())
+    assert printed.tolist() == pytest.approx([0.0] * 9 + [1 - 2 * sigmoid(-4.0)], abs=1e-6)
+    assert released.tolist() == [0.0] * 10
+
+
+def test_top_share_ranks_by_the_belief():
+    scores = torch.tensor([3.0, -3.0, 4.0, -1.0])
+    by_mean, by_token = (
+        token_weighting.importance(scores, micro_batch((1.0, 4)), WeightsConfig(belief, "top_share", top_share=0.5))
+        for belief in ("prefix_mean", "token")
+    )
+    assert (by_mean.tolist(), by_token.tolist()) == ([1, 0, 0, 0], [0, 0, 1, 0])
