@@ -86,7 +86,7 @@ def token_weights(
         scores: [T] token scores, fp32 or bf16; sums are in fp32 or better.
         cu_seqlens: [B + 1] integers, cumulative lengths of the sequences, from 0 to T.
         correct: [B] bool, outcome of each sequence.
-        thresholds: beliefs in [0, 1) that get weight 0, in correct and in incorrect sequences; 0 keeps a belief as it is.
+        thresholds: beliefs in [0, 1) that get weight 0, in correct and in incorrect sequences; 0 keeps all beliefs.
         belief: "prefix_mean" or "token": the sigmoid of the scores' mean up to the token, or of the token's score.
 
     Returns:
