@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Sample:
     reward: float  # +1 or -1
     advantage: float
     engine_logprobs: tuple[float, ...] | None = None  # one per response token, if requested
+    rollout: tuple[int, int] = (-1, -1)  # slot and index of its rollout in the step; -1: of no rollout
 
     def __len__(self) -> int:
         """Return the tokens of prompt and response."""
@@ -101,6 +102,7 @@ class MicroBatch:
     reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the padding of an empty micro-batch
     advantage: torch.Tensor  # [B] float32
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine returned none
+    rollouts: torch.Tensor  # [B, 2] int64, slot and index of each sequence's rollout in the step; -1: of none
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the micro-batch with its tensors on a device."""
@@ -110,11 +112,23 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRollout:
+    """Outcome of one rollout, and the reward model's belief in it."""
+
+    slot: int
+    index: int
+    correct: bool
+    score: float  # mean of the token scores, the logit of the belief that the rollout is correct
+
+
+@dataclass(frozen=True, slots=True)
 class TokenWeights:
     """Weights of the action tokens in the policy's loss, from the reward model as it was before its own update."""
 
     values: list[torch.Tensor]  # [T] per micro-batch; empty before the last pipeline stage and where not valid
     valid: bool = True  # False: the guard skipped the reward model's step (algo/guard.py), so the policy skips it too
+    scores: list[torch.Tensor] = field(default_factory=list)  # [T] as `values`; empty without a reward model too
+    rollouts: tuple[ScoredRollout, ...] = ()  # of the step on all ranks, equal on each; empty as `scores` is
 
 
 @dataclass(frozen=True, slots=True)

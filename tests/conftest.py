@@ -131,11 +131,11 @@ def make_samples() -> Callable[..., list]:
             return tuple(generator.randrange(4, vocabulary) for _ in range(generator.randint(low, high)))
 
         samples = []
-        for _ in range(pairs):
+        for slot in range(pairs):
             prompt, right = tokens(2, 9), generator.randint(1, 15)
             advantage = 2 * (16 - right) / 15
-            samples.append(Sample(prompt, tokens(1, 12), 1.0, advantage))
-            samples.append(Sample(prompt, tokens(1, 12), -1.0, -2 * right / 15))
+            samples.append(Sample(prompt, tokens(1, 12), 1.0, advantage, rollout=(slot, 0)))
+            samples.append(Sample(prompt, tokens(1, 12), -1.0, -2 * right / 15, rollout=(slot, 1)))
         return samples
 
     return make

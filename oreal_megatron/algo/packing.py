@@ -86,6 +86,7 @@ def micro_batch(samples: Sequence[Sample], pad_to: int = 1) -> MicroBatch:
         engine_logprobs=torch.tensor(
             [value for s in samples for value in s.engine_logprobs or [math.nan] * len(s.response_tokens)]
         ),
+        rollouts=torch.tensor([sample.rollout for sample in samples] or [(-1, -1)]),
     )
 
 

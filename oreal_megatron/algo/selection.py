@@ -42,7 +42,7 @@ def _select_of_prompt(
     if len(set(rewards)) < 2:  # all correct, all incorrect, or none known: no signal
         return []
     shaped = [
-        Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs)
+        Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs, rollout.key)
         for (rollout, reward), advantage in zip(known, advantages.KINDS[config.advantage](rewards), strict=True)
         if rollout.tokens
     ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import WeightsConfig
-from oreal_megatron.records import MicroBatch
+from oreal_megatron.records import Counts, MicroBatch
 
 
 def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) -> Tensor:
@@ -23,6 +23,18 @@ def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) 
     thresholds = (config.threshold_correct, config.threshold_incorrect) if by_threshold else (0.0, 0.0)
     weight_T, _ = oreal_kernels.token_weights(score_T, micro_batch.action_offsets, correct, thresholds, config.belief)
     return weight_T if by_threshold else _weigh_top_share(weight_T, micro_batch.action_offsets, config.top_share)
+
+
+def metrics(weight_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> dict[str, Tensor]:
+    """Return mean token weights and shares of tokens with weight 0, by outcome; they add up over micro-batches."""
+    lengths = micro_batch.action_offsets.diff()
+    correct_T = torch.repeat_interleave(micro_batch.reward > 0, lengths, output_size=len(weight_T))
+    sums: dict[str, Tensor] = {}
+    sides = (("correct", correct_T, counts.correct_tokens), ("incorrect", ~correct_T, counts.incorrect_tokens))
+    for side, own_T, tokens in sides:
+        sums[f"weights/{side}_mean"] = (weight_T * own_T).sum() / max(tokens, 1)
+        sums[f"weights/{side}_zero_share"] = ((weight_T == 0) & own_T).sum() / max(tokens, 1)
+    return sums
 
 
 def _weigh_top_share(merit_T: Tensor, action_offsets: Tensor, share: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.algo import guard, loss, token_weighting
+from oreal_megatron.algo import guard, loss, reward_diagnostics, token_weighting
 from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
@@ -19,7 +19,8 @@ from oreal_megatron.mcore.trainer import MegatronTrainer
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
 from oreal_megatron.protocols import Metrics
-from oreal_megatron.records import Batch, MicroBatch, TokenWeights
+from oreal_megatron.records import Batch, MicroBatch, ScoredRollout, TokenWeights
+from oreal_megatron.runtime import distributed
 
 Reader = Callable[[str], Tensor]
 
@@ -94,18 +95,23 @@ class TokenRewardModel(MegatronTrainer):
 
     def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
         """Take one step; return the token weights of the same forward pass, thus from before the step, and metrics."""
+        scores: dict[int, Tensor] = {}
         weights: dict[int, Tensor] = {}
 
-        def objective(number: int, micro_batch: MicroBatch, scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            score_T = self.head(scores, micro_batch)
+        def objective(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            score_T = self.head(output, micro_batch)
+            scores[number] = score_T.detach()
             weights[number] = token_weighting.importance(score_T, micro_batch, self.config.weights)
-            return loss.reward_model(score_T, micro_batch, batch.counts)
+            total, metrics = loss.reward_model(score_T, micro_batch, batch.counts)
+            return total, metrics | token_weighting.metrics(weights[number], micro_batch, batch.counts)
 
         rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)
         metrics = _prefixed("reward_model", self.train(batch, objective, rate))
         if guard.skipped_models(metrics):
             return TokenWeights([], valid=False), metrics
-        return TokenWeights([weights[number] for number in sorted(weights)]), metrics
+        rollouts = gather_scored_rollouts(batch, _in_order(scores))
+        token_weights = TokenWeights(_in_order(weights), scores=_in_order(scores), rollouts=rollouts)
+        return token_weights, metrics | reward_diagnostics.metrics(rollouts)
 
 
 class NoRewardModel:
@@ -115,6 +121,23 @@ class NoRewardModel:
         """Return weights of 1 and no metrics."""
         device = gpt_model.device()
         return TokenWeights([torch.ones(len(part.labels), device=device) for part in batch.micro_batches]), {}
+
+
+def gather_scored_rollouts(batch: Batch, scores: Sequence[Tensor] | None) -> tuple[ScoredRollout, ...]:
+    """Return the rollouts of the batch on all ranks with their mean scores, by slot and index. Collective."""
+    scored = [
+        rollout
+        for score_T, micro_batch in zip(scores or (), batch.micro_batches, strict=False)
+        for rollout in reward_diagnostics.scored_rollouts(score_T, micro_batch)
+    ]
+    replicas = distributed.all_gather_object(scored if parallel.replica_share() else [])
+    rollouts = [rollout for replica in replicas for rollout in replica]
+    return tuple(sorted(rollouts, key=lambda rollout: (rollout.slot, rollout.index)))
+
+
+def _in_order(values: dict[int, Tensor]) -> list[Tensor]:
+    """Return the values of the micro-batches in their order; the last pipeline stage has all, the others none."""
+    return [values[number] for number in sorted(values)]
 
 
 def _prefixed(model: str, metrics: Metrics) -> Metrics:

@@ -4,8 +4,8 @@ RUN/dumps/step_000013/step.json               step, counts, metrics, configurati
                       share_000.safetensors   micro-batches of data-parallel rank 0, with the reference's log-probs
                                               and the token weights that the policy was given
 
-A share holds one tensor `M/FIELD` per micro-batch M and field of records.MicroBatch, and `M/reference_logp` [T] and
-`M/weight` [T] if the policy was given them.
+A share holds one tensor `M/FIELD` per micro-batch M and field of records.MicroBatch, `M/reference_logp` [T] and
+`M/weight` [T] if the policy was given them, and `M/score` [T], the reward model's scores that the weights are made of.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from oreal_megatron.records import Batch, Counts, MicroBatch, TokenWeights
 from oreal_megatron.runtime import checkpoint_folders, files
 
 log = logging.getLogger(__name__)
-PER_TOKEN = ("reference_logp", "weight")  # names in the file of the policy step's inputs beside the batch, [T] each
+PER_TOKEN = ("reference_logp", "weight", "score")  # names in the file of the values beside the batch, [T] each
 
 
 class StepDumps:
@@ -83,8 +83,10 @@ class DumpShare:
     def to(self, device: torch.device) -> DumpShare:
         """Return the share with its values per token on the device; micro-batches move there one at a time."""
         reference_logp = [value.to(device) for value in self.reference_logp] if self.reference_logp else None
-        weights = [value.to(device) for value in self.token_weights.values]
-        return DumpShare(self.batch, reference_logp, TokenWeights(weights, self.token_weights.valid))
+        weights = dataclasses.replace(
+            self.token_weights, values=[value.to(device) for value in self.token_weights.values]
+        )
+        return DumpShare(self.batch, reference_logp, weights)
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Dump:
             )
         parts = [part for share in range(rank, self.shares, ranks) for part in self._read_parts(share)]
         batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts)
-        reference_logp, weights = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
-        return DumpShare(batch, reference_logp or None, TokenWeights(weights, valid=bool(weights)))
+        reference_logp, weights, scores = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
+        return DumpShare(batch, reference_logp or None, TokenWeights(weights, bool(weights), scores))
 
     def _read_parts(self, share: int) -> list[dict[str, Tensor]]:
         """Read the tensors of each micro-batch of a share."""
@@ -144,7 +146,7 @@ def write_dump(
     for number, micro_batch in enumerate(batch.micro_batches):
         fields = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
         fields["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
-        per_token = zip(PER_TOKEN, (reference_logp, token_weights.values), strict=True)
+        per_token = zip(PER_TOKEN, (reference_logp, token_weights.values, token_weights.scores), strict=True)
         fields |= {name: values[number] for name, values in per_token if values}
         tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in fields.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,5 +185,7 @@ def _share_file(folder: Path, share: int) -> Path:
 
 
 def _micro_batch(part: dict[str, Tensor]) -> MicroBatch:
+    if "rollouts" not in part:  # dumps of version 0.1
+        part = part | {"rollouts": torch.full((len(part["reward"]), 2), -1)}
     fields = {field.name: part[field.name] for field in dataclasses.fields(MicroBatch)}
     return MicroBatch(**fields | {"sequence_offsets": tuple(part["sequence_offsets"].tolist())})  # type: ignore[arg-type]

@@ -1,13 +1,15 @@
-"""Metrics of a run: metrics.jsonl, evaluations.jsonl and TensorBoard events."""
+"""Metrics of a run: metrics.jsonl, evaluations.jsonl, calibration.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from oreal_megatron.algo.reward_diagnostics import CalibrationBins
 from oreal_megatron.observe.rows import append_row, read_rows, write_rows
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import distributed
@@ -24,9 +26,11 @@ class MetricsLog:
     def __init__(self, run: Path, first_step: int = 0):
         self.run, self.writes = run, distributed.rank() == 0
         self.metrics, self.evaluations = run / "metrics.jsonl", run / "evaluations.jsonl"
+        self.calibration = run / "calibration.jsonl"
         if self.writes:
             run.mkdir(parents=True, exist_ok=True)
             _truncate(self.metrics, first_step - 1)
+            _truncate(self.calibration, first_step - 1)
             _truncate(self.evaluations, first_step)  # the policy before `first_step` has been evaluated already
             self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
 
@@ -35,6 +39,11 @@ class MetricsLog:
         if self.writes:
             append_row(self.metrics, {"step": step, **metrics})
             self._add_events(step, {"step": step, **metrics})
+
+    def log_calibration(self, step: int, bins: CalibrationBins) -> None:
+        """Write the calibration bins of one step. Not collective."""
+        if self.writes:
+            append_row(self.calibration, {"step": step, **dataclasses.asdict(bins)})
 
     def log_evaluation(self, step: int, result: Metrics) -> None:
         """Write the held-out accuracy of the policy after `step` steps. Not collective."""
@@ -65,5 +74,6 @@ class MetricsLog:
 
 
 def _truncate(file: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`."""
-    write_rows(file, [row for row in read_rows(file) if row["step"] <= last_step])
+    """Drop the rows after `last_step`; do nothing if there is no such file."""
+    if file.is_file():
+        write_rows(file, [row for row in read_rows(file) if row["step"] <= last_step])

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from oreal_megatron.algo import guard
+from oreal_megatron.algo import guard, reward_diagnostics
 from oreal_megatron.config import Config
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.observe.dumps import StepDumps
@@ -14,6 +14,7 @@ from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.run_folder import RunFolder
+from oreal_megatron.observe.weight_balance import WeightBalance
 from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
@@ -43,6 +44,7 @@ class Recorder:
         self.metrics = MetricsLog(self.folder.path, first_step)
         self.timer = PhaseTimer(config, arch, peak_flops)
         self.dumps = StepDumps(config, dump_share)
+        self.weight_balance = WeightBalance()
         if self.writes:
             self.dumps.delete_from(first_step)
 
@@ -70,13 +72,21 @@ class Recorder:
         token_weights: TokenWeights,
         metrics: Metrics,
     ) -> None:
-        """Write what the step is trained on, and report a step that a model skipped. Not collective."""
+        """Write what the step is trained on, and report what is wrong with it. Not collective."""
         if self.dumps.share:
             self.timer.count_work(batch)
             self.dumps.write(step, batch, reference_logp, token_weights, metrics)
-        if self.writes and (models := guard.skipped_models(metrics)):
+        if token_weights.rollouts:
+            self.metrics.log_calibration(step, reward_diagnostics.calibration(token_weights.rollouts))
+        if models := guard.skipped_models(metrics):
             line = f"{' and '.join(models)} skipped step {step}: {guard.skip_reason(metrics)}; "
-            line += f"inspect it with oreal replay {self.dumps.folder_of(step)}"
+            self._report(line + f"inspect it with oreal replay {self.dumps.folder_of(step)}")
+        if warning := self.weight_balance.warning(metrics):
+            self._report(f"step {step}: {warning}")
+
+    def _report(self, line: str) -> None:
+        """Print a line above the progress bar, on the first rank."""
+        if self.writes:
             self.bar.console.print(line, highlight=False)
 
     def delete_old_dumps(self, checkpoints: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 RUN/config.json, environment.json         what was run, on what (header)
     metrics.jsonl, evaluations.jsonl      metrics_log.py
+    calibration.jsonl                     metrics_log.py
     tensorboard/                          metrics_log.py
     rollouts/step_000013.jsonl            one line per rollout
     dumps/step_000013/                    dumps.py

@@ -24,7 +24,7 @@ from oreal_megatron import loop
 from oreal_megatron.algo.logprob_parity import LogprobMismatch
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
-from oreal_megatron.records import Outcome, PackingSpec, TokenWeights, Verdict
+from oreal_megatron.records import Outcome, PackingSpec, ScoredRollout, TokenWeights, Verdict
 
 SPEC = PackingSpec(1000)
 
@@ -225,6 +225,16 @@ def test_the_policy_does_not_learn_from_a_reward_model_that_skipped_and_the_run_
         run_with_reward_model(tmp_path, metrics, TokenWeights([], valid=False), events)
     assert events == ["generate (0, 0)", "policy skips"], "nothing was synced or saved"
     assert (tmp_path / "run/dumps/step_000000/share_000.safetensors").is_file()
+
+
+def test_a_muted_side_and_calibration_are_recorded_before_the_policy_moves(tmp_path, capsys):
+    metrics = {"weights/correct_mean": 0.4, "weights/incorrect_mean": 0.01}
+    rollouts = (ScoredRollout(1, 0, True, 2.0), ScoredRollout(1, 1, False, 1.0))
+    run_with_reward_model(tmp_path, metrics, TokenWeights([torch.ones(8)], rollouts=rollouts), [])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("the reward model mutes incorrect samples") == 1 and "step 0: the reward" in printed
+    rows = [json.loads(line) for line in (tmp_path / "run/calibration.jsonl").read_text().splitlines()]
+    assert [sum(row["counts"]) for row in rows] == [2, 2]
 
 
 def test_broken_weights_reach_neither_the_engine_nor_a_checkpoint(tmp_path):
