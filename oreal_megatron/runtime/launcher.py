@@ -6,6 +6,7 @@ torchrun itself returns 1 for every failure, prints a stack trace of its own, an
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -49,11 +50,19 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
             "port of it"
         )
     setattr(api, "LocalElasticAgent", Agent)  # noqa: B010 - torch offers no other way to choose the agent
+    _silence_torchrun()
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     with tempfile.TemporaryDirectory(prefix="oreal_") as folder:  # torchrun would leave one of its own behind
         return _run([*torchrun(args, folder), "-m", "oreal_megatron", *arguments], args)
+
+
+def _silence_torchrun() -> None:
+    """Drop torchrun's own warnings and errors: `_exit_code_of` says the same in one line."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _run(words: list[str], args: argparse.Namespace) -> int:

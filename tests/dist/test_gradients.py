@@ -135,11 +135,26 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
     from oreal_megatron.models import tensors
 
     def everyone(mine: dict, group) -> list[dict]:
+        """Each rank's tensors, as one flat message: pickling them would take most of the test's time."""
         import torch.distributed as dist
 
-        found = [None] * group.size()
-        dist.all_gather_object(found, mine, group=group)
-        return found
+        if group.size() == 1:
+            return [mine]
+        shapes = [None] * group.size()
+        dist.all_gather_object(shapes, {name: value.shape for name, value in mine.items()}, group=group)
+        sizes = [sum(shape.numel() for shape in rank.values()) for rank in shapes]
+        flat = torch.cat([value.float().flatten() for value in mine.values()])
+        buffers = [flat.new_empty(max(sizes)) for _ in sizes]
+        dist.all_gather(buffers, torch.nn.functional.pad(flat, (0, max(sizes) - len(flat))), group=group)
+        return [
+            {
+                name: part.view(shape)
+                for part, (name, shape) in zip(
+                    buffer[:size].split([shape.numel() for shape in rank.values()]), rank.items(), strict=True
+                )
+            }
+            for buffer, size, rank in zip(buffers, sizes, shapes, strict=True)
+        ]
 
     tensor_group, pipeline_group = parallel.tensor_and_pipeline_groups()
     ranks, full = everyone({entry: value.float() for entry, value in held.items()}, tensor_group), {}

@@ -258,4 +258,4 @@ def test_the_launcher_gives_the_exit_code_and_no_stack_trace(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2
     assert result.stderr.count("oreal train: ") == 1 and "would never be trained" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr and "torch/distributed" not in result.stderr, result.stderr

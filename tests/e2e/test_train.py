@@ -193,6 +193,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
     assert len((out / "held_out.sampled.jsonl").read_text().splitlines()) == 120
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_disturbed_job_ends_as_an_undisturbed_one(trained):
     """The fault campaign of docs/how_to/operations.md, shortened."""

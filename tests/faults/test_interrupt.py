@@ -49,10 +49,10 @@ class Job:
         (folder / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "recipe.py").write_text(RECIPE.format(folder=folder, model=model))
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, processes: int = 2) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "oreal_megatron", "--processes", "2", *arguments],
+            [sys.executable, "-m", "oreal_megatron", "--processes", str(processes), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -98,7 +98,7 @@ def test_ctrl_c_saves_the_last_step_and_says_how_to_continue(job):
     assert checkpoint.suffix != ".partial" and (checkpoint / "manifest.json").is_file()
     step = int(checkpoint.name.removeprefix("step_"))
     assert step == (job.folder / "run/metrics.jsonl").read_text().count("\n")
-    job.start("train", "--resume", f"{job.folder}/run", "--set", f"steps={step + 1}")
+    job.start("train", "--resume", f"{job.folder}/run", "--set", f"steps={step + 1}", processes=1)
     code, output = job.end()
     assert code == 0, output
     rows = [json.loads(line) for line in (job.folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def test_ctrl_c_saves_the_last_step_and_says_how_to_continue(job):
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind(job):
-    job.start("train", f"{job.folder}/recipe.py:broken")
+    job.start("train", f"{job.folder}/recipe.py:broken", processes=1)
     code, output = job.end()
     assert code not in (0, 2, 3, 4) and "ZeroDivisionError: planted in the second step" in output, output
     assert (job.folder / "run/metrics.jsonl").read_text().count("\n") == 1
