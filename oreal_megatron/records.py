@@ -54,7 +54,7 @@ class Rollout:
     tokens: tuple[int, ...]  # sampled tokens, including the stop token if there is one
     text: str
     finished: bool  # ended with a stop token; False: truncated
-    logprobs: tuple[float, ...] | None = None  # the engine's log-probs at temperature 1, if requested
+    logprobs: tuple[float, ...] | None = None  # the engine's, at sampling.temperature and without top_p, if requested
     version: int = 0  # version of the policy that generated it: updates taken so far
 
     @property

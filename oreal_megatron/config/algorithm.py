@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from oreal_megatron.config.schema import Key, Section
+
+KEY_FIELDS = ("question", "gold_answer", "pass_rate", "response")  # that data.keys may name
 
 
 @dataclass(frozen=True)
@@ -14,19 +16,31 @@ class SamplingConfig(Section):
     """Sampling of the responses that a step trains on."""
 
     rollouts_per_prompt: Annotated[int, Key("responses sampled per prompt; advantages compare them", low=2)] = 16
-    temperature: Annotated[float, Key("sampling temperature; 0 is greedy", 0.0, 2.0)] = 1.0
-    top_p: Annotated[float, Key("probability mass that sampling draws from", 0.001, 1.0)] = 0.9
+    temperature: Annotated[
+        float, Key("sampling temperature; policy and reference divide their logits by it as well", 0.01, 2.0)
+    ] = 1.0
+    top_p: Annotated[
+        float, Key("probability mass that sampling draws from; log-probs are of the whole distribution", 0.001, 1.0)
+    ] = 0.9
     max_new_tokens: Annotated[int, Key("longest response; a longer one is cut off", low=1, unit="tokens")] = 14000
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Problems: JSONL with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
+    """Problems: lines with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
 
-    path: Annotated[str, Key("JSONL file of the problems to train on")] = ""
-    held_out: Annotated[str, Key("JSONL file of the problems to evaluate on; empty: no evaluation")] = ""
+    path: Annotated[str, Key("problems to train on: file.jsonl, file.parquet or hub:OWNER/DATASET:FILE")] = ""
+    held_out: Annotated[str, Key("problems to evaluate on, likewise; empty: no evaluation")] = ""
     prompts_per_step: Annotated[int, Key("problems of a step", low=1)] = 64
     system_prompt: Annotated[str, Key("system message of every prompt; empty: that of the chat template")] = ""
+    keys: Annotated[
+        dict[str, Any],
+        Key("keys of foreign files, e.g. data.keys.question=prompt, data.keys.gold_answer=reward_model.ground_truth"),
+    ] = field(default_factory=dict)
+    filter_overlong: Annotated[
+        bool,
+        Key("skip problems that leave no room for a boxed answer in engine.max_model_len, instead of refusing them"),
+    ] = False
     drop_unreadable_golds: Annotated[
         bool, Key("skip problems whose gold answer the verifier cannot equate with itself, instead of refusing them")
     ] = False
@@ -36,7 +50,12 @@ class DataConfig(Section):
     ] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield messages about buckets that hold no pass rate or no repetition."""
+        """Yield messages about fields that do not exist, and buckets without a pass rate or a repetition."""
+        for name, key in self.keys.items():
+            if name not in KEY_FIELDS:
+                yield f"{path}keys.{name} is unknown; expected one of {', '.join(KEY_FIELDS)}"
+            elif not isinstance(key, str) or not key:
+                yield f"{path}keys.{name} is {key!r}; expected the name of a key"
         if not self.buckets:
             yield f"{path}buckets is empty; expected at least one (low, high, times), e.g. ((0.0, 1.0, 1),)"
         for bucket in self.buckets:

@@ -1,20 +1,27 @@
-"""Prompts and demonstrations from JSONL files, rendered with the model's chat template.
+"""Prompts and demonstrations from data files, rendered with the model's chat template.
 
 Invalid lines are reported by number, before any model is loaded.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.data import chat_template, key_map
+from oreal_megatron.data.lines import Line, read_lines
 from oreal_megatron.records import Prompt, Sample
-from oreal_megatron.runtime import files
+from oreal_megatron.runtime import distributed, files
+
+log = logging.getLogger(__name__)
+NO_KEYS: Mapping[str, str] = {}
+LISTED = 100  # ranges of problem numbers in a message
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -25,79 +32,138 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False) -> PreTrain
         raise ConfigError(f"the tokenizer of {model_path} cannot be loaded: {error!r:.300}") from None
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str) -> list[int]:
-    """Return the end-of-sequence tokens of the tokenizer and of generation_config.json."""
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str, vocabulary: int) -> list[int]:
+    """Return the end-of-sequence tokens of the tokenizer and of generation_config.json, all within the vocabulary."""
     file = Path(model_path) / "generation_config.json"
-    eos = files.read_object(file).get("eos_token_id", []) if file.is_file() else []
-    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if not all(isinstance(token, int) for token in stops):
-        raise ConfigError(f"{file} has eos_token_id {eos!r}; expected a token id, or a list of them")
-    return sorted(stops)
+    eos = files.read_object(file).get("eos_token_id") if file.is_file() else None
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token in listed:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+            raise ConfigError(
+                f"{file} has eos_token_id {eos!r}; expected token ids of the model's vocabulary, 0 to {vocabulary - 1}"
+            )
+    return sorted({tokenizer.eos_token_id, *listed})
 
 
-def read_problems(path: str) -> list[dict[str, Any]]:
+def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS) -> list[Line]:
     """Read lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
 
-    Accepts benchmarks' names `problem` and `answer` for the first two, and a number as an answer.
+    Accepts benchmarks' names `problem` and `answer` for the first two, further names by `keys` (data.keys), chat
+    messages as a question, whose system message becomes `system_prompt`, and a number as an answer.
     """
-    problems = []
-    for number, line in _lines(path):
-        for key, alias in (("question", "problem"), ("gold_answer", "answer")):
-            if key not in line and alias in line:
-                line[key] = line[alias]
-        if type(line.get("gold_answer")) in (int, float):  # AIME has numbers; bool is excluded
-            line["gold_answer"] = str(line["gold_answer"])
-        _require(path, number, line, "question", str)
-        _require(path, number, line, "gold_answer", str)
-        rate = line.get("pass_rate")
-        if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
-            raise ConfigError(f"{path} line {number}: pass_rate is {rate!r}; expected a number from 0 to 1, or null")
-        problems.append(line)
-    return problems
+    return [_read_problem(f"{path} line {number}", line, keys) for number, line in read_lines(path)]
+
+
+def _read_problem(name: str, line: Line, keys: Mapping[str, str]) -> Line:
+    question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
+    gold, rate = _field(name, line, "gold_answer", keys), key_map.read_field(line, "pass_rate", keys)
+    if type(gold) in (int, float) and math.isfinite(gold):  # AIME has numbers; bool is excluded
+        gold = str(gold)
+    _require(name, "question", question)
+    _require(name, "gold_answer", gold)
+    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+        raise ConfigError(f"{name}: pass_rate is {rate!r}; expected a number from 0 to 1, or null")
+    return line | {"question": question, "gold_answer": gold, "pass_rate": rate, "system_prompt": system}
 
 
 def load_prompts(
-    path: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_prompt_tokens: int
+    path: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str, keys: Mapping[str, str] = NO_KEYS
 ) -> list[Prompt]:
-    """Return the problems of a file as prompts; ConfigError for one that leaves no tokens for a response."""
+    """Return the problems of a file as prompts, in its order."""
     prompts = []
-    for number, line in enumerate(read_problems(path), 1):
-        tokens = render(tokenizer, line["question"], system_prompt)
-        if len(tokens) > max_prompt_tokens:
-            raise ConfigError(
-                f"{path} problem {number} renders to {len(tokens)} tokens; engine.max_model_len allows "
-                f"{max_prompt_tokens}. Raise it or remove the problem"
-            )
-        prompts.append(Prompt(number - 1, line["question"], line["gold_answer"], line.get("pass_rate"), tokens))
+    for number, line in enumerate(read_problems(path, keys), 1):
+        name, system = f"{path} problem {number}", line["system_prompt"]
+        if system and system_prompt not in ("", system):
+            raise ConfigError(f"{name} has a system message of its own, and data.system_prompt is another; unset that")
+        try:
+            tokens = chat_template.render(tokenizer, line["question"], system or system_prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        prompts.append(Prompt(number - 1, line["question"], line["gold_answer"], line["pass_rate"], tokens))
     return prompts
 
 
+def is_overlong(prompt: Prompt, max_prompt_tokens: int) -> bool:
+    """Return whether a prompt leaves no room for the shortest boxed answer."""
+    return len(prompt.tokens) > max_prompt_tokens
+
+
+def check_lengths(prompts: list[Prompt], path: str, max_prompt_tokens: int, skip: bool) -> list[Prompt]:
+    """Return the prompts that leave room for a boxed answer, in their order.
+
+    Raises ConfigError that names all others, or leaves them out with `skip` and says so.
+    """
+    overlong = [prompt for prompt in prompts if is_overlong(prompt, max_prompt_tokens)]
+    if not overlong:
+        return prompts
+    longest = max(overlong, key=lambda prompt: len(prompt.tokens))
+    text = (
+        f"{path}: {len(overlong)} of {len(prompts)} problems have more than {max_prompt_tokens} tokens, which leaves "
+        f"no room in engine.max_model_len for a boxed answer: {number_ranges(prompt.id + 1 for prompt in overlong)} "
+        f"(the longest, {longest.id + 1}, has {len(longest.tokens)} tokens)"
+    )
+    if not skip or len(overlong) == len(prompts):
+        raise ConfigError(f"{text}. Raise it, or leave these problems out with --set data.filter_overlong=true")
+    if distributed.rank() == 0:
+        log.warning("%s; they are left out (data.filter_overlong)", text)
+    return [prompt for prompt in prompts if not is_overlong(prompt, max_prompt_tokens)]
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Return rising numbers as text, consecutive ones as a range: 3, 7-9, 12."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    texts = ["-".join(map(str, ends)) for ends in ranges]
+    more = f" and {len(texts) - LISTED} further places" if len(texts) > LISTED else ""
+    return ", ".join(texts[:LISTED]) + more
+
+
 def load_demonstrations(
-    path: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str, max_tokens: int
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    max_tokens: int,
+    keys: Mapping[str, str] = NO_KEYS,
 ) -> list[Sample]:
     """Return lines with `question` and `response` as samples to imitate; the stop token is added to the response."""
-    samples = []
-    for number, line in _lines(path):
-        for key in ("question", "response"):
-            _require(path, number, line, key, str)
-        prompt = render(tokenizer, line["question"], system_prompt)
-        response = (*tokenizer.encode(line["response"], add_special_tokens=False), tokenizer.eos_token_id)
-        if len(prompt) + len(response) > max_tokens:
-            raise ConfigError(
-                f"{path} line {number} has {len(prompt) + len(response)} tokens; expected at most "
-                f"{max_tokens}. Raise engine.max_model_len or remove the line"
-            )
-        samples.append(Sample(prompt, response, reward=1.0, advantage=0.0))
-    return samples
+    return [
+        _read_demonstration(f"{path} line {number}", line, tokenizer, system_prompt, max_tokens, keys)
+        for number, line in read_lines(path)
+    ]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> tuple[int, ...]:
-    """Return the tokens of the chat template up to the start of the response."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    text = tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+def _read_demonstration(
+    name: str,
+    line: Line,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    max_tokens: int,
+    keys: Mapping[str, str],
+) -> Sample:
+    question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
+    text = _field(name, line, "response", keys)
+    _require(name, "question", question)
+    _require(name, "response", text)
+    try:
+        opening = chat_template.render_text(tokenizer, question, system or system_prompt)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    if tag := chat_template.repeated_opening(opening, text):
+        raise ConfigError(
+            f"{name}: the chat template opens {tag} already; remove it from the beginning of the response"
+        )
+    prompt = tuple(tokenizer.encode(opening, add_special_tokens=False))
+    response = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    if len(prompt) + len(response) > max_tokens:
+        raise ConfigError(
+            f"{name} has {len(prompt) + len(response)} tokens; the model was made for {max_tokens} positions. Shorten "
+            "or remove the line"
+        )
+    return Sample(prompt, response, reward=1.0, advantage=0.0)
 
 
 def check_golds(prompts: list[Prompt], path: str, equals_itself: Callable[[str], bool], drop: bool) -> list[Prompt]:
@@ -116,29 +182,15 @@ def check_golds(prompts: list[Prompt], path: str, equals_itself: Callable[[str],
     return [prompt for prompt, ok in zip(prompts, readable, strict=True) if ok]
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number and JSON object of each line that is not blank; ConfigError where there is none."""
-    if not Path(path).is_file():
-        raise ConfigError(f"data file {path or '(none given)'} does not exist")
-    is_empty = True
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path} line {number} is not JSON: {error}") from None
-            if not isinstance(line, dict):
-                raise ConfigError(f"{path} line {number} is {type(line).__name__}; expected a JSON object")
-            is_empty = False
-            yield number, line
-    if is_empty:
-        raise ConfigError(f"data file {path} is empty")
+def _field(name: str, line: Line, field: str, keys: Mapping[str, str]) -> Any:
+    """Return a field of a line; ConfigError names the keys of a line that lacks it."""
+    value = key_map.read_field(line, field, keys)
+    if value is None:
+        raise ConfigError(key_map.describe_missing(name, line, field))
+    return value
 
 
-def _require(path: str, number: int, line: dict[str, Any], key: str, kind: type) -> None:
-    """Raise ConfigError where a field is missing, empty or of another type."""
-    value = line.get(key)
-    if not isinstance(value, kind) or not value:
-        raise ConfigError(f"{path} line {number}: {key!r} is {value!r}; expected a non-empty {kind.__name__}")
+def _require(name: str, field: str, value: object) -> None:
+    """Raise ConfigError where a field is no text, or an empty one."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name}: {field!r} is {value!r}; expected a non-empty text")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron.config import Config, ConfigError, SamplingConfig
 from oreal_megatron.data import problems
+from oreal_megatron.data.lines import read_lines
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.model_settings import with_kv_cache, with_weights
 from oreal_megatron.evaluation.score import (
@@ -20,6 +22,7 @@ from oreal_megatron.evaluation.score import (
     sampled,
     summarize,
 )
+from oreal_megatron.math_equality import rules
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.rows import Row, read_rows, write_rows
 from oreal_megatron.observe.run_folder import rollout_row
@@ -29,6 +32,7 @@ from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
 
+log = logging.getLogger(__name__)
 BLOCK = 128  # problems that are generated, graded and written together
 
 
@@ -37,7 +41,7 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
     inputs = read_inputs(config)
     if not rated.resolve().parent.is_dir():
         raise ConfigError(f"--rate {rated}: its folder does not exist")
-    prompts = inputs.prompts(config.data.path)
+    prompts = inputs.training_prompts()
     sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=responses)
     with Session(config) as session:
         results.check_settings(out, inputs, {"rating": sampling}, {config.data.path: prompts})
@@ -45,9 +49,10 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
         with heartbeat.phase("evaluate"):
             rows = answer_suite(config.data.path, prompts, "rating", sampling, config, out, engine, verifier)
         if distributed.rank() == 0:
-            lines, rates = problems.read_problems(config.data.path), pass_rates(rows)
-            rated_lines = [lines[prompt.id] | {"pass_rate": rates[number]} for number, prompt in enumerate(prompts)]
-            files.write_text(rated, "".join(json.dumps(line) + "\n" for line in rated_lines))
+            lines, rates = [line for _, line in read_lines(config.data.path)], pass_rates(rows)
+            key = config.data.keys.get("pass_rate", "pass_rate")  # where a training run with these keys looks for it
+            rated_lines = [lines[prompt.id] | {key: rates[number]} for number, prompt in enumerate(prompts)]
+            files.write_text(rated, "".join(json.dumps(line, default=str) + "\n" for line in rated_lines))
         return summarize(rows, config.seed)
 
 
@@ -69,16 +74,19 @@ def run_benchmark(
     with Session(dataclasses.replace(config, run=str(out))) as session:
         config = with_kv_cache(with_weights(config, model, out))
         inputs = read_inputs(config)
-        all_prompts = {name: suite_prompts(inputs, *suite) for name, suite in suite_files.items()}
-        prompts = {name: suite[: limit or None] for name, suite in all_prompts.items()}
+        suite_lists = {name: suite_prompts(inputs, *suite) for name, suite in suite_files.items()}
+        usable = {name: usable_prompts(inputs, name, suite) for name, suite in suite_lists.items()}
+        prompts = {name: first_problems(usable[name], suite, limit) for name, suite in suite_lists.items()}
         modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, responses)} if responses else {})
-        results.check_settings(out, inputs, modes, all_prompts)
+        results.check_settings(out, inputs, modes, usable)
         engine, verifier = session.start_engine(inputs)
         with heartbeat.phase("evaluate"):
             scores = {
                 name: {
                     mode: summarize(
-                        answer_suite(name, prompts[name], mode, sampling, config, out, engine, verifier), config.seed
+                        answer_suite(name, prompts[name], mode, sampling, config, out, engine, verifier),
+                        config.seed,
+                        skipped=len(suite_lists[name][: limit or None]) - len(prompts[name]),
                     )
                     for mode, sampling in modes.items()
                 }
@@ -86,13 +94,47 @@ def run_benchmark(
             }
         if distributed.rank() == 0:
             training = training or (config.data.path if Path(config.data.path).is_file() else "")
-            results.write_results(out, model, scores, _overlap(prompts, training))
+            results.write_results(out, model, scores, _overlap(prompts, training, config.data.keys))
 
 
 def suite_prompts(inputs: Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
     """Return the problems of a suite, rendered as in training."""
-    numbers = suites.problem_numbers(suite, path)
+    numbers = suites.problem_numbers(suite, path, inputs.config.data.keys)
     return [prompt for prompt in inputs.rendered(path) if prompt.id in numbers]
+
+
+def usable_prompts(inputs: Inputs, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the problems that can be answered and graded; log the others by number. ConfigError if none is left.
+
+    A prompt without room for a boxed answer, or a gold answer that the verifier cannot read, says nothing about the
+    model: it is counted as skipped, not as incorrect.
+    """
+    longest = inputs.max_prompt_tokens
+    too_long = [prompt for prompt in prompts if problems.is_overlong(prompt, longest)]
+    unreadable = [prompt for prompt in prompts if not rules.equals_itself(prompt.gold)]
+    texts = [
+        f"suite {name}: {text}, problem {problems.number_ranges(prompt.id + 1 for prompt in faulty)}"
+        for faulty, text in (
+            (too_long, f"no room in engine.max_model_len for a boxed answer after more than {longest} tokens"),
+            (unreadable, "gold answers that the verifier cannot equate with themselves"),
+        )
+        if faulty
+    ]
+    skipped = {prompt.id for prompt in (*too_long, *unreadable)}
+    if len(skipped) == len(prompts):
+        raise ConfigError("; ".join(texts) or f"suite {name} has no problems")
+    if texts and distributed.rank() == 0:
+        log.warning("%s: %d of %d problems are skipped", "; ".join(texts), len(skipped), len(prompts))
+    return [prompt for prompt in prompts if prompt.id not in skipped]
+
+
+def first_problems(usable: Sequence[Prompt], suite: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """Return the usable ones of the first `limit` problems of a suite (0: of all); ConfigError if there is none."""
+    first = {prompt.id for prompt in suite[: limit or None]}
+    chosen = [prompt for prompt in usable if prompt.id in first]
+    if not chosen:
+        raise ConfigError(f"none of the first {limit} problems can be used; raise --problems")
+    return chosen
 
 
 def answer_suite(
@@ -141,9 +183,11 @@ def read_complete_blocks(file: Path, problem_count: int, responses: int) -> list
     return distributed.all_gather_object(rows)[0]
 
 
-def _overlap(prompts: Mapping[str, Sequence[Prompt]], training: str) -> dict[str, list[int]] | None:
+def _overlap(
+    prompts: Mapping[str, Sequence[Prompt]], training: str, keys: Mapping[str, str]
+) -> dict[str, list[int]] | None:
     """Return the problems of each suite that occur in the training prompts; None without training prompts."""
     if not training:
         return None
-    texts = [line["question"] for line in problems.read_problems(training)]
+    texts = [line["question"] for line in problems.read_problems(training, keys)]
     return {name: suites.find_overlap([prompt.question for prompt in suite], texts) for name, suite in prompts.items()}

@@ -82,6 +82,12 @@ def write_results(
 def _overlap_notes(scores: Mapping[str, ScoresByMode], seen: Mapping[str, list[int]]) -> list[str]:
     """Return one sentence per suite about its overlap with the training prompts."""
     notes = [
+        f"{name}: {score['skipped']} problems were skipped and are in no score; the log names them."
+        for name, modes in scores.items()
+        for score in list(modes.values())[:1]
+        if score.get("skipped")
+    ]
+    notes += [
         f"{name}: {len(numbers)} of {scores[name]['greedy']['problems']} problems occur in the training prompts."
         for name, numbers in seen.items()
     ]
@@ -97,8 +103,7 @@ def _print_scores(model: str, scores: Mapping[str, ScoresByMode]) -> None:
     for name, modes in scores.items():
         for mode, score in modes.items():
             k, (low, high) = score["answers_per_problem"], (100 * end for end in score["interval"])
-            best = max(score["pass_at"].values())
-            several = (f"{100 * best:.1f}", f"{100 * score['majority']:.1f}") if k > 1 else ("", "")
+            several = (_pass_at_k(score), f"{100 * score['majority']:.1f}") if k > 1 else ("", "")
             cells = [f"{100 * score['accuracy']:.1f}", f"{low:.1f}–{high:.1f}", *several, *_length_cells(score)]
             table.add_row(suites.named(name).title, f"avg@{k}" if mode == "sampled" else mode, *cells)
     Console().print(table)
@@ -128,8 +133,7 @@ def markdown_table(model: str, titles: Mapping[str, str], scores: Mapping[str, S
             k = first["answers_per_problem"]
             add_line(f"**{model}**, {words.format(k=k)}", [_cell(score, _with_interval) for score in mode_scores])
     if first:  # sampled
-        best = [_cell(score, lambda score: f"{100 * max(score['pass_at'].values()):.1f}") for score in mode_scores]
-        add_line(f"**{model}**, pass@{k}", best)
+        add_line(f"**{model}**, pass@{k}", [_cell(score, _pass_at_k) for score in mode_scores])
         majority = [_cell(score, lambda score: f"{100 * score['majority']:.1f}") for score in mode_scores]
         add_line(f"**{model}**, maj@{k}", majority)
     columns = [suites.PAPER_SUITES.index(name) if name in suites.PAPER_SUITES else None for name in titles]
@@ -140,6 +144,12 @@ def markdown_table(model: str, titles: Mapping[str, str], scores: Mapping[str, S
 
 def _cell(score: SuiteScores | None, text: Callable[[SuiteScores], str]) -> str:
     return text(score) if score else "–"
+
+
+def _pass_at_k(score: SuiteScores) -> str:
+    """Return pass@K of K responses; results of 0.1.0 have it for powers of two up to 128 only."""
+    value = score["pass_at"].get(str(score["answers_per_problem"]))
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _with_interval(score: SuiteScores) -> str:

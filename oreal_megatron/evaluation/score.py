@@ -20,6 +20,7 @@ class SuiteScores(TypedDict):
     """Scores of one suite in one mode, as in results.json."""
 
     problems: int
+    skipped: int  # without room for an answer, or with a gold answer that cannot be read
     answers_per_problem: int
     accuracy: float
     interval: list[float]
@@ -67,7 +68,7 @@ def generate_and_grade(
     return rollouts, verifier.verdicts(rollouts)
 
 
-def summarize(rows: Sequence[Row], seed: int) -> SuiteScores:
+def summarize(rows: Sequence[Row], seed: int, skipped: int = 0) -> SuiteScores:
     """Return the scores of a suite from its response lines; intervals are drawn with `seed`.
 
     UNKNOWN counts as not correct. avg@k is the mean over all responses; its interval is over problems.
@@ -81,16 +82,18 @@ def summarize(rows: Sequence[Row], seed: int) -> SuiteScores:
     low, high = statistics.bootstrap(shares, seed)
     if low == high:  # all problems alike, for example none is solved: resampling has no spread
         low, high = statistics.wilson_interval(sum(shares), len(shares))
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= responses]
+    powers = [2**exponent for exponent in range(responses.bit_length()) if 2**exponent < responses]
     extracted = [[row["extracted"] for row in problem_rows] for problem_rows in rows_of_problem.values()]
     lengths = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)
     return {
         "problems": len(rows_of_problem),
+        "skipped": skipped,
         "answers_per_problem": responses,
         "accuracy": sum(shares) / len(shares),
         "interval": [low, high],
         "pass_at": {
-            str(k): _mean([statistics.pass_at_k(len(outcomes), sum(outcomes), k) for outcomes in correct]) for k in ks
+            str(k): _mean([statistics.pass_at_k(len(outcomes), sum(outcomes), k) for outcomes in correct])
+            for k in [*powers, responses]
         },
         "majority": _mean([statistics.majority_is_correct(*votes) for votes in zip(extracted, correct, strict=True)]),
         "tokens": {"mean": lengths.mean().item(), "median": lengths.median().item(), "most": lengths.max().item()},

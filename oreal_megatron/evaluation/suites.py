@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.data import problems
+from oreal_megatron.data import lines, problems
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,18 @@ PAPER = {
     "o1-preview": (85.5, 44.6, 40.0, 71.0, 43.6),
     "o1-mini": (90.0, 56.6, 46.7, 74.4, 46.3),
 }
+FILE_ENDINGS = (".jsonl", ".parquet")
 OVERLAP_WORDS = 13  # consecutive words that two texts do not share by chance (Brown et al. 2020)
 
 
 def find(name: str, folder: Path) -> tuple[Suite, str]:
-    """Return the suite of a name and its file in `folder`; a path to a JSONL file is a suite of its own.
+    """Return the suite of a name and its file in `folder`; a path to a data file is a suite of its own.
 
     `hub:OWNER/DATASET:FILE.jsonl` is downloaded from the Hugging Face hub.
     """
     suite = named(name)
-    if name.startswith("hub:"):
-        return suite, _download(name)
-    if name.endswith(".jsonl"):
-        return suite, name
+    if name.startswith(lines.HUB) or name.endswith(FILE_ENDINGS):
+        return suite, str(lines.local_file(name))
     path = folder / suite.file
     if path.is_file():
         return suite, str(path)
@@ -66,40 +65,27 @@ def find(name: str, folder: Path) -> tuple[Suite, str]:
         raise ConfigError(
             f"suite {name}: {path} does not exist; put its problems there, or set their folder with --data"
         )
-    return dataclasses.replace(suite, part=None), _download(suite.hub)
+    return dataclasses.replace(suite, part=None), str(lines.local_file(suite.hub))
 
 
 def named(name: str) -> Suite:
     """Return the suite of a name, without its file."""
-    if name.startswith("hub:"):
+    if name.startswith(lines.HUB):
         return Suite(name, name)
-    if name.endswith(".jsonl"):
+    if name.endswith(FILE_ENDINGS):
         return Suite(Path(name).stem, name)
     if name not in SUITES:
         raise ConfigError(
-            f"there is no suite {name!r}; choose one of {', '.join(SUITES)}, a path to a JSONL file with question and "
-            "answer, and hub:OWNER/DATASET:FILE.jsonl"
+            f"there is no suite {name!r}; choose one of {', '.join(SUITES)}, a path to a .jsonl or .parquet file with "
+            "question and answer, and hub:OWNER/DATASET:FILE.jsonl"
         )
     return SUITES[name]
 
 
-def _download(name: str) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        _, repository, file = name.split(":")
-        return hf_hub_download(repository, file, repo_type="dataset")
-    except ValueError:
-        raise ConfigError(f"{name}: expected hub:OWNER/DATASET:FILE.jsonl") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{name} could not be downloaded: {error}") from None
-
-
-def problem_numbers(suite: Suite, path: str) -> set[int]:
-    """Return the lines of the file that belong to the suite, from 0."""
-    lines = enumerate(problems.read_problems(path))
-    return {number for number, line in lines if suite.part is None or line.get(suite.part[0]) == suite.part[1]}
+def problem_numbers(suite: Suite, path: str, keys: Mapping[str, str]) -> set[int]:
+    """Return the problems of the file that belong to the suite, from 0."""
+    numbered = enumerate(problems.read_problems(path, keys))
+    return {number for number, line in numbered if suite.part is None or line.get(suite.part[0]) == suite.part[1]}
 
 
 def find_overlap(problems: Sequence[str], training: Sequence[str]) -> list[int]:

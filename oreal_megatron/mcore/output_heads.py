@@ -60,11 +60,12 @@ class PassThroughOutput(tensor_parallel.ColumnParallelLinear):
 class LanguageModelHead:
     """Fused vocabulary-parallel operations on hidden states [1, S, H] of the last pipeline stage.
 
-    S is this rank's share under sequence or context parallelism.
+    S is this rank's share under sequence or context parallelism. Log-probs and loss are of the distribution
+    that responses are sampled from, softmax(logits / temperature).
     """
 
-    def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int):
-        self.model, self.vocab_size, self.budget_bytes = model, vocab_size, budget_bytes
+    def __init__(self, model: GPTModel, vocab_size: int, budget_bytes: int, temperature: float = 1.0):
+        self.model, self.vocab_size, self.budget_bytes, self.temperature = model, vocab_size, budget_bytes, temperature
 
     def log_probs(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Return the [T] log-probs of the action tokens."""
@@ -95,7 +96,7 @@ class LanguageModelHead:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return [1, S, V/tp] logits of this rank's rows, padding included, for comparisons only."""
+        """Return [1, S, V/tp] logits of this rank's rows, padding included, not divided; for comparisons only."""
         return nn.functional.linear(hidden, self.weight)
 
     @property
@@ -111,6 +112,7 @@ class LanguageModelHead:
     def _options(self, micro_batch: MicroBatch) -> dict[str, Any]:
         return dict(
             rows=micro_batch.action_index,
+            temperature=self.temperature,
             vocab_size=self.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.model.config.sequence_parallel,

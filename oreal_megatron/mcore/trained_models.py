@@ -31,7 +31,8 @@ def _language_model(
     """Return this rank's chunks of layers with their weights, and the fused head on the last one."""
     chunks = gpt_model.build(arch, config, "lm")
     gpt_model.load(chunks, arch, config, "lm", read)
-    return chunks, output_heads.LanguageModelHead(chunks[-1], arch.vocab, config.model.logits_mib * 2**20)
+    budget_bytes, temperature = config.model.logits_mib * 2**20, config.sampling.temperature
+    return chunks, output_heads.LanguageModelHead(chunks[-1], arch.vocab, budget_bytes, temperature)
 
 
 class Reference(MegatronScorer):

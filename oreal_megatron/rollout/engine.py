@@ -52,6 +52,7 @@ class VllmEngine:
         self.replica, self.replicas = distributed.rank() // size, distributed.world_size() // size
         self.reports = distributed.rank() % size == 0  # one rank of each replica reports its rollouts
         self.version, self.stop_requested, self.stopping = 0, stop_requested, False
+        self.temperature = config.sampling.temperature
         self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         self.awake = True
         vllm_patches.register_internlm()
@@ -72,11 +73,12 @@ class VllmEngine:
             max_num_seqs=config.engine.max_num_seqs,
             kv_cache_memory_bytes=int(config.engine.kv_cache_gib * 2**30),
             enforce_eager=config.engine.enforce_eager,
-            logprobs_mode="raw_logprobs",  # of the model's distribution, whatever temperature and top_p are
+            logprobs_mode="raw_logprobs",  # of all tokens: processed ones are of those within top_p
             disable_log_stats=True,
             use_tqdm_on_load=False,
             **_platform_arguments(config),
         )
+        vllm_patches.divide_logits(self.llm.collective_rpc("get_model")[0], self.temperature)
 
     def generate(
         self,
@@ -206,7 +208,8 @@ class VllmEngine:
         """Return the parameters of one request; log-probs are needed for the first rollouts, for the parity check."""
         with_logprobs = index == 0 and slot // self.replicas < self.config.engine.parity_rollouts
         seed_of_request = requests.request_seed(*seed, slot, index)
-        return requests.sampling_params(sampling, self.stop_tokens, seed_of_request, with_logprobs)
+        temperature = sampling.temperature / self.temperature  # the model's logits are divided already
+        return requests.sampling_params(sampling, temperature, self.stop_tokens, seed_of_request, with_logprobs)
 
 
 def _platform_arguments(config: Config) -> dict[str, Any]:

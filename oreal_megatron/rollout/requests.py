@@ -31,11 +31,11 @@ def request_seed(run_seed: int, step: int, slot: int, index: int) -> int:
 
 
 def sampling_params(
-    sampling: SamplingConfig, stop_tokens: Sequence[int], request_seed: int, with_logprobs: bool
+    sampling: SamplingConfig, temperature: float, stop_tokens: Sequence[int], request_seed: int, with_logprobs: bool
 ) -> SamplingParams:
-    """Return vLLM's parameters of one request."""
+    """Return vLLM's parameters of one request; `temperature` is applied to the logits that the model returns."""
     return SamplingParams(
-        temperature=sampling.temperature,
+        temperature=temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_new_tokens,
         seed=request_seed,

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `register_internlm` | transformers runs code of the model folder to read its config | none | it has InternLM |
 | `keep_plain_weights` | on CPUs vLLM multiplies with a packed copy of a parameter | none | packing is optional |
+| `divide_logits` | raw log-probs are of temperature 1, processed ones of the tokens within top_p | none | it has both |
 | `name_shared_memory` | on CPUs the names are rank numbers: two jobs collide | none | names contain a job's id |
 
 "none": no issue is known. runtime/versions.py refuses releases for which the patches were not written.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from vllm.distributed.device_communicators import cpu_communicator
 from vllm.model_executor.layers import utils
@@ -30,6 +31,18 @@ def register_internlm() -> None:
 def keep_plain_weights() -> None:
     """Let linear layers of engines created from now on multiply with the parameter itself, as on a GPU (CPU only)."""
     utils.dispatch_cpu_unquantized_gemm = _use_plain_weight
+
+
+def divide_logits(model: nn.Module, temperature: float) -> None:
+    """Let a model return its logits divided by a temperature, in float32 as the trainer's head does; 1: as they are."""
+    compute_logits = model.compute_logits
+
+    def divided_logits(*args: Any, **kwargs: Any) -> Tensor | None:
+        logits: Tensor | None = compute_logits(*args, **kwargs)
+        return None if logits is None else logits.float().div_(temperature)
+
+    if temperature != 1.0:
+        vars(model)["compute_logits"] = divided_logits
 
 
 def packed_weight(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.config import Config, ConfigError, require_judge, validate
 from oreal_megatron.convert import to_megatron
 from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.data import problems
+from oreal_megatron.data import chat_template, problems
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Prompt
@@ -30,16 +30,30 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: list[int]
 
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of a prompt that leaves room for the shortest boxed answer."""
+        return self.config.engine.max_model_len - chat_template.shortest_response(self.tokenizer)
+
     def prompts(self, path: str) -> list[Prompt]:
-        """Return the problems of a JSONL file. Raises ConfigError for gold answers that the verifier cannot read."""
-        return problems.check_golds(
-            self.rendered(path), path, rules.equals_itself, self.config.data.drop_unreadable_golds
-        )
+        """Return the problems of a data file that can be trained on.
+
+        Raises ConfigError for prompts without room for an answer and for gold answers that the verifier cannot read,
+        unless the recipe leaves them out.
+        """
+        data = self.config.data
+        fitting = problems.check_lengths(self.rendered(path), path, self.max_prompt_tokens, data.filter_overlong)
+        return problems.check_golds(fitting, path, rules.equals_itself, data.drop_unreadable_golds)
 
     def rendered(self, path: str) -> list[Prompt]:
-        """Return the problems of a JSONL file without checking their gold answers."""
-        longest = self.config.engine.max_model_len - 1
-        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, longest)
+        """Return the problems of a data file without checking their lengths and gold answers."""
+        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, self.config.data.keys)
+
+    def training_prompts(self) -> list[Prompt]:
+        """Return the problems to train on, with a check of the room for their responses."""
+        prompts = self.prompts(self.config.data.path)
+        model_checks.check_response_room(self.config, prompts, "sampling")
+        return prompts
 
     def fingerprints(self) -> dict[str, str]:
         """Return digests of the files that a resumed run must find unchanged."""
@@ -51,7 +65,9 @@ class Inputs:
         """Return the problems to evaluate on; none if the recipe names no file."""
         if not self.config.data.held_out:
             return []
-        return self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
+        prompts = self.prompts(self.config.data.held_out)[: self.config.evaluation.problems or None]
+        model_checks.check_response_room(self.config, prompts, "evaluation")
+        return prompts
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -83,4 +99,6 @@ def read_inputs(config: Config) -> Inputs:
         )
     if len(tokenizer) > arch.vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
-    return Inputs(config, folder, arch, tokenizer, problems.stop_tokens(tokenizer, config.model.path))
+    chat_template.check_template(tokenizer, config.model.path, config.data.system_prompt)
+    stop_tokens = problems.stop_tokens(tokenizer, config.model.path, arch.vocab)
+    return Inputs(config, folder, arch, tokenizer, stop_tokens)

@@ -5,11 +5,17 @@ Each raises ConfigError: what was found, what is expected, how to fix it.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
+from typing import Literal
 
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 
 def check_world(config: Config, arch: Architecture) -> None:
@@ -60,3 +66,24 @@ def check_kv_cache(config: Config, arch: Architecture) -> None:
             f"engine.kv_cache_gib is {config.engine.kv_cache_gib:g}, but one sequence of {config.engine.max_model_len} "
             f"tokens needs {needed:.2f}; many run at once, so set several times that, or lower engine.max_model_len"
         )
+
+
+def check_response_room(config: Config, prompts: Sequence[Prompt], section: Literal["sampling", "evaluation"]) -> None:
+    """Check that responses of SECTION.max_new_tokens fit beside the prompts into engine.max_model_len.
+
+    Warns where some prompts leave less room. Where all do, the setting means nothing: ConfigError for training.
+    """
+    limit, longest = config.engine.max_model_len, getattr(config, section).max_new_tokens
+    lengths = sorted(len(prompt.tokens) for prompt in prompts)
+    text = (
+        f"{section}.max_new_tokens is {longest}, but engine.max_model_len is {limit} and prompts have {lengths[0]} to "
+        f"{lengths[-1]} tokens"
+    )
+    if section == "sampling" and lengths[0] + longest > limit:
+        raise ConfigError(
+            f"{text}: every response would be cut off earlier. Raise engine.max_model_len to at least "
+            f"{lengths[-1] + longest}, or set sampling.max_new_tokens to at most {limit - lengths[-1]}"
+        )
+    count = sum(length + longest > limit for length in lengths)
+    if count and distributed.rank() == 0:
+        log.warning("%s: responses to %d of %d prompts are cut off earlier", text, count, len(prompts))

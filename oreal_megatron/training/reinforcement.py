@@ -34,7 +34,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     All input is read and checked before anything is loaded: ConfigError. RunStopped: see exit codes 3 and 4.
     """
     inputs = read_inputs(config)
-    dataset = sampler.balanced(inputs.prompts(config.data.path), config.data, config.seed)
+    dataset = sampler.balanced(inputs.training_prompts(), config.data, config.seed)
     held_out = inputs.held_out()
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     folder = Path(config.run) / "checkpoints"

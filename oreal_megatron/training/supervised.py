@@ -48,7 +48,11 @@ def fine_tune(config: Config) -> int:
     """Fine-tune the policy of a recipe into RUN/policy; return the steps taken. Collective."""
     inputs = read_inputs(config)
     demonstrations = problems.load_demonstrations(
-        config.supervised.path, inputs.tokenizer, config.data.system_prompt, inputs.arch.max_positions
+        config.supervised.path,
+        inputs.tokenizer,
+        config.data.system_prompt,
+        inputs.arch.max_positions,
+        config.data.keys,
     )
     held_out = inputs.held_out() if config.supervised.evaluate_every else []
     if config.supervised.evaluate_every and not held_out:
@@ -65,7 +69,9 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
     with Session(config) as session:
         engine_and_verifier = session.start_engine(inputs) if held_out else None
         session.start_megatron()
-        imitating = dataclasses.replace(config, optimizer=config.supervised.optimizer)
+        # Demonstrations were not sampled from the policy: their likelihood is that of its own logits.
+        plain = dataclasses.replace(config.sampling, temperature=1.0)
+        imitating = dataclasses.replace(config, optimizer=config.supervised.optimizer, sampling=plain)
         policy = trained_models.Policy(inputs.arch, imitating, inputs.folder.tensor)
         accuracy = _held_out_accuracy(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
         if distributed.rank() == 0:

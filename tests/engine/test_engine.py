@@ -46,6 +46,8 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     result = {
         "nothing to do": weight_sync.sync(0),
         "before": table.gap(0),
+        "at temperature 1": table.gap_at_temperature_1(),
+        "oracle": table.differs_from_transformers(inputs),
         "first": table.tokens(0),
         "again": table.tokens(0),
         "other": table.tokens(1),
@@ -86,6 +88,41 @@ class Story:
             ]
         except LogprobMismatch as refusal:
             return str(refusal)
+
+    def gap_at_temperature_1(self) -> str | float:
+        """The parity check where the trainer leaves the temperature out."""
+        head = self.policy.language_model
+        head.temperature, before = 1.0, head.temperature
+        gap = self.gap(0)
+        head.temperature = before
+        return gap
+
+    def differs_from_transformers(self, inputs) -> list[float]:
+        """Largest difference of the log-probs of engine, policy and reference from log softmax(logits / 1.2)."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from oreal_megatron.algo import logprob_parity, packing
+        from oreal_megatron.mcore import parallel, trained_models
+        from oreal_megatron.runtime import distributed
+
+        table = self.engine.generate(self.prompts, self.config.sampling, (0, 0))
+        samples = logprob_parity.samples(table, 12)
+        batch = packing.batch(samples, parallel.packing_spec(4096))
+        reference = trained_models.Reference(inputs.arch, self.config, inputs.folder.tensor)
+        scored = [model.score(batch) for model in (self.policy, reference)]
+        model = AutoModelForCausalLM.from_pretrained(self.config.model.path, dtype=torch.float32).eval()
+        worst = [0.0, 0.0, 0.0]
+        for number, part in enumerate(batch.micro_batches):
+            if scored[0] is None or not len(part.labels):
+                continue
+            starts = part.sequence_offsets
+            logits = [model(part.tokens[a:b][None]).logits[0] for a, b in zip(starts, starts[1:], strict=False)]
+            logp = torch.log_softmax(torch.cat(logits).detach() / 1.2, 1)
+            expected = logp[part.action_index].gather(1, part.labels[:, None])[:, 0]
+            given = (part.engine_logprobs, scored[0][number], scored[1][number])
+            worst = [max(gap, float((x - expected).abs().max())) for gap, x in zip(worst, given, strict=True)]
+        return [max(gaps) for gaps in zip(*distributed.all_gather_object(worst), strict=True)]
 
     def tokens(self, step: int) -> list:
         """All answers, after the generators that vLLM may draw from have parted on every rank."""
@@ -218,6 +255,8 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
     for number, result in enumerate(ranks):
         assert result["nothing to do"] == {}
         assert result["before"] < 1e-5 and result["after"] < 1e-4, result  # a step this large makes large logits
+        assert max(result["oracle"]) < 1e-5, result["oracle"]
+        assert "differ by" in result["at temperature 1"]
         assert "version 0, the trainer is at 1" in result["missed"]
         assert "differ by" in result["stale"] and "differ by" in result["swapped"]
         assert "refused to reset its prefix cache" in result["refused"]

@@ -1,0 +1,69 @@
+"""Prompts as tokens, by the chat template of a model folder."""
+
+from __future__ import annotations
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+from oreal_megatron.config import ConfigError
+
+PROBES = ("1+2=", "3+4=")  # two questions that a template must tell apart
+SHORTEST_ANSWER = r"\boxed{0}"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> tuple[int, ...]:
+    """Return the tokens of the chat template up to the start of the response; ConfigError where it fails."""
+    return tuple(tokenizer.encode(render_text(tokenizer, question, system_prompt), add_special_tokens=False))
+
+
+def render_text(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> str:
+    """Return the text of the chat template up to the start of the response; ConfigError where it fails."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [*system, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ConfigError(f"the chat template cannot render this prompt: {type(error).__name__}: {error}") from None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, model_path: str, system_prompt: str) -> None:
+    """Raise ConfigError for a chat template that is missing, fails, renders nothing, or ignores the question."""
+    fix = f"correct {model_path}/chat_template.jinja, or use that of the model's instruction-tuned version"
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{model_path} has no chat template, as is usual for base models; put a chat_template.jinja into the "
+            "folder, for example that of the model's instruction-tuned version"
+        )
+    try:
+        prompts = {render(tokenizer, question, system_prompt) for question in PROBES}
+    except ConfigError as error:
+        if system_prompt and _renders(tokenizer):
+            fix = "unset data.system_prompt, which this template refuses, and write its text into the questions"
+        raise ConfigError(f"{model_path}: {error}; {fix}") from None
+    if () in prompts:
+        raise ConfigError(f"{model_path}: the chat template renders an empty prompt; {fix}")
+    if len(prompts) < len(PROBES):
+        raise ConfigError(f"{model_path}: the chat template renders the same prompt for different questions; {fix}")
+
+
+def shortest_response(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens of the shortest boxed answer with its stop token."""
+    return len(tokenizer.encode(SHORTEST_ANSWER, add_special_tokens=False)) + 1
+
+
+def repeated_opening(prompt: str, response: str) -> str:
+    """Return the tag that ends the prompt and begins the response as well, such as <think>; "" if there is none."""
+    tag = re.search(r"<[^<>\s]+>\s*$", prompt)
+    return tag[0].strip() if tag and response.lstrip().startswith(tag[0].strip()) else ""
+
+
+def _renders(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the template renders a question without a system message."""
+    try:
+        return bool(render(tokenizer, PROBES[0], ""))
+    except ConfigError:
+        return False
