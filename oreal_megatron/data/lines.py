@@ -33,7 +33,7 @@ def local_file(path: str) -> Path:
     if path.startswith(HUB):
         return _download(path)
     file = Path(path)
-    if file.is_dir():
+    if path and file.is_dir():
         raise ConfigError(f"data file {path} is a folder; name a file in it")
     if file.is_file():
         return file

@@ -35,7 +35,7 @@ def keep_plain_weights() -> None:
 
 def divide_logits(model: nn.Module, temperature: float) -> None:
     """Let a model return its logits divided by a temperature, in float32 as the trainer's head does; 1: as they are."""
-    compute_logits = model.compute_logits
+    compute_logits: Any = model.compute_logits
 
     def divided_logits(*args: Any, **kwargs: Any) -> Tensor | None:
         logits: Tensor | None = compute_logits(*args, **kwargs)

@@ -11,12 +11,21 @@ from types import SimpleNamespace
 import pytest
 
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import Config, ConfigError, JudgeConfig, SamplingConfig, VerifyConfig
+from oreal_megatron.config import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    JudgeConfig,
+    ModelConfig,
+    SamplingConfig,
+    VerifyConfig,
+)
 from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import problems
 from oreal_megatron.evaluation import benchmark, model_settings, results, statistics, suites
 from oreal_megatron.evaluation.score import summarize
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
+from oreal_megatron.session.inputs import read_inputs
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 
@@ -93,7 +102,7 @@ def test_a_suite_that_is_not_there_comes_from_the_hub(tmp_path, monkeypatch):
     fetched = tmp_path / "fetched.jsonl"
     fetched.write_text('{"problem": "a", "answer": 70}\n{"question": "b", "answer": "2"}\n')
     asked = []
-    monkeypatch.setattr(suites, "_download", lambda name: asked.append(name) or str(fetched))
+    monkeypatch.setattr(suites.lines, "_download", lambda name: asked.append(name) or fetched)
     found = {name: suites.find(name, tmp_path) for name in ("math500", "aime25-1", "aime25")}
     assert asked == [suites.SUITES[name].hub for name in found]
     assert all(suites.problem_numbers(*suite) == {0, 1} for suite in found.values()), (
@@ -113,6 +122,57 @@ def test_a_problem_is_seen_with_its_words_or_thirteen_of_them_in_a_row():
     training = ["What is 2 + 2?", "Show first. " + long.upper() + ", please."]
     problems = ["what is $2+2$", "What is 2 + 3?", f"{long} seventeen.", "Find the sum of all integer bases b"]
     assert suites.find_overlap(problems, training) == [0, 2]
+
+
+def by_hand(k: int, correct: list[int]) -> float:
+    """pass@k of k responses a problem: the share of problems with a correct one."""
+    return sum(count > 0 for count in correct) / len(correct)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 12, 100, 128, 129, 200])
+def test_the_row_of_pass_at_k_holds_that_of_k_itself(k):
+    correct = [0, 0, 1, min(2, k)]
+    rows = [
+        {"problem": number, "verdict": "correct" if i < count else "incorrect", "extracted": str(i), "tokens": 1,
+         "finished": True, "method": "exact"}
+        for number, count in enumerate(correct) for i in range(k)
+    ]  # fmt: skip
+    scores = summarize(rows, seed=0)
+    assert scores["pass_at"][str(k)] == pytest.approx(by_hand(k, correct)) and max(map(int, scores["pass_at"])) == k
+    text = results.markdown_table("x", {"mine": "Mine"}, {"mine": {"sampled": scores}})
+    assert f"| **x**, pass@{k} | 50.0 |" in text
+    del scores["pass_at"][str(k)]  # as 0.1.0 wrote it for most k
+    assert f"| **x**, pass@{k} | – |" in results.markdown_table("x", {"mine": "Mine"}, {"mine": {"sampled": scores}})
+
+
+def test_problems_that_cannot_be_answered_or_graded_are_skipped_named_and_counted(model_folder, tmp_path, caplog):
+    file = tmp_path / "mine.jsonl"
+    rows = [("1+1=", "2"), ("1+2=", " "), ("1+" * 20, "1"), ("1+3=", "4"), ("1+" * 21, " ")]
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    config = Config(model=ModelConfig(str(model_folder)), engine=EngineConfig(max_model_len=48))
+    inputs = read_inputs(config)
+    suite = benchmark.suite_prompts(inputs, suites.named(str(file)), str(file))
+    usable = benchmark.usable_prompts(inputs, "mine", suite)
+    assert [prompt.id for prompt in usable] == [0, 3]
+    assert "boxed answer after more than 38 tokens, problem 3, 5" in caplog.text
+    assert "cannot equate with themselves, problem 2, 5: 3 of 5 problems are skipped" in caplog.text
+    assert [prompt.id for prompt in benchmark.first_problems(usable, suite, 3)] == [0]
+    with pytest.raises(ConfigError, match="none of the first 1 problems"):
+        benchmark.first_problems(usable[1:], suite, 1)
+    with pytest.raises(ConfigError, match="suite mine: .*problem 2"):
+        benchmark.usable_prompts(inputs, "mine", suite[1:2])
+    score = {"problems": 2, "skipped": 3, "answers_per_problem": 1, "accuracy": 0.5, "pass_at": {"1": 0.5}}
+    assert (
+        "mine: 3 problems were skipped and are in no score"
+        in results._overlap_notes({"mine": {"greedy": score}}, {})[0]
+    )
+
+
+@pytest.mark.parametrize("words", [("--problems", "-1"), ("--samples", "0"), ("--samples", "-2"), ("--problems", "x")])
+def test_negative_counts_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", "model", *words])
+    assert leaving.value.code == 2 and f"argument {words[0]}: expected a whole number" in capsys.readouterr().err
 
 
 def test_the_table_stands_beside_the_papers():
@@ -248,7 +308,8 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
     recipe.write_text(
         "from oreal_megatron.config import *\n"
         f"def lone(): return Config(model=ModelConfig({str(model_folder)!r}), data=DataConfig({str(data)!r}),\n"
-        "    parallel=ParallelConfig(tensor=8, pipeline=2), engine=EngineConfig(max_model_len=64))\n"
+        "    parallel=ParallelConfig(tensor=8, pipeline=2), engine=EngineConfig(max_model_len=64),\n"
+        "    sampling=SamplingConfig(max_new_tokens=48))\n"
     )
     engines = [Engine(breaks_at=1), Engine(), Engine()]
     started = iter(engines)
