@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import time
+from types import ModuleType
 
 import oreal_megatron
 from oreal_megatron.cli import arguments
@@ -17,6 +18,7 @@ from oreal_megatron.runtime.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 COMMANDS = {
     "train": "train with a recipe, or continue a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
+    "reward-model": "train the reward model on rollouts with verdicts, before reinforcement learning",
     "evaluate": "measure accuracy on benchmarks, or pass rates of training problems",
     "config": "list the configuration keys, or the settings of a recipe",
     "doctor": "check this machine, and the inputs that a recipe needs",
@@ -67,16 +69,21 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     for name, help_text in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
         if name == command:
-            importlib.import_module(f"oreal_megatron.cli.{name}").add_arguments(subparser)
+            _module(name).add_arguments(subparser)
             arguments.offer_config_keys(subparser)
     return parser
+
+
+def _module(command: str) -> ModuleType:
+    """Return the module of a command."""
+    return importlib.import_module(f"oreal_megatron.cli.{command.replace('-', '_')}")
 
 
 def _run(args: argparse.Namespace) -> int:
     from oreal_megatron.runtime import watchdog  # imports torch, which takes seconds
 
     try:
-        return int(importlib.import_module(f"oreal_megatron.cli.{args.command}").run(args))
+        return int(_module(args.command).run(args))
     except (ConfigError, RunStopped) as error:
         watchdog.stop()
         complain(args.command, error)

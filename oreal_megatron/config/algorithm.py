@@ -135,11 +135,37 @@ class RewardModelConfig(Section):
     """The token-level reward model; without it every token has weight 1."""
 
     enabled: Annotated[bool, Key("train and use the token-level reward model")] = True
+    path: Annotated[
+        str, Key("Hugging Face folder of a trained reward model, from `oreal reward-model`; empty: the policy's layers")
+    ] = ""
     score_at: Annotated[
         Literal["token", "before"],
         Key("score a token after reading it (paper, w(s_<=t)), or before (authors' code)"),
     ] = "token"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig(Section):
+    """Training of the reward model before reinforcement learning, with `oreal reward-model`."""
+
+    path: Annotated[str, Key("rollouts with verdicts: JSONL of `oreal evaluate --rate`, or a run folder")] = ""
+    steps: Annotated[int, Key("most updates", low=1)] = 500
+    pairs_per_step: Annotated[int, Key("pairs of a correct and an incorrect rollout of one prompt", low=1)] = 64
+    held_out_share: Annotated[float, Key("share of the prompts that only evaluations use", 0.01, 0.9)] = 0.1
+    evaluate_every: Annotated[int, Key("steps between two evaluations", low=1)] = 25
+    patience: Annotated[
+        int, Key("evaluations in a row without a higher held-out AUC that end the training; 0: no early stop", low=0)
+    ] = 4
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message if the peak learning rate would never be reached."""
+        if self.path and self.optimizer.warmup_steps > self.steps:
+            yield (
+                f"{path}optimizer.warmup_steps is {self.optimizer.warmup_steps}, but at most {self.steps} updates are "
+                f"taken ({path}steps); set it to at most {self.steps}"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from oreal_megatron.config.algorithm import (
     LossConfig,
     OptimizerConfig,
     RewardModelConfig,
+    RewardTrainingConfig,
     SamplingConfig,
     SelectionConfig,
     SupervisedConfig,
@@ -56,6 +57,7 @@ class Config(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,13 +32,18 @@ def convert(
 
 def save(out: Path, side: Path, config: HFConfig, dtype: torch.dtype, named: Iterable[tuple[str, Tensor]]) -> None:
     """Write full tensors, in the mapping's order, with the side files of the folder `side`; replace `out`."""
-    arch = architecture.read(config)
+    arch, head = architecture.read(config), architecture.head(config)
     layout: TensorLayout = {}
-    for entry in tensors.entries(arch, 1, 1, 0, architecture.head(config)):
+    for entry in tensors.entries(arch, 1, 1, 0, head):
         layout |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, arch).items()}
+    bias: dict[str, Tensor] = {}
+    if head == "scalar":
+        bias = {_score_bias(arch): torch.zeros(1, dtype=dtype)}
+        layout |= {name: (dtype, tuple(tensor.shape)) for name, tensor in bias.items()}
+    on_host = ((name, tensor.cpu()) for name, tensor in itertools.chain(named, bias.items()))
     with stream.write_atomically(out, size(layout), lambda text: None, replace=True) as partial:
         copy_side_files(side, partial, with_dtype(config, dtype))
-        _write(partial, layout, ((name, tensor.cpu()) for name, tensor in named), lambda count: None)
+        _write(partial, layout, on_host, lambda count: None)
 
 
 def shapes(source: MegatronFolder, cast: stream.Cast) -> TensorLayout:
@@ -46,9 +52,14 @@ def shapes(source: MegatronFolder, cast: stream.Cast) -> TensorLayout:
     for entry in source.entries:
         dtype = cast.output_dtype(source.dtype(entry))
         layout |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, source.arch).items()}
-    if source.head == "scalar":  # transformers' classifier has a bias, which would be random if missing
-        layout[source.arch.names.score + ".bias"] = (dtype, (1,))
+    if source.head == "scalar":
+        layout[_score_bias(source.arch)] = (dtype, (1,))
     return layout
+
+
+def _score_bias(arch: architecture.Architecture) -> str:
+    """Return the name of the bias of transformers' classifier, which would be random if missing; ours is zero."""
+    return arch.names.score + ".bias"
 
 
 def size(layout: TensorLayout) -> int:
@@ -69,4 +80,4 @@ def _tensors(source: MegatronFolder, cast: stream.Cast) -> Iterator[tuple[int, t
         for name, tensor in source.hf(entry).items():
             yield tensor.nbytes, (name, cast(tensor))
     if source.head == "scalar":
-        yield 0, (source.arch.names.score + ".bias", cast(torch.zeros(1, dtype=source.dtype(entry))))
+        yield 0, (_score_bias(source.arch), cast(torch.zeros(1, dtype=source.dtype(entry))))

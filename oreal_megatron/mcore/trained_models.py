@@ -45,7 +45,23 @@ class Reference(MegatronScorer):
             self.parts.offload()
 
 
-class Policy(MegatronTrainer):
+class TrainedModel(MegatronTrainer):
+    """A trained model whose weights leave Megatron; implements reshard.weight_sync.WeightSource."""
+
+    output_layer = "lm"  # or "scalar"
+    arch: Architecture
+
+    def process_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Return the tensor-parallel and the pipeline-parallel group of this rank."""
+        return parallel.tensor_and_pipeline_groups()
+
+    def named_shards(self) -> Iterator[tuple[Entry, Tensor]]:
+        """Return this rank's parameters with their mapping entries."""
+        chunks = [gpt_model.unwrap(chunk) for chunk in self.chunks]
+        return gpt_model.named_shards(chunks, self.arch, self.config, self.output_layer)
+
+
+class Policy(TrainedModel):
     """The policy being trained. The number of its updates is the version that the engine must hold."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
@@ -76,23 +92,27 @@ class Policy(MegatronTrainer):
         rate = learning_rate(self.updates, config.steps, config.optimizer)
         return _prefixed("policy", self.train(batch, objective, rate))
 
-    def process_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """Return the tensor-parallel and the pipeline-parallel group of this rank."""
-        return parallel.tensor_and_pipeline_groups()
 
-    def named_shards(self) -> Iterator[tuple[Entry, Tensor]]:
-        """Return this rank's parameters with their mapping entries."""
-        return gpt_model.named_shards([gpt_model.unwrap(chunk) for chunk in self.chunks], self.arch, self.config, "lm")
+class TokenRewardModel(TrainedModel):
+    """The policy's architecture with a scalar head, trained on the mean token score (paper, Eq. 12).
 
+    `read` reads the policy, or the reward model that `reward_model.path` names.
+    """
 
-class TokenRewardModel(MegatronTrainer):
-    """The policy's architecture with a scalar head, trained on the mean token score (paper, Eq. 12)."""
+    output_layer = "scalar"
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         stage = gpt_model.build(arch, config, "scalar")
-        gpt_model.load(stage, arch, config, "scalar", _with_fresh_head(arch, config, read))
+        if not config.reward_model.path:
+            read = _with_fresh_head(arch, config, read)
+        gpt_model.load(stage, arch, config, "scalar", read)
         head = partial(output_heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
+        self.arch = arch
+
+    def scored_rollouts(self, batch: Batch) -> tuple[ScoredRollout, ...]:
+        """Return the rollouts of the batch on all ranks with their mean scores, without training. Collective."""
+        return _gather_scored_rollouts(batch, self.score(batch) or [])
 
     def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
         """Take one step; return the token weights of the same forward pass, thus from before the step, and metrics."""
@@ -110,7 +130,7 @@ class TokenRewardModel(MegatronTrainer):
         metrics = _prefixed("reward_model", self.train(batch, objective, rate))
         if guard.skipped_models(metrics):
             return TokenWeights([], valid=False), metrics
-        rollouts = gather_scored_rollouts(batch, _in_order(scores))
+        rollouts = _gather_scored_rollouts(batch, _in_order(scores))
         token_weights = TokenWeights(_in_order(weights), scores=_in_order(scores), rollouts=rollouts)
         return token_weights, metrics | reward_diagnostics.metrics(rollouts)
 
@@ -124,11 +144,11 @@ class NoRewardModel:
         return TokenWeights([torch.ones(len(part.labels), device=device) for part in batch.micro_batches]), {}
 
 
-def gather_scored_rollouts(batch: Batch, scores: Sequence[Tensor] | None) -> tuple[ScoredRollout, ...]:
+def _gather_scored_rollouts(batch: Batch, scores: Sequence[Tensor]) -> tuple[ScoredRollout, ...]:
     """Return the rollouts of the batch on all ranks with their mean scores, by slot and index. Collective."""
     scored = [
         rollout
-        for score_T, micro_batch in zip(scores or (), batch.micro_batches, strict=False)
+        for score_T, micro_batch in zip(scores, batch.micro_batches, strict=False)
         for rollout in reward_diagnostics.scored_rollouts(score_T, micro_batch)
     ]
     replicas = distributed.all_gather_object(scored if parallel.replica_share() else [])

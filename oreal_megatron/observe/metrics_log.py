@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,22 +47,33 @@ class MetricsLog:
             append_row(self.calibration, {"step": step, **dataclasses.asdict(bins)})
 
     def log_evaluation(self, step: int, result: Metrics) -> None:
-        """Write the held-out accuracy of the policy after `step` steps. Not collective."""
+        """Write the result on held-out problems after `step` steps. Not collective."""
         if self.writes:
             append_row(self.evaluations, {"step": step, **result})
             self._add_events(step, {f"evaluation/{name}": value for name, value in result.items()})
 
     def is_evaluated(self, step: int) -> bool:
-        """Return whether the policy after `step` steps has been evaluated. Collective."""
+        """Return whether there is an evaluation after `step` steps. Collective."""
         rows = read_rows(self.evaluations) if self.writes else []
         return bool(distributed.all_gather_object(any(row["step"] == step for row in rows))[0])
 
-    def is_best(self, step: int) -> bool:
-        """Return whether the policy after `step` steps beats every earlier evaluation. Collective."""
+    def is_best(self, step: int, figure: str) -> bool:
+        """Return whether the evaluation after `step` steps beats every earlier one in a figure. Collective."""
+        return self.evaluations_since_best(figure) == 0 and self.is_evaluated(step)
+
+    def evaluations_since_best(self, figure: str) -> int:
+        """Return the evaluations after the first one with the highest value of a figure. Collective."""
+        values = [row[figure] for row in read_rows(self.evaluations)] if self.writes else []
+        behind = len(values) - 1 - values.index(max(values)) if values else 0
+        return int(distributed.all_gather_object(behind)[0])
+
+    def first_and_best(self, figure: str) -> tuple[float, float, int]:
+        """Return a figure of the first and of the best evaluation, and the step of the latter. Collective."""
         rows = read_rows(self.evaluations) if self.writes else []
-        accuracies = [row["accuracy"] for row in rows if row["step"] == step]
-        best = all(row["accuracy"] < accuracies[-1] for row in rows if row["step"] < step)
-        return bool(distributed.all_gather_object(best)[0])
+        best = max(rows, key=lambda row: row[figure], default=None)
+        values = (rows[0][figure], best[figure], best["step"]) if best else (math.nan, math.nan, 0)
+        first, highest, step = distributed.all_gather_object(values)[0]
+        return first, highest, step
 
     def _add_events(self, step: int, values: Mapping[str, float]) -> None:
         """Add TensorBoard scalars. They are copies: if the disk is full, they are lost and the run continues."""

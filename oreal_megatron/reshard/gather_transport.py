@@ -29,6 +29,7 @@ class GatherGroups:
     dtype: torch.dtype
     device: torch.device
     chunks: int = 1  # interleaved chunks of layers on every pipeline stage
+    head: str = "lm"  # or "scalar": output layer of the model
 
 
 def gather_tensors(
@@ -47,7 +48,9 @@ def gather_tensors(
     for number in range(stages * groups.chunks):
         stage = number % stages
         entries = [
-            entry for entry in tensors.entries(arch, ranks, stages * groups.chunks, number, "lm") if entry.exported
+            entry
+            for entry in tensors.entries(arch, ranks, stages * groups.chunks, number, groups.head)
+            if entry.exported
         ]
         is_own_stage = stage == groups.pipeline_group.rank()
         for bucket in _buckets(entries, ranks, groups.dtype):

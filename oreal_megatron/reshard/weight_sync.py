@@ -32,7 +32,7 @@ NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 class WeightSource(Protocol):
-    """A policy on the ranks of a trainer, as far as resharding needs it."""
+    """A model on the ranks of a trainer, as far as resharding needs it."""
 
     arch: Architecture
     config: Config
@@ -73,16 +73,16 @@ def reshard_layout(arch: Architecture, config: Config, world: int, node: int) ->
     return ReshardLayout(arch, parallel.tensor, parallel.pipeline, parallel.virtual, config.engine.tensor, world, node)
 
 
-def full_tensors(policy: WeightSource, counter: ByteCounter | None = None) -> NamedTensors:
-    """Yield the policy's weights as full Hugging Face tensors on every rank, and count the bytes that travel.
+def full_tensors(model: WeightSource, counter: ByteCounter | None = None, head: str = "lm") -> NamedTensors:
+    """Yield a model's weights as full Hugging Face tensors on every rank, and count the bytes that travel.
 
-    Collective: every rank must exhaust the iterator.
+    `head` is "scalar" for a reward model. Collective: every rank must exhaust the iterator.
     """
-    with policy.readable():
-        shards = list(policy.named_shards())
-        dtype, device = getattr(torch, policy.config.model.dtype), shards[0][1].device
-        groups = GatherGroups(*policy.process_groups(), dtype, device, policy.config.parallel.virtual)
-        yield from gather_tensors(shards, policy.arch, groups, counter or ByteCounter(distributed.node_size()))
+    with model.readable():
+        shards = list(model.named_shards())
+        dtype, device = getattr(torch, model.config.model.dtype), shards[0][1].device
+        groups = GatherGroups(*model.process_groups(), dtype, device, model.config.parallel.virtual, head)
+        yield from gather_tensors(shards, model.arch, groups, counter or ByteCounter(distributed.node_size()))
 
 
 class EngineWeightSync:

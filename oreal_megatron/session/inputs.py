@@ -29,6 +29,7 @@ class Inputs:
     arch: architecture.Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_tokens: list[int]
+    reward_folder: HFFolder | None = None  # of `reward_model.path`
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -56,10 +57,16 @@ class Inputs:
         return prompts
 
     def fingerprints(self) -> dict[str, str]:
-        """Return digests of the files that a resumed run must find unchanged."""
-        files = {f"data {path}": Path(path) for path in (self.config.data.path, self.config.supervised.path) if path}
+        """Return digests of the files that a resumed run must find unchanged.
+
+        A recipe may name files that the present command does not read; those that are missing have no digest.
+        """
+        paths = (self.config.data.path, self.config.supervised.path)
+        files = {f"data {path}": Path(path) for path in paths if path and Path(path).is_file()}
         digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
-        return {f"model {self.folder.path}": self.folder.fingerprint(), **digests}
+        reward = self.reward_folder
+        models = {f"reward model {reward.path}": reward.fingerprint()} if reward else {}
+        return {f"model {self.folder.path}": self.folder.fingerprint(), **models, **digests}
 
     def held_out(self) -> list[Prompt]:
         """Return the problems to evaluate on; none if the recipe names no file."""
@@ -81,6 +88,10 @@ def read_inputs(config: Config) -> Inputs:
     if architecture.head(folder.config) != "lm":
         raise ConfigError(f"{config.model.path} is a reward model; model.path must name the starting policy")
     to_megatron.check_weights(folder, arch, "lm")
+    reward_folder = None
+    if config.reward_model.enabled and config.reward_model.path:
+        reward_folder = HFFolder(config.reward_model.path, tokenizer=False)
+        model_checks.check_reward_model(reward_folder, folder, arch)
     model_checks.check_allocator(config)
     judge.refuse_secrets(config.verify.judge.urls)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
@@ -101,4 +112,4 @@ def read_inputs(config: Config) -> Inputs:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
     chat_template.check_template(tokenizer, config.model.path, config.data.system_prompt)
     stop_tokens = problems.stop_tokens(tokenizer, config.model.path, arch.vocab)
-    return Inputs(config, folder, arch, tokenizer, stop_tokens)
+    return Inputs(config, folder, arch, tokenizer, stop_tokens, reward_folder)

@@ -5,12 +5,16 @@ Each raises ConfigError: what was found, what is expected, how to fix it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from typing import Literal
 
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.convert import to_megatron
+from oreal_megatron.convert.hf_folder import HFFolder
+from oreal_megatron.models import architecture
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed
@@ -44,6 +48,23 @@ def check_engine(size: int, arch: Architecture) -> None:
             f"engine.tensor is {size}, but vLLM cannot share InternLM2's {groups} key-value groups among more ranks; "
             f"set it to at most {groups}"
         )
+
+
+def check_reward_model(reward: HFFolder, policy: HFFolder, arch: Architecture) -> None:
+    """Check that a trained reward model has a scalar head on the layers of the policy's architecture."""
+    if architecture.head(reward.config) != "scalar":
+        raise ConfigError(
+            f"reward_model.path is {reward.path}, a language model; expected a reward model, as `oreal reward-model` "
+            "writes it. Without reward_model.path the reward model starts from the policy"
+        )
+    other = architecture.read(reward.config)
+    for field in dataclasses.fields(arch):
+        if getattr(other, field.name) != getattr(arch, field.name):
+            raise ConfigError(
+                f"reward_model.path is {reward.path}, whose {field.name} is {getattr(other, field.name)}; expected "
+                f"{getattr(arch, field.name)}, that of {policy.path}: both models have one architecture"
+            )
+    to_megatron.check_weights(reward, arch, "scalar")
 
 
 def check_allocator(config: Config) -> None:

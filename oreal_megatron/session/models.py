@@ -25,5 +25,11 @@ def build_models(inputs: Inputs) -> Models:
     trainers: dict[str, MegatronTrainer] = {"policy": policy}
     if not inputs.config.reward_model.enabled:
         return Models(policy, reference, NoRewardModel(), trainers)
-    reward_model = TokenRewardModel(*parts)
+    reward_model = build_reward_model(inputs)
     return Models(policy, reference, reward_model, trainers | {"reward_model": reward_model})
+
+
+def build_reward_model(inputs: Inputs) -> TokenRewardModel:
+    """Build this rank's stage of the reward model, from `reward_model.path` or the policy. Collective."""
+    folder = inputs.reward_folder or inputs.folder
+    return TokenRewardModel(inputs.arch, inputs.config, folder.tensor)

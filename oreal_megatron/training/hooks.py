@@ -24,7 +24,9 @@ class TrainingHooks:
     run: Recorder
     evaluate: Callable[[], Metrics] | None  # held-out accuracy of the engine's weights; None: no problems
     stop_request: StopRequest
-    save_best: Callable[[], None]  # called when the policy just evaluated is the best so far
+    save_best: Callable[[], None]  # called when the model just evaluated is the best so far
+    figure: str = "accuracy"  # of an evaluation, which the best one has highest
+    command: str = "oreal train"  # which continues the run folder with --resume
 
     def start(self, steps_done: int, saved: bool) -> None:
         """Evaluate before the first step of this start; `saved`: there is a checkpoint after `steps_done` steps."""
@@ -55,7 +57,7 @@ class TrainingHooks:
                 self._save_last_state()
             raise Preempted(
                 f"stopped by a signal; step {self.steps_done} is saved. Continue with: "
-                f"oreal train --resume {self.config.run}"
+                f"{self.command} --resume {self.config.run}"
             ) from None
 
     def _save_last_state(self) -> None:
@@ -78,7 +80,7 @@ class TrainingHooks:
             return
         with self.run.phase("evaluate"):
             metrics.log_evaluation(step, self.evaluate())
-        if step and metrics.is_best(step):
+        if step and metrics.is_best(step, self.figure):
             with self.run.phase("checkpoint"):
                 self.save_best()
 

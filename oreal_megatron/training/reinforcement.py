@@ -39,7 +39,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     folder = Path(config.run) / "checkpoints"
     fingerprints = inputs.fingerprints()
-    _check_resumable(resume, folder, fingerprints)
+    check_resumable(resume, folder, fingerprints)
     with Session(config) as session:
         names = ["policy", "reward_model"] if config.reward_model.enabled else ["policy"]
         checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None
@@ -52,7 +52,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
-        save_best = partial(policy_weights.save_policy, inputs, policy, Path(config.run) / "best")
+        save_best = partial(policy_weights.save_model, inputs, "policy", policy, Path(config.run) / "best")
         hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_best)
         packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         models = (policy, reference, reward_model)
@@ -62,12 +62,13 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
             loop.train(config, dataset, engine, verifier, *models, weight_sync, run, hooks, packing_spec)
         with heartbeat.phase("checkpoint"):
             saver.finish()
-            policy_weights.save_policy(inputs, policy, Path(config.run) / "policy")
+            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy")
         if distributed.rank() == 0:
             speed_report.write_and_print(run_report.read_run(Path(config.run)))
 
 
-def _check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, str]) -> None:
+def check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, str]) -> None:
+    """Raise ConfigError if there is nothing to resume, or if the inputs have changed since the run was started."""
     checkpoints = checkpoint_folders.complete(folder)
     if resume and resume != AUTO and not checkpoints:
         raise ConfigError(f"{folder} holds no finished checkpoint to resume from; start the run with its recipe")

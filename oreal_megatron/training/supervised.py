@@ -79,7 +79,7 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
         with heartbeat.phase("checkpoint"):
-            policy_weights.save_policy(inputs, policy, Path(config.run) / "policy")
+            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy")
     return steps
 
 

@@ -80,5 +80,5 @@ def test_the_best_policy_is_better_than_all_before(tmp_path):
     seen = []
     for step, accuracy in ((0, 0.5), (10, 0.4), (20, 0.6), (30, 0.6), (40, 0.7)):
         run.metrics.log_evaluation(step, {"accuracy": accuracy})
-        seen.append(run.metrics.is_best(step))
+        seen.append(run.metrics.is_best(step, "accuracy"))
     assert seen == [True, False, True, False, True]
