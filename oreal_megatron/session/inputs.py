@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.config import Config, ConfigError, require_judge, validate
 from oreal_megatron.convert import to_megatron
 from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.data import chat_template, problems
+from oreal_megatron.data import chat_template, lines, problems
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Prompt
@@ -62,7 +62,8 @@ class Inputs:
         A recipe may name files that the present command does not read; those that are missing have no digest.
         """
         paths = (self.config.data.path, self.config.supervised.path)
-        files = {f"data {path}": Path(path) for path in paths if path and Path(path).is_file()}
+        present = [path for path in paths if path.startswith(lines.HUB) or Path(path).is_file()]
+        files = {f"data {path}": lines.local_file(path) for path in present}
         digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
         reward = self.reward_folder
         models = {f"reward model {reward.path}": reward.fingerprint()} if reward else {}

@@ -1,4 +1,4 @@
-"""`oreal reward-model` through real Megatron: it learns, stops early, resumes, and `oreal train` starts from its weights."""
+"""`oreal reward-model` through real Megatron: it learns, resumes, and `oreal train` starts from its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron import config as c
-from oreal_megatron.config import ConfigError
 
 STEPS = 12
 

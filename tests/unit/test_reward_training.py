@@ -1,4 +1,4 @@
-"""Labelled rollouts, pairs, early stop of the reward model's own training; a reward model of another shape is refused."""
+"""Labelled rollouts, pairs and early stop of the reward model's own training; checks of reward_model.path."""
 
 from __future__ import annotations
 
