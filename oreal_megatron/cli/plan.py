@@ -12,7 +12,7 @@ from rich.console import Console
 from oreal_megatron import settings
 from oreal_megatron.config import ConfigError
 from oreal_megatron.models import architecture
-from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, search
+from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, rollout_report, search
 from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.runtime.exit_codes import UNFIT
 
@@ -39,8 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
     parser.add_argument("--rehearse", action="store_true", help="build and run some ranks of this world without data")
     parser.add_argument("--ranks", metavar="R,R,...", help="ranks to rehearse; default: two of each kind of group")
+    parser.add_argument(
+        "--rollouts",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="simulate policies for the long tail of response lengths; RUN: with the lengths of that run's rollouts",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of each phase")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw the replicas' work of --rollouts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         layouts = search.best_layouts(scenario)
         report_tables.print_search(layouts, scenario, console)
         document["search"] = [search.as_dict(layout, scenario) for layout in layouts]
+    if args.rollouts is not None:
+        outcomes = rollout_report.simulate(plan, args.rollouts, console)
+        document["rollouts"] = [rollout_report.as_dict(outcome) for outcome in outcomes]
+        if args.timeline:
+            rollout_report.draw(outcomes, args.timeline)
     fits = plan.fits
     if args.rehearse:
         from oreal_megatron.plan import rehearsal  # imports Megatron, which takes seconds

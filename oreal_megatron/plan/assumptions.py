@@ -15,6 +15,8 @@ class Assumptions:
 
     prompt_tokens: float = 400.0  # mean, with the system prompt
     response_tokens: float = 5000.0  # mean of sampled responses; the longest has sampling.max_new_tokens
+    length_sigma: float = 0.6  # of the logarithm of response lengths, for --rollouts
+    length_prompt_share: float = 0.5  # share of its variance that rollouts of one prompt have in common
     mixed_share: float = 0.6  # of the prompts: with correct and incorrect responses, so that they are trained on
     train_mfu: float = 0.40  # of the bf16 peak, in updates and scoring; bubbles and exchanges come on top
     prefill_mfu: float = 0.40

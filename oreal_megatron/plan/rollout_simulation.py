@@ -28,6 +28,11 @@ class RolloutPolicy:
     separate: float = 0.0  # share of the GPUs that only generate, one step ahead of training; 0: colocated
     staleness: int = 4  # steps after which a carried prompt is waited for
 
+    def __post_init__(self) -> None:
+        """Refuse a pool whose prompts would wait longer than the bound even when they are complete."""
+        if self.carry and self.pool > self.staleness + 1:
+            raise ValueError(f"a pool of {self.pool:g} steps' prompts cannot be trained within {self.staleness} steps")
+
 
 TODAY = RolloutPolicy("dealt in advance", common_queue=False)
 POLICIES = (
@@ -53,6 +58,7 @@ class Outcome:
     aborted_share: float  # of all decoded tokens
     length_ratio: float  # mean length of trained rollouts / of drawn ones: 1 without bias towards short ones
     staleness: float  # mean steps between a prompt's first token and its training
+    oldest: int  # the most of them
     tokens_per_gpu_second: float
     timelines: list[list[tuple[float, int]]]  # of the last step: (seconds, active rollouts) of each replica
 
@@ -93,6 +99,7 @@ def simulate(scenario: Scenario, other_s: float, policy: RolloutPolicy, lengths:
         sum(step.aborted for step in steps) / sum(step.decoded for step in steps),
         tokens / sum(len(prompt.rollouts) for prompt in trained) / simulation.mean_length,
         float(np.mean(waits)) + bool(policy.separate),
+        max(waits) + bool(policy.separate),
         (tokens + prompt_tokens) / (len(steps) * step_s) / scenario.world,
         steps[-1].timelines,
     )

@@ -8,8 +8,6 @@ import random
 from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.records import Sample
 
-SPREAD = 0.6  # standard deviation of the logarithms of lengths
-
 
 def samples(scenario: Scenario) -> list[Sample]:
     """Return the samples of a step, correct and incorrect in turn, with log-normal lengths of the assumed mean.
@@ -33,12 +31,13 @@ def samples(scenario: Scenario) -> list[Sample]:
 
 def _draw_lengths(scenario: Scenario, count: int) -> list[int]:
     """Draw the lengths of responses."""
-    generator, middle = random.Random(0), math.log(scenario.assumed.response_tokens) - SPREAD**2 / 2
+    spread = scenario.assumed.length_sigma
+    generator, middle = random.Random(0), math.log(scenario.assumed.response_tokens) - spread**2 / 2
     longest = min(
         scenario.config.sampling.max_new_tokens,
         scenario.config.engine.max_model_len - int(scenario.assumed.prompt_tokens),
     )
-    return [max(1, min(longest, round(generator.lognormvariate(middle, SPREAD)))) for _ in range(count)]
+    return [max(1, min(longest, round(generator.lognormvariate(middle, spread)))) for _ in range(count)]
 
 
 def rank_at(scenario: Scenario, tensor: int, context: int, data: int, pipeline: int) -> int:
