@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -15,6 +14,7 @@ import pytest
 import torch
 from cost_recorder import CostRecorder
 from gloo_processes import run_in_processes
+from small_model import make_model
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # a first call imports, a neighbour computes
 hypothesis.settings.load_profile("shared machine")
@@ -72,26 +72,17 @@ def full(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session")
-def addition_task() -> Any:
-    """tools/make_addition_task.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_addition_task", ROOT / "tools/make_addition_task.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def model_folder(addition_task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with random weights: 4 layers, 4 heads of 32 (vLLM on CPU takes no smaller), 2 key-value groups."""
     folder = tmp_path_factory.mktemp("model") / "untied"
-    addition_task.make_model(folder, seed=1)
+    make_model(folder, seed=1)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tied_model_folder(addition_task: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tied"
-    addition_task.make_model(folder, seed=2, tied=True)
+    make_model(folder, seed=2, tied=True)
     return folder
 
 

@@ -188,6 +188,9 @@ class EvaluationConfig(Section):
     every: Annotated[int, Key("steps between two evaluations; 0: none during training", low=0)] = 10
     problems: Annotated[int, Key("use only the first so many held-out problems; 0: all", low=0)] = 0
     max_new_tokens: Annotated[int, Key("longest response in evaluation", low=1, unit="tokens")] = 14000
+    samples: Annotated[
+        int, Key("responses sampled per held-out problem beside the greedy one; 0: greedy only", 0, 1024)
+    ] = 0
 
 
 @dataclass(frozen=True)

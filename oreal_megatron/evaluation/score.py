@@ -33,13 +33,43 @@ class SuiteScores(TypedDict):
 
 
 def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, verifier: Verifier, config: Config) -> Metrics:
-    """Return the accuracy of one greedy response to each problem. UNKNOWN counts as not correct. Collective."""
-    _, verdicts = generate_and_grade(prompts, engine, verifier, greedy(config), (config.seed, -1))
+    """Return the accuracy of one greedy response to each problem, and of `evaluation.samples` sampled ones. Collective.
+
+    UNKNOWN counts as not correct. Each call samples with the same seeds, so that evaluations of a run compare.
+    """
+    modes = {"": greedy(config)}
+    if config.evaluation.samples:
+        modes["sampled_"] = sampled(config, config.evaluation.samples)
+    metrics: Metrics = {}
+    for prefix, sampling in modes.items():
+        _, verdicts = generate_and_grade(prompts, engine, verifier, sampling, (config.seed, -1))
+        metrics |= {f"{prefix}{name}": value for name, value in _accuracy(verdicts, config.seed).items()}
+    return metrics
+
+
+def _accuracy(verdicts: Sequence[Sequence[Verdict]], seed: int) -> Metrics:
+    """Return the share of correct responses with its 95 % interval over problems, and counts."""
+    shares = [sum(verdict.outcome is Outcome.CORRECT for verdict in row) / len(row) for row in verdicts]
     outcomes = [verdict.outcome for row in verdicts for verdict in row]
-    correct, responses = outcomes.count(Outcome.CORRECT), len(outcomes)
-    low, high = statistics.wilson_interval(correct, responses)
+    low, high = _interval(shares, seed) if len(outcomes) > len(shares) else _wilson(shares)
     unknown = outcomes.count(Outcome.UNKNOWN)
-    return {"accuracy": correct / responses, "low": low, "high": high, "answers": responses, "unknown": unknown}
+    return {
+        "accuracy": sum(shares) / len(shares),
+        "low": low,
+        "high": high,
+        "answers": len(outcomes),
+        "unknown": unknown,
+    }
+
+
+def _interval(shares: Sequence[float], seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of shares over problems."""
+    low, high = statistics.bootstrap(shares, seed)
+    return (low, high) if low < high else _wilson(shares)  # all problems alike: resampling has no spread
+
+
+def _wilson(shares: Sequence[float]) -> tuple[float, float]:
+    return statistics.wilson_interval(sum(shares), len(shares))
 
 
 def greedy(config: Config) -> SamplingConfig:
@@ -79,9 +109,7 @@ def summarize(rows: Sequence[Row], seed: int, skipped: int = 0) -> SuiteScores:
     ]
     responses = min(map(len, correct))
     shares = [sum(outcomes) / len(outcomes) for outcomes in correct]
-    low, high = statistics.bootstrap(shares, seed)
-    if low == high:  # all problems alike, for example none is solved: resampling has no spread
-        low, high = statistics.wilson_interval(sum(shares), len(shares))
+    low, high = _interval(shares, seed)
     powers = [2**exponent for exponent in range(responses.bit_length()) if 2**exponent < responses]
     extracted = [[row["extracted"] for row in problem_rows] for problem_rows in rows_of_problem.values()]
     lengths = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)

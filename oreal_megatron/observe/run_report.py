@@ -55,6 +55,7 @@ def summary(record: RunRecord) -> dict[str, Any]:
         "accuracy_after": last["accuracy"],
         "interval_before": [first["low"], first["high"]],
         "interval_after": [last["low"], last["high"]],
+        **_sampled_summary(first, last),
         "problems": last["answers"],
         "steps": len(record.metrics),
         "seed": record.config["seed"],
@@ -65,17 +66,21 @@ def summary(record: RunRecord) -> dict[str, Any]:
 
 def print_table(records: Sequence[RunRecord]) -> None:
     """Print held-out accuracy before and after training, one line per run."""
-    table = simple_table("\nheld-out accuracy, greedy, with 95 % interval")
-    add_columns(table, "run", "seed", "reward model", "before", "after", "gain (points)", "steps", "seconds")
+    table = simple_table("\nheld-out accuracy with 95 % interval")
+    add_columns(table, "run", "seed", "reward model", "mode", "before", "after", "gain (points)", "steps", "seconds")
     for record in records:
-        table.add_row(
+        settings = [
             record.name,
             str(record.config["seed"]),
             "yes" if record.config["reward_model"]["enabled"] else "no",
-            *(_accuracies(record) if record.evaluations else ("not evaluated", "", "")),
-            str(len(record.metrics)),
-            f"{record.seconds:.0f}",
-        )
+        ]
+        length = [str(len(record.metrics)), f"{record.seconds:.0f}"]
+        if not record.evaluations:
+            table.add_row(*settings, "not evaluated", "", "", "", *length)
+            continue
+        table.add_row(*settings, "greedy", *_accuracies(record), *length)
+        if _is_sampled(record):
+            table.add_row(*[""] * len(settings), "sampled", *_accuracies(record, "sampled_"), *[""] * len(length))
     Console().print(table)
 
 
@@ -92,9 +97,17 @@ def draw(records: Sequence[RunRecord], path: Path) -> None:
         (line,) = held_out.plot(steps, [row["accuracy"] for row in record.evaluations], marker="o", label=record.name)
         low, high = ([row[end] for row in record.evaluations] for end in ("low", "high"))
         held_out.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        if _is_sampled(record):
+            accuracies = [row["sampled_accuracy"] for row in record.evaluations]
+            held_out.plot(steps, accuracies, linestyle="--", marker=".", color=line.get_color())
         rates = [row["reward/pass_rate"] for row in record.metrics]
         sampled.plot([row["step"] for row in record.metrics], rates, linewidth=0.9, color=line.get_color())
-    held_out.set(title="held-out accuracy (greedy, 95 % band)", xlabel="step", ylabel="share correct", ylim=(0, 1))
+    held_out.set(
+        title="held-out accuracy (greedy, 95 % band; dashed: samples)",
+        xlabel="step",
+        ylabel="share correct",
+        ylim=(0, 1),
+    )
     sampled.set(title="pass rate of rollouts (training prompts)", xlabel="step")
     held_out.legend()
     for axes in (held_out, sampled):
@@ -110,11 +123,23 @@ def _first_and_last(record: RunRecord) -> tuple[Row, Row]:
     return record.evaluations[0], record.evaluations[-1]
 
 
-def _accuracies(record: RunRecord) -> tuple[str, str, str]:
+def _is_sampled(record: RunRecord) -> bool:
+    """Return whether every evaluation of the run has sampled responses too."""
+    return all("sampled_accuracy" in row for row in record.evaluations)
+
+
+def _sampled_summary(first: Row, last: Row) -> dict[str, float]:
+    key = "sampled_accuracy"
+    return {f"{key}_before": first[key], f"{key}_after": last[key]} if key in first and key in last else {}
+
+
+def _accuracies(record: RunRecord, prefix: str = "") -> tuple[str, str, str]:
     """Format accuracy before and after, and the gain in percentage points."""
     first, last = _first_and_last(record)
-    return _with_interval(first), _with_interval(last), f"{100 * (last['accuracy'] - first['accuracy']):+.1f}"
+    gain = 100 * (last[f"{prefix}accuracy"] - first[f"{prefix}accuracy"])
+    return _with_interval(first, prefix), _with_interval(last, prefix), f"{gain:+.1f}"
 
 
-def _with_interval(row: Row) -> str:
-    return f"{row['accuracy']:.1%}\n{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+def _with_interval(row: Row, prefix: str) -> str:
+    low, high = 100 * row[f"{prefix}low"], 100 * row[f"{prefix}high"]
+    return f"{row[f'{prefix}accuracy']:.1%}\n{low:.1f} to {high:.1f}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import make_addition_task
 import pytest
+import small_model
 import torch
 
 RECIPE = """
@@ -85,8 +87,8 @@ TENSORS = "load 51"  # of four layers
                  *["wake", TENSORS, "accept 2", "evaluate", "sleep"]]),
     ],
 )  # fmt: skip
-def test_models_are_built_in_the_room_of_a_sleeping_engine(command, wanted, in_processes, addition_task, tmp_path):
-    addition_task.make_model(tmp_path / "model", seed=1)
-    addition_task.make_problems(tmp_path, 0, training=8, held_out=4, demonstrations=8, below=30)
+def test_models_are_built_in_the_room_of_a_sleeping_engine(command, wanted, in_processes, tmp_path):
+    small_model.make_model(tmp_path / "model", seed=1)
+    make_addition_task.make_problems(tmp_path, 0, training=8, held_out=4, demonstrations=8, below=30)
     (tmp_path / "recipe.py").write_text(RECIPE.format(folder=tmp_path))
     assert in_processes(1, started, command, str(tmp_path))[0] == ["sleep", *wanted, "close"]

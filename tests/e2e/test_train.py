@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_addition_task
 import pytest
+import small_model
 
 from oreal_megatron.config import Config
 from oreal_megatron.doctor import checks
@@ -66,10 +68,10 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 @pytest.fixture(
     scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)], ids=["data parallel", "tensor parallel"]
 )
-def trained(request, tmp_path_factory, addition_task) -> Path:
+def trained(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
-    addition_task.make_model(folder / "start", seed=0, layers=2)
-    addition_task.make_problems(folder, 0, training=200, held_out=60, demonstrations=600, below=30)
+    small_model.make_model(folder / "start", seed=0, layers=2)
+    make_addition_task.make_problems(folder, 0, training=200, held_out=60, demonstrations=600, below=30)
     (folder / "recipes.py").write_text(RECIPE.format(folder=folder, tensor=request.param))
     oreal("sft", f"{folder}/recipes.py:sft")
     oreal("train", f"{folder}/recipes.py:oreal")

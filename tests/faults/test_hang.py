@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import make_addition_task
 import pytest
+import small_model
 
 pytestmark = pytest.mark.full
 RECIPE = """
@@ -37,9 +39,9 @@ def rank_of(launcher: int, rank: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_of_a_real_run_is_named_and_the_code_is_5(number, tmp_path, addition_task):
-    addition_task.make_model(tmp_path / "start", seed=0, layers=2)
-    addition_task.make_problems(tmp_path, 0, training=200, held_out=60, demonstrations=600, below=30)
+def test_a_lost_rank_of_a_real_run_is_named_and_the_code_is_5(number, tmp_path):
+    small_model.make_model(tmp_path / "start", seed=0, layers=2)
+    make_addition_task.make_problems(tmp_path, 0, training=200, held_out=60, demonstrations=600, below=30)
     (tmp_path / "recipes.py").write_text(RECIPE.format(folder=tmp_path))
     command = [sys.executable, "-m", "oreal_megatron", "--processes", "2", "train", f"{tmp_path}/recipes.py:oreal"]
     with open(tmp_path / "log", "w") as log:

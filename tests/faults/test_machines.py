@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_model
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -100,12 +101,12 @@ def wait_for(condition: Any, what: str, seconds: float = 120.0) -> None:
 
 
 @pytest.fixture
-def job(tmp_path, addition_task) -> Path:
+def job(tmp_path) -> Path:
     """A recipe for two GPUs, and a policy that answers every question with one digit, by chance right or wrong."""
     from transformers import AutoModelForCausalLM
 
-    addition_task.make_model(tmp_path / "start", seed=0, layers=2)
-    tokenizer, model = addition_task.make_tokenizer(), AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    small_model.make_model(tmp_path / "start", seed=0, layers=2)
+    tokenizer, model = small_model.make_tokenizer(), AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     questions = [f"{number}+{number}=" for number in range(10, 74)]
     template = [tokenizer.encode(f"<|user|>{question}<|assistant|>\\boxed{{0}}<|end|>") for question in questions]

@@ -1,0 +1,60 @@
+"""Make the checked task: a small Qwen2 policy with random weights and its tokenizer, and running sums modulo 10.
+
+    python tools/make_checked_task.py runs/checked --seed 0
+
+writes runs/checked/start (a model folder), problems, demonstrations and held_out.jsonl. checked_steps.py shows
+the text. The demonstrations are by a careless hand: a step is wrong with a probability of 15 %, the checks are right. A
+policy taught on them errs as often, and its states hold which steps were wrong, as those of a pretrained model may.
+Held-out problems appear in no other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import checked_steps
+from small_model import make_model, write_lines
+
+
+def make_problems(path: Path, seed: int, training: int, held_out: int, demonstrations: int, error_rate: float) -> None:
+    """Write distinct problems to the three files; demonstrations err with a probability in each step."""
+    generator = random.Random(seed)
+    numbers = generator.sample(range(10**checked_steps.TERMS), training + held_out + demonstrations)
+    sums = [[int(digit) for digit in f"{number:0{checked_steps.TERMS}d}"] for number in numbers]
+    problems = [
+        {"question": checked_steps.question(terms), "gold_answer": checked_steps.answer(terms), "pass_rate": None}
+        for terms in sums[: training + held_out]
+    ]
+    write_lines(path / "problems.jsonl", problems[:training])
+    write_lines(path / "held_out.jsonl", problems[training:])
+    worked = [
+        {
+            "question": checked_steps.question(terms),
+            "response": checked_steps.careless_response(terms, error_rate, generator),
+        }
+        for terms in sums[training + held_out :]
+    ]
+    write_lines(path / "demonstrations.jsonl", worked)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training", type=int, default=20000)
+    parser.add_argument("--held-out", type=int, default=2000)
+    parser.add_argument("--demonstrations", type=int, default=100000)
+    parser.add_argument("--error-rate", type=float, default=0.15, help="probability that a demonstrated step is wrong")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make_model(args.folder / "start", args.seed, layers=3, hidden=64, heads=(2, 2))
+    make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations, args.error_rate)
+    counts = f"{args.training} problems, {args.held_out} held-out problems, {args.demonstrations} demonstrations"
+    print(f"{args.folder}: a model, {counts}")
+
+
+if __name__ == "__main__":
+    main()
