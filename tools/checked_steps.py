@@ -4,7 +4,7 @@
     response  7v9v8v9v4v7v5v9v\\boxed{9}
 
 After each running sum the response writes `v` if the step is right and `x` if it is wrong. A step is right if it adds
-the next term to the number written before it: a chain that goes on consistently from a wrong number has one wrong step.
+the next term to the number written before it: a chain that continues consistently from a wrong number has one.
 Every character is a token, so positions in the text are positions of tokens.
 """
 
@@ -41,7 +41,7 @@ def answer(terms: Sequence[int]) -> str:
 
 
 def careless_response(terms: Sequence[int], error_rate: float, generator: random.Random) -> str:
-    """Return a response whose steps err with a probability each. The chain goes on from errors; checks are right."""
+    """Return a response whose steps err with a probability each. It continues from its errors; checks are right."""
     text, total = "", 0
     for term in terms:
         error = generator.randrange(1, MODULUS) if generator.random() < error_rate else 0
