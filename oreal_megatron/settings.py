@@ -62,13 +62,27 @@ def from_dict(data: dict[str, Any]) -> Config:
 
 
 def with_current_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration dictionary with the keys of 0.1.0 renamed, in the same order."""
+    """Return a configuration dictionary with the keys of 0.1.0 renamed, in the same order, and its rules named.
+
+    A run folder of 0.1.0 has the key `weights.threshold`. Rules that have changed since are keys now, so that such a
+    run continues as it began.
+    """
+    if "threshold" in _section_of(data, "weights"):
+        data = {"policy_schedule": "updates"} | data
+        data["reward_model"] = {"head_init": "normal"} | _section_of(data, "reward_model")
+        if _section_of(data, "selection").get("keep") == "all":
+            data["selection"] = _section_of(data, "selection") | {"keep": "mixed"}
     return {
         section: {new: value for key, value in values.items() for new in _current_names(section, key)}
         if isinstance(values, dict)
         else values
         for section, values in data.items()
     }
+
+
+def _section_of(data: dict[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _current_names(section: str, key: str) -> list[str]:

@@ -89,8 +89,9 @@ def rows(group: list[Sample]) -> MicroBatch:
 
 
 def policy_step(folder: HFFolder, batch: Batch) -> Callable[[], object]:
-    pieces = (architecture.read(folder.config), c.Config(), folder.tensor)
-    policy, token_weights = trained_models.Policy(*pieces), trained_models.NoRewardModel().update(batch)[0]
+    config = c.Config()
+    pieces = (architecture.read(folder.config), config, folder.tensor)
+    policy, token_weights = trained_models.Policy(*pieces), trained_models.NoRewardModel(config).update(batch)[0]
     reference = policy.score(batch)
     return lambda: policy.update(batch, reference, token_weights)
 

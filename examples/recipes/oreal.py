@@ -100,10 +100,12 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
     return Config(
         run=os.path.join(os.environ.get("OREAL_RUNS", "runs"), name),
         gpus=gpus,
-        # [code] seed 0, total_steps 90, actor_freeze_steps 10; [paper] 10 steps of the reward model alone, then 80.
+        # [code] seed 0, total_steps 90, actor_freeze_steps 10, in which the policy's schedule runs on, so that its
+        # warm-up is over at its first update; [paper] 10 steps of the reward model alone, then 80.
         seed=0,
         steps=90,
         policy_freeze_steps=10,
+        policy_schedule="steps",
         # [ours] one sequence of full length fills a micro-batch; idle models wait in host memory.
         tokens_per_micro_batch=16384,
         offload=True,
@@ -149,8 +151,12 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         # [paper] 5e-7 and 2e-6, cosine to a fifth; [code] actor_lr, token_level_rm_lr, their minima, warmup_steps, wd,
         # max_grad_norm.
         optimizer=OptimizerConfig(lr=5e-7, min_lr=1e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0),
+        # [paper] w(s_<=t): a token is scored after reading it; [code] before it. [code] the scalar head starts at zero:
+        # the loader fills it so, because the policy's lm_head has another shape.
         reward_model=RewardModelConfig(
-            optimizer=OptimizerConfig(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0)
+            score_at="token",
+            head_init="zeros",
+            optimizer=OptimizerConfig(lr=2e-6, min_lr=4e-7, warmup_steps=10, weight_decay=0.01, clip_grad=1.0),
         ),
         # [paper] evaluation every 10 steps, best checkpoint; [code] checkpoint_interval 10. [ours] two are kept: a
         # checkpoint with reward model and both optimizers takes 210 GB for 7B and 920 GB for 32B.
@@ -169,7 +175,7 @@ def _distilled(gpus: int) -> Config:
 
 
 def _without_reward_model(config: Config) -> Config:
-    """[code] token_level_rm None, filter_trajectory False, actor_freeze_steps 0."""
+    """[code] token_level_rm None, filter_trajectory False (responses of all prompts), actor_freeze_steps 0."""
     return dataclasses.replace(
         config,
         run=config.run + "_without_reward_model",

@@ -36,9 +36,9 @@ class LossTerms:
     cu_seqlens: Tensor  # [B + 1] int64, cumulative lengths of the sequences, from 0 to T
     reward: Tensor  # [B] above 0: correct, else incorrect
     advantage: Tensor  # [B]
-    correct_tokens: int  # action tokens of correct samples in the step, over all ranks
-    incorrect_tokens: int  # likewise of incorrect samples
-    action_tokens: int  # likewise of all samples
+    correct_tokens: int  # divisor of the correct term: action tokens of correct samples in the step, over all ranks
+    incorrect_tokens: int  # divisor of the incorrect term: likewise of incorrect samples
+    action_tokens: int  # divisor of the KL term: likewise of all samples
     positive_coef: float  # factor of the correct samples' term
     negative_coef: float  # factor of the incorrect samples' term
     kl_coef: float  # factor of the KL term

@@ -7,6 +7,7 @@ ranks add up.
     incorrect samples:  - negative_coef  sum_t w_t A r_t / incorrect tokens            policy gradient (second term)
     all samples:          kl_coef        sum_t KL(d_t) / action tokens                 d = log reference - log pi
 
+With normalise="joint" the first two are divided by all action tokens, as in REINFORCE.
 KL(d) estimates KL(pi || reference) in nats from a sampled token: k1 is -d; k1_reversed d, the sign of the authors'
 "kl", which raises the log-prob of every sampled token; k2 d^2 / 2; k3 exp(d) - d - 1, never negative.
 
@@ -30,14 +31,15 @@ def terms(
     reference_logp_T: Tensor, weight_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: LossConfig
 ) -> oreal_kernels.LossTerms:
     """Return everything in a micro-batch's loss but the policy's log-probs."""
+    correct_tokens, incorrect_tokens = denominators(counts, config)
     return oreal_kernels.LossTerms(
         reference_logp=reference_logp_T,
         weight=weight_T,
         cu_seqlens=micro_batch.action_offsets,
         reward=micro_batch.reward,
         advantage=micro_batch.advantage,
-        correct_tokens=counts.correct_tokens,
-        incorrect_tokens=counts.incorrect_tokens,
+        correct_tokens=correct_tokens,
+        incorrect_tokens=incorrect_tokens,
         action_tokens=counts.action_tokens,
         positive_coef=config.positive_coef,
         negative_coef=config.negative_coef,
@@ -47,11 +49,18 @@ def terms(
     )
 
 
-def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[str, Tensor]:
+def denominators(counts: Counts, config: LossConfig) -> tuple[int, int]:
+    """Return the divisors of the correct and the incorrect samples' term: its own tokens, or all tokens."""
+    if config.normalise == "joint":
+        return counts.action_tokens, counts.action_tokens
+    return counts.correct_tokens, counts.incorrect_tokens
+
+
+def metrics(total: Tensor, sums: Tensor, counts: Counts, config: LossConfig) -> dict[str, Tensor]:
     """Return the parts of the loss and further metrics of a step; they add up over micro-batches."""
     sum_of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
-    correct, incorrect = max(counts.correct_tokens, 1), max(counts.incorrect_tokens, 1)
-    tokens = max(counts.action_tokens, 1)
+    correct, incorrect = (max(tokens, 1) for tokens in denominators(counts, config))
+    tokens, kl_kind = max(counts.action_tokens, 1), config.kl_kind
     return {
         "loss/total": total.detach(),
         "loss/positive": -sum_of["correct"] / correct,
@@ -59,8 +68,8 @@ def metrics(total: Tensor, sums: Tensor, counts: Counts, kl_kind: str) -> dict[s
         "loss/kl": (-sum_of["k1"] if kl_kind == "k1_reversed" else sum_of[kl_kind]) / tokens,
         "policy/reference_kl": sum_of["k1"] / tokens,
         "policy/entropy_estimate": -sum_of["logp"] / tokens,
-        "weights/correct_mean": sum_of["correct_weight"] / correct,
-        "weights/incorrect_mean": sum_of["incorrect_weight"] / incorrect,
+        "weights/correct_mean": sum_of["correct_weight"] / max(counts.correct_tokens, 1),
+        "weights/incorrect_mean": sum_of["incorrect_weight"] / max(counts.incorrect_tokens, 1),
     }
 
 

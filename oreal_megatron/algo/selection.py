@@ -20,6 +20,9 @@ def samples(
 ) -> list[Sample]:
     """Select prompts with 0 < pass rate < 1, and a correct and an incorrect rollout of each (paper, Algorithm 1).
 
+    keep="mixed" selects all rollouts of these prompts. keep="all" selects those of the other prompts too, as the
+    authors' run without reward model does: against a baseline their advantage is 0, so they count in the denominators
+    and in the KL term only.
     Advantages are computed over all rollouts of a prompt with a known verdict; UNKNOWN ones are neither selected nor
     counted. The choice depends on `seed` and the prompt's slot only, not on other prompts.
     """
@@ -39,14 +42,15 @@ def _select_of_prompt(
 ) -> list[Sample]:
     """Select from the rollouts of one prompt, given with their rewards."""
     rewards = [reward for _, reward in known]
-    if len(set(rewards)) < 2:  # all correct, all incorrect, or none known: no signal
+    mixed = len(set(rewards)) == 2  # else all correct, all incorrect, or none known: nothing to compare
+    if not mixed and config.keep != "all":
         return []
     shaped = [
         Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs, rollout.key)
         for (rollout, reward), advantage in zip(known, advantages.KINDS[config.advantage](rewards), strict=True)
         if rollout.tokens
     ]
-    if config.keep == "all":
+    if config.keep != "pair":
         return shaped
     generator = random.Random(f"{seed} {known[0][0].slot}")
     correct = [sample for sample in shaped if sample.reward > 0]

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+
 import oreal_kernels
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import WeightsConfig
-from oreal_megatron.records import Counts, MicroBatch
+from oreal_megatron.config import Config, RunStopped, WeightsConfig
+from oreal_megatron.config.recipe_files import read_function
+from oreal_megatron.records import Batch, Counts, MicroBatch
+
+# Scores [T] of a micro-batch's action tokens (0 without a reward model), the micro-batch, the configuration -> weights.
+WeightRule = Callable[[Tensor, MicroBatch, Config], Tensor]
+
+
+def weight_rule(config: Config) -> WeightRule:
+    """Return the rule that makes token weights from scores: `weights.rule`, or `importance` without one.
+
+    Raises ConfigError where `weights.rule` names no function of three arguments.
+    """
+    if not config.weights.rule:
+        return lambda score_T, micro_batch, config: importance(score_T, micro_batch, config.weights)
+    rule = read_function(config.weights.rule, "weights.rule", ("score_T", "micro_batch", "config"))
+
+    def checked_rule(score_T: Tensor, micro_batch: MicroBatch, config: Config) -> Tensor:
+        return _check_weights(rule(score_T.detach(), micro_batch, config), score_T, config.weights.rule)
+
+    return checked_rule
+
+
+def _check_weights(weight_T: Tensor, score_T: Tensor, rule: str) -> Tensor:
+    """Return the weights in fp32 beside the scores; raise RunStopped where they are not one number per token."""
+    if not isinstance(weight_T, Tensor) or weight_T.shape != score_T.shape:
+        returned = f"shape {list(weight_T.shape)}" if isinstance(weight_T, Tensor) else type(weight_T).__name__
+        raise RunStopped(f"weights.rule {rule} returned {returned}; expected a tensor of shape {list(score_T.shape)}")
+    weight_T = weight_T.detach().to(score_T.device, torch.float32)
+    if not (weight_T.isfinite() & (weight_T >= 0)).all():
+        raise RunStopped(f"weights.rule {rule} returned weights that are negative or not finite; expected 0 to 1")
+    return weight_T
 
 
 def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) -> Tensor:
@@ -46,3 +79,22 @@ def _weigh_top_share(merit_T: Tensor, action_offsets: Tensor, share: float) -> T
             spread = top.max() - top.min()
             weight_T[start + index] = (top - top.min()) / spread if spread > 0 else torch.ones_like(top)
     return weight_T
+
+
+def shuffle(weights: Sequence[Tensor], batch: Batch, seed: tuple[int, ...]) -> list[Tensor]:
+    """Permute a rank's weights at random among its tokens of correct responses, and among those of incorrect ones.
+
+    The control for where weights lie: each side keeps its weights, and so their sum. `seed` must be equal on ranks that
+    hold the same micro-batches, and differ between steps.
+    """
+    weight_T = torch.cat(list(weights))
+    correct_T = torch.cat(
+        [(part.reward > 0).repeat_interleave(part.action_offsets.diff()) for part in batch.micro_batches]
+    )
+    generator = torch.Generator().manual_seed(random.Random(f"weights {seed}").getrandbits(63))
+    permuted_T = weight_T.clone()
+    for side_T in (correct_T, ~correct_T):
+        index = side_T.nonzero().flatten()
+        source = index[torch.randperm(len(index), generator=generator)]
+        permuted_T[index.to(weight_T.device)] = weight_T[source.to(weight_T.device)]
+    return list(permuted_T.split([len(part) for part in weights]))

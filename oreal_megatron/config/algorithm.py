@@ -69,12 +69,14 @@ class SelectionConfig(Section):
     """Choice of the rollouts that a step trains on, and their advantage."""
 
     advantage: Annotated[
-        Literal["leave_one_out", "group_normalised"],
-        Key("reward minus the mean of the other rollouts, or (reward - mean) / standard deviation"),
+        Literal["leave_one_out", "group_normalised", "reward"],
+        Key("reward minus the mean of the other rollouts, (reward - mean) / standard deviation, or the reward itself"),
     ] = "leave_one_out"
     keep: Annotated[
-        Literal["pair", "all"],
-        Key("one correct and one incorrect rollout of each mixed prompt, or all of its rollouts"),
+        Literal["pair", "mixed", "all"],
+        Key(
+            "a correct and an incorrect rollout of each mixed prompt, all rollouts of mixed prompts, or of all prompts"
+        ),
     ] = "pair"
 
 
@@ -99,6 +101,13 @@ class WeightsConfig(Section):
         float, Key("belief up to which an incorrect response's token has weight 0, for rescale=threshold", 0.0, 0.99)
     ] = 0.5
     top_share: Annotated[float, Key("share of a response's tokens that count, for rescale=top_share", 0.0, 1.0)] = 0.25
+    shuffle: Annotated[
+        bool, Key("control: permute the weights at random among the tokens of correct and of incorrect responses")
+    ] = False
+    rule: Annotated[
+        str,
+        Key("function path/to/file.py:NAME of (score_T, micro_batch, config) that returns the weights; empty: none"),
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,10 @@ class LossConfig(Section):
     kl_coef: Annotated[float, Key("coefficient of the KL divergence from the reference model", low=0.0)] = 0.01
     kl_kind: Annotated[Literal["k1", "k1_reversed", "k2", "k3"], Key("estimator of the KL divergence")] = "k3"
     advantage_on_positives: Annotated[bool, Key("multiply the correct samples' loss by their advantage")] = True
+    normalise: Annotated[
+        Literal["side", "joint"],
+        Key("divide correct and incorrect samples' loss each by its own tokens, or both by all tokens of the step"),
+    ] = "side"
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Key("peak learning rate", 0.0, 10.0)] = 5e-7
     min_lr: Annotated[float, Key("rate of the last update, after cosine decay", 0.0, 10.0)] = 1e-7
-    warmup_steps: Annotated[int, Key("updates of linear warm-up", low=0)] = 10
+    warmup_steps: Annotated[int, Key("steps of linear warm-up", low=0)] = 10
     weight_decay: Annotated[float, Key("decoupled weight decay", 0.0, 10.0)] = 0.01
     clip_grad: Annotated[float, Key("largest gradient norm; 0: gradients are not clipped", low=0.0)] = 1.0
     adam_beta1: Annotated[float, Key("decay of the first moment", 0.0, 0.99999)] = 0.9
@@ -142,6 +155,10 @@ class RewardModelConfig(Section):
         Literal["token", "before"],
         Key("score a token after reading it (paper, w(s_<=t)), or before (authors' code)"),
     ] = "token"
+    head_init: Annotated[
+        Literal["zeros", "normal"],
+        Key("first weights of the scalar head: zeros (authors' code), or normal with standard deviation 0.02"),
+    ] = "zeros"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
 
 

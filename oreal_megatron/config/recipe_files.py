@@ -11,6 +11,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from oreal_megatron import config as configuration
 from oreal_megatron.config.errors import ConfigError
@@ -28,6 +29,26 @@ def read_recipe(name: str) -> Config:
     with _importable_folder(Path(path).resolve().parent):
         module = _execute(path)
         return _call(_choose(module, path, function), name)
+
+
+def read_function(name: str, key: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the function `path/to/file.py:NAME` of a Python file, which is executed as a recipe file is.
+
+    Raises ConfigError, naming the configuration key, where there is no such function of these arguments.
+    """
+    path, _, function = name.partition(":")
+    expected = f"{key} is {name!r}; expected path/to/file.py:NAME, a function of ({', '.join(arguments)})"
+    if not function or not Path(path).is_file():
+        raise ConfigError(f"{expected}; {f'the file {path} does not exist' if function else 'NAME is missing'}")
+    with _importable_folder(Path(path).resolve().parent):
+        value = getattr(_execute(path), function, None)
+    if not isinstance(value, types.FunctionType):
+        raise ConfigError(f"{expected}; {path} has no function {function!r}")
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"{expected}; with these {len(arguments)} arguments: {error}") from None
+    return value
 
 
 @contextlib.contextmanager

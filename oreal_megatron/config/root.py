@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from oreal_megatron.config.algorithm import (
     DataConfig,
@@ -42,6 +42,10 @@ class Config(Section):
     policy_freeze_steps: Annotated[
         int, Key("first steps, which train the reward model alone", low=0)
     ] = 10  # fmt: skip
+    policy_schedule: Annotated[
+        Literal["steps", "updates"],
+        Key("the policy's learning rate counts the frozen steps too (authors' code), or the policy's updates only"),
+    ] = "steps"
     tokens_per_micro_batch: Annotated[
         int, Key("tokens of a packed micro-batch; a longer sequence gets its own", low=1, unit="tokens")
     ] = 16384
@@ -73,6 +77,11 @@ class Config(Section):
         return self.policy_freeze_steps if self.reward_model.enabled else 0
 
     @property
+    def policy_schedule_steps(self) -> int:
+        """Length of the policy's learning-rate schedule."""
+        return self.steps if self.policy_schedule == "steps" else self.steps - self.frozen_steps
+
+    @property
     def parity_tolerance_nats(self) -> float:
         """Tolerance of the logprob parity check in nats, by precision where the recipe names none."""
         if self.engine.parity_tolerance_nats is not None:
@@ -85,28 +94,38 @@ class Config(Section):
         return self.engine.dtype or self.model.dtype
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield messages about phases without an update, warm-ups that do not fit, and waits above their limit."""
+        """Yield messages about phases without an update, warm-ups that do not fit, idle switches, too long waits."""
         if self.frozen_steps >= self.steps:
             yield (
                 f"policy_freeze_steps is {self.policy_freeze_steps} and steps is {self.steps}: the policy would never "
                 "be trained; set policy_freeze_steps below steps"
             )
             return
-        updates = {"optimizer": (self.optimizer, self.steps - self.frozen_steps, "steps - policy_freeze_steps")}
-        if self.reward_model.enabled:
-            updates["reward_model.optimizer"] = (self.reward_model.optimizer, self.steps, "steps")
-        for name, (optimizer, count, sum_of) in updates.items():
-            if optimizer.warmup_steps > count:
-                yield (
-                    f"{name}.warmup_steps is {optimizer.warmup_steps}, but only {count} updates are taken ({sum_of}); "
-                    f"set it to at most {count}"
-                )
+        yield from self._warmup_conflicts()
+        if self.weights.shuffle and not self.reward_model.enabled:
+            yield (
+                "weights.shuffle is true, but without a reward model there are no weights to permute; set "
+                "reward_model.enabled=true or weights.shuffle=false"
+            )
         judge, limit_s = self.verify.judge, self.watchdog.verify_s
         if judge.urls and limit_s <= judge.all_down_wait_s:
             yield (
                 f"watchdog.verify_s is {limit_s:g}, but a step may wait {judge.all_down_wait_s:g} s for judges "
                 "(verify.judge.all_down_wait_s); set it above that"
             )
+
+    def _warmup_conflicts(self) -> Iterator[str]:
+        """Yield a message for each warm-up that is longer than its schedule."""
+        sum_of = "steps" if self.policy_schedule == "steps" else "steps - policy_freeze_steps"
+        schedules = {"optimizer": (self.optimizer, self.policy_schedule_steps, sum_of)}
+        if self.reward_model.enabled:
+            schedules["reward_model.optimizer"] = (self.reward_model.optimizer, self.steps, "steps")
+        for name, (optimizer, length, sum_of) in schedules.items():
+            if optimizer.warmup_steps > length:
+                yield (
+                    f"{name}.warmup_steps is {optimizer.warmup_steps}, but its schedule has only {length} steps "
+                    f"({sum_of}); set it to at most {length}"
+                )
 
 
 def require_judge(config: Config) -> None:

@@ -71,7 +71,7 @@ def run(folder: str) -> None:
             policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
             spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
             gap = loop.check_logprob_parity(config, engine, policy, rollouts, spec, 0)["parity/logprob_gap"]
-            update = train(policy, trained_models.NoRewardModel(), rollouts, spec)
+            update = train(policy, trained_models.NoRewardModel(config), rollouts, spec)
             report(f"{update}; engine and trainer agree to {gap:.0e}")
         with part("weight sync") as report:
             metrics = policy_weights.connect(policy, engine).sync(policy.updates)

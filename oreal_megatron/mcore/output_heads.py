@@ -92,7 +92,7 @@ class LanguageModelHead:
         fused = oreal_kernels.linear_oreal_loss
         total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
         return total, loss.metrics(
-            context_parallel.sum_over_ranks(total), context_parallel.sum_over_ranks(sums), counts, config.kl_kind
+            context_parallel.sum_over_ranks(total), context_parallel.sum_over_ranks(sums), counts, config
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

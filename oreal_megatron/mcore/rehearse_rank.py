@@ -104,7 +104,7 @@ def _step(models: dict[str, Any], config: Config, batch: Batch, recorder: fake_w
         activation_bytes[name] = counter.peak
         return result
 
-    reward_model = models.get("reward_model", trained_models.NoRewardModel())
+    reward_model = models.get("reward_model", trained_models.NoRewardModel(config))
     if "reward_model" in models:
         token_weights, _ = run("reward_model", reward_model.update, batch)
     else:

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from oreal_megatron.algo import guard, loss, reward_diagnostics, token_weighting
-from oreal_megatron.algo.schedule import learning_rate
+from oreal_megatron.algo.schedule import learning_rate, policy_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
 from oreal_megatron.mcore.scorer import MegatronScorer
@@ -79,8 +80,7 @@ class Policy(TrainedModel):
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused(hidden, micro_batch, reference[number], weights[number], batch.counts, config.loss)
 
-        rate = learning_rate(self.updates, config.steps - config.frozen_steps, config.optimizer)
-        return _prefixed("policy", self.train(batch, objective, rate))
+        return _prefixed("policy", self.train(batch, objective, policy_rate(self.updates, config)))
 
     def imitate(self, batch: Batch) -> Metrics:
         """Take one supervised step on demonstrations."""
@@ -108,7 +108,7 @@ class TokenRewardModel(TrainedModel):
         gpt_model.load(stage, arch, config, "scalar", read)
         head = partial(output_heads.token_scores, score_at=config.reward_model.score_at)
         super().__init__(stage, head, config, config.reward_model.optimizer)
-        self.arch = arch
+        self.arch, self.weight_rule = arch, token_weighting.weight_rule(config)
 
     def scored_rollouts(self, batch: Batch) -> tuple[ScoredRollout, ...]:
         """Return the rollouts of the batch on all ranks with their mean scores, without training. Collective."""
@@ -122,7 +122,7 @@ class TokenRewardModel(TrainedModel):
         def objective(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             score_T = self.head(output, micro_batch)
             scores[number] = score_T.detach()
-            weights[number] = token_weighting.importance(score_T, micro_batch, self.config.weights)
+            weights[number] = self.weight_rule(score_T.detach(), micro_batch, self.config)
             total, metrics = loss.reward_model(score_T, micro_batch, batch.counts)
             return total, metrics | token_weighting.metrics(weights[number], micro_batch, batch.counts)
 
@@ -130,18 +130,29 @@ class TokenRewardModel(TrainedModel):
         metrics = _prefixed("reward_model", self.train(batch, objective, rate))
         if guard.skipped_models(metrics):
             return TokenWeights([], valid=False), metrics
+        values = _in_order(weights)
+        if self.config.weights.shuffle and values:
+            seed = (self.config.seed, self.updates, parallel_state.get_data_parallel_rank())
+            values = token_weighting.shuffle(values, batch, seed)
         rollouts = _gather_scored_rollouts(batch, _in_order(scores))
-        token_weights = TokenWeights(_in_order(weights), scores=_in_order(scores), rollouts=rollouts)
+        token_weights = TokenWeights(values, scores=_in_order(scores), rollouts=rollouts)
         return token_weights, metrics | reward_diagnostics.metrics(rollouts)
 
 
 class NoRewardModel:
-    """Stand-in for a reward model that is switched off: every token weighs 1."""
+    """Stand-in for a reward model that is switched off: every token weighs 1, or what `weights.rule` says."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.weight_rule = token_weighting.weight_rule(config) if config.weights.rule else None
 
     def update(self, batch: Batch) -> tuple[TokenWeights, Metrics]:
-        """Return weights of 1 and no metrics."""
-        device = gpt_model.device()
-        return TokenWeights([torch.ones(len(part.labels), device=device) for part in batch.micro_batches]), {}
+        """Return the weights and no metrics."""
+        return TokenWeights([self._weights(part.to(gpt_model.device())) for part in batch.micro_batches]), {}
+
+    def _weights(self, micro_batch: MicroBatch) -> Tensor:
+        score_T = torch.zeros(len(micro_batch.labels), device=micro_batch.labels.device)
+        return self.weight_rule(score_T, micro_batch, self.config) if self.weight_rule else score_T + 1
 
 
 def _gather_scored_rollouts(batch: Batch, scores: Sequence[Tensor]) -> tuple[ScoredRollout, ...]:
@@ -167,11 +178,16 @@ def _prefixed(model: str, metrics: Metrics) -> Metrics:
 
 
 def _with_fresh_head(arch: Architecture, config: Config, read: Reader) -> Reader:
-    """Read the backbone from the policy; draw the scalar head like the policy's matrices, equal on every rank."""
+    """Read the backbone from the policy. The scalar head is zero, or drawn like the policy's matrices, on every rank.
+
+    Zero is what the authors' loader makes of it: a policy's lm_head has another shape. All beliefs are then 0.5.
+    """
 
     def read_or_draw(name: str) -> Tensor:
         if name != "score.weight":
             return read(name)
+        if config.reward_model.head_init == "zeros":
+            return torch.zeros(1, arch.hidden)
         return torch.randn(1, arch.hidden, generator=torch.Generator().manual_seed(config.seed)) * 0.02
 
     return read_or_draw

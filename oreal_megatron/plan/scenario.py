@@ -60,8 +60,10 @@ class Scenario:
     @property
     def sequences(self) -> float:
         """Number of samples in a step."""
-        samples_per_prompt = 2 if self.config.selection.keep == "pair" else self.config.sampling.rollouts_per_prompt
-        return self.config.data.prompts_per_step * self.assumed.mixed_share * samples_per_prompt
+        keep = self.config.selection.keep
+        samples_per_prompt = 2 if keep == "pair" else self.config.sampling.rollouts_per_prompt
+        prompt_share = 1.0 if keep == "all" else self.assumed.mixed_share
+        return self.config.data.prompts_per_step * prompt_share * samples_per_prompt
 
     @property
     def micro_batches(self) -> int:

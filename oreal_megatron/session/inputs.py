@@ -61,7 +61,7 @@ class Inputs:
 
         A recipe may name files that the present command does not read; those that are missing have no digest.
         """
-        paths = (self.config.data.path, self.config.supervised.path)
+        paths = (self.config.data.path, self.config.supervised.path, self.config.weights.rule.partition(":")[0])
         present = [path for path in paths if path.startswith(lines.HUB) or Path(path).is_file()]
         files = {f"data {path}": lines.local_file(path) for path in present}
         digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}

@@ -24,7 +24,7 @@ def build_models(inputs: Inputs) -> Models:
     policy, reference = Policy(*parts), Reference(*parts)
     trainers: dict[str, MegatronTrainer] = {"policy": policy}
     if not inputs.config.reward_model.enabled:
-        return Models(policy, reference, NoRewardModel(), trainers)
+        return Models(policy, reference, NoRewardModel(inputs.config), trainers)
     reward_model = build_reward_model(inputs)
     return Models(policy, reference, reward_model, trainers | {"reward_model": reward_model})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from oreal_megatron import loop
+from oreal_megatron.algo import token_weighting
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
@@ -36,6 +37,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     inputs = read_inputs(config)
     dataset = sampler.balanced(inputs.training_prompts(), config.data, config.seed)
     held_out = inputs.held_out()
+    token_weighting.weight_rule(config)  # raises for weights.rule without such a function
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     folder = Path(config.run) / "checkpoints"
     fingerprints = inputs.fingerprints()

@@ -20,7 +20,7 @@ def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
         steps=4,
         policy_freeze_steps=1,
         optimizer=optimizer,
-        reward_model=c.RewardModelConfig(optimizer=optimizer),
+        reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),
         guard=c.GuardConfig(spike_factor=1e6, spike_window=1),  # whose limit, in the metrics, is of the step before
     )
     source = HFFolder(folder)
@@ -41,7 +41,7 @@ def go_on(models: dict, reference, samples: list, steps: range) -> list:
     from oreal_megatron.algo import packing
     from oreal_megatron.mcore import parallel, trained_models
 
-    rows, reward_model = [], models.get("reward_model", trained_models.NoRewardModel())
+    rows, reward_model = [], models.get("reward_model", trained_models.NoRewardModel(models["policy"].config))
     for step in steps:
         batch = packing.batch(samples[4 * step : 4 * step + 4], parallel.packing_spec(60))
         token_weights, learned = reward_model.update(batch)

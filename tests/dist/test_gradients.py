@@ -68,7 +68,7 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
             model=c.ModelConfig(dtype=dtype),
             parallel=c.ParallelConfig(**layout),
             optimizer=optimizer,
-            reward_model=c.RewardModelConfig(optimizer=optimizer),
+            reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),  # zeros pass no gradient
             weights=c.WeightsConfig(threshold_correct=0.3, threshold_incorrect=0.3),
             loss=c.LossConfig(kl_coef=0.5),
             tokens_per_micro_batch=budget,

@@ -42,7 +42,11 @@ def trained(folder: str, samples: list, offload: bool, dtype: str, scratch: str)
 
     optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=0)
     config = c.Config(
-        model=c.ModelConfig(folder, dtype), optimizer=optimizer, offload=offload, loss=c.LossConfig(kl_coef=0.5)
+        model=c.ModelConfig(folder, dtype),
+        optimizer=optimizer,
+        offload=offload,
+        loss=c.LossConfig(kl_coef=0.5),
+        reward_model=c.RewardModelConfig(head_init="normal"),
     )
     source = HFFolder(folder)
     pieces = (architecture.read(source.config), config, source.tensor)

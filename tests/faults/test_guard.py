@@ -25,7 +25,7 @@ def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
                 model=c.ModelConfig(folder, dtype=dtype),
                 parallel=c.ParallelConfig(**layout),
                 optimizer=optimizer,
-                reward_model=c.RewardModelConfig(optimizer=optimizer),
+                reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),
                 guard=c.GuardConfig(spike_factor=1e-3, spike_window=3),
             )
             parallel.start_megatron(config.parallel, seed=0)

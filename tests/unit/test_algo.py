@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oreal_megatron.algo import advantages, packing, schedule, selection, token_weighting
-from oreal_megatron.config import ConfigError, DataConfig, OptimizerConfig, SelectionConfig, WeightsConfig
+from oreal_megatron.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SelectionConfig,
+    WeightsConfig,
+)
 from oreal_megatron.data import sampler
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Sample, Verdict
 
@@ -46,10 +55,11 @@ def test_group_normalised_by_hand():
     )
 
 
-def test_one_answer_has_no_others():
-    for kind in advantages.KINDS.values():
-        with pytest.raises(ValueError, match="at least 2"):
-            kind([1.0])
+def test_one_answer_has_no_others_and_equal_ones_no_difference():
+    for kind in (advantages.leave_one_out, advantages.group_normalised):
+        for count in range(20):
+            assert kind([1.0] * count) == kind([-1.0] * count) == [0.0] * count
+    assert advantages.KINDS["reward"]([1.0, -1.0, -1.0]) == [1.0, -1.0, -1.0]
 
 
 def test_selection_drops_prompts_that_are_all_right_all_wrong_or_unknown():
@@ -63,6 +73,27 @@ def test_selection_keeps_one_right_and_one_wrong_with_advantages_over_all_known_
     assert (right.reward, wrong.reward) == (1.0, -1.0)
     assert right.advantage == pytest.approx(2.0) and wrong.advantage == pytest.approx(-2 / 3)
     assert right.response_tokens == (7, 8, 0) and wrong.response_tokens[-1] in (1, 2, 4)
+
+
+def test_all_keeps_prompts_without_signal_for_denominators_and_kl_as_the_released_run_without_reward_model():
+    rollouts, verdicts = step_of([RIGHT] * 3, [WRONG, RIGHT], [WRONG, WRONG], [UNKNOWN, WRONG], [UNKNOWN, UNKNOWN])
+    picked = {
+        keep: selection.samples(rollouts, verdicts, SelectionConfig(keep=keep), (0, 0))
+        for keep in ("pair", "mixed", "all")
+    }
+    assert [sample.prompt_tokens[1] - 10 for sample in picked["all"]] == [0, 0, 0, 1, 1, 2, 2, 3]
+    assert [sample.advantage for sample in picked["all"]] == [0, 0, 0, -2, 2, 0, 0, 0]
+    assert picked["mixed"] == picked["all"][3:5] and sorted(picked["pair"], key=lambda s: s.reward) == picked["mixed"]
+    assert selection.counts(picked["all"]) == Counts(8, 24, 12, 12)  # 3 tokens each
+    assert selection.counts(picked["mixed"]) == Counts(2, 6, 3, 3)
+    for samples in picked.values():
+        assert selection.summary(rollouts, verdicts, samples)["batch/mixed_prompts"] == 1
+
+
+def test_reinforce_takes_the_reward_of_every_rollout():
+    rollouts, verdicts = step_of([RIGHT] * 2, [WRONG, UNKNOWN], [WRONG, RIGHT])
+    samples = selection.samples(rollouts, verdicts, SelectionConfig("reward", "all"), (0, 0))
+    assert [(sample.reward, sample.advantage) for sample in samples] == [(r, r) for r in (1, 1, -1, -1, 1)]
 
 
 def test_unknown_is_never_kept_nor_counted_as_wrong():
@@ -136,6 +167,21 @@ def test_the_sampler_is_a_function_of_the_step_and_covers_each_epoch():
 def test_no_prompt_in_any_bucket_is_bad_input():
     with pytest.raises(ConfigError, match="none of the 2 prompts"):
         sampler.balanced(prompts(0.9, 1.0), DataConfig(), seed=0)
+
+
+@pytest.mark.parametrize(("kind", "first", "last"), [("steps", 1.0, 0.2), ("updates", 0.1, 0.2)])
+def test_the_policy_s_warm_up_runs_in_the_frozen_steps_or_after_them(kind, first, last):
+    """By the authors' rule the rates are those of a schedule over all steps; the frozen ones are passed over."""
+    optimizer = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=10)
+    config = Config(steps=90, policy_freeze_steps=10, policy_schedule=kind, optimizer=optimizer)
+    rates = [schedule.policy_rate(update, config) for update in range(80)]
+    assert (rates[0], rates[-1]) == (pytest.approx(first), pytest.approx(last))
+    # xtuner's LinearLR over the warm-up, then CosineAnnealingLR(T_max=total_steps - warmup), stepped in every step.
+    cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * step / 80)) / 2 for step in range(80)]
+    within = all(abs(own / other - 1) < 0.027 for own, other in zip(rates, cosine, strict=True))
+    assert within == (kind == "steps")
+    without = dataclasses.replace(config, reward_model=RewardModelConfig(enabled=False))
+    assert schedule.policy_rate(0, without) == pytest.approx(0.1), "nothing is frozen without a reward model"
 
 
 def test_warm_up_then_cosine():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import oreal_kernels
@@ -17,7 +18,9 @@ def oracle(samples, logps, references, scores, config: LossConfig, threshold: fl
     """OREAL's policy loss in plain Python floats, one answer and one token after the other."""
     correct_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
     incorrect_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
-    total = 0.0
+    action_tokens, total = correct_tokens + incorrect_tokens, 0.0
+    if config.normalise == "joint":
+        correct_tokens = incorrect_tokens = action_tokens
     for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
         for t in range(len(sample.response_tokens)):
             mean_so_far = sum(score[: t + 1]) / (t + 1)
@@ -31,7 +34,7 @@ def oracle(samples, logps, references, scores, config: LossConfig, threshold: fl
                 total += config.negative_coef * -1.0 * weight * sample.advantage / incorrect_tokens
             d = reference[t] - logp[t]
             kl = {"k1": -d, "k1_reversed": d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[config.kl_kind]
-            total += config.kl_coef * kl / (correct_tokens + incorrect_tokens)
+            total += config.kl_coef * kl / action_tokens
     return total
 
 
@@ -39,7 +42,9 @@ def oracle_gradient(samples, logps, references, scores, config: LossConfig) -> l
     """d loss / d logp of each token, by hand: the ratio of the negative term has value 1 and derivative 1."""
     correct_tokens = sum(len(s.response_tokens) for s in samples if s.reward > 0)
     incorrect_tokens = sum(len(s.response_tokens) for s in samples if s.reward < 0)
-    slopes = []
+    action_tokens, slopes = correct_tokens + incorrect_tokens, []
+    if config.normalise == "joint":
+        correct_tokens = incorrect_tokens = action_tokens
     for sample, logp, reference, score in zip(samples, logps, references, scores, strict=True):
         for t in range(len(sample.response_tokens)):
             right = 1 / (1 + math.exp(-sum(score[: t + 1]) / (t + 1)))
@@ -52,9 +57,7 @@ def oracle_gradient(samples, logps, references, scores, config: LossConfig) -> l
             )
             d = reference[t] - logp[t]
             kl_slope = {"k1": 1.0, "k1_reversed": -1.0, "k2": -d, "k3": 1 - math.exp(d)}[config.kl_kind]
-            slopes.append(
-                -coefficient * factor / tokens + config.kl_coef * kl_slope / (correct_tokens + incorrect_tokens)
-            )
+            slopes.append(-coefficient * factor / tokens + config.kl_coef * kl_slope / action_tokens)
     return slopes
 
 
@@ -82,21 +85,37 @@ def joined(rows: list[list[float]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kl_kind", ["k1", "k1_reversed", "k2", "k3"])
-@pytest.mark.parametrize("advantage_on_positives", [True, False])
-def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positives):
+@pytest.mark.parametrize(("advantage_on_positives", "normalise"), [(True, "side"), (False, "side"), (True, "joint")])
+def test_loss_and_gradient_equal_the_oracle(case, kl_kind, advantage_on_positives, normalise):
     samples, logps, references, scores = case
-    config = LossConfig(kl_kind=kl_kind, advantage_on_positives=advantage_on_positives, kl_coef=0.3)
+    config = LossConfig(
+        kl_kind=kl_kind, advantage_on_positives=advantage_on_positives, kl_coef=0.3, normalise=normalise
+    )
     batch = packing.micro_batch(samples)
     logp = joined(logps).requires_grad_()
     weight = token_weighting.importance(joined(scores), batch, WeightsConfig()).double()
     total, sums = policy_loss(logp, joined(references), weight, batch, packing.counts(samples), config)
-    parts = loss.metrics(total, sums, packing.counts(samples), config.kl_kind)
+    parts = loss.metrics(total, sums, packing.counts(samples), config)
+    for side, sign in (("correct", 1), ("incorrect", -1)):  # a mean over the side's tokens, whatever the denominator
+        own_T = torch.cat([torch.full((len(s.response_tokens),), s.reward == sign) for s in samples])
+        assert parts[f"weights/{side}_mean"].item() == pytest.approx(weight[own_T].mean().item(), abs=1e-6)
     sum_of_parts = parts["loss/positive"] + config.negative_coef * parts["loss/negative"] + 0.3 * parts["loss/kl"]
     assert sum_of_parts.item() == pytest.approx(total.item(), abs=1e-6)
     total.backward()
     assert total.item() == pytest.approx(oracle(samples, logps, references, scores, config), abs=1e-6)
     expected = torch.tensor(oracle_gradient(samples, logps, references, scores, config), dtype=torch.float64)
     torch.testing.assert_close(logp.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_reinforce_is_the_gradient_of_reward_times_logp_over_all_tokens(make_samples):
+    """The ablation's first row: advantage="reward", normalise="joint", weight 1, no KL."""
+    samples = [dataclasses.replace(s, advantage=s.reward) for s in make_samples(4, seed=2)[1:]]
+    logp = torch.full((sum(len(s.response_tokens) for s in samples),), -1.3, requires_grad=True)
+    config = LossConfig(negative_coef=1.0, kl_coef=0.0, normalise="joint")
+    batch, counts = packing.micro_batch(samples), packing.counts(samples)
+    policy_loss(logp, logp.detach(), torch.ones_like(logp), batch, counts, config)[0].backward()
+    reward_T = torch.cat([torch.full((len(s.response_tokens),), s.reward) for s in samples])
+    torch.testing.assert_close(logp.grad, -reward_T / len(logp))
 
 
 def test_any_cut_into_micro_batches_adds_up(case):

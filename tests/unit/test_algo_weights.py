@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from oreal_kernels import backend
 
 from oreal_megatron.algo import packing, token_weighting
-from oreal_megatron.config import WeightsConfig
-from oreal_megatron.records import Sample
+from oreal_megatron.config import Config, ConfigError, RunStopped, WeightsConfig
+from oreal_megatron.records import Batch, Sample
 
 
 def sigmoid(x: float) -> float:
@@ -79,3 +79,81 @@ def test_top_share_ranks_by_the_belief():
         for belief in ("prefix_mean", "token")
     )
     assert (by_mean.tolist(), by_token.tolist()) == ([1, 0, 0, 0], [0, 0, 1, 0])
+
+
+def dealt(seed: tuple[int, ...], parts: list) -> tuple[list[float], list[float]]:
+    """Shuffled weights 0, 1, 2, ... of some micro-batches: those on correct and those on incorrect tokens."""
+    lengths = [len(part.labels) for part in parts]
+    weights = torch.arange(sum(lengths), dtype=torch.float32).split(lengths)
+    result = token_weighting.shuffle(weights, Batch(tuple(parts), packing.counts([])), seed)
+    assert [len(part) for part in result] == lengths
+    correct = torch.cat([(part.reward > 0).repeat_interleave(part.action_offsets.diff()) for part in parts])
+    flat = torch.cat(result)
+    return flat[correct].tolist(), flat[~correct].tolist()
+
+
+def test_shuffled_weights_stay_on_their_side_and_depend_on_seed_and_step():
+    parts = [micro_batch((1.0, 30), (-1.0, 20)), micro_batch((-1.0, 25)), packing.micro_batch([])]
+    right, wrong = dealt((0, 1, 0), parts)
+    assert sorted(right) == list(range(30)) and sorted(wrong) == list(range(30, 75))
+    assert right != sorted(right) and any(value >= 50 for value in wrong[:20]), "across micro-batches too"
+    assert dealt((0, 1, 0), parts) == (right, wrong)
+    assert len({tuple(dealt(seed, parts)[0]) for seed in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1))}) == 4
+
+
+RULES = """
+import torch
+
+def steps_that_are_wrong(score_T, micro_batch, config):
+    assert not score_T.requires_grad
+    incorrect_T = (micro_batch.reward < 0).repeat_interleave(micro_batch.action_offsets.diff())
+    return (~incorrect_T | (micro_batch.labels == 7)).double()
+
+def one_number(score_T, micro_batch, config): return 1.0
+def too_short(score_T, micro_batch, config): return score_T[:-1]
+def negative(score_T, micro_batch, config): return score_T * 0 - 1
+def two_arguments(score_T, micro_batch): return score_T
+number = 3
+"""
+
+
+@pytest.fixture
+def rule(tmp_path):
+    (tmp_path / "rules.py").write_text(RULES)
+    return lambda name: Config(weights=WeightsConfig(rule=f"{tmp_path}/rules.py:{name}"))
+
+
+def test_a_rule_of_a_recipe_file_weighs_the_tokens(rule):
+    config, batch = rule("steps_that_are_wrong"), micro_batch((1.0, 3), (-1.0, 4))
+    weights = token_weighting.weight_rule(config)(torch.zeros(7, requires_grad=True), batch, config)
+    assert weights.tolist() == [1, 1, 1, 0, 0, 1, 0] and weights.dtype == torch.float32
+    default = Config()
+    scores = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    weights = token_weighting.weight_rule(default)(scores, batch, default)
+    assert torch.equal(weights, token_weighting.importance(scores, batch, default.weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("two_arguments", "a function of \\(score_T, micro_batch, config\\); with these 3 arguments: too many"),
+        ("number", "rules.py has no function 'number'"),
+        ("missing", "rules.py has no function 'missing'"),
+        ("", "NAME is missing"),
+    ],
+)
+def test_a_rule_that_cannot_be_called_is_bad_input(rule, name, says):
+    with pytest.raises(ConfigError, match=says):
+        token_weighting.weight_rule(rule(name))
+    with pytest.raises(ConfigError, match="the file no.py does not exist"):
+        token_weighting.weight_rule(Config(weights=WeightsConfig(rule="no.py:rule")))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("one_number", "returned float; expected"), ("too_short", r"shape \[6\]; .* \[7\]"), ("negative", "negative")],
+)
+def test_a_rule_that_returns_no_weights_stops_the_run(rule, name, says):
+    config = rule(name)
+    with pytest.raises(RunStopped, match=says):
+        token_weighting.weight_rule(config)(torch.zeros(7), micro_batch((1.0, 3), (-1.0, 4)), config)

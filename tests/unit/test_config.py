@@ -109,8 +109,11 @@ def test_choices_are_those_that_the_code_knows():
         (["data.buckets=[[0,1]]"], "data.buckets is ((0, 1),); expected tuple of (float, float, int)"),
         (["data.buckets=[[0.5,0.5,1]]"], "data.buckets holds (0.5, 0.5, 1); expected (low, high, times)"),
         (["data.buckets=[]"], "data.buckets is empty"),
-        (["steps=12"], "optimizer.warmup_steps is 10, but only 2 updates are taken (steps - policy_freeze_steps)"),
-        (["steps=9", "policy_freeze_steps=0"], "reward_model.optimizer.warmup_steps is 10, but only 9 updates"),
+        (["steps=11", "optimizer.warmup_steps=12"], "optimizer.warmup_steps is 12, but its schedule has only 11 steps"),
+        (["steps=12", "policy_schedule=updates"],
+         "optimizer.warmup_steps is 10, but its schedule has only 2 steps (steps - policy_freeze_steps)"),
+        (["steps=9", "policy_freeze_steps=0"], "reward_model.optimizer.warmup_steps is 10, but its schedule has"),
+        (["weights.shuffle=true", "reward_model.enabled=false"], "there are no weights to permute"),
         (["supervised.path=x", "supervised.steps=9"], "supervised.optimizer.warmup_steps is 10, but only 9 updates"),
         (["optimizer.lr=1e-8"], "optimizer.min_lr is 1e-07, above optimizer.lr"),
         (["seed=-1", "gpus=-1"], "the configuration has 2 problems:\n  gpus is -1"),
@@ -125,6 +128,7 @@ def test_settings_that_cannot_be_meant_are_refused(assignments, says):
 def test_a_warm_up_as_long_as_the_run_is_accepted():
     c.validate(settings.override(c.Config(), ["steps=20", "reward_model.optimizer.warmup_steps=20"]))
     c.validate(settings.override(c.Config(), ["steps=10", "reward_model.enabled=false"]))
+    c.validate(settings.override(c.Config(), ["steps=12"]))  # the warm-up runs in the 10 frozen steps
 
 
 def test_the_reference_page_is_what_the_declarations_say():

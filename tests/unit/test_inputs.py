@@ -165,6 +165,15 @@ def test_a_key_of_0_1_0_is_read_from_a_run_folder_and_refused_on_the_command_lin
         settings.override(c.Config(), [f"{old}=1"])
 
 
+def test_a_run_of_0_1_0_continues_by_its_own_rules():
+    former = {"selection": {"keep": "all"}, "weights": {"threshold": 0.25}, "reward_model": {"enabled": True}}
+    config = settings.from_dict(former)
+    assert (config.weights.threshold_correct, config.weights.threshold_incorrect) == (0.25, 0.25)
+    rules = config.policy_schedule, config.reward_model.head_init, config.selection.keep
+    assert rules == ("updates", "normal", "mixed")
+    assert settings.from_dict({"selection": {"keep": "all"}}).selection.keep == "all"
+
+
 @pytest.mark.parametrize(
     ("path", "nearest"),
     [
@@ -183,7 +192,7 @@ def test_an_unknown_key_names_those_that_mean_it(path, nearest):
 
 
 def test_a_key_that_is_like_no_other_lists_its_section():
-    with pytest.raises(c.ConfigError, match="known are belief, rescale, .*, top_share; `oreal config` lists all"):
+    with pytest.raises(c.ConfigError, match="known are belief, rescale, .*, rule; `oreal config` lists all"):
         settings.override(c.Config(), ["weights.zzz=1"])
 
 
