@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oreal_kernels import backend
+from repository import ROOT
 
 from oreal_megatron.algo import packing, token_weighting
 from oreal_megatron.config import Config, ConfigError, RunStopped, WeightsConfig
@@ -131,6 +132,14 @@ def test_a_rule_of_a_recipe_file_weighs_the_tokens(rule):
     scores = torch.randn(7, generator=torch.Generator().manual_seed(1))
     weights = token_weighting.weight_rule(default)(scores, batch, default)
     assert torch.equal(weights, token_weighting.importance(scores, batch, default.weights))
+
+
+def test_the_rule_in_the_documentation_works(tmp_path):
+    page = (ROOT / "docs/how_to/token_weights.md").read_text()
+    (tmp_path / "rules.py").write_text(page.split("```python\n")[1].split("```")[0])
+    config = Config(weights=WeightsConfig(rule=f"{tmp_path}/rules.py:last_half"))
+    weights = token_weighting.weight_rule(config)(torch.zeros(7), micro_batch((1.0, 3), (-1.0, 4)), config)
+    assert weights.tolist() == [1, 1, 1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
