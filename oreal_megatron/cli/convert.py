@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from oreal_megatron.cli.arguments import at_least
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.convert import compare_checkpoints, stream, to_hf, to_megatron
 from oreal_megatron.convert.hf_folder import HFFolder
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_megatron_parser.add_argument("source", type=Path, metavar="HF_DIR")
     to_megatron_parser.add_argument("out", type=Path, metavar="OUT")
     for flag, unit in (("--tp", "tensor-parallel ranks"), ("--pp", "pipeline stages"), ("--vpp", "chunks per stage")):
-        to_megatron_parser.add_argument(flag, type=int, default=1, metavar="N", help=f"shard for N {unit} (default 1)")
+        to_megatron_parser.add_argument(
+            flag, type=at_least(1), default=1, metavar="N", help=f"shard for N {unit} (default 1)"
+        )
     to_hf_parser = actions.add_parser("to-hf", help="Megatron distributed checkpoint -> Hugging Face folder")
     to_hf_parser.add_argument("source", type=Path, metavar="CKPT", help="e.g. RUN/checkpoints/step_000090/policy")
     to_hf_parser.add_argument("out", type=Path, metavar="OUT")

@@ -36,9 +36,11 @@ class HFFolder:
         self.path = Path(path)
         for name in ("config.json", "tokenizer_config.json") if tokenizer else ("config.json",):
             if not (self.path / name).is_file():
-                raise ConfigError(f"{self.path} is not a Hugging Face model folder: {name} is missing")
+                hint = models_below(self.path)
+                raise ConfigError(f"{self.path} is not a Hugging Face model folder: {name} is missing{hint}")
         if not self.files:
-            raise ConfigError(f"{self.path} has no *.safetensors file; save the model as safetensors")
+            hint = models_below(self.path) or "; save the model as safetensors"
+            raise ConfigError(f"{self.path} has no *.safetensors file{hint}")
 
     @cached_property
     def config(self) -> HFConfig:
@@ -58,7 +60,21 @@ class HFFolder:
         for name in names:
             if "/" in name or not (self.path / name).is_file():
                 raise ConfigError(f"{self.path} lacks the shard {name}, which its {index.name} names")
+        self._refuse_unnamed(index, names)
         return [self.path / name for name in names]
+
+    def _refuse_unnamed(self, index: Path, names: Iterable[str]) -> None:
+        """Raise ConfigError for weights that the index does not name: readers differ in whether they load them.
+
+        transformers prefers model.safetensors to an index, and merges adapters. Mistral's consolidated.safetensors, a
+        copy in another form, is read by neither transformers nor vLLM.
+        """
+        others = {path.name for path in self.path.glob("*.safetensors")} - set(names)
+        if unnamed := sorted(name for name in others if not name.startswith("consolidated")):
+            raise ConfigError(
+                f"{self.path} holds {', '.join(unnamed)}, which {index.name} does not name; remove what does not "
+                "belong to the model, or the index if it is of another save"
+            )
 
     @cached_property
     def files(self) -> dict[str, SafetensorsFile]:
@@ -109,6 +125,14 @@ class HFFolder:
                     file.seek(start)
                     digest.update(f"{path.name} {size}".encode() + file.read(FINGERPRINT_BYTES))
         return digest.hexdigest()
+
+
+def models_below(path: Path) -> str:
+    """Return the end of a message that names the models in a run folder or a checkpoint of a run, "" without any."""
+    newest = sorted(path.glob("checkpoints/step_*[0-9]"))[-1:]
+    folders = (folder / name for folder in (path, *newest) for name in ("policy", "reward_model", "best"))
+    models = [str(folder) for folder in folders if any(folder.glob("*.json"))]
+    return f"; a model in it is {' or '.join(models)}" if models else ""
 
 
 def copy_side_files(source: Path, target: Path, config: HFConfig) -> None:

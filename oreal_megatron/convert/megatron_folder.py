@@ -43,6 +43,8 @@ class MegatronFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not (self.path / "metadata.json").is_file() and (models := hf_folder.models_below(self.path)):
+            raise ConfigError(f"{path} is not a Megatron distributed checkpoint{models}")
         self.reader = torch_dist.TorchDistReader(self.path)
         if not (self.path / HF_SUBFOLDER / "config.json").is_file():
             raise ConfigError(

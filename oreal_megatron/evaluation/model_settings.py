@@ -24,6 +24,7 @@ def config_for(model: str, assignments: list[str]) -> Config:
     if ".py:" in model or model.endswith(".py"):
         config = settings.from_recipe(model)
     else:
+        _require_model(Path(model))
         base = _run_config(Path(model)) or _folder_config(Path(model))
         config = dataclasses.replace(base, model=_model_config(Path(model)))
     # The trainer's layout does not matter here: every GPU the engine does not need runs another replica.
@@ -64,6 +65,14 @@ def with_kv_cache(config: Config) -> Config:
         print(f"engine.kv_cache_gib={cache:.1f}: {free:.1f} GiB free on each GPU, less {weights:.1f} for weights and "
               f"{MARGIN_GIB:g} for activations", flush=True)  # fmt: skip
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, kv_cache_gib=cache))
+
+
+def _require_model(model: Path) -> None:
+    """Raise ConfigError where there is no model, before a suite is looked for on the network."""
+    if not model.is_dir():
+        raise ConfigError(f"{model} is not a folder; name a Hugging Face folder, a checkpoint of a run or a recipe")
+    if not (is_checkpoint(model) or is_checkpoint(model / "policy")):
+        HFFolder(model)
 
 
 def is_checkpoint(folder: Path) -> bool:

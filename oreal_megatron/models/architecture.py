@@ -46,6 +46,13 @@ class Architecture:
 
     def check_layout(self, tensor: int, pipeline: int, virtual: int = 1) -> None:
         """Raise ConfigError for a layout that Megatron or the weight mapping cannot split evenly."""
+        for key, flag, size in (
+            ("tensor", "--tp", tensor),
+            ("pipeline", "--pp", pipeline),
+            ("virtual", "--vpp", virtual),
+        ):
+            if size < 1:
+                raise ConfigError(f"parallel.{key} ({flag} of `oreal convert`) is {size}; expected at least 1")
         for unit, amount, parts, key, flag in (
             ("attention heads", self.heads, tensor, "tensor", "--tp"),
             ("feed-forward units", self.ffn, tensor, "tensor", "--tp"),

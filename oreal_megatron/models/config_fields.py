@@ -6,6 +6,7 @@ is not null is rejected by name: a converter that skips unknown fields writes wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,8 +30,13 @@ HARMLESS = frozenset(
     "keys_to_ignore_at_inference use_bfloat16 max_window_layers cache_implementation output_router_logits "
     "router_aux_loss_coef".split()
 )
-POSITIVE_INTEGERS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                     "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
+REQUIRED_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                  "num_key_value_heads", "vocab_size", "max_position_embeddings")  # fmt: skip
+# Types of the fields that are read, where they are there.
+POSITIVE_INTEGERS = (*REQUIRED_SIZES, "head_dim", "sliding_window", "moe_intermediate_size", "num_experts",
+                     "num_local_experts", "num_experts_per_tok", "num_labels")  # fmt: skip
+POSITIVE_NUMBERS = ("rms_norm_eps",)
+SWITCHES = ("tie_word_embeddings", "qkv_bias", "norm_topk_prob")
 NEUTRAL: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -55,6 +61,7 @@ NEUTRAL: dict[str, Any] = {
 
 def check(hf: HFConfig, read: Iterable[str] = ()) -> None:
     """Raise ConfigError for a field that neither the family (`read`) nor this module knows."""
+    check_types(hf)
     for key, value in hf.items():
         if value is None or key.startswith("_") or key in READ or key in HARMLESS or key in read:
             continue
@@ -65,10 +72,24 @@ def check(hf: HFConfig, read: Iterable[str] = ()) -> None:
             )
         if value != NEUTRAL[key]:
             raise ConfigError(f"config.json has {key} = {value!r}; only {NEUTRAL[key]!r} is supported")
-    if set(hf.get("layer_types") or ()) - {"full_attention"}:
-        raise ConfigError(f"config.json has layer_types {sorted(set(hf['layer_types']))}; supported: full_attention")
+    layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ConfigError(f"config.json has layer_types = {layer_types!r:.200}; supported: full_attention")
     if is_reward_model(hf) and hf.get("num_labels", len(hf.get("id2label") or "01")) != 1:
         raise ConfigError("config.json has several labels; a token-level reward model needs num_labels 1")
+
+
+def check_types(hf: HFConfig) -> None:
+    """Raise ConfigError for a field that is read and holds another type, or a size below 1."""
+    for key in POSITIVE_INTEGERS:
+        if hf.get(key) is not None and (type(hf[key]) is not int or hf[key] < 1):
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; expected an integer above 0")
+    for key in POSITIVE_NUMBERS:
+        if hf.get(key) is not None and (type(hf[key]) not in (int, float) or not 0 < hf[key] < math.inf):
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; expected a number above 0")
+    for key in SWITCHES:
+        if hf.get(key) is not None and type(hf[key]) is not bool:
+            raise ConfigError(f"config.json has {key} = {hf[key]!r}; expected true or false")
 
 
 def is_reward_model(hf: HFConfig) -> bool:
@@ -89,22 +110,32 @@ def require(hf: HFConfig, key: str) -> Any:
     return hf[key]
 
 
-def decoder(hf: HFConfig) -> ArchitectureFields:
-    """Return the fields of Architecture that all families name alike; KeyError where one is missing."""
-    for key in POSITIVE_INTEGERS:
-        if not isinstance(require(hf, key), int) or hf[key] < 1:
-            raise ConfigError(f"config.json has {key} = {hf[key]!r}; expected an integer above 0")
-    heads = hf["num_attention_heads"]
+def decoder(hf: HFConfig, default_theta: float = 10000.0, default_epsilon: float = 1e-6) -> ArchitectureFields:
+    """Return the fields of Architecture that all families name alike; KeyError where one is missing.
+
+    Defaults are those of transformers for a family whose config.json lacks rope_theta or rms_norm_eps.
+    """
+    for key in REQUIRED_SIZES:
+        require(hf, key)
+    check_types(hf)
+    heads, groups = hf["num_attention_heads"], hf["num_key_value_heads"]
+    if heads % groups:
+        raise ConfigError(
+            f"config.json has {heads} attention heads, which {groups} key-value heads cannot share evenly"
+        )
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    if head_dim < 2 or head_dim % 2:
+        raise ConfigError(f"config.json has a head_dim of {head_dim}; rotary embeddings need an even number")
     return dict(
         layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
         ffn=hf["intermediate_size"],
         heads=heads,
-        kv_groups=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        kv_groups=groups,
+        head_dim=head_dim,
         vocab=hf["vocab_size"],
         max_positions=hf["max_position_embeddings"],
-        rope=rope.read(hf),
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        rope=rope.read(hf, default_theta),
+        norm_epsilon=default_epsilon if hf.get("rms_norm_eps") is None else hf["rms_norm_eps"],
         tied=bool(hf.get("tie_word_embeddings", False)),
     )

@@ -11,12 +11,11 @@ NAMES = TensorNames(
     gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
     down="block_sparse_moe.experts.{}.w2",
 )
-DEFAULTS = {"rope_theta": 1e6, "rms_norm_eps": 1e-5}  # transformers' defaults where config.json lacks a field
 
 
 def read(hf: HFConfig) -> ArchitectureFields:
     """Return the fields of Architecture from a Mixtral config.json; the weights of a token's experts add up to one."""
     config_fields.check(hf, read=["sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok"])
-    arch = config_fields.decoder(DEFAULTS | hf)
+    arch = config_fields.decoder(hf, default_theta=1e6, default_epsilon=1e-5)
     mistral.check_window(hf.get("sliding_window"), arch["max_positions"])
     return arch | dict(experts=expert_fields.read(hf, normalised=True), names=NAMES)

@@ -52,19 +52,62 @@ class Rope:
         return (1 - unscaled) * plain / self.factor + unscaled * plain
 
 
-def read(hf: Mapping[str, Any]) -> Rope:
-    """Read the rotary embedding of a config.json, in transformers' current form (rope_parameters) or the older one."""
-    fields = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    old_kind = fields.pop("type", "default")
-    kind = fields.pop("rope_type", old_kind)
-    theta = float(fields.pop("rope_theta", hf.get("rope_theta") or 10000.0))
+def read(hf: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
+    """Read the rotary embedding of a config.json, in transformers' current form (rope_parameters) or the older one.
+
+    Raises ConfigError where the two forms are there and disagree: readers differ in which of them they follow.
+    """
+    forms = {key: _form(key, hf[key]) for key in ("rope_parameters", "rope_scaling") if hf.get(key)}
+    kinds = {key: (kind, fields) for key, (kind, fields, _) in forms.items()}
+    thetas = {f"{key}.rope_theta": theta for key, (_, _, theta) in forms.items() if theta is not None}
+    if hf.get("rope_theta") is not None:
+        thetas["rope_theta"] = hf["rope_theta"]
+    for values in (kinds, thetas):
+        if len(values) > 1 and any(value != next(iter(values.values())) for value in values.values()):
+            listed = " and ".join(f"{key} = {_value_at(hf, key)!r}" for key in values)
+            raise ConfigError(f"config.json has {listed}, which disagree; remove the wrong one")
+    for key, theta in thetas.items():
+        _require_positive(key, theta)
+    kind, fields = next(iter(kinds.values()), ("default", {}))
+    return Rope(float(next(iter(thetas.values()), default_theta)), kind, **_scaling(kind, dict(fields)))
+
+
+def _form(key: str, value: Any) -> tuple[str, dict[str, Any], Any]:
+    """Return kind, further fields and theta of one form; fields that are null count as absent."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"config.json has {key} = {value!r}; expected an object or null")
+    fields = {name: field for name, field in value.items() if field is not None}
+    old_kind = fields.pop("type", None)
+    kind = fields.pop("rope_type", old_kind or "default")
+    if old_kind not in (None, kind):
+        raise ConfigError(f"config.json has {key} with type {old_kind!r} and rope_type {kind!r}; remove the wrong one")
+    theta = fields.pop("rope_theta", None)
+    if fields.get("partial_rotary_factor") == 1.0:
+        del fields["partial_rotary_factor"]
+    return kind, fields, theta
+
+
+def _scaling(kind: str, fields: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a kind of scaling; ConfigError for those that are missing, unknown or out of range."""
     if kind not in FIELDS:
         raise ConfigError(f"rope type {kind!r} in config.json is not supported; supported are {', '.join(FIELDS)}")
     if missing := [name for name in FIELDS[kind] if name not in fields]:
         raise ConfigError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")
-    values = {name: fields.pop(name) for name in FIELDS[kind]}
-    if fields.get("partial_rotary_factor", 1.0) == 1.0:
-        fields.pop("partial_rotary_factor", None)
-    if unknown := [name for name, value in fields.items() if value is not None]:
+    if unknown := [name for name in fields if name not in FIELDS[kind]]:
         raise ConfigError(f"rope type {kind!r} in config.json has {', '.join(unknown)}, which is not supported")
-    return Rope(theta, kind, **values)
+    for name, value in fields.items():
+        _require_positive(f"{name} of rope type {kind!r}", value)
+    if kind == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
+        raise ConfigError("config.json has a high_freq_factor that is not above its low_freq_factor")
+    return fields
+
+
+def _require_positive(name: str, value: Any) -> None:
+    """Raise ConfigError unless the value is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"config.json has {name} = {value!r}; expected a number above 0")
+
+
+def _value_at(hf: Mapping[str, Any], path: str) -> Any:
+    key, _, inner = path.partition(".")
+    return hf[key][inner] if inner else hf[key]

@@ -373,3 +373,41 @@ def test_reading_stays_a_bounded_number_of_bytes_ahead_and_hands_errors_on():
             taken.append(number)
             assert len(produced) - len(taken) <= 6
     assert taken == list(range(100)) and max(produced) == 99
+
+
+@pytest.mark.parametrize(
+    "surplus", ["model.safetensors", "adapter_model.safetensors", "model-00003-of-00003.safetensors"]
+)
+def test_weights_that_no_index_names_are_refused(surplus, tmp_path, capsys):
+    folder = make(tmp_path / "hf")
+    tensors_of_file = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors_of_file, "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors_of_file, folder / "consolidated.safetensors")  # Mistral's copy, which no reader of folders loads
+    forth(folder, tmp_path / "accepted")
+    save_file({"x": torch.ones(1)}, folder / surplus)
+    assert main(["convert", "to-megatron", str(folder), str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert f"holds {surplus}, which model.safetensors.index.json does not name" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("--tp", "0"), ("--pp", "0"), ("--vpp", "0"), ("--tp", "-2"), ("--vpp", "1.5")])
+def test_a_layout_below_one_is_refused_by_the_command(words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["convert", "to-megatron", str(make(tmp_path / "hf")), str(tmp_path / "out"), *words])
+    assert leaving.value.code == 2 and f"argument {words[0]}: expected a whole number" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_or_of_its_checkpoint_names_the_models_in_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    step = run / "checkpoints/step_000004"
+    for model in ("policy", "reward_model"):
+        forth(make(tmp_path / f"hf_{model}"), step / model)
+    (run / "config.json").write_text("{}")
+    back(step / "policy", run / "policy")
+    for folder, models in ((step, f"{step}/policy or {step}/reward_model"), (run, f"{run}/policy or {step}/policy")):
+        for action in ("to-hf", "to-megatron"):
+            assert main(["convert", action, str(folder), str(tmp_path / "out")]) == 2
+            assert f"a model in it is {models}" in capsys.readouterr().err
