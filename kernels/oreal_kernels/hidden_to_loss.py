@@ -178,13 +178,15 @@ def linear_oreal_loss(
         The loss (fp32 scalar, differentiable), its sums and the log-probs.
 
     Raises:
-        ValueError: shapes do not fit, temperature is not above 0, vocab_start without vocab_size.
+        ValueError: shapes do not fit, temperature is not above 0, vocab_start without vocab_size, or the offsets of
+            `terms` do not rise from 0 to N (on a GPU at a later call).
         TypeError: labels are not integers, or hidden and weight differ in dtype.
         RuntimeError: a label lies outside the vocabulary, or the loss's gradient is not loss_scale (both on a GPU at a
             later call); with main_grad and loss_scale also for a second backward, or within an activation checkpoint.
     """
     ranks = collective.size(group) if sequence_parallel else 1
     hidden, weight, labels = check_inputs(hidden, weight, labels, rows, ranks)
+    terms.check(len(labels))
     if len(terms.weight) != len(labels):
         raise ValueError(
             f"terms are for {len(terms.weight)} tokens and labels for {len(labels)}; expected equally many"

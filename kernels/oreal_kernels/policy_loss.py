@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, native, triton_launch
+from oreal_kernels import backend, input_checks, native, triton_launch
 from oreal_kernels.scores_to_weights import sequence_of_token
 
 KL_KINDS = {"k1": 1, "k1_reversed": -1, "k2": 2, "k3": 3}
@@ -57,6 +57,17 @@ class LossTerms:
             self.negative_coef / max(self.incorrect_tokens, 1),
             self.kl_coef / max(self.action_tokens, 1),
         )
+
+    def check(self, tokens: int) -> None:
+        """Raise ValueError where shapes do not fit the action tokens, or cu_seqlens does not rise from 0 to them."""
+        sequences = input_checks.check_offsets(self.cu_seqlens, tokens)
+        for name, length in (
+            ("reference_logp", tokens),
+            ("weight", tokens),
+            ("reward", sequences),
+            ("advantage", sequences),
+        ):
+            input_checks.check_length(name, getattr(self, name), length)
 
     def contiguous(self) -> LossTerms:
         """Return the terms as kernels read them: contiguous, cu_seqlens int64, other tensors fp32 (or fp64)."""
@@ -203,6 +214,7 @@ def oreal_loss(logp: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
         The loss (fp32 scalar) and its sums [8] (fp64, detached, named by SUMS).
 
     Raises:
-        ValueError: shapes do not fit, or cu_seqlens does not rise from 0 to T (checked by the native library only).
+        ValueError: shapes do not fit, or cu_seqlens does not rise from 0 to T (on a GPU at a later call).
     """
+    terms.check(len(logp))
     return _OrealLoss.apply(logp, terms)

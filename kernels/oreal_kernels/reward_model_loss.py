@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oreal_kernels import input_checks
 from oreal_kernels.scores_to_weights import sequence_of_token, token_weights
 
 
@@ -59,6 +60,7 @@ def reward_loss(scores: Tensor, cu_seqlens: Tensor, reward: Tensor, sequences: i
         detached).
 
     Raises:
-        ValueError: shapes do not fit, or cu_seqlens does not rise from 0 to T (checked by the native library only).
+        ValueError: shapes do not fit, or cu_seqlens does not rise from 0 to T (on a GPU at a later call).
     """
+    input_checks.check_length("reward", reward, input_checks.check_offsets(cu_seqlens, len(scores)))
     return _RewardLoss.apply(scores, cu_seqlens, reward, sequences)

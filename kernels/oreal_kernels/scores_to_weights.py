@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oreal_kernels import backend, native, triton_launch
+from oreal_kernels import backend, input_checks, native, triton_launch
 
 BELIEFS = ("prefix_mean", "token")
 
@@ -94,11 +94,12 @@ def token_weights(
 
     Raises:
         ValueError: a threshold is not below 1, belief is unknown, shapes do not fit or cu_seqlens does not rise from 0
-            to T (the last two are checked by the native library only).
+            to T (on a GPU at a later call).
     """
     native.check_thresholds(thresholds)
     if belief not in BELIEFS:
         raise ValueError(f"belief is {belief!r}; expected one of {', '.join(BELIEFS)}")
+    input_checks.check_length("correct", correct, input_checks.check_offsets(cu_seqlens, len(scores)))
     scores, cu_seqlens, correct = scores.detach().contiguous(), cu_seqlens.long().contiguous(), correct.contiguous()
     served_by = backend.choose(scores)
     if served_by == "native":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_kernels import backend, chunk_plan, collective, gemm, triton_launch
+from oreal_kernels import backend, chunk_plan, collective, gemm, input_checks, triton_launch
 from oreal_kernels.combine import Combined, combine
 from oreal_kernels.linear_statistics import linear_statistics
 from oreal_kernels.row_gradient import row_gradient
@@ -140,10 +141,17 @@ def row_chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 def inverse_temperatures(temperature: float | Tensor, rows: int, device: torch.device) -> Tensor:
-    """Return 1 / temperature as [rows] fp32, from one number or one per row; ValueError for a number of 0 or below."""
+    """Return 1 / temperature as [rows] fp32, from one number or one per row.
+
+    Raises ValueError for a temperature that is not a finite number above 0 (in a tensor on a GPU at a later call).
+    """
     if isinstance(temperature, Tensor):
+        if temperature.shape not in ((), (1,), (rows,)):
+            raise ValueError(f"temperature has shape {list(temperature.shape)}; expected one number or [{rows}]")
+        positive = ((temperature > 0) & temperature.isfinite()).all()
+        input_checks.require(positive, "a temperature is not above 0 and finite; the logits are divided by it")
         return temperature.to(device, torch.float64).reciprocal().float().expand(rows).contiguous()
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a number above 0, which the logits are divided by")
     return torch.full((rows,), 1 / temperature, dtype=torch.float32, device=device)
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     command_line = parser(command)
     arguments.complete(command_line)
     args = command_line.parse_args(argv)
-    if args.processes and "LOCAL_RANK" not in os.environ:
+    if args.processes and "TORCHELASTIC_RUN_ID" not in os.environ:
         from oreal_megatron.runtime.launcher import launch  # imports torch, which takes seconds
 
         return launch(args, argv[argv.index(args.command) :])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
+import socket
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Protocol
 
@@ -18,6 +23,9 @@ from oreal_megatron.models import flops
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import PackingSpec
 
+log = logging.getLogger(__name__)
+WAIT_S = 15.0  # until a process says that it waits for the others
+
 
 class ClosableEngine(Protocol):
     """An engine that can be shut down."""
@@ -29,23 +37,60 @@ class ClosableEngine(Protocol):
 
 def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
     """Join torchrun's process group (gloo on CPU, NCCL and gloo on GPUs); without torchrun, a group of one."""
-    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
-    if os.environ.get("MASTER_PORT", "0") == "0" and os.environ["WORLD_SIZE"] != "1":
-        raise ConfigError(
-            "MASTER_PORT is 0, so the processes would wait for each other forever; start them with "
-            "torchrun --standalone on one machine, or give a free port with --master-port"
-        )
-    os.environ.setdefault("MASTER_PORT", "0")
+    if os.environ["WORLD_SIZE"] == "1":  # a process alone meets itself; the address may be left over from another job
+        os.environ.update(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    else:
+        _check_address()
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    with _announced_wait():
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         backend, store=dist.PrefixStore(_restart_prefix(), store), rank=rank, world_size=world, timeout=timeout
     )
+
+
+def _check_address() -> None:
+    """Raise ConfigError for a meeting point at which the processes would wait for each other forever."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    fix = "start the processes with `oreal --processes N`, or with torchrun"
+    if port == "0":
+        raise ConfigError(
+            f"MASTER_PORT is 0, so the processes would wait for each other forever; {fix} --standalone on one machine, "
+            "or give a free port with --master-port"
+        )
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but MASTER_ADDR is {address!r}, which does not resolve "
+            f"({error}). If it is left over from another job, unset WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT and "
+            f"{fix}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _announced_wait() -> Iterator[None]:
+    """Say what this process waits for if its peers do not come within WAIT_S."""
+    timer = threading.Timer(
+        WAIT_S,
+        lambda: log.warning(
+            "still waiting for %s processes at MASTER_ADDR=%s MASTER_PORT=%s; if these are left over from another job, "
+            "unset them and WORLD_SIZE",
+            *(os.environ.get(key) for key in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _restart_prefix() -> str:

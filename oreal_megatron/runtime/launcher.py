@@ -86,7 +86,7 @@ def torchrun(args: argparse.Namespace, folder: str) -> list[str]:
     if args.rendezvous:
         words += ["--nnodes", str(args.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", args.rendezvous]
     else:
-        words += ["--standalone"]
+        words += ["--standalone", "--local-addr", "127.0.0.1"]  # the machine's own name may not resolve
     if args.logs:  # every process writes its own file; that of the node's first one is shown as well
         return [*words, "--log-dir", args.logs, "--redirects", "3", "--tee", "0:3"]
     return [*words, "--log-dir", folder]
