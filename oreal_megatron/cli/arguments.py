@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from oreal_megatron.config import Config
 from oreal_megatron.config.schema import config_keys
+
+SHARED = ("train", "sft", "evaluate", "replay", "reward-model")  # commands whose work several processes share
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -19,6 +22,29 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def output_file(text: str) -> Path:
+    """Return an argparse type for a file that will be written; refused before anything is computed."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} of {path.name} does not exist; create it first")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()  # permissions alone say little, to root for example
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); choose another name") from None
+    if is_new:
+        path.unlink()
+    return path
+
+
+def works_alone(args: argparse.Namespace) -> bool:
+    """Return whether several processes were asked for that the command could not share its work with."""
+    started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return args.command not in SHARED and (args.processes or started) > 1
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,7 @@ from oreal_megatron.convert.megatron_folder import MegatronFolder
 from oreal_megatron.observe.progress import Bar
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DONE, DIFFERENT = 0, 1  # exit codes
-MEGABYTE = 10**6
+DONE, DIFFERENT, MEGABYTE = 0, 1, 10**6  # two exit codes, and bytes
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -31,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_megatron_parser.add_argument("source", type=Path, metavar="HF_DIR")
     to_megatron_parser.add_argument("out", type=Path, metavar="OUT")
     for flag, unit in (("--tp", "tensor-parallel ranks"), ("--pp", "pipeline stages"), ("--vpp", "chunks per stage")):
-        to_megatron_parser.add_argument(
-            flag, type=at_least(1), default=1, metavar="N", help=f"shard for N {unit} (default 1)"
-        )
+        to_megatron_parser.add_argument(flag, type=at_least(1), default=1, metavar="N", help=f"N {unit} (default 1)")
     to_hf_parser = actions.add_parser("to-hf", help="Megatron distributed checkpoint -> Hugging Face folder")
     to_hf_parser.add_argument("source", type=Path, metavar="CKPT", help="e.g. RUN/checkpoints/step_000090/policy")
     to_hf_parser.add_argument("out", type=Path, metavar="OUT")

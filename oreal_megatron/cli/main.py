@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     command_line = parser(command)
     arguments.complete(command_line)
     args = command_line.parse_args(argv)
+    if arguments.works_alone(args):
+        print(f"oreal: {args.command} works in one process; start it without --processes or torchrun", file=sys.stderr)
+        return BAD_INPUT
     if args.processes and "TORCHELASTIC_RUN_ID" not in os.environ:
         from oreal_megatron.runtime.launcher import launch  # imports torch, which takes seconds
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from pathlib import Path
 
 from rich.console import Console
 
 from oreal_megatron import settings
+from oreal_megatron.cli.arguments import at_least, output_file
 from oreal_megatron.config import ConfigError
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, rollout_report, search
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("recipe", help="FILE.py:FUNCTION, which returns a Config; FILE.py alone if it holds one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. parallel.pipeline=2")
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in total; default: those of the recipe")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")
+    parser.add_argument("--gpus", type=at_least(1), metavar="N", help="GPUs in total; default: those of the recipe")
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--gpu", default="h100-80g", metavar="KIND", help=f"{', '.join(gpus.GPUS)}; default %(default)s"
     )
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="simulate policies for the long tail of response lengths; RUN: with the lengths of that run's rollouts",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory of each phase")
-    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw the replicas' work of --rollouts")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the memory of each phase")
+    parser.add_argument("--timeline", type=output_file, metavar="FILE", help="draw the replicas' work of --rollouts")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,14 +7,15 @@ import json
 import time
 from pathlib import Path
 
+from oreal_megatron.cli.arguments import output_file
 from oreal_megatron.observe import run_report, speed_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the learning curves (PNG)")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the first run's summary (JSON)")
+    parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the learning curves (PNG)")
+    parser.add_argument("--summary", type=output_file, metavar="FILE", help="write the first run's summary (JSON)")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # Unix time, for examples/quickstart.sh
 
 

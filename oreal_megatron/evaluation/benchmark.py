@@ -71,6 +71,7 @@ def run_benchmark(
     """
     if len({Path(name).stem for name in suite_files}) < len(suite_files):
         raise ConfigError(f"two of the suites {', '.join(suite_files)} have one name; their responses would be mixed")
+    files.make_folder(out, "--out")
     with Session(dataclasses.replace(config, run=str(out))) as session:
         config = with_kv_cache(with_weights(config, model, out))
         inputs = read_inputs(config)

@@ -28,8 +28,15 @@ class RunRecord:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of all steps."""
-        return sum(row["seconds/step"] for row in self.metrics)
+        """Wall-clock seconds of all steps; 0 where they were not measured, as in supervised runs."""
+        return sum(row.get("seconds/step", 0.0) for row in self.metrics)
+
+    @property
+    def reward_model(self) -> str:
+        """Use of the reward model in words; a run without rollouts was supervised."""
+        if self.metrics and not any("reward/pass_rate" in row for row in self.metrics):
+            return "none, supervised"
+        return "yes" if self.config["reward_model"]["enabled"] else "no"
 
 
 def read_run(path: Path) -> RunRecord:
@@ -72,9 +79,9 @@ def print_table(records: Sequence[RunRecord]) -> None:
         settings = [
             record.name,
             str(record.config["seed"]),
-            "yes" if record.config["reward_model"]["enabled"] else "no",
+            record.reward_model,
         ]
-        length = [str(len(record.metrics)), f"{record.seconds:.0f}"]
+        length = [str(len(record.metrics)), f"{record.seconds:.0f}" if record.seconds else ""]
         if not record.evaluations:
             table.add_row(*settings, "not evaluated", "", "", "", *length)
             continue
@@ -100,8 +107,9 @@ def draw(records: Sequence[RunRecord], path: Path) -> None:
         if _is_sampled(record):
             accuracies = [row["sampled_accuracy"] for row in record.evaluations]
             held_out.plot(steps, accuracies, linestyle="--", marker=".", color=line.get_color())
-        rates = [row["reward/pass_rate"] for row in record.metrics]
-        sampled.plot([row["step"] for row in record.metrics], rates, linewidth=0.9, color=line.get_color())
+        rows = [row for row in record.metrics if "reward/pass_rate" in row]
+        rates = [row["reward/pass_rate"] for row in rows]
+        sampled.plot([row["step"] for row in rows], rates, linewidth=0.9, color=line.get_color())
     held_out.set(
         title="held-out accuracy (greedy, 95 % band; dashed: samples)",
         xlabel="step",

@@ -34,9 +34,9 @@ DEFINITIONS = {
 
 
 def summary(record: RunRecord) -> dict[str, Any]:
-    """Return the speed of a run as JSON values; absent: not measured. {} if no step was logged."""
+    """Return the speed of a run as JSON values; absent: not measured. {} if no step was timed."""
     rows = _counted_rows(record)
-    if not rows:
+    if not any("seconds/step" in row for row in rows):
         return {}
     step = _mean_seconds(rows, "step")
     phases = {name: _phase(rows, name, step) for name in PHASES if any(f"seconds/{name}" in row for row in rows)}

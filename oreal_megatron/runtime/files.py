@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,18 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 RETRY_S = 10.0  # pause between attempts on a full disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def make_folder(path: Path, setting: str) -> None:
+    """Create a folder and check that a file can be written in it; ConfigError names the setting where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} names {path}, which cannot be written to ({error.strerror}); choose another"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed
 from oreal_megatron.plan import gpus
-from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
+from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
@@ -42,6 +42,7 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     folder = Path(config.run) / "checkpoints"
     fingerprints = inputs.fingerprints()
     check_resumable(resume, folder, fingerprints)
+    files.make_folder(Path(config.run), "run")
     with Session(config) as session:
         names = ["policy", "reward_model"] if config.reward_model.enabled else ["policy"]
         checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None

@@ -17,7 +17,7 @@ from oreal_megatron.observe.rows import append_row
 from oreal_megatron.observe.run_folder import RunFolder, refuse_existing
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
-from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
@@ -58,6 +58,7 @@ def fine_tune(config: Config) -> int:
     if config.supervised.evaluate_every and not held_out:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
     refuse_existing(config)
+    files.make_folder(Path(config.run), "run")
     return _run(inputs, Sampler(demonstrations, config.supervised.samples_per_step, config.seed), held_out)
 
 

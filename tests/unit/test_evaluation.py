@@ -82,3 +82,18 @@ def test_the_best_policy_is_better_than_all_before(tmp_path):
         run.metrics.log_evaluation(step, {"accuracy": accuracy})
         seen.append(run.metrics.is_best(step, "accuracy"))
     assert seen == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("seconds", [{}, {"seconds/step": 2.0}])
+def test_a_supervised_run_is_reported_in_a_table(tmp_path, capsys, seconds):
+    run = tmp_path / "sft"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"seed": 3, "reward_model": {"enabled": True}}))
+    (run / "environment.json").write_text("{}")
+    rows = [{"step": step, "loss/total": 3.0 - step, "policy/gradient_norm": 1.0} | seconds for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main.main(["report", str(run), "--picture", str(tmp_path / "curve.png")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "supervised" in printed and "not evaluated" in printed
+    assert main.main(["report", str(run), "--summary", str(tmp_path / "summary.json")]) == 2
+    assert "has no held-out evaluation" in capsys.readouterr().err

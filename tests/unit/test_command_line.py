@@ -1,0 +1,44 @@
+"""Command lines that cannot be meant: exit code 2 and a sentence, before anything is computed."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from oreal_megatron.cli import arguments
+from oreal_megatron.cli.arguments import SHARED
+from oreal_megatron.cli.main import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("started_by", ["--processes", "torchrun", "torchrun of one", "a scheduler"])
+def test_a_command_that_works_alone_is_refused_in_several_processes(command, started_by, monkeypatch):
+    if started_by.startswith("torchrun"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1" if started_by == "torchrun of one" else "2")
+    args = argparse.Namespace(command=command, processes=2 if started_by == "--processes" else None)
+    several = started_by in ("--processes", "torchrun")
+    assert arguments.works_alone(args) == (several and command not in SHARED)
+
+
+def test_the_refusal_is_a_sentence(capsys):
+    assert main(["--processes", "2", "verify", "a.jsonl", "b.jsonl"]) == 2
+    assert "verify works in one process; start it without --processes" in capsys.readouterr().err
+
+
+def test_the_commands_that_share_work_exist():
+    assert set(SHARED) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("option", ["--picture", "--summary"])
+def test_an_output_that_cannot_be_written_is_refused_first(option, tmp_path, capsys):
+    for name, says in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "x", "does not exist"),
+        ("/proc/x.json", "/proc/x.json"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            main(["report", "nowhere", option, str(name)])
+        assert leaving.value.code == 2 and says in capsys.readouterr().err
+    assert arguments.output_file(str(tmp_path / "x")) == tmp_path / "x"
