@@ -24,9 +24,9 @@ def config_for(model: str, assignments: list[str]) -> Config:
     if ".py:" in model or model.endswith(".py"):
         config = settings.from_recipe(model)
     else:
-        _require_model(Path(model))
         base = _run_config(Path(model)) or _folder_config(Path(model))
         config = dataclasses.replace(base, model=_model_config(Path(model)))
+        _require_model(Path(model))
     # The trainer's layout does not matter here: every GPU the engine does not need runs another replica.
     return settings.override(dataclasses.replace(config, parallel=ParallelConfig(), offload=False), assignments)
 

@@ -87,7 +87,7 @@ def _form(key: str, value: Any) -> tuple[str, dict[str, Any], Any]:
     return kind, fields, theta
 
 
-def _scaling(kind: str, fields: dict[str, Any]) -> dict[str, float]:
+def _scaling(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a kind of scaling; ConfigError for those that are missing, unknown or out of range."""
     if kind not in FIELDS:
         raise ConfigError(f"rope type {kind!r} in config.json is not supported; supported are {', '.join(FIELDS)}")
