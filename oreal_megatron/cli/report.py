@@ -1,4 +1,4 @@
-"""`oreal report RUN ...`: speed and held-out accuracy of runs, as tables and a learning curve."""
+"""`oreal report RUN ...`: speed and accuracy of runs as tables; pictures of learning and of the reward model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import time
 from pathlib import Path
 
 from oreal_megatron.cli.arguments import output_file
-from oreal_megatron.observe import run_report, speed_report
+from oreal_megatron.evaluation import calibration_picture
+from oreal_megatron.observe import run_report, speed_report, token_heat_map
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the learning curves (PNG)")
+    parser.add_argument(
+        "--calibration", type=output_file, metavar="FILE", help="draw the reward model's calibration (PNG)"
+    )
+    parser.add_argument(
+        "--heat-map", type=output_file, metavar="FILE", help="draw two rollouts coloured by token weight and score (PNG)"
+    )
     parser.add_argument("--summary", type=output_file, metavar="FILE", help="write the first run's summary (JSON)")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # Unix time, for examples/quickstart.sh
 
@@ -29,6 +36,15 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         run_report.draw(records, args.picture)
         print(f"learning curve: {args.picture}")
+    if args.calibration:
+        calibration_picture.draw(args.runs[0], args.calibration)
+        print(f"calibration of {args.runs[0]}: {args.calibration}")
+    if args.heat_map:
+        from oreal_megatron.data import problems  # imports transformers, which takes seconds
+
+        tokenizer = problems.load_tokenizer(records[0].config["model"]["path"])
+        description = token_heat_map.draw(args.runs[0], args.heat_map, lambda token: tokenizer.decode([token]))
+        print(f"token heat map of {args.runs[0]}, {description}: {args.heat_map}")
     if args.summary:
         seconds = time.time() - args.started if args.started else records[0].seconds
         result = run_report.summary(records[0]) | {"seconds": round(seconds, 1), "speed": speeds[0]}

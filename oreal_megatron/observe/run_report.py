@@ -33,9 +33,9 @@ class RunRecord:
 
     @property
     def reward_model(self) -> str:
-        """Use of the reward model in words; a run without rollouts was supervised."""
+        """Use of the reward model in words; a run without rollouts was supervised, or trained the reward model."""
         if self.metrics and not any("reward/pass_rate" in row for row in self.metrics):
-            return "none, supervised"
+            return "alone" if "loss/reward_model" in self.metrics[0] else "none, supervised"
         return "yes" if self.config["reward_model"]["enabled"] else "no"
 
 
@@ -49,7 +49,7 @@ def read_run(path: Path) -> RunRecord:
         files.read_object(path / "config.json"),
         files.read_object(path / "environment.json"),
         read_rows(path / "metrics.jsonl"),
-        read_rows(path / "evaluations.jsonl"),
+        [row for row in read_rows(path / "evaluations.jsonl") if "accuracy" in row],  # not those of a reward model
         frozenset({0, *(int(file.stem.rsplit("_", 1)[1]) for file in path.glob("config_before_step_*.json"))}),
     )
 

@@ -99,7 +99,7 @@ def _hardware(hardware: Mapping[str, Any] | None) -> str:
 
 def _counted_rows(record: RunRecord) -> list[Row]:
     """Return the steps that represent the run: all models train, and nothing is compiled or allocated first."""
-    config, rows = record.config, record.metrics
+    config, rows = record.config, [row for row in record.metrics if "seconds/step" in row]
     frozen = config.get("policy_freeze_steps", 0) if config["reward_model"]["enabled"] else 0
     warm = [row for row in rows if row["step"] not in record.starts]
     return [row for row in warm if row["step"] >= frozen] or warm or rows

@@ -59,8 +59,22 @@ class StopAfter:
         return self.steps < 0
 
 
-def train_and_resume(model: str, folder: str) -> list:
-    """Train without interruption, and with one; evaluate the saved weights from reward_model.path at another layout."""
+def train(model: str, folder: str, name: str, stop_after: int, resume: bool) -> object:
+    """Train in `folder`/`name`, until it is done or a signal stops it; return the result or the message."""
+    from oreal_megatron.training import reward_model
+
+    config = dataclasses.replace(configuration(model, folder), run=f"{folder}/{name}")
+    try:
+        return reward_model.train_reward_model(config, config.run if resume else None, None, StopAfter(stop_after))
+    except c.Preempted as stopped:
+        from oreal_megatron.mcore import parallel
+
+        parallel.stop()
+        return str(stopped)
+
+
+def held_out_figures(model: str, folder: str, pipeline: int) -> tuple[dict, list[str]]:
+    """Evaluate the weights of reward_model.path at another layout; return figures, and names of the run's inputs."""
     from oreal_megatron.algo import packing
     from oreal_megatron.data import labelled_rollouts
     from oreal_megatron.mcore import parallel
@@ -68,27 +82,20 @@ def train_and_resume(model: str, folder: str) -> list:
     from oreal_megatron.session.models import build_reward_model
     from oreal_megatron.training import reward_model
 
-    config = configuration(model, folder)
-    result = reward_model.train_reward_model(config, None, None, StopAfter(STEPS))
-    stopped = dataclasses.replace(config, run=f"{folder}/stopped")
-    with pytest.raises(c.Preempted, match="Continue with: oreal reward-model --resume"):
-        reward_model.train_reward_model(stopped, None, None, StopAfter(5))
-    again = reward_model.train_reward_model(stopped, stopped.run, None, StopAfter(STEPS))
-
-    started = c.RewardModelConfig(path=f"{config.run}/reward_model")
-    config = dataclasses.replace(config, reward_model=started, parallel=c.ParallelConfig(pipeline=2))
+    started = c.RewardModelConfig(path=f"{folder}/run/reward_model")
+    layout = c.ParallelConfig(pipeline=pipeline)
+    config = dataclasses.replace(configuration(model, folder), reward_model=started, parallel=layout)
     inputs = read_inputs(config)
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
-    rollouts = labelled_rollouts.load(
-        config.reward_training.path, inputs.tokenizer, reward_model.prompt_renderer(inputs), 64
-    )
+    render = reward_model.prompt_renderer(inputs)
+    rollouts = labelled_rollouts.load(config.reward_training.path, inputs.tokenizer, render, 64)
     _, held_out = labelled_rollouts.split(rollouts.prompts, 0.2, config.seed)
     samples = [sample for prompt in held_out for sample in (*prompt.correct, *prompt.incorrect)]
     batch = packing.batch(samples, parallel.packing_spec(100))
     figures = reward_model.held_out_figures(build_reward_model(inputs), batch)
     parallel.stop()
-    return [result, again, figures, list(inputs.fingerprints())]
+    return figures, list(inputs.fingerprints())
 
 
 def rows(run: Path, name: str) -> list[dict]:
@@ -99,8 +106,13 @@ def rows(run: Path, name: str) -> list[dict]:
 
 def test_it_learns_resumes_bit_by_bit_and_starts_reinforcement_learning(model_folder, in_processes, tmp_path):
     write_rollouts(tmp_path / "rollouts.jsonl")
-    for result, again, figures, names in in_processes(2, train_and_resume, str(model_folder), str(tmp_path)):
-        assert result == again and result.start < 0.75 and result.best > 0.85, result
+    places = str(model_folder), str(tmp_path)
+    result, other = in_processes(2, train, *places, "run", STEPS, False)
+    assert result == other and result.start == 0.5 and result.best > 0.85, result
+    messages = in_processes(2, train, *places, "stopped", 5, False)
+    assert all(f"Continue with: oreal reward-model --resume {tmp_path}/stopped" in message for message in messages)
+    assert in_processes(2, train, *places, "stopped", STEPS, True) == [result, result]
+    for figures, names in in_processes(2, held_out_figures, *places, 2):
         assert figures["auc"] == pytest.approx(result.best, abs=1e-3) and figures["rollouts"] == 64
         assert names[1] == f"reward model {tmp_path}/run/reward_model"
     run, stopped = tmp_path / "run", tmp_path / "stopped"
