@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=output_file, metavar="FILE", help="draw the reward model's calibration (PNG)"
     )
     parser.add_argument(
-        "--heat-map", type=output_file, metavar="FILE", help="draw two rollouts coloured by token weight and score (PNG)"
+        "--heat-map",
+        type=output_file,
+        metavar="FILE",
+        help="draw two rollouts coloured by token weight and score (PNG)",
     )
     parser.add_argument("--summary", type=output_file, metavar="FILE", help="write the first run's summary (JSON)")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # Unix time, for examples/quickstart.sh

@@ -83,7 +83,11 @@ def test_report_draws_both_pictures_also_of_a_run_without_accuracies(run, tmp_pa
     assert main.main(["report", str(run), *(word for option in options for word in option)]) == 0
     assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
     told = " ".join(capsys.readouterr().out.split())
-    assert "step 4, prompt 1 of the step: incorrect rollout 1, correct rollout 0" in told and "not evaluated" in told and "alone" in told
+    assert (
+        "step 4, prompt 1 of the step: incorrect rollout 1, correct rollout 0" in told
+        and "not evaluated" in told
+        and "alone" in told
+    )
     assert calibration_picture.sum_bins(rows).counts == [12] * 10
 
 
