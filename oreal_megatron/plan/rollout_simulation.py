@@ -7,6 +7,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,8 @@ class RolloutPolicy:
     """Rules by which a step's rollouts are generated."""
 
     name: str
-    common_queue: bool = True  # replicas take rollouts from one queue, expected longest first; else dealt in advance
+    deal: Literal["prompts", "rollouts", "queue"] = "queue"
+    """Replicas get all rollouts of some prompts, or some rollouts of all; or take from one queue, longest first."""
     pool: float = 1.0  # prompts in flight, as a multiple of those a step trains on; above 1 the step ends early
     carry: bool = False  # unfinished rollouts continue in the next step; else they are aborted
     separate: float = 0.0  # share of the GPUs that only generate, one step ahead of training; 0: colocated
@@ -34,9 +36,11 @@ class RolloutPolicy:
             raise ValueError(f"a pool of {self.pool:g} steps' prompts cannot be trained within {self.staleness} steps")
 
 
-TODAY = RolloutPolicy("dealt in advance", common_queue=False)
+PROMPTS = RolloutPolicy("prompts dealt to replicas", deal="prompts")
+ROLLOUTS = RolloutPolicy("rollouts dealt to replicas", deal="rollouts")  # what the engine does
 POLICIES = (
-    TODAY,
+    PROMPTS,
+    ROLLOUTS,
     RolloutPolicy("common queue"),
     RolloutPolicy("over-sampling 1.25, abort", pool=1.25),
     RolloutPolicy("over-sampling 1.5, abort", pool=1.5),
@@ -150,12 +154,14 @@ class _Simulation:
         return _Step(end, trained, busy, row_seconds, decoded, aborted, timelines)
 
     def _queues(self) -> list[deque[SimulatedRollout]]:
-        """Return one queue for each replica; it is the same one for all with `common_queue`."""
+        """Return one queue for each replica; with deal="queue" it is the same one for all."""
         waiting = [[rollout for rollout in prompt.rollouts if not rollout.finished] for prompt in self.pool]
-        if not self.policy.common_queue:
+        if self.policy.deal != "queue":
             queues: list[deque[SimulatedRollout]] = [deque() for _ in range(self.replicas)]
+            spread = self.policy.deal == "rollouts"
             for slot, rollouts in enumerate(waiting):
-                queues[slot % self.replicas].extend(rollouts)
+                for index, rollout in enumerate(rollouts):
+                    queues[(slot + index * spread) % self.replicas].append(rollout)
             return queues
         ordered = sorted(sum(waiting, []), key=lambda rollout: (rollout.asked, -rollout.expected))
         return [deque(ordered)] * self.replicas
@@ -163,7 +169,7 @@ class _Simulation:
     def _run(self, replicas: list[Replica], queues: list[deque[SimulatedRollout]], number: int) -> float:
         """Advance the replicas from event to event; return the time at which the step ends."""
         takers = [_taker(queue) for queue in queues]
-        first = _deal_evenly(queues[0], replicas) if self.policy.common_queue else queues
+        first = _deal_evenly(queues[0], replicas) if self.policy.deal == "queue" else queues
         for replica, queue in zip(replicas, first, strict=True):
             replica.start_all(_taker(queue))
         events = [(replica.next_finish(), index) for index, replica in enumerate(replicas) if replica.active]

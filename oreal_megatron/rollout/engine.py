@@ -33,7 +33,7 @@ class EngineError(RunStopped):
 
 
 class VllmEngine:
-    """Engine of replicas of `engine.tensor` consecutive ranks, each generating for its share of the prompts.
+    """Engine of replicas of `engine.tensor` consecutive ranks, each generating its share of every prompt's rollouts.
 
     Implements protocols.RolloutEngine and protocols.WeightReceiver. All ranks of a replica make the same calls in the
     same order, and every request carries its own seed: vLLM's scheduler runs on each of them, and without seeds their
@@ -95,8 +95,7 @@ class VllmEngine:
 
         Raises EngineError, on all ranks, if the retries did not help, and Preempted if a rank was asked to stop.
         """
-        slots = range(self.replica, len(prompts), self.replicas)
-        missing = [(slot, index) for slot in slots for index in range(sampling.rollouts_per_prompt)]
+        missing = requests.deal(len(prompts), sampling.rollouts_per_prompt, self.replica, self.replicas)
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             pending = {f"{attempt}.{slot}.{index}": Request(prompts[slot], slot, index) for slot, index in missing}

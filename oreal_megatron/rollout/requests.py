@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,15 @@ class Request:
     prompt: Prompt
     slot: int
     index: int
+
+
+def deal(prompts: int, per_prompt: int, replica: int, replicas: int) -> list[tuple[int, int]]:
+    """Return the (slot, index) of a replica's rollouts: some of every prompt, because their lengths resemble each other.
+
+    Rollout 0 of a prompt belongs to replica slot % replicas.
+    """
+    everything = itertools.product(range(prompts), range(per_prompt))
+    return [(slot, index) for slot, index in everything if (slot + index) % replicas == replica]
 
 
 def request_seed(run_seed: int, step: int, slot: int, index: int) -> int:

@@ -3,6 +3,8 @@ the parity check says so."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 LONG_PROMPT = 200  # tokens; longer than vLLM's cache block (128 on CPU), so that prefixes are cached
@@ -13,8 +15,6 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
 
     `packed`: the engine has packed its weights after loading, although the trainer wants to write to them.
     """
-    import dataclasses
-
     from oreal_megatron import config as c
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.records import Prompt
@@ -41,7 +41,7 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     prompts = [Prompt(i, "", "", None, tuple(4 + (7 * i + j) % 70 for j in range(LONG_PROMPT))) for i in range(3)]
     table = Story(config, policy, engine, prompts, samples)
     weight_sync = policy_weights.connect(policy, engine)
-    own, one = table.own(prompts), table.own(prompts[:1])
+    own, one = table.own(prompts), table.own(prompts[:1], per_prompt=1)
 
     result = {
         "nothing to do": weight_sync.sync(0),
@@ -136,7 +136,7 @@ class Story:
         rollouts = self.engine.generate(self.prompts, self.config.sampling, (0, step))
         return [rollout.tokens for row in rollouts for rollout in row]
 
-    def own(self, prompts) -> list[tuple]:
+    def own(self, prompts, per_prompt: int = 2) -> list[tuple]:
         """(slot, index, tokens) of what this rank itself generated, in order; generators have parted as above."""
         import torch
 
@@ -145,7 +145,8 @@ class Story:
         heard, speaks = [], self.engine.reports
         torch.manual_seed(distributed.rank() + 7)
         self.engine.reports = True
-        self.engine.generate(prompts, self.config.sampling, (0, 0), heard.append)
+        sampling = dataclasses.replace(self.config.sampling, rollouts_per_prompt=per_prompt)
+        self.engine.generate(prompts, sampling, (0, 0), heard.append)
         self.engine.reports = speaks
         return [(rollout.slot, rollout.index, rollout.tokens) for rollout in heard]
 
@@ -280,8 +281,6 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
     streams = [result["own"] for result in ranks]
     if layout[0] == world:  # one replica: the same tokens in the same order on each of its ranks
         assert len(streams[0]) == 6 and all(stream == streams[0] for stream in streams)
-    else:  # the last prompt has no partner, and one prompt alone leaves the other replica idle
-        assert [sorted({slot for slot, *_ in stream}) for stream in streams] == [[0, 2], [1]]
-        assert (
-            sorted(ranks[0]["one"]) == sorted(answer for answer in streams[0] if answer[0] == 0) and not ranks[1]["one"]
-        )
+    else:  # every replica has some rollouts of every prompt, and one rollout alone leaves the other replica idle
+        assert [sorted({slot for slot, *_ in stream}) for stream in streams] == [[0, 1, 2]] * 2
+        assert ranks[0]["one"] == [answer for answer in streams[0] if answer[:2] == (0, 0)] and not ranks[1]["one"]

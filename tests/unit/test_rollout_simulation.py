@@ -14,11 +14,11 @@ from oreal_megatron.models import architecture
 from oreal_megatron.plan import gpus, published
 from oreal_megatron.plan.decode_replica import DecodeCost, Replica, SimulatedPrompt, SimulatedRollout
 from oreal_megatron.plan.response_lengths import LogNormalLengths, RunLengths
-from oreal_megatron.plan.rollout_simulation import TODAY, RolloutPolicy, simulate
+from oreal_megatron.plan.rollout_simulation import PROMPTS, ROLLOUTS, RolloutPolicy, simulate
 from oreal_megatron.plan.scenario import Scenario
 
 PROMPT = 50
-QUEUE = dataclasses.replace(TODAY, common_queue=True)
+QUEUE = RolloutPolicy("queue")
 
 
 def seconds_by_token(cost: DecodeCost, lengths: list[int]) -> float:
@@ -96,15 +96,16 @@ def tail() -> LogNormalLengths:
 
 def test_equal_lengths_leave_nothing_to_win(scenario):
     constant = LogNormalLengths(500, 1e-9, 0.5, 14000)
-    dealt, queued = (simulate(scenario, 10.0, policy, constant, 0) for policy in (TODAY, QUEUE))
+    dealt, queued = (simulate(scenario, 10.0, policy, constant, 0) for policy in (PROMPTS, QUEUE))
     assert dealt.generation_s == pytest.approx(queued.generation_s, rel=1e-3)
-    assert dealt.idle_share == pytest.approx(0, abs=1e-9) and dealt.length_ratio == pytest.approx(1)
+    assert dealt.idle_share == pytest.approx(0, abs=1e-3) and dealt.length_ratio == pytest.approx(1)
 
 
-def test_a_common_queue_leaves_replicas_less_idle(scenario, tail):
-    dealt, queued = (simulate(scenario, 10.0, policy, tail, 0) for policy in (TODAY, QUEUE))
-    assert queued.idle_share < dealt.idle_share and queued.generation_s < dealt.generation_s
-    assert dealt.staleness == queued.staleness == dealt.aborted_share == 0
+def test_replicas_are_less_idle_the_finer_the_work_is_dealt(scenario, tail):
+    prompts, rollouts, queue = (simulate(scenario, 10.0, policy, tail, 0) for policy in (PROMPTS, ROLLOUTS, QUEUE))
+    assert queue.idle_share < rollouts.idle_share < prompts.idle_share
+    assert queue.generation_s < rollouts.generation_s < prompts.generation_s
+    assert prompts.staleness == queue.staleness == prompts.aborted_share == 0
 
 
 def test_aborting_shortens_what_is_trained_and_carrying_does_not(scenario, tail):
