@@ -26,7 +26,7 @@ class Request:
 
 
 def deal(prompts: int, per_prompt: int, replica: int, replicas: int) -> list[tuple[int, int]]:
-    """Return the (slot, index) of a replica's rollouts: some of every prompt, because their lengths resemble each other.
+    """Return the (slot, index) of a replica's rollouts: some of every prompt, whose lengths resemble each other.
 
     Rollout 0 of a prompt belongs to replica slot % replicas.
     """
