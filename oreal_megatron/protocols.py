@@ -52,7 +52,11 @@ class WeightReceiver(Protocol):
     """The side of an engine that receives weights."""
 
     version: int
-    awake: bool
+
+    @property
+    def awake(self) -> bool:
+        """True while weights and KV cache are allocated."""
+        ...
 
     def wake(self) -> None:
         """Allocate memory for weights; their contents are undefined."""

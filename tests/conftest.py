@@ -14,7 +14,6 @@ import pytest
 import torch
 from cost_recorder import CostRecorder
 from gloo_processes import run_in_processes
-from small_model import make_model
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # a first call imports, a neighbour computes
 hypothesis.settings.load_profile("shared machine")
@@ -75,6 +74,8 @@ def full(pytestconfig: pytest.Config) -> bool:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with random weights: 4 layers, 4 heads of 32 (vLLM on CPU takes no smaller), 2 key-value groups."""
     folder = tmp_path_factory.mktemp("model") / "untied"
+    from small_model import make_model  # imports Triton, before the interpreter is chosen
+
     make_model(folder, seed=1)
     return folder
 
@@ -82,6 +83,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tied"
+    from small_model import make_model  # imports Triton, before the interpreter is chosen
+
     make_model(folder, seed=2, tied=True)
     return folder
 

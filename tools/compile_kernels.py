@@ -2,7 +2,8 @@
 
     python tools/compile_kernels.py [--architectures 80 90 100] [--json FILE]
 
-The launch options are those that the kernels run with (oreal_kernels/triton_launch.py). Exit code 1 if a kernel spills
+The launch options are those that the kernels run with (oreal_kernels/triton_launch.py). "loop" is the number of
+instructions per logit in the main loop of the passes over logits. Exit code 1 if a kernel spills
 registers or wants more shared memory than a thread block of the architecture may have.
 """
 
@@ -49,18 +50,17 @@ SCALARS = {
 def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
     """Yield row of the table, name in triton_launch.py, kernel, constants, and dtypes that differ from the defaults."""
     parts = dict(PARTS=4)
-    yield "statistics bf16", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), {}
-    yield "statistics fp32", "statistics", statistics_kernel, dict(**parts, SOFTCAP=0.0), dict(logits="fp32")
-    yield "statistics bf16 capped", "statistics", statistics_kernel, dict(**parts, SOFTCAP=30.0), {}
-    yield "gradient bf16", "gradient", gradient_kernel, dict(**parts, SOFTCAP=0.0), dict(out="bf16")
-    yield (
-        "gradient fp32 to bf16",
-        "gradient",
-        gradient_kernel,
-        dict(**parts, SOFTCAP=0.0),
-        dict(logits="fp32", out="bf16"),
-    )
-    yield "gradient bf16 capped", "gradient", gradient_kernel, dict(**parts, SOFTCAP=30.0), dict(out="bf16")
+    for name, cap, dtypes in (("bf16", 0.0, {}), ("fp32", 0.0, dict(logits="fp32")), ("bf16 capped", 30.0, {})):
+        vector = 4 if dtypes else 8  # elements of a load of 16 bytes
+        yield f"statistics {name}", "statistics", statistics_kernel, dict(**parts, SOFTCAP=cap, VECTOR=vector), dtypes
+    for name, entropy, cap, dtypes in (
+        ("bf16", False, 0.0, {}),
+        ("bf16 with entropy", True, 0.0, {}),
+        ("fp32 to bf16", False, 0.0, dict(logits="fp32")),
+        ("bf16 capped", False, 30.0, {}),
+    ):
+        constants = dict(**parts, ENTROPY=entropy, SOFTCAP=cap)
+        yield f"gradient {name}", "gradient", gradient_kernel, constants, dict(out="bf16", **dtypes)
     yield "combine 8 ranks", "combine", combine_kernel, dict(PARTS=8), {}
     for belief in BELIEFS:
         constants = dict(PREFIX_MEAN=belief == "prefix_mean")
@@ -106,11 +106,14 @@ def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: 
     aligned |= {(i,): [["tt.divisibility", 16]] for i, key in enumerate(types) if key.endswith("_stride")}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=runtime)
-    return {"shared": compiled.metadata.shared, **assembled(compiled.asm["cubin"])}
+    measured = assembled(compiled.asm["cubin"])
+    if name in ("statistics", "gradient"):  # elements of a thread in one round of its loop
+        measured["per_element"] = measured["loop"] / (options["BLOCK"] / (32 * runtime["num_warps"]))
+    return {"shared": compiled.metadata.shared, **measured}
 
 
 def assembled(cubin: bytes) -> dict:
-    """Return registers, spilled bytes (the stack), and counts of some machine instructions."""
+    """Return registers, spilled bytes (the stack), counts of some machine instructions, and those of the main loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -121,7 +124,23 @@ def assembled(cubin: bytes) -> dict:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill_bytes": max(int(re.search(rf"{where}:(\d+)", usage)[1]) for where in ("STACK", "LOCAL")),
         "instructions": {word: count for word, count in counts.items() if count},
+        "loop": main_loop(code),
+        "barriers_in_loop": main_loop(code, "BAR"),
     }
+
+
+def main_loop(code: str, word: str = "") -> int:
+    """Return the instructions (those that contain a word) of the smallest loop that loads 16 bytes; 0 without one."""
+    lines = [line for line in code.splitlines() if re.match(r"\.L_x_\d+:|\s+/\*[0-9a-f]+\*/\s", line)]
+    labels = {line[:-1]: number for number, line in enumerate(lines) if line.startswith(".L_x_")}
+    loops = []
+    for number, line in enumerate(lines):
+        target = re.search(r"BRA\S* .*`\((\.L_x_\d+)\)", line)
+        if target and labels.get(target[1], number) < number - 1:
+            body = [line for line in lines[labels[target[1]] : number + 1] if not line.startswith(".L_x_")]
+            if any("LDG.E.128" in line for line in body):
+                loops.append(body)
+    return sum(word in line for line in min(loops, key=len)) if loops else 0
 
 
 def run(tool: str, *arguments: str) -> str:
@@ -159,11 +178,12 @@ def main() -> int:
         for (title, *kernel), architecture in track(work, "compiling", console=Console(stderr=True)):
             rows.append({"kernel": title, "architecture": architecture, **compile_one(*kernel, architecture)})
     table = Table(title=f"Triton {triton.__version__}, compiled without a GPU")
-    for column in ("kernel", "sm", "registers", "spill\nbytes", "shared\nbytes", "instructions"):
+    for column in ("kernel", "sm", "registers", "spill\nbytes", "shared\nbytes", "loop", "instructions"):
         table.add_column(column, justify="left" if column in ("kernel", "instructions") else "right")
     for row in rows:
         instructions = ", ".join(f"{word} x{count}" for word, count in row["instructions"].items())
-        numbers = (row["architecture"], row["registers"], row["spill_bytes"], row["shared"])
+        per_element = f"{row['per_element']:.1f}" if "per_element" in row else ""
+        numbers = (row["architecture"], row["registers"], row["spill_bytes"], row["shared"], per_element)
         table.add_row(row["kernel"], *map(str, numbers), instructions)
     Console(width=80).print(table)
     if arguments.json:

@@ -14,6 +14,7 @@ from oreal_kernels import collective
 from oreal_kernels.chunk_plan import ChunkPlan
 from oreal_kernels.combine import Combined, combine
 from oreal_kernels.logits_to_logprob import reference as from_logits
+from oreal_kernels.row_gradient import row_coefficients
 from oreal_kernels.vocab_head import (  # fmt: skip
     BUDGET_BYTES,
     IGNORE_LABEL,
@@ -68,6 +69,7 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, counted)
         ctx.saved_logits, ctx.combined = saved, combined
         ctx.arguments = head, rows, main_grad, sequence_parallel, plan
+        ctx.set_materialize_grads(False)  # None: the entropy is not part of the loss
         return torch.where(counted, combined.logp, 0), torch.where(counted, combined.entropy, 0)
 
     @staticmethod
@@ -76,7 +78,7 @@ class _LinearLogProb(torch.autograd.Function):
         hidden, weight, counted = ctx.saved_tensors
         head, rows, main_grad, sequence_parallel, plan = ctx.arguments
         x = gather_inputs(hidden, rows, head.group if sequence_parallel else None)
-        a, b = (torch.where(counted, grad.float(), 0) for grad in (grad_logp, grad_entropy))
+        a, b = row_coefficients(counted, grad_logp, grad_entropy)
         # Gradients overwrite the saved logits: a second backward finds none and recomputes them.
         saved, ctx.saved_logits = ctx.saved_logits, []
         dhidden = InputGradient(x, head, sequence_parallel) if ctx.needs_input_grad[0] else None
@@ -88,7 +90,7 @@ class _LinearLogProb(torch.autograd.Function):
             else:
                 logits = buffer = head.logits(x, chunk, buffer)
             combined = Combined(*(values[..., chunk] for values in ctx.combined))
-            dlogits = head.dlogits(logits, chunk, combined, a[chunk], b[chunk], x.dtype)
+            dlogits = head.dlogits(logits, chunk, combined, a[chunk], b if b is None else b[chunk], x.dtype)
             del logits
             if dhidden:
                 dhidden.add(dlogits, chunk)

@@ -76,7 +76,7 @@ class _LinearOrealLoss(torch.autograd.Function):
             slope, chunk_sums = policy_terms(logp[chunk], terms.select(chunk))
             sums += chunk_sums
             a = torch.where(counted[chunk], slope if scale is None else slope * scale, 0)
-            dlogits = head.dlogits(logits, chunk, combined, a, torch.zeros_like(a), x.dtype)
+            dlogits = head.dlogits(logits, chunk, combined, a, None, x.dtype)
             if dhidden:
                 dhidden.add(dlogits, chunk)
             if dweight:

@@ -13,7 +13,7 @@ from torch import Tensor
 from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine
 from oreal_kernels.row_statistics import reference as row_statistics_reference
-from oreal_kernels.softcap import scaled_kernel
+from oreal_kernels.softcap import exp_kernel, scaled_kernel
 
 
 def reference(
@@ -71,9 +71,9 @@ def linear_statistics_kernel(
         z = tl.where(column[None, :] < stop, z, float("-inf"))
         higher = tl.maximum(maximum, tl.max(z, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp(maximum - base)
+        fade = exp_kernel(maximum - base)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum - base)
-        probability = tl.exp(z - base[:, None])
+        probability = exp_kernel(z - base[:, None])
         distance = tl.where(probability > 0.0, z - base[:, None], 0.0)
         spread = fade * (spread + total * shift) + tl.sum(probability * distance, 1)
         total = fade * total + tl.sum(probability, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oreal_kernels.collective import gather_statistics
 from oreal_kernels.combine import combine
-from oreal_kernels.row_gradient import row_gradient
+from oreal_kernels.row_gradient import row_coefficients, row_gradient
 from oreal_kernels.row_statistics import row_statistics
 from oreal_kernels.vocab_head import IGNORE_LABEL, VocabShard, check_labels, inverse_temperatures
 
@@ -41,6 +41,7 @@ class _LogProbFromLogits(torch.autograd.Function):
         combined = combine(gather_statistics(local, group))
         ctx.save_for_backward(logits, label_column, scale, counted, *combined)
         ctx.options = softcap, columns, in_place
+        ctx.set_materialize_grads(False)  # None: the entropy is not part of the loss
         return torch.where(counted, combined.logp, 0), torch.where(counted, combined.entropy, 0)
 
     @staticmethod
@@ -48,7 +49,7 @@ class _LogProbFromLogits(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         logits, label_column, scale, counted, statistics, _, log_total, entropy = ctx.saved_tensors
         softcap, columns, in_place = ctx.options
-        a, b = (torch.where(counted, grad.float(), 0) for grad in (grad_logp, grad_entropy))
+        a, b = row_coefficients(counted, grad_logp, grad_entropy)
         out = logits if in_place else torch.empty_like(logits)
         row_gradient(logits, out, label_column, scale, softcap, columns, statistics[0], log_total, entropy, a, b)
         if in_place:  # a second backward then finds a changed tensor, and torch says so

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oreal_kernels import backend, native, triton_launch
 from oreal_kernels.combine import combine
-from oreal_kernels.softcap import scaled, scaled_kernel
+from oreal_kernels.softcap import exp_kernel, scaled, scaled_kernel
 
 
 def reference(
@@ -41,20 +41,35 @@ def reference(
 
 @triton.jit
 def online(z, maximum, total, spread):
-    """Add a block of values to the running maximum, sum of weights, and sum of weights times distance."""
-    higher = tl.maximum(maximum, tl.max(z, 0))
+    """Add a block [LANES, n] to n running maxima, sums of weights, and sums of weights times distance.
+
+    Each thread of a GPU holds the n values of a lane: nothing is exchanged until `merge_lanes`.
+    """
+    higher = tl.maximum(maximum, tl.max(z, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    fade = tl.exp(maximum - base)  # 0 at the first block
+    fade = exp_kernel(maximum - base)  # 0 at the first block
     shift = tl.where(maximum == float("-inf"), 0.0, maximum - base)
-    weight = tl.exp(z - base)
-    spread = fade * (spread + total * shift) + tl.sum(tl.where(weight > 0.0, weight * (z - base), 0.0), 0)
-    return higher, fade * total + tl.sum(weight, 0), spread
+    below = z - base[:, None]
+    weight = exp_kernel(below)
+    # Where the weight is 0, any finite distance will do; that of -inf would give nan.
+    spread = fade * (spread + total * shift) + tl.sum(weight * tl.maximum(below, -1000.0), 1)
+    return higher, fade * total + tl.sum(weight, 1), spread
+
+
+@triton.jit
+def merge_lanes(maximum, total, spread):
+    """Return maximum, sum and spread over all lanes, scalars."""
+    highest = tl.max(maximum, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    fade = exp_kernel(maximum - base)
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum - base)
+    return highest, tl.sum(fade * total, 0), tl.sum(fade * (spread + total * shift), 0)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def statistics_kernel(
     logits, label_column, inverse_temperature, out, rows, columns, row_stride,
-    PARTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Compute the statistics of one part of one row per program; `out` is [PARTS, 4, rows]."""
     # All programs lie on axis 0: the other axes stop at 65,535.
@@ -63,20 +78,23 @@ def statistics_kernel(
     width = tl.cdiv(tl.cdiv(columns, PARTS), BLOCK) * BLOCK
     stop = tl.minimum(columns, (part + 1) * width)
     scale = tl.load(inverse_temperature + row)
-    maximum = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    spread = tl.full((), 0.0, tl.float32)
+    LANES: tl.constexpr = BLOCK // VECTOR
+    maximum = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    spread = tl.zeros((LANES,), tl.float32)
+    offset = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # Full blocks without a mask, which would split their 16-byte loads; then the remainder.
     full_stop = part * width + (stop - part * width) // BLOCK * BLOCK
     for start in range(part * width, full_stop, BLOCK):
-        raw = tl.load(logits + row * row_stride + start + tl.arange(0, BLOCK)).to(tl.float32)
+        raw = tl.load(logits + row * row_stride + start + offset).to(tl.float32)
         z, _ = scaled_kernel(raw, scale, SOFTCAP)
         maximum, total, spread = online(z, maximum, total, spread)
     if full_stop < stop:
-        column = full_stop + tl.arange(0, BLOCK)
+        column = full_stop + offset
         raw = tl.load(logits + row * row_stride + column, mask=column < stop, other=0.0).to(tl.float32)
         z, _ = scaled_kernel(raw, scale, SOFTCAP)
         maximum, total, spread = online(tl.where(column < stop, z, float("-inf")), maximum, total, spread)
+    maximum, total, spread = merge_lanes(maximum, total, spread)
     label = tl.load(label_column + row)
     local = (label >= part * width) & (label < stop)
     raw = tl.load(logits + row * row_stride + label, mask=local, other=0.0).to(tl.float32)
@@ -102,6 +120,7 @@ def row_statistics(
     out = torch.empty(parts, 4, len(logits), dtype=torch.float32, device=logits.device)
     statistics_kernel[(len(logits) * parts,)](
         logits, label_column, inverse_temperature, out, len(logits), columns, logits.stride(0),
-        PARTS=parts, SOFTCAP=softcap, **triton_launch.options("statistics", logits.device),
+        PARTS=parts, SOFTCAP=softcap, VECTOR=16 // logits.element_size(),
+        **triton_launch.options("statistics", logits.device),
     )  # fmt: skip
     return out[0] if parts == 1 else combine(out).statistics

@@ -121,11 +121,11 @@ class VocabHead:
         return combine(collective.gather_statistics(local, self.group))
 
     def dlogits(
-        self, logits: Tensor, rows: slice, combined: Combined, a: Tensor, b: Tensor, dtype: torch.dtype
+        self, logits: Tensor, rows: slice, combined: Combined, a: Tensor, b: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """Return d loss / d logits [n, V'] in `dtype`, written over the logits when that is theirs.
 
-        `a` and `b` [n] are the gradients of the log-probs and the entropies.
+        `a` and `b` [n] are the gradients of the log-probs and the entropies; `b` None: the entropies have none.
         """
         out = logits if logits.dtype is dtype else torch.empty_like(logits, dtype=dtype)
         label, scale = self.label_column[rows], self.inverse_temperature[rows]

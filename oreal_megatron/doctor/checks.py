@@ -165,7 +165,7 @@ def host_memory(config: Config, arch: Architecture) -> CheckResult:
     world = config.gpus or 1
     scenario = Scenario(config, arch, next(iter(GPUS.values())), world, min(world, 8))
     needed, present = (
-        sum(memory.host_bytes(scenario).values()),
+        memory.host_peak(memory.host_bytes(scenario)),
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     )
     fix = "" if present > needed else "use nodes with more memory, or more nodes; `oreal plan` shows what needs it"

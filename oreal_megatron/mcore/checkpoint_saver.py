@@ -148,7 +148,12 @@ def _plan_files(trainer: MegatronTrainer, folder: Path, common: dict[str, Any]) 
     """Return this rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     megatron_patches.use_local_results_queue()
     state = common | {"updates": trainer.updates, "past": trainer.guard_state.to_checkpoint()}
-    with cpu_shim(), trainer.parts.on_device(*checkpoint_state.SAVED_PARTS), trainer.readable():
+    read_only = trainer.reading_changes_nothing
+    with (
+        cpu_shim(),
+        trainer.parts.on_device(*checkpoint_state.SAVED_PARTS, read_only=read_only),
+        trainer.readable(),
+    ):
         request = dist_checkpointing.save(
             state | checkpoint_state.sharded(trainer, loading=False), str(folder), async_sharded_save=True
         )

@@ -24,8 +24,8 @@ from oreal_megatron.mcore.output_heads import PassThroughOutput, ScalarHead
 from oreal_megatron.models import tensors, torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
 
-# Fused operations that not every installation has; a recipe may enable them through config.megatron.
-NEED_APEX_OR_TE = dict.fromkeys(("bias_activation_fusion", "masked_softmax_fusion", "persist_layer_norm"), False)
+# Fused operations that need apex or Transformer Engine; a recipe may enable them through config.megatron.
+NEED_APEX_OR_TE = dict.fromkeys(("masked_softmax_fusion", "persist_layer_norm"), False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,9 +97,17 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         _require_deterministic_libraries()
     try:
         with cpu_shim():
-            return TransformerConfig(**fixed, **{**NEED_APEX_OR_TE, **config.megatron})
+            return TransformerConfig(**fixed, **{**_fusions(arch), **config.megatron})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
+
+
+def _fusions(arch: Architecture) -> dict[str, bool]:
+    """Return which operations Megatron fuses by default: on GPUs SwiGLU, compiled by torch alone.
+
+    On CPUs it would need a C++ compiler, and results would change in their last digits.
+    """
+    return NEED_APEX_OR_TE | {"bias_activation_fusion": torch.cuda.is_available() and not arch.experts}
 
 
 def _require_deterministic_libraries() -> None:

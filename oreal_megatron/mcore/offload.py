@@ -26,6 +26,7 @@ class MemoryPart:
         """
         self.tensors, self.preserve = tensors, preserve
         self._offloaded: list[tuple[torch.UntypedStorage, int, list[Tensor]]] | None = None
+        self._host_copies: dict[int, list[Tensor]] = {}  # by storage: of content that was only read since
 
     @property
     def is_offloaded(self) -> bool:
@@ -39,30 +40,40 @@ class MemoryPart:
     def offload(self) -> None:
         """Copy the tensors to the host, if they are preserved, and free their memory on the device."""
         self._offloaded = [
-            (storage, storage.nbytes(), _to_host(storage) if self.preserve else [])
+            (storage, storage.nbytes(), self._copies_of(storage) if self.preserve else [])
             for storage in _storages(self.tensors())
         ]
+        self._host_copies = {}
         for storage, _, _ in self._offloaded:
             storage.resize_(0)
 
-    def restore(self) -> None:
-        """Bring the tensors back to the device."""
+    def restore(self, read_only: bool = False) -> None:
+        """Bring the tensors back to the device; what is only read needs no copy when it leaves again."""
         for storage, size, copies in self._offloaded or []:
             storage.resize_(size)
             if copies:
                 _from_host(copies, storage)
+                if read_only:
+                    self._host_copies[storage._cdata] = copies
         self._offloaded = None
+
+    def _copies_of(self, storage: torch.UntypedStorage) -> list[Tensor]:
+        copies = self._host_copies.get(storage._cdata)
+        return _to_host(storage) if copies is None else copies
 
 
 class MemoryParts(dict[str, MemoryPart]):
     """The parts of one model's memory, by name."""
 
     @contextlib.contextmanager
-    def on_device(self, *names: str) -> Iterator[None]:
-        """Keep these parts on the device; those that were offloaded before are offloaded again afterwards."""
+    def on_device(self, *names: str, read_only: bool = False) -> Iterator[None]:
+        """Keep these parts on the device; those that were offloaded before are offloaded again afterwards.
+
+        `read_only`: nothing in the context changes them, so that their host copies stay valid.
+        """
         restored = [self[name] for name in names if self[name].is_offloaded]
         for part in restored:
-            part.restore()
+            part.restore(read_only)
         try:
             yield
         finally:

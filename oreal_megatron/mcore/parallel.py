@@ -44,14 +44,22 @@ def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
     else:
         _check_address()
     timeout = timedelta(seconds=timeout_s)
-    backend = "gloo"
+    backend, device = "gloo", None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+        # Sums over the vocabulary may be split among thread blocks; their partial results must stay fp32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     with _announced_wait():
         store, rank, world = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
-        backend, store=dist.PrefixStore(_restart_prefix(), store), rank=rank, world_size=world, timeout=timeout
+        backend,
+        store=dist.PrefixStore(_restart_prefix(), store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device,  # NCCL connects now: a broken network shows at the start, not in the first collective
     )
 
 

@@ -30,6 +30,7 @@ class MegatronScorer:
         self.chunks, self.head = chunks, head
         self.chunks[0].config.finalize_model_grads_func = None
         self.parts = MemoryParts(parameters=MemoryPart(lambda: parameters(chunks)))
+        self.reading_changes_nothing = True
 
     @torch.no_grad()
     def score(self, batch: Batch) -> list[Tensor] | None:
@@ -39,7 +40,7 @@ class MegatronScorer:
             values = self.head(output, micro_batch)
             return values.sum(), {"values": values}
 
-        with self.parts.on_device("parameters"):
+        with self.parts.on_device("parameters", read_only=self.reading_changes_nothing):
             outputs = self._run(batch, loss_function, forward_only=True)
         return [output["values"] for output in outputs] if parallel_state.is_pipeline_last_stage() else None
 

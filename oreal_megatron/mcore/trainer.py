@@ -47,6 +47,8 @@ class MegatronTrainer(MegatronScorer):
         adam.allocate_state(self.optimizer)
         self.config, self.updates, self.guard_state = config, 0, guard.GuardState()
         super().__init__(wrapped, head)
+        # A forward gathers the weights of the last update where that was overlapped.
+        self.reading_changes_nothing = not config.parallel.overlap
         megatron = self.chunks[0].config
         megatron.finalize_model_grads_func = _reduce_gradients
         if config.parallel.overlap:  # until the last micro-batch, gradients only add up on their rank
@@ -106,7 +108,7 @@ class MegatronTrainer(MegatronScorer):
 
         With `parallel.overlap` a replica has only its own share of an update until the next forward gathers the rest.
         """
-        with self.parts.on_device("parameters"):
+        with self.parts.on_device("parameters", read_only=self.reading_changes_nothing):
             if self.chunks[0].ddp_config.overlap_param_gather:
                 for chunk in self.chunks:
                     chunk.start_param_sync(force_sync=True)

@@ -1,27 +1,52 @@
 """Causal attention over sequences packed end to end, separate for each sequence; memory is linear in the length.
 
 Plain torch. On GPUs, in half precision, torch's variable-length flash attention; elsewhere sequences of about the same
-length are padded to one batch for scaled_dot_product_attention, so that short ones do not cost a call each.
+length are padded to one batch for scaled_dot_product_attention, so that short ones do not cost a call each. A part of a
+sequence gets empty queries in front, which makes it a whole one: no path builds a mask or a matrix of scores.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.attention as torch_attention
 import torch.nn.functional as F
 from torch import Tensor
+
+from oreal_megatron.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
+
+
+def causal_options(kernel: Callable[..., Any] | None) -> dict[str, Any] | None:
+    """Return the keywords that make a release's varlen_attn causal; None if it cannot be.
+
+    torch 2.10 has `is_causal`, 2.11 `window_size`, 2.13 also `enable_gqa`, without which it refuses fewer key heads;
+    releases before take them as they are.
+    """
+    known = inspect.signature(kernel).parameters if kernel else {}
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if not causal.keys() <= known.keys():
+        return None
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+_CAUSAL = causal_options(varlen_attn)
 
 
 @dataclass(frozen=True)
@@ -64,14 +89,17 @@ class AttentionPlan:
         """Return [S, heads, d] from queries [S, heads, d], keys and values [S', groups, d]; groups divides heads."""
         is_half = query.dtype in (torch.bfloat16, torch.float16)
         # Rehearsals on the meta device follow the GPU's path.
-        if varlen_attn is not None and (query.is_meta or (query.is_cuda and is_half)) and _varlen_has_options():
-            return self.attend_by_offsets(varlen_attn, query, key, value)
+        if varlen_attn is not None and _CAUSAL is not None and (query.is_meta or (query.is_cuda and is_half)):
+            use_fastest_kernel(query.device)
+            return self.attend_by_offsets(functools.partial(varlen_attn, **_CAUSAL), query, key, value)
+        if query.is_cuda:
+            _report_fallback(query.dtype)
         attended = torch.cat([batch.attend(query, key, value) for batch in self._batches])
         return attended.index_select(0, self._query_order)
 
     def attend_by_offsets(self, kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute `attend` by a kernel that takes offsets and aligns its causal mask to the last key of a segment."""
-        return kernel(query, key[self._key_rows], value[self._key_rows], *self.offsets, **_CAUSAL)
+        return kernel(query, key[self._key_rows], value[self._key_rows], *self.offsets)
 
     @cached_property
     def _batches(self) -> list[_PaddedSegments]:
@@ -106,26 +134,37 @@ class _PaddedSegments:
     """Segments padded on the right to one length. Causal attention never looks right, so padding needs no mask."""
 
     queries: Tensor  # [N, Q] rows
-    keys: Tensor  # [N, K] rows
+    keys: Tensor  # [N, offset + Q] rows
     valid: Tensor  # [N, Q] bool, False where padded
-    mask: Tensor | None  # [Q, K] bool, True where a query attends to a key; None: plainly causal
+    offset: int  # keys before the first query
 
     @classmethod
     def from_segments(cls, group: list[Segment], device: torch.device) -> _PaddedSegments:
         queries, valid = _padded_rows([segment.queries for segment in group])
         keys, _ = _padded_rows([segment.keys for segment in group])
-        offset = group[0].offset
-        mask = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril(offset) if offset else None
-        return cls(queries.to(device), keys.to(device), valid.to(device), mask if mask is None else mask.to(device))
+        return cls(queries.to(device), keys.to(device), valid.to(device), group[0].offset)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [sum of valid, heads, d]."""
         q, k, v = _select(query, self.queries), _select(key, self.keys), _select(value, self.keys)
-        if self.mask is None:
-            attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
+        q = F.pad(q, (0, 0, self.offset, 0))  # a causal kernel without a mask aligns the first query with the first key
+        if q.is_cuda:
+            attended = _attend_on_gpu(q, k, v)
         else:
-            attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, attn_mask=self.mask)
-        return attended.transpose(1, 2)[self.valid]
+            attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True)
+        return attended[:, :, self.offset :].transpose(1, 2)[self.valid]
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return causal attention by a kernel of linear memory, never torch's plain products.
+
+    The kernel for float32 takes no grouped heads; with them torch would choose the plain products.
+    """
+    each = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+    linear = [torch_attention.SDPBackend.FLASH_ATTENTION, torch_attention.SDPBackend.EFFICIENT_ATTENTION]
+    with torch_attention.sdpa_kernel(linear):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def _select(rows: Tensor, index: Tensor) -> Tensor:
@@ -151,9 +190,32 @@ def _padded_rows(ranges: list[range]) -> tuple[Tensor, Tensor]:
     return first + torch.minimum(position, length - 1), position < length
 
 
-_CAUSAL = dict(window_size=(-1, 0), enable_gqa=True)
+@functools.cache
+def use_fastest_kernel(device: torch.device) -> str | None:
+    """Let torch's flash attention use FlashAttention 3 on Hopper where its package is installed; return its name.
+
+    The package is `flash_attn_interface`. torch's own kernel, FlashAttention 2, is used everywhere else.
+    """
+    offers = getattr(torch_attention, "list_flash_attention_impls", list)
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not is_hopper or "FA3" not in offers() or importlib.util.find_spec("flash_attn_interface") is None:
+        return None
+    try:
+        torch_attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError) as error:
+        log.warning("FlashAttention 3 is installed but cannot be used (%s); FlashAttention 2 is used", error)
+        return None
+    return "FA3"
 
 
-def _varlen_has_options() -> bool:
-    """Check the signature: the keywords of varlen_attn differ between torch releases."""
-    return varlen_attn is not None and _CAUSAL.keys() <= inspect.signature(varlen_attn).parameters.keys()
+@functools.cache
+def _report_fallback(dtype: torch.dtype) -> None:
+    """Report once that a GPU does not use variable-length flash attention."""
+    if distributed.rank():
+        return
+    log.warning(
+        "attention on this GPU pads sequences (%s, torch %s), which may take twice the time: torch's variable-length "
+        "flash attention needs bfloat16 or float16, and torch 2.10 or newer",
+        str(dtype).removeprefix("torch."),
+        torch.__version__,
+    )

@@ -118,11 +118,11 @@ def warnings(estimate: Estimate) -> Iterator[str]:
             if left < scenario.assumed.thin * scenario.usable:
                 yield _tight(estimate, stage.number, phase, left)
     yield from _waiting(estimate)
-    needed = sum(estimate.host.values()) / GIB
+    needed = memory.host_peak(estimate.host) / GIB
     if needed > scenario.assumed.host_gib:
         yield (
-            f"needs {needed:.0f} GiB of host RAM per node (offloaded models, and a checkpoint while it is gathered); "
-            f"{scenario.assumed.host_gib:.0f} assumed"
+            f"needs {needed:.0f} GiB of host RAM per node (offloaded models, and a checkpoint while it is gathered or "
+            f"loaded); {scenario.assumed.host_gib:.0f} assumed"
         )
 
 

@@ -90,7 +90,8 @@ def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
             )
             phases[name] = phase(asleep, models[name], temporary)
     phases["weight_sync"] = phase(waking, weights, _transfer(scenario))
-    phases["save"] = phase(awake, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
+    # The engine sleeps while a checkpoint is copied to the host.
+    phases["save"] = phase(asleep, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
     return phases
 
 
@@ -147,10 +148,10 @@ def group_count(scenario: Scenario) -> int:
 
 
 def host_bytes(scenario: Scenario) -> dict[str, float]:
-    """Return the host RAM a node needs for offloaded models, and while a checkpoint is gathered."""
+    """Return the host RAM a node needs for offloaded models, and while a checkpoint is gathered or loaded."""
     layout = scenario.config.parallel
     stride = layout.tensor * layout.context * scenario.data
-    offloaded = gathering = 0.0
+    offloaded = gathering = loading = 0.0
     for first in range(0, scenario.world, scenario.node):
         ranks = range(first, min(first + scenario.node, scenario.world))
         copies = [_offloaded(scenario, rank // stride) for rank in ranks]
@@ -159,7 +160,22 @@ def host_bytes(scenario: Scenario) -> dict[str, float]:
             *(_gathering(scenario, rank // stride, rank % stride < layout.tensor) for rank in ranks), strict=True
         )
         offloaded, gathering = max(offloaded, sum(copies)), max(gathering, *map(sum, models))
-    return {"idle models": offloaded if scenario.config.offload else 0.0, "gathering a checkpoint": gathering}
+        loading = max(loading, sum(max(_state_bytes(scenario, rank // stride)) for rank in ranks))
+    idle = offloaded if scenario.config.offload else 0.0
+    return {"idle models": idle, "gathering a checkpoint": gathering, "loading a checkpoint": loading}
+
+
+def host_peak(host: dict[str, float]) -> float:
+    """Return the largest sum of the uses in `host_bytes` that come together."""
+    return host["idle models"] + max(host["gathering a checkpoint"], host["loading a checkpoint"])
+
+
+def _state_bytes(scenario: Scenario, stage: int) -> list[float]:
+    """Return main weights and moments of a stage's shard, of each trained model.
+
+    Loading, Megatron allocates them on every data-parallel rank, not only the rank's own share.
+    """
+    return [12.0 * scenario.elements(stage, head) for name, head in scenario.roles.items() if name != "reference"]
 
 
 def _gathering(scenario: Scenario, stage: int, first: bool) -> list[float]:

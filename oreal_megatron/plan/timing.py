@@ -172,12 +172,15 @@ def gradients(scenario: Scenario) -> float:
 
 
 def swap(scenario: Scenario, model: str) -> float:
-    """Return the seconds to load and offload a model; model "": the policy's weights for the weight sync."""
+    """Return the seconds to load a model and, if it is updated, to offload it; model "": the policy, to be read."""
     if not scenario.config.offload:
         return 0.0
     part = memory.model_bytes(scenario, 0, scenario.roles.get(model, "lm"))
-    moved = part["parameters"] + (part["optimizer"] if model in ("policy", "reward_model") else 0)
-    return 2 * moved / (scenario.assumed.pcie_gb_s * 1e9)
+    if model in ("policy", "reward_model"):
+        moved = 2 * (part["parameters"] + part["optimizer"])
+    else:  # only read: the copy on the host stays valid
+        moved = part["parameters"]
+    return moved / (scenario.assumed.pcie_gb_s * 1e9)
 
 
 def checkpoint(scenario: Scenario) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from oreal_megatron.config import Config, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.records import Prompt, Rollout
 from oreal_megatron.rollout import requests, vllm_patches
+from oreal_megatron.rollout.device import EngineMemory, is_device_error
 from oreal_megatron.rollout.requests import Request
 from oreal_megatron.runtime import distributed, heartbeat, versions
 
@@ -53,8 +54,7 @@ class VllmEngine:
         self.reports = distributed.rank() % size == 0  # one rank of each replica reports its rollouts
         self.version, self.stop_requested, self.stopping = 0, stop_requested, False
         self.temperature = config.sampling.temperature
-        self.can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
-        self.awake = True
+        can_sleep = config.engine.sleep and current_platform.is_sleep_mode_available()
         vllm_patches.register_internlm()
         if config.engine.transport == "direct":
             vllm_patches.keep_plain_weights()
@@ -64,7 +64,7 @@ class VllmEngine:
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
-            enable_sleep_mode=self.can_sleep,
+            enable_sleep_mode=can_sleep,
             skip_tokenizer_init=True,
             tensor_parallel_size=size,
             distributed_executor_backend="external_launcher",
@@ -79,6 +79,12 @@ class VllmEngine:
             **_platform_arguments(config),
         )
         vllm_patches.divide_logits(self.llm.collective_rpc("get_model")[0], self.temperature)
+        self.memory = EngineMemory(self.llm, can_sleep)
+
+    @property
+    def awake(self) -> bool:
+        """True while weights and KV cache are allocated."""
+        return self.memory.awake
 
     def generate(
         self,
@@ -99,7 +105,7 @@ class VllmEngine:
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             pending = {f"{attempt}.{slot}.{index}": Request(prompts[slot], slot, index) for slot, index in missing}
-            error = ""
+            error, can_retry = "", True
             try:
                 for rollout in self._run_requests(pending, sampling, seed):
                     if on_rollout and self.reports and rollout.key not in finished:
@@ -108,29 +114,31 @@ class VllmEngine:
             except Exception as raised:  # vLLM's, perhaps on this rank only; the others learn of it below
                 log.exception("the engine of rank %d failed", distributed.rank())
                 error = f"{type(raised).__name__}: {raised}".splitlines()[0]
+                can_retry = not is_device_error(raised)
             if any(distributed.all_gather_object(self.stopping)):
                 raise Preempted("a stop was requested during generation")
             unfinished = [key for key in missing if key not in finished]
             gathered = distributed.all_gather_object((self.replica, unfinished, error))
             if not any(keys for _, keys, _ in gathered):
                 break
-            self._retry_or_stop(attempt, [(len(keys), error) for _, keys, error in gathered], seed[1])
+            can_retry = all(distributed.all_gather_object(can_retry)) and attempt < self.config.engine.retries
+            self._retry_or_stop(can_retry, attempt, [(len(keys), error) for _, keys, error in gathered], seed[1])
             missing = sorted({key for replica, keys, _ in gathered if replica == self.replica for key in keys})
         own = list(finished.values()) if self.reports else []
         return requests.gather_rollouts(own, prompts, sampling.rollouts_per_prompt)
 
-    def _retry_or_stop(self, attempt: int, failures: list[tuple[int, str]], step: int) -> None:
+    def _retry_or_stop(self, can_retry: bool, attempt: int, failures: list[tuple[int, str]], step: int) -> None:
         """Log the retry, or raise EngineError on all ranks alike. `failures`: unfinished requests and error by rank."""
         faults = "; ".join(
             f"rank {rank} is missing {count} responses ({error or 'vLLM returned none, or empty ones'})"
             for rank, (count, error) in enumerate(failures)
             if count
         )
-        retries = self.config.engine.retries
-        if attempt == retries:
+        if not can_retry:
+            stays = "" if attempt == self.config.engine.retries else "; an error of a GPU stays until its process ends"
             raise EngineError(
-                f"step {step}: the engine did not complete all responses after {retries} retries (engine.retries): "
-                f"{faults}. Nothing was trained on this step; see the errors logged above, then resume the run"
+                f"step {step}: the engine did not complete all responses after {attempt} retries (engine.retries): "
+                f"{faults}{stays}. Nothing was trained on this step; see the errors logged above, then resume the run"
             )
         if distributed.rank() == 0:
             log.warning("step %d: retrying unfinished requests: %s", step, faults)
@@ -167,20 +175,15 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Release weights and KV cache until `wake` and `accept`; no effect where the platform cannot (CPU)."""
-        if self.can_sleep and self.awake:
-            self.llm.sleep(level=2)
-            self.awake = False
+        self.memory.release()
 
     def wake(self) -> None:
         """Allocate memory for weights, with undefined contents; the KV cache follows in `accept`."""
-        if not self.awake:
-            self.llm.wake_up(["weights"])
+        self.memory.allocate_weights()
 
     def accept(self, version: int) -> None:
         """Mark the weights as those of a policy version: drop cached keys and values, allocate the KV cache."""
-        if not self.awake:
-            self.llm.wake_up(["kv_cache"])
-            self.awake = True
+        self.memory.allocate_cache()
         if not all(distributed.all_gather_object(self.llm.reset_prefix_cache())):  # gathered: replicas stop together
             raise EngineError(
                 f"vLLM refused to reset its prefix cache after weights of version {version} were loaded; it would use "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -65,16 +64,6 @@ def check_reward_model(reward: HFFolder, policy: HFFolder, arch: Architecture) -
                 f"{getattr(arch, field.name)}, that of {policy.path}: both models have one architecture"
             )
     to_megatron.check_weights(reward, arch, "scalar")
-
-
-def check_allocator(config: Config) -> None:
-    """Check that expandable segments are off: they exclude the allocator of vLLM's sleep mode."""
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if config.engine.sleep and "expandable_segments:true" in os.environ.get(name, "").lower():
-            raise ConfigError(
-                f"{name} asks for expandable segments, which exclude vLLM's sleep mode; remove them from it, or set "
-                "engine.sleep=false"
-            )
 
 
 def check_kv_cache(config: Config, arch: Architecture) -> None:

@@ -27,6 +27,9 @@ class TrainingHooks:
     save_best: Callable[[], None]  # called when the model just evaluated is the best so far
     figure: str = "accuracy"  # of an evaluation, which the best one has highest
     command: str = "oreal train"  # which continues the run folder with --resume
+    # Parameters and optimizer come to the device for a checkpoint; an engine awake would need a smaller KV cache.
+    sleep_engine: Callable[[], None] = lambda: None
+    wake_engine: Callable[[], object] = lambda: None  # with the policy's weights
 
     def start(self, steps_done: int, saved: bool) -> None:
         """Evaluate before the first step of this start; `saved`: there is a checkpoint after `steps_done` steps."""
@@ -40,7 +43,9 @@ class TrainingHooks:
         with self.run.phase("checkpoint"):
             self.saver.poll()
             if is_due(steps_done, self.config.checkpoint.every, self.config.steps):
+                self.sleep_engine()
                 self.saver.start(steps_done)
+                self.wake_engine()
                 self.saved_step = steps_done
                 self.run.delete_old_dumps(checkpoint_folders.complete(self.saver.folder)[-self.saver.keep :])
         if any(distributed.all_gather_object(bool(self.stop_request))):
@@ -67,6 +72,7 @@ class TrainingHooks:
         """
         self.saver.finish()
         if self.saved_step != self.steps_done:
+            self.sleep_engine()
             self.saver.save(self.steps_done, self.random_state)
 
     def _remember_state(self, steps_done: int) -> None:

@@ -56,7 +56,16 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
         save_best = partial(policy_weights.save_model, inputs, "policy", policy, Path(config.run) / "best")
-        hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_best)
+        hooks = TrainingHooks(
+            config,
+            saver,
+            run,
+            evaluate,
+            stop_request,
+            save_best,
+            sleep_engine=engine.sleep,
+            wake_engine=lambda: weight_sync.sync(policy.updates),
+        )
         packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         models = (policy, reference, reward_model)
         with hooks.saving_on_stop_request():

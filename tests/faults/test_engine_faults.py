@@ -18,6 +18,8 @@ class Faulty:
         outputs = self.engine.step()
         fault = self.faults.pop(0) if outputs and self.faults else ""
         if fault == "raise":
+            raise RuntimeError("the scheduler lost a block\nand more lines")
+        if fault == "gpu":
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more lines")
         if fault == "fewer":
             return outputs[1:]
@@ -68,7 +70,7 @@ def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in
     both = {rank: ["raise"] for rank in (0, 1)}  # of one replica: one that fails alone leaves the other in vLLM
     alone = {1: ["raise"]} if tensor == 1 else both
     plans = [{}, alone, {1: ["fewer"]}, {0: ["empty"]}, {1: ["aborted"], 0: ["fewer"]}, {1: ["fewer"] * 99}, {}]
-    plans += [{rank: ["raise"] * 99 for rank in alone}, {}, {1: ["leave"]}]
+    plans += [{rank: ["raise"] * 99 for rank in alone}, {}, {rank: ["gpu"] for rank in alone}, {1: ["leave"]}]
     first, second = in_processes(2, answers, str(model_folder), tensor, plans)
     undisturbed, keys = first[0][0], sorted(first[0][1] + second[0][1])
     assert len(keys) == len(set(keys)) == 10
@@ -80,5 +82,7 @@ def test_what_an_engine_failed_to_answer_is_asked_again(tensor, model_folder, in
     )
     assert "rank 1 is missing" in first[5] and "rank 0" not in first[5]
     assert first[7] == second[7]
-    assert "responses (RuntimeError: CUDA error: an illegal memory access was encountered)" in first[7]
-    assert first[9] == second[9] == "a stop was requested during generation", "one was asked, all leave"
+    assert "responses (RuntimeError: the scheduler lost a block)" in first[7]
+    assert first[9] == second[9] and "after 0 retries" in first[9], "such an error stays, so nothing is repeated"
+    assert "(RuntimeError: CUDA error: an illegal memory access was encountered); an error of a GPU stays" in first[9]
+    assert first[10] == second[10] == "a stop was requested during generation", "one was asked, all leave"

@@ -372,6 +372,44 @@ def test_small_gradients_of_a_certain_token_survive(served_by):
     torch.testing.assert_close(out[0, 0].double(), -torch.expm1(logits.double()[0, 0]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_gradient_without_an_entropy_is_that_with_a_coefficient_of_zero(softcap, in_place, served_by):
+    """Labels at the ends of blocks and rows, of another rank, and none; likely and unlikely ones."""
+    columns, label = 200, torch.tensor([0, 63, 64, 127, 199, 200, -1, 70])
+    logits = torch.randn(8, 208, generator=torch.Generator().manual_seed(0)) * 4
+    logits[2, 64] = 40.0
+    row = torch.linspace(-1.0, 1.0, 8)
+    row[7] = 0.0
+    scale = torch.full((8,), 1.25)
+    z = torch.tanh(logits[:, :columns] / softcap) * softcap * 1.25 if softcap else logits[:, :columns] * 1.25
+    maximum = z.amax(1)
+    log_total = (z - maximum[:, None]).exp().sum(1).log()
+    arguments = label, scale, softcap, columns, maximum, log_total, torch.ones(8), row
+    results = []
+    for b in (None, torch.zeros(8)):
+        source = logits.clone()
+        out = source if in_place else torch.full_like(logits, 7.0)
+        row_gradient(source, out, *arguments, b)
+        results.append(out)
+    torch.testing.assert_close(*results, rtol=2e-6, atol=1e-9)
+    exact = torch.autograd.functional.vjp(
+        lambda x: torch.where(
+            (label >= 0) & (label < columns),
+            torch.log_softmax(scaled_logits(x.double(), softcap), 1)[torch.arange(8), label.clamp(0, columns - 1)],
+            -torch.logsumexp(scaled_logits(x.double(), softcap), 1),
+        ),
+        logits[:, :columns],
+        row.double(),
+    )[1]
+    torch.testing.assert_close(results[0][:, :columns], exact.float(), rtol=2e-5, atol=1e-7)
+    assert not results[0][:, columns:].any() and not results[0][7].any()
+
+
+def scaled_logits(x: torch.Tensor, softcap: float) -> torch.Tensor:
+    return (torch.tanh(x / softcap) * softcap if softcap else x) * 1.25
+
+
 def test_what_ignored_rows_hold_does_not_matter(served_by):
     logits = random(3, 70)
     logits[1, 3] = torch.nan

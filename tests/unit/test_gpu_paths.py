@@ -1,0 +1,89 @@
+"""Paths that only a GPU takes, by the calls they make: process group, fused operations, the kernel for Hopper."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from repository import ROOT
+
+from oreal_megatron import config as c
+from oreal_megatron.mcore import gpt_model, parallel, varlen_attention
+from oreal_megatron.models import architecture
+
+FAMILIES = json.loads((ROOT / "tests/families.json").read_text())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine on which torch reports Hopper GPUs, and the calls that would reach them."""
+    calls = SimpleNamespace(device=None, group={})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(calls, "device", device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.group.update(options, b=backend))
+    monkeypatch.setattr(parallel, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 8)]))
+    for key, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_PORT": "29400"}.items():
+        monkeypatch.setenv(key, value)
+    return calls
+
+
+def test_the_process_group_connects_on_the_rank_s_own_gpu_at_the_start(gpu):
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    parallel.start_process_group()
+    assert gpu.device == gpu.group["device_id"] == torch.device("cuda", 3) and gpu.group["b"] == "cpu:gloo,cuda:nccl"
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+
+
+def test_on_cpus_no_device_is_bound(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parallel.start_process_group()
+    assert gpu.group["device_id"] is None and gpu.group["b"] == "gloo" and gpu.device is None
+
+
+@pytest.mark.parametrize(("family", "fused"), [("Qwen2", True), ("Qwen3Moe", False)])
+def test_swiglu_is_fused_on_gpus_unless_the_recipe_says_otherwise(family, fused, monkeypatch):
+    """Not of experts, whose fused path weighs tokens as well."""
+    arch = architecture.read(FAMILIES[family])
+    assert not gpt_model.transformer_config(arch, c.Config()).bias_activation_fusion
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpt_model._fusions(arch)["bias_activation_fusion"] is fused
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    allowed = c.Config(megatron={"bias_activation_fusion": True})
+    assert gpt_model.transformer_config(arch, allowed).bias_activation_fusion
+
+
+@pytest.mark.parametrize(
+    ("offers", "package", "capability", "used"),
+    [
+        (["FA3", "FA4"], True, (9, 0), "FA3"),
+        (["FA3", "FA4"], False, (9, 0), None),
+        (["FA4"], True, (9, 0), None),
+        (["FA3"], True, (8, 0), None),
+        (["FA3"], True, (10, 0), None),
+    ],
+)
+def test_flash_attention_3_is_used_where_torch_package_and_gpu_have_it(
+    offers, package, capability, used, gpu, monkeypatch
+):
+    activated: list[str] = []
+    monkeypatch.setattr(varlen_attention.torch_attention, "list_flash_attention_impls", lambda: offers)
+    monkeypatch.setattr(varlen_attention.torch_attention, "activate_flash_attention_impl", activated.append)
+    monkeypatch.setattr(varlen_attention.importlib.util, "find_spec", lambda name: object() if package else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for _ in range(2):
+        assert varlen_attention.use_fastest_kernel.__wrapped__(torch.device("cuda", 0)) == used
+    assert activated == ([used] * 2 if used else [])
+
+
+def test_a_broken_flash_attention_3_leaves_version_2_and_a_warning(gpu, monkeypatch, caplog):
+    def fail(name: str) -> None:
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(varlen_attention.torch_attention, "activate_flash_attention_impl", fail)
+    monkeypatch.setattr(varlen_attention.importlib.util, "find_spec", lambda name: object())
+    assert varlen_attention.use_fastest_kernel.__wrapped__(torch.device("cuda", 0)) is None
+    assert "undefined symbol" in caplog.text
