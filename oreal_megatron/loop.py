@@ -81,10 +81,16 @@ def check_logprob_parity(
     packing_spec: PackingSpec,
     step: int,
 ) -> Metrics:
-    """Compare versions and log-probs of engine and trainer on a few sampled tokens; raise LogprobMismatch on a gap."""
+    """Compare versions and log-probs of engine and trainer on a few sampled tokens.
+
+    Raises LogprobMismatch on a gap, NonFiniteLogprobs where they are no numbers.
+    """
     logprob_parity.check_versions(rollouts, engine.version, policy.updates, step)
     samples = logprob_parity.samples(rollouts, config.engine.parity_tokens)
     batch = packing.batch(samples, packing_spec)
     gap = logprob_parity.difference(policy.score(batch), batch, config.parity_tolerance_nats)
     gaps = distributed.all_gather_object(gap)
+    if not logprob_parity.is_finite(gaps):
+        causes = distributed.all_gather_object(policy.find_non_finite(batch))
+        logprob_parity.refuse_non_finite(causes, policy.updates, step)
     return logprob_parity.check(gaps, config.parity_tolerance_nats, policy.updates, step)

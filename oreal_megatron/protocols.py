@@ -104,6 +104,10 @@ class PolicyTrainer(Scorer, Protocol):
         """Take one OREAL step (arXiv 2502.06781, Eq. 11); skip it where the token weights are not valid."""
         ...
 
+    def find_non_finite(self, batch: Batch) -> str:
+        """Describe the first value of this rank's model that is not finite; "" if there is none."""
+        ...
+
 
 class RewardModelTrainer(Protocol):
     """The token-level reward model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,10 @@ TOKEN_CAP = 4
 
 class LogprobMismatch(RunStopped):
     """Engine and trainer hold different policies; training on such rollouts would be silently wrong."""
+
+
+class NonFiniteLogprobs(RunStopped):
+    """Log-probs of the policy or the engine are NaN or infinite."""
 
 
 def samples(rollouts: Sequence[Sequence[Rollout]], tokens: int) -> list[Sample]:
@@ -79,3 +84,24 @@ def check(
             "Nothing was trained on these rollouts; resume from the last checkpoint once the cause is fixed"
         )
     return {"parity/logprob_gap": gap, "parity/capped_gap": max(capped), "parity/tokens": tokens}
+
+
+def is_finite(differences: Sequence[tuple[float, float, int]]) -> bool:
+    """Return whether all ranks' differences are numbers: log-probs of both sides are finite."""
+    return all(math.isfinite(gap) for gap, _, _ in differences)
+
+
+def refuse_non_finite(causes: Sequence[str], version: int, step: int) -> None:
+    """Raise NonFiniteLogprobs. `causes`: each rank's description of its first value that is not finite."""
+    places = "; ".join(f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause)
+    if not places:
+        raise NonFiniteLogprobs(
+            f"step {step}: the engine's log-probs are not finite, those of the trainer are. The engine's precision may "
+            "be too small for this policy (engine.dtype), or its weights are damaged. Nothing was trained on these "
+            "rollouts; resume from the last checkpoint"
+        )
+    raise NonFiniteLogprobs(
+        f"step {step}: log-probs of policy version {version} are not finite ({places}). The policy has diverged, or "
+        "its weights are damaged. Nothing was trained on these rollouts; resume from a checkpoint before it, with a "
+        "lower learning rate or clip_grad"
+    )

@@ -188,9 +188,20 @@ def load(chunks: list[GPTModel], arch: Architecture, config: Config, head: str, 
                     f"{tuple(parameter.shape)}; does config.json belong to these weights?"
                 )
             parameter.copy_(part)
+            if not parameter.isfinite().all():
+                raise ConfigError(_describe_non_finite(entry, read))
             # Megatron marks shards while it initialises them, which is skipped here. Without the mark, a shard counts
             # as a copy of the first rank's and is missing from the gradient norm: clipping would depend on the layout.
             parameter.tensor_model_parallel = entry.sharding is not tensors.Sharding.REPLICATED  # type: ignore[attr-defined]
+
+
+def _describe_non_finite(entry: tensors.Entry, read: Callable[[str], Tensor]) -> str:
+    """Return a message about the first tensor of an entry that holds NaN or infinity."""
+    name = next((name for name in entry.hf if not read(name).isfinite().all()), entry.megatron)
+    return (
+        f"the model's tensor {name} holds values that are not finite: the file is damaged, or was saved by a run that "
+        "had diverged; use an earlier model"
+    )
 
 
 def _live_name(name: str, offset: int, live: Collection[str]) -> str:

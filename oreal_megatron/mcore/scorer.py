@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from oreal_megatron.mcore import context_parallel, layers, varlen_attention
+from oreal_megatron.mcore import context_parallel, layers, non_finite, varlen_attention
 from oreal_megatron.mcore.gpt_model import device
 from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.offload import MemoryPart, MemoryParts
@@ -43,6 +43,22 @@ class MegatronScorer:
         with self.parts.on_device("parameters", read_only=self.reading_changes_nothing):
             outputs = self._run(batch, loss_function, forward_only=True)
         return [output["values"] for output in outputs] if parallel_state.is_pipeline_last_stage() else None
+
+    def find_non_finite(self, batch: Batch) -> str:
+        """Describe the first value of this rank's model that is not finite; "" if there is none. Collective.
+
+        Weights come first; if they are finite, the outputs of modules in a forward pass over the batch.
+        """
+        with non_finite.watched_outputs(self.chunks) as modules:
+            values = self.score(batch)
+        with self.parts.on_device("parameters"):
+            parameter = non_finite.first_parameter(self.chunks)
+        if parameter:
+            return parameter
+        if modules:
+            return f"all weights are finite, but the output of {modules[0]} is not"
+        wrong = any(not tensor.isfinite().all() for tensor in values or [])
+        return "weights and hidden states are finite, but the values of the output layer are not" if wrong else ""
 
     def _run(
         self, batch: Batch, loss_function: Callable[..., tuple[Any, ...]], forward_only: bool

@@ -6,6 +6,7 @@ Policy and token-level reward model: trained_models.py.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, OptimizerConfig
-from oreal_megatron.mcore import adam, megatron_patches, parallel
+from oreal_megatron.mcore import adam, megatron_patches, non_finite, parallel
 from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.offload import MemoryPart
 from oreal_megatron.mcore.scorer import Head, MegatronScorer, parameters
 from oreal_megatron.records import Batch, MicroBatch
 from oreal_megatron.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 # Number of the micro-batch within the batch, the micro-batch, last stage's output -> loss and metrics that add up.
 Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -93,7 +96,10 @@ class MegatronTrainer(MegatronScorer):
             self.updates += 1
         # With parallel.overlap, a replica's copy of weights that it has not gathered yet is the old one; the owner
         # reports the new one.
-        largest = max(distributed.all_gather_object(_largest_magnitude(parameters(self.chunks))))
+        own_largest = _largest_magnitude(parameters(self.chunks))
+        if not math.isfinite(own_largest):  # the guard stops the run on all ranks
+            log.error("after update %d: %s", self.updates, non_finite.first_parameter(self.chunks))
+        largest = max(distributed.all_gather_object(own_largest))
         spikes = {"gradient_norm_limit": decision.norm_limit} if math.isfinite(decision.norm_limit) else {}
         return {**spikes, "largest_weight": largest, "updates": self.updates, **self.guard_state.metrics()}
 

@@ -68,6 +68,11 @@ class FakeModel:
 class FakePolicy(FakeModel):
     """A policy that counts its updates."""
 
+    non_finite = ""
+
+    def find_non_finite(self, batch):
+        return self.non_finite
+
     def update(self, batch, reference_logp, token_weights):
         assert [len(w) for w in token_weights.values] == [len(r) for r in reference_logp]
         self.updates += 1

@@ -21,7 +21,7 @@ from fake_pieces import (
 
 from oreal_megatron import config as c
 from oreal_megatron import loop
-from oreal_megatron.algo.logprob_parity import LogprobMismatch
+from oreal_megatron.algo.logprob_parity import LogprobMismatch, NonFiniteLogprobs
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_changed, refuse_existing
 from oreal_megatron.records import Outcome, PackingSpec, ScoredRollout, TokenWeights, Verdict
@@ -131,6 +131,19 @@ def test_an_engine_with_other_weights_stops_the_run_before_anything_is_trained(t
     with pytest.raises(LogprobMismatch, match=r"step 0: .* differ by 0\.5 nats .*6 tokens compared"):
         run_loop(tmp_path, configuration(tmp_path), events, FakeEngine(events, logprob=-1.5))
     assert events == ["generate (0, 0)"]
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf"), float("inf")])
+@pytest.mark.parametrize(
+    ("cause", "says"),
+    [("", "the engine's log-probs are not finite, those of the trainer are"), ("x is nan", r"\(rank 0: x is nan\)")],
+)
+def test_values_that_are_not_finite_are_reported_as_that(tmp_path, monkeypatch, logprob, cause, says):
+    monkeypatch.setattr(FakePolicy, "non_finite", cause)
+    events: list[str] = []
+    with pytest.raises(NonFiniteLogprobs, match=f"step 0: .*{says}") as stop:
+        run_loop(tmp_path, configuration(tmp_path), events, FakeEngine(events, logprob=logprob))
+    assert "differ by" not in str(stop.value) and events == ["generate (0, 0)"]
 
 
 def test_one_answer_of_a_bad_replica_does_not_drown_among_good_ones(tmp_path):
