@@ -258,11 +258,6 @@ def test_broken_weights_reach_neither_the_engine_nor_a_checkpoint(tmp_path):
     assert events == ["generate (0, 0)", "policy learns"]
 
 
-def test_nan_log_probs_are_a_disagreement(tmp_path):
-    with pytest.raises(LogprobMismatch):
-        run_loop(tmp_path, configuration(tmp_path), [], FakeEngine([], logprob=float("nan")))
-
-
 def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     class AllWrong(FakeVerifier):
         def verdicts(self, rollouts):
