@@ -60,13 +60,13 @@ def test_steps_end_at_the_first_other_character_or_the_last_term(response, posit
 
 
 def test_files_are_disjoint_and_every_character_is_a_token(tmp_path):
-    make_checked_task.make_problems(tmp_path, 3, training=300, held_out=200, demonstrations=300, error_rate=0.15)
+    make_checked_task.make_problems(tmp_path, 3, training=300, held_out=200, demonstrations=300)
     lines = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("problems", "held_out", "demonstrations")
+        for name in ("problems", "held_out", "demonstrations", "checks")
     }
     questions = [line["question"] for part in lines.values() for line in part]
-    assert len(set(questions)) == len(questions) == 800
+    assert len(set(questions)) == len(questions) == 1100
     tokenizer = small_model.make_tokenizer()
     for line in lines["demonstrations"]:
         assert len(tokenizer.encode(line["response"])) == len(line["response"])
