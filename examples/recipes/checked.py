@@ -1,6 +1,7 @@
 """Recipes of the checked task: running sums modulo 10 with a written check after each step, on CPU processes.
 
-tools/make_checked_task.py makes the inputs, tools/checked_steps.py shows the text.
+tools/make_checked_task.py makes the inputs, tools/checked_steps.py shows the text. The functions below `oreal` are the
+arms that tools/compare_arms.py compares.
 """
 
 import dataclasses
@@ -11,57 +12,111 @@ from oreal_megatron.config import (
     DataConfig,
     EngineConfig,
     EvaluationConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     RewardModelConfig,
     SamplingConfig,
+    SelectionConfig,
     SupervisedConfig,
     VerifyConfig,
+    WeightsConfig,
 )
 
 FOLDER = "runs/checked"
+LONGEST = 28  # tokens of a response: eight steps of two, a box of nine, the stop token, and two to spare
 
 
 def oreal() -> Config:
-    """OREAL with the token-level reward model, from the supervised policy."""
+    """OREAL with the token-level reward model and the prefix mean of its scores, from the supervised policy."""
     return Config(
         run=f"{FOLDER}/oreal",
-        steps=150,
+        steps=80,
         policy_freeze_steps=10,
         tokens_per_micro_batch=4096,
         model=ModelConfig(f"{FOLDER}/sft/policy"),
         engine=EngineConfig(max_model_len=64, max_num_seqs=512, kv_cache_gib=0.5, enforce_eager=True),
-        sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=1.0, max_new_tokens=28),
-        data=DataConfig(f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=32),
+        sampling=SamplingConfig(rollouts_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=LONGEST),
+        data=DataConfig(f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=24),
         verify=VerifyConfig(workers=1),
-        optimizer=OptimizerConfig(lr=3e-4, min_lr=6e-5, warmup_steps=10),
-        reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=1e-3, min_lr=2e-4, warmup_steps=10)),
+        optimizer=OptimizerConfig(lr=4e-4, min_lr=8e-5, warmup_steps=10),
+        reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-4, min_lr=1e-4, warmup_steps=10)),
         checkpoint=CheckpointConfig(every=0),
-        evaluation=EvaluationConfig(every=25, problems=1000, max_new_tokens=28),
+        evaluation=EvaluationConfig(every=0, problems=1000, max_new_tokens=LONGEST, samples=2),
     )
 
 
-def oreal_without_reward_model() -> Config:
+def without_reward_model() -> Config:
     """OREAL with a weight of 1 for every token; the policy is trained from the first step."""
+    return dataclasses.replace(oreal(), reward_model=RewardModelConfig(enabled=False))
+
+
+def belief_of_token() -> Config:
+    """OREAL with token weights from the score of the token itself, Eq. 10 as printed."""
+    return dataclasses.replace(oreal(), weights=WeightsConfig(belief="token"))
+
+
+def shuffled_weights() -> Config:
+    """OREAL with the reward model's weights dealt at random to the tokens of each side."""
+    return dataclasses.replace(oreal(), weights=WeightsConfig(shuffle=True))
+
+
+def true_errors() -> Config:
+    """OREAL with weights from the true first error of each incorrect response, without a reward model."""
     return dataclasses.replace(
-        oreal(), run=f"{FOLDER}/without_reward_model", reward_model=RewardModelConfig(enabled=False)
+        without_reward_model(), weights=WeightsConfig(rule="tools/checked_weights.py:first_error")
     )
+
+
+def reinforce() -> Config:
+    """REINFORCE on all rollouts: the reward without a baseline, one denominator for both sides (Table 2, first row)."""
+    return dataclasses.replace(
+        without_reward_model(),
+        selection=SelectionConfig(advantage="reward", keep="all"),
+        loss=LossConfig(negative_coef=1.0, normalise="joint"),
+    )
+
+
+def reward_shaping() -> Config:
+    """REINFORCE with leave-one-out advantages, which weigh rare outcomes more (Table 2, second row)."""
+    return dataclasses.replace(reinforce(), selection=SelectionConfig(keep="all"), loss=LossConfig(negative_coef=1.0))
+
+
+def behaviour_cloning() -> Config:
+    """Cloning of one correct rollout of each prompt, and a penalty for an incorrect one (Table 2, third row)."""
+    return dataclasses.replace(without_reward_model(), loss=LossConfig(advantage_on_positives=False))
+
+
+def token_reward_model() -> Config:
+    """Behaviour cloning with the token-level reward model (Table 2, fourth row)."""
+    return dataclasses.replace(oreal(), loss=LossConfig(advantage_on_positives=False))
 
 
 def sft() -> Config:
-    """Supervised fine-tuning of the random policy until it writes steps and checks as the demonstrations do."""
+    """First stage of supervised fine-tuning: the random policy learns the sums from careless demonstrations."""
+    return _supervised("start", "sums", "demonstrations", steps=400, samples=128, rates=(2e-3, 2e-4))
+
+
+def sft_checks() -> Config:
+    """Second stage: checks, from demonstrations in which every second step is wrong."""
+    return _supervised("sums/policy", "checks", "checks", steps=450, samples=64, rates=(2e-3, 5e-4))
+
+
+def sft_care() -> Config:
+    """Third stage: the careless demonstrations again, so that the policy errs in every seventh step."""
+    return _supervised("checks/policy", "sft", "demonstrations", steps=150, samples=64, rates=(5e-4, 5e-5))
+
+
+def _supervised(start: str, run: str, data: str, steps: int, samples: int, rates: tuple[float, float]) -> Config:
     return dataclasses.replace(
         oreal(),
-        run=f"{FOLDER}/sft",
-        model=ModelConfig(f"{FOLDER}/start"),
-        data=DataConfig(held_out=f"{FOLDER}/problems.jsonl"),
+        run=f"{FOLDER}/{run}",
+        model=ModelConfig(f"{FOLDER}/{start}"),
         tokens_per_micro_batch=8192,
-        evaluation=EvaluationConfig(problems=300, max_new_tokens=28),
         supervised=SupervisedConfig(
-            path=f"{FOLDER}/demonstrations.jsonl",
-            steps=1000,
-            samples_per_step=128,
-            evaluate_every=100,
-            optimizer=OptimizerConfig(lr=2e-3, min_lr=2e-4, warmup_steps=50),
+            path=f"{FOLDER}/{data}.jsonl",
+            steps=steps,
+            samples_per_step=samples,
+            optimizer=OptimizerConfig(lr=rates[0], min_lr=rates[1], warmup_steps=20),
         ),
     )

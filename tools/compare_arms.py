@@ -1,0 +1,181 @@
+"""Train the arms of an experiment with paired seeds, and compare them with the first arm.
+
+    python tools/compare_arms.py run examples/recipes/checked.py runs/arms --arms without_reward_model,oreal --jobs 2
+    python tools/compare_arms.py table runs/arms --arms without_reward_model,oreal --picture arms.png
+
+An arm is a function of the recipe file. Runs go to FOLDER/ARM/seed_N, all arms of a seed before the next seed. A second
+start skips finished runs and begins unfinished ones anew. The table has every arm and every seed that is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import step_localisation
+
+from oreal_megatron.observe.rows import read_rows
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by freedom
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_folder(folder: Path, arm: str, seed: int) -> Path:
+    """Return the run folder of an arm and a seed."""
+    return folder / arm / f"seed_{seed}"
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether a run has saved its final policy, which is the last that a run does."""
+    return (run / "policy" / "config.json").is_file()
+
+
+def train(recipe: str, folder: Path, arm: str, seed: int, settings: Sequence[str], nice: int) -> int:
+    """Train an arm with a seed in its own process, with output in FOLDER/ARM/seed_N.log; return its exit code."""
+    run = run_folder(folder, arm, seed)
+    if is_finished(run):
+        return 0
+    shutil.rmtree(run, ignore_errors=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    assignments = [f"run={run}", f"seed={seed}", *settings]
+    command = ["nice", "-n", str(nice), sys.executable, "-m", "oreal_megatron", "train", f"{recipe}:{arm}"]
+    command += [part for assignment in assignments for part in ("--set", assignment)]
+    with open(run.with_suffix(".log"), "w") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(f"{arm} seed {seed}: exit code {code.returncode}", flush=True)
+    return code.returncode
+
+
+def figures(run: Path) -> dict[str, float | None]:
+    """Return accuracy after training, area under the curve and localisation of one run, all in [0, 1].
+
+    The area is the mean pass rate of the rollouts over all steps; no training problem is used twice.
+    """
+    last, steps = read_rows(run / "evaluations.jsonl")[-1], read_rows(run / "metrics.jsonl")
+    return {
+        "sampled": last["sampled_accuracy"],
+        "greedy": last["accuracy"],
+        "area": statistics.fmean(row["reward/pass_rate"] for row in steps),
+        **{f"{name} AUC": value for name, value in step_localisation.of_run(run).items()},
+    }
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and 95 % t interval of paired differences; an infinite interval of a single one."""
+    mean, freedom = statistics.fmean(differences), len(differences) - 1
+    if not freedom:
+        return mean, -math.inf, math.inf
+    margin = T_975[freedom] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - margin, mean + margin
+
+
+def table(results: Mapping[str, Mapping[int, Mapping[str, float | None]]]) -> str:
+    """Return a Markdown table: arm -> seed -> figures; differences in points to the first arm, of the seeds of both."""
+    names = ("sampled", "greedy", "area", "score AUC", "weight AUC", "rollout AUC")
+    lines = [
+        "| arm | seeds | sampled, % | by seed | difference of sampled (95 %) | greedy, % | area, % "
+        "| difference of area (95 %) | score AUC | weight AUC | rollout AUC |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    baseline = next(iter(results.values()))
+    for arm, by_seed in results.items():
+        means = {name: _mean([row[name] for row in by_seed.values()]) for name in names}
+        each = ", ".join(_percent(row["sampled"]) for row in by_seed.values())
+        differences = {name: _difference(by_seed, baseline, name) if by_seed is not baseline else "" for name in names}
+        cells = [arm, ", ".join(map(str, by_seed)), _percent(means["sampled"]), each, differences["sampled"],
+                 _percent(means["greedy"]), _percent(means["area"]), differences["area"],
+                 *("" if means[name] is None else f"{means[name]:.3f}" for name in names[3:])]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _difference(
+    by_seed: Mapping[int, Mapping[str, float | None]], baseline: Mapping[int, Mapping[str, float | None]], name: str
+) -> str:
+    pairs = [(by_seed[seed][name], baseline[seed][name]) for seed in by_seed if seed in baseline]
+    if not pairs:
+        return "no common seed"
+    mean, low, high = (100 * value for value in paired_interval([own - base for own, base in pairs]))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else f"{mean:+.1f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def draw(folder: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
+    """Draw the pass rate of rollouts, smoothed over 10 steps: mean over the seeds of each arm, and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for arm in arms:
+        runs = [run for seed in seeds if is_finished(run := run_folder(folder, arm, seed))]
+        rates = [[row["reward/pass_rate"] for row in read_rows(run / "metrics.jsonl")] for run in runs]
+        curves = [[statistics.fmean(rate[max(0, i - 9) : i + 1]) for i in range(len(rate))] for rate in rates]
+        if curves:
+            steps = range(min(map(len, curves)))
+            columns = [[curve[step] for curve in curves] for step in steps]
+            (line,) = axes.plot(steps, list(map(statistics.fmean, columns)), label=f"{arm} ({len(curves)} seeds)")
+            axes.fill_between(
+                steps, list(map(min, columns)), list(map(max, columns)), alpha=0.12, color=line.get_color()
+            )
+    axes.set(xlabel="step", ylabel="pass rate of rollouts, mean of 10 steps")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    start, report = commands.add_parser("run"), commands.add_parser("table")
+    start.add_argument("recipe")
+    for command in (start, report):
+        command.add_argument("folder", type=Path)
+        command.add_argument("--arms", required=True, help="functions of the recipe, separated by commas")
+        command.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1")
+    start.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    start.add_argument("--nice", type=int, default=0)
+    start.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    report.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    arms, seeds = args.arms.split(","), range(args.seeds)
+    if args.command == "run":
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [
+                pool.submit(train, args.recipe, args.folder.resolve(), arm, seed, args.set, args.nice)
+                for seed in seeds
+                for arm in arms
+            ]
+        return max(job.result() for job in jobs)
+    results = {
+        arm: {seed: figures(run) for seed in seeds if is_finished(run := run_folder(args.folder, arm, seed))}
+        for arm in arms
+    }
+    print(table({arm: by_seed for arm, by_seed in results.items() if by_seed}))
+    if args.picture:
+        draw(args.folder, arms, seeds, args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
