@@ -89,7 +89,10 @@ def table(results: Mapping[str, Mapping[int, Mapping[str, float | None]]]) -> st
     for arm, by_seed in results.items():
         means = {name: _mean([row[name] for row in by_seed.values()]) for name in names}
         each = ", ".join(_percent(row["sampled"]) for row in by_seed.values())
-        differences = {name: _difference(by_seed, baseline, name) if by_seed is not baseline else "" for name in names}
+        differences = {
+            name: _difference(by_seed, baseline, name) if by_seed is not baseline else ""
+            for name in ("sampled", "area")
+        }
         cells = [arm, ", ".join(map(str, by_seed)), _percent(means["sampled"]), each, differences["sampled"],
                  _percent(means["greedy"]), _percent(means["area"]), differences["area"],
                  *("" if means[name] is None else f"{means[name]:.3f}" for name in names[3:])]  # fmt: skip

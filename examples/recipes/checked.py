@@ -39,8 +39,8 @@ def oreal() -> Config:
         sampling=SamplingConfig(rollouts_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=LONGEST),
         data=DataConfig(f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=24),
         verify=VerifyConfig(workers=1),
-        optimizer=OptimizerConfig(lr=4e-4, min_lr=8e-5, warmup_steps=10),
-        reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-4, min_lr=1e-4, warmup_steps=10)),
+        optimizer=OptimizerConfig(lr=1e-4, min_lr=2e-5, warmup_steps=10),
+        reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=1e-4, min_lr=2e-5, warmup_steps=10)),
         checkpoint=CheckpointConfig(every=0),
         evaluation=EvaluationConfig(every=0, problems=1000, max_new_tokens=LONGEST, samples=2),
     )

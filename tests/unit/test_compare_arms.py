@@ -1,0 +1,93 @@
+"""Figures of the checked task: localisation of wrong steps, weights of the true errors, paired intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import checked_weights
+import compare_arms
+import pytest
+import small_model
+import step_localisation
+import torch
+from step_localisation import TrainedRollout
+
+from oreal_megatron.algo import packing
+from oreal_megatron.config import Config
+from oreal_megatron.observe.dumps import write_dump
+from oreal_megatron.records import Batch, Counts, Sample, TokenWeights
+
+QUESTION, WRONG, RIGHT = "1+2+3=", "1v4x7v\\boxed{7}", "1v3v6v\\boxed{6}"  # the second step of WRONG is wrong
+
+
+def scored(response: str, is_correct: bool, low: int | None = None) -> TrainedRollout:
+    """A rollout whose token at `low` has score -1 and weight 1, all others score 0 and weight 0."""
+    values = [float(position == low) for position in range(len(response))]
+    return TrainedRollout(QUESTION, response, is_correct, [-value for value in values], values)
+
+
+@pytest.mark.parametrize(("low", "expected"), [(2, 1.0), (0, 0.0), (4, 0.5), (1, 0.5), (None, 0.5)])
+def test_localisation_compares_the_first_wrong_digit_with_the_right_ones_before_it(low, expected):
+    """Neither later steps (4) nor checks (1) count."""
+    figures = step_localisation.localisation([scored(WRONG, False, low), scored(RIGHT, True, 0)])
+    assert figures["score"] == figures["weight"] == expected
+
+
+def test_correct_rollouts_and_those_without_wrong_step_are_not_localised():
+    figures = step_localisation.localisation([scored(RIGHT, False, 2), scored(WRONG, True, 2)])
+    assert figures["score"] is None and figures["weight"] is None
+
+
+def test_localisation_reads_what_a_run_wrote(tmp_path):
+    """From the dump of a step and the rollouts beside it, in whichever order the batch has them."""
+    tokenizer = small_model.make_tokenizer()
+
+    def sample(response: str, reward: float, index: int) -> Sample:
+        prompt = tokenizer.encode(f"<|user|>{QUESTION}<|assistant|>")
+        return Sample(tuple(prompt), (*tokenizer.encode(response), 3), reward, reward, None, (0, index))
+
+    samples = [sample(WRONG, -1.0, 1), sample(RIGHT, 1.0, 0)]
+    micro_batch = packing.micro_batch(samples)
+    batch = Batch((micro_batch,), Counts(2, 32, 16, 16))
+    score_T = torch.zeros(len(micro_batch.labels))
+    score_T[2] = -1.0
+    weight_T = checked_weights.first_error(score_T, micro_batch, Config())
+    assert weight_T.tolist() == [float(position == 2 or position >= 16) for position in range(32)]
+    weights = TokenWeights([weight_T], scores=[score_T])
+    write_dump(tmp_path / "dumps/step_000012", 12, (0, 1), batch, None, weights, {}, Config())
+    rows = [
+        {"slot": 0, "index": 0, "question": QUESTION, "response": RIGHT, "verdict": "correct"},
+        {"slot": 0, "index": 1, "question": QUESTION, "response": WRONG, "verdict": "incorrect"},
+    ]
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/step_000012.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert step_localisation.of_run(tmp_path) == {"score": 1.0, "weight": 1.0, "rollout": 1.0}
+    assert step_localisation.of_run(tmp_path, first_step=13) == {"score": None, "weight": None, "rollout": None}
+
+
+def test_an_incorrect_response_without_wrong_step_keeps_its_weights():
+    tokenizer = small_model.make_tokenizer()
+    sample = Sample((1, *tokenizer.encode(QUESTION), 2), tuple(tokenizer.encode("1v3v6v\\boxed{7}")), -1.0, -1.0)
+    micro_batch = packing.micro_batch([sample])
+    assert checked_weights.first_error(torch.zeros(15), micro_batch, Config()).tolist() == [1.0] * 15
+
+
+def test_paired_interval_is_the_t_interval():
+    mean, low, high = compare_arms.paired_interval([4.3, 5.9, 3.3])
+    assert (mean, low, high) == pytest.approx((4.5, 1.25, 7.75), abs=0.01)
+    assert compare_arms.paired_interval([1.0])[1:] == (-math.inf, math.inf)
+
+
+def test_differences_are_paired_by_seed():
+    def row(sampled: float) -> dict[str, float | None]:
+        return dict.fromkeys(("sampled", "greedy", "area"), sampled) | dict.fromkeys(
+            ("score AUC", "weight AUC", "rollout AUC")
+        )
+
+    text = compare_arms.table(
+        {"base": {0: row(0.1), 1: row(0.5)}, "arm": {1: row(0.6), 0: row(0.2)}, "other": {1: row(0.7)}}
+    )
+    base, arm, other = text.splitlines()[2:]
+    assert "+10.0 (+10.0 to +10.0)" in arm and "30.0 | 10.0, 50.0" in base
+    assert "+20.0 |" in other, "the difference of seed 1 alone, without an interval"
