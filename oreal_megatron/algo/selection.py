@@ -55,7 +55,9 @@ def _select_of_prompt(
     generator = random.Random(f"{seed} {known[0][0].slot}")
     correct = [sample for sample in shaped if sample.reward > 0]
     incorrect = [sample for sample in shaped if sample.reward < 0]
-    return [generator.choice(group) for group in (correct, incorrect) if group]
+    if not (correct and incorrect):  # no rollout of one side has tokens
+        return []
+    return [generator.choice(correct), generator.choice(incorrect)]
 
 
 def counts(selected: Sequence[Sample]) -> Counts:

@@ -71,11 +71,14 @@ def metrics(weight_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> dict[s
 
 
 def _weigh_top_share(merit_T: Tensor, action_offsets: Tensor, share: float) -> Tensor:
-    """Map the best `share` of each sequence's tokens to [0, 1] (all to 1 when they are equal), the others to 0."""
+    """Map the best `share` of each sequence's tokens to [0, 1] (all to 1 when they are equal), the others to 0.
+
+    At least one token of a sequence counts, however short it is.
+    """
     weight_T = torch.zeros_like(merit_T)
     for start, stop in zip(action_offsets[:-1].tolist(), action_offsets[1:].tolist(), strict=True):
-        top, index = torch.topk(merit_T[start:stop], int((stop - start) * share))
-        if len(top):
+        if stop > start:
+            top, index = torch.topk(merit_T[start:stop], max(int((stop - start) * share), 1))
             spread = top.max() - top.min()
             weight_T[start + index] = (top - top.min()) / spread if spread > 0 else torch.ones_like(top)
     return weight_T

@@ -1,13 +1,15 @@
 """State of torch's AdamW inside Megatron's distributed optimizer.
 
-After loading a checkpoint all parameters share one `step` tensor, which would then advance once per parameter: a
-resumed run would train with a wrong bias correction and report nothing. `separate_steps` prevents that.
+Loading a checkpoint does two things that a resumed run must undo: all parameters then share one `step` tensor, which
+would advance once per parameter and spoil the bias correction (`separate_steps`); and the groups have the settings of
+the run that saved them (`apply_settings`).
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
 
 
@@ -44,3 +46,11 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     for part in torch_optimizers(optimizer):
         for state in part.state.values():
             state["step"] = state["step"].clone()
+
+
+def apply_settings(optimizer: MegatronOptimizer, config: MegatronOptimizerConfig) -> None:
+    """Give all groups the weight decay, betas and epsilon of the configuration; each step sets the learning rate."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay
+        group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_eps

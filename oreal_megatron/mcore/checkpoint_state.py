@@ -115,6 +115,7 @@ def _load(path: Path, trainer: MegatronTrainer) -> dict[str, Any]:
         chunk.load_state_dict(state[key])
     trainer.optimizer.load_state_dict(state["optimizer"])
     adam.separate_steps(trainer.optimizer)
+    adam.apply_settings(trainer.optimizer, trainer.optimizer_config)
     trainer.updates, trainer.guard_state = state["updates"], guard.GuardState.from_checkpoint(state["past"])
     return state
 

@@ -46,7 +46,8 @@ class MegatronTrainer(MegatronScorer):
         megatron_patches.use_torch_adam()
         with cpu_shim():
             wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
-            self.optimizer: MegatronOptimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), wrapped)
+            self.optimizer_config = _optimizer_config(config, optimizer)
+            self.optimizer: MegatronOptimizer = get_megatron_optimizer(self.optimizer_config, wrapped)
         adam.allocate_state(self.optimizer)
         self.config, self.updates, self.guard_state = config, 0, guard.GuardState()
         super().__init__(wrapped, head)

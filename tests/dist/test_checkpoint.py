@@ -8,12 +8,12 @@ import pytest
 import torch
 
 
-def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
+def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32", **changes: float):
     from oreal_megatron import config as c
     from oreal_megatron.convert.hf_folder import HFFolder
     from oreal_megatron.models import architecture
 
-    optimizer = c.OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1)
+    optimizer = c.OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1, **changes)
     config = c.Config(
         model=c.ModelConfig(folder, dtype),
         parallel=c.ParallelConfig(tensor, pipeline),
@@ -27,10 +27,10 @@ def pieces(folder: str, tensor: int, pipeline: int = 1, dtype: str = "float32"):
     return architecture.read(source.config), config, source.tensor
 
 
-def trainers(*layout, reward_model: bool = True):
+def trainers(*layout, reward_model: bool = True, **changes: float):
     from oreal_megatron.mcore import trained_models
 
-    made = pieces(*layout)
+    made = pieces(*layout, **changes)
     models = {"policy": trained_models.Policy(*made)} | (
         {"reward_model": trained_models.TokenRewardModel(*made)} if reward_model else {}
     )
@@ -87,8 +87,24 @@ def story(layout: tuple, reward_model: bool, samples: list, path: str, save_at: 
     step = checkpoint_state.load(checkpoint_state.choose(Path(path), list(fresh), None, False), fresh)
     again = go_on(fresh, reference, samples, range(step, 4))
     result = rows, state, random_numbers, step, again, all_state(fresh), torch.randn(3)
+    decayed = with_other_settings(layout, reward_model, samples, path) if save_at else {}
     parallel.stop()
-    return result
+    return *result, decayed
+
+
+OTHER = {"weight_decay": 3.0, "adam_beta1": 0.5, "adam_beta2": 0.7}
+
+
+def with_other_settings(layout: tuple, reward_model: bool, samples: list, path: str) -> dict:
+    """Continue from the checkpoint with other settings of the optimizers; return settings of groups, and state."""
+    from oreal_megatron.mcore import checkpoint_state
+
+    changed, reference = trainers(*layout, reward_model=reward_model, **OTHER)
+    step = checkpoint_state.load(checkpoint_state.choose(Path(path), list(changed), None, False), changed)
+    groups = [group for model in changed.values() for group in model.optimizer.param_groups]
+    settings = {(group["weight_decay"], *group["betas"], group["eps"]) for group in groups}
+    go_on(changed, reference, samples, range(step, 4))
+    return {"settings": settings, "state": all_state(changed)}
 
 
 @pytest.mark.parametrize(
@@ -107,11 +123,14 @@ def test_resume_is_exact(
 ):
     layout = (str(model_folder), tensor, pipeline, dtype)
     ranks = in_processes(processes, story, layout, reward_model, make_samples(16, seed=8), str(tmp_path), save_at)
-    for rows, state, random_numbers, step, again, state_again, random_again in ranks:
+    for rows, state, random_numbers, step, again, state_again, random_again, changed in ranks:
         assert step == save_at and rows == again
         assert state.keys() == state_again.keys()
         assert all(torch.equal(value, state_again[name]) for name, value in state.items())
         assert torch.equal(random_numbers, random_again)
+        if changed:  # settings of the optimizers come from the configuration, not from the checkpoint
+            assert changed["settings"] == {(*OTHER.values(), 1e-8)}
+            assert not all(torch.equal(value, changed["state"][name]) for name, value in state.items())
 
 
 class FusedAdam(torch.optim.AdamW):

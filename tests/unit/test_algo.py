@@ -113,10 +113,14 @@ def test_the_choice_depends_on_the_seed_and_on_its_own_prompt_only():
     assert len(chosen) > 4
 
 
-def test_an_empty_answer_is_not_trained_on():
-    rollouts, verdicts = step_of([RIGHT, WRONG])
-    rollouts[0][1] = Rollout(rollouts[0][1].prompt, 0, 1, (), "", False)
-    assert [sample.reward for sample in selection.samples(rollouts, verdicts, SelectionConfig(), (0, 0))] == [1.0]
+@pytest.mark.parametrize("outcomes", [[RIGHT, WRONG], [WRONG, RIGHT]])
+def test_a_pair_is_both_sides_or_none(outcomes):
+    """An empty response cannot be trained on, and its partner alone is no pair."""
+    rollouts, verdicts = step_of([*outcomes, outcomes[1]])
+    empty = Rollout(rollouts[0][1].prompt, 0, 1, (), "", False)
+    assert selection.samples([[rollouts[0][0], empty]], [verdicts[0][:2]], SelectionConfig(), (0, 0)) == []
+    pair = selection.samples([[rollouts[0][0], empty, rollouts[0][2]]], verdicts, SelectionConfig(), (0, 0))
+    assert sorted(sample.response_tokens[-1] for sample in pair) == [0, 2]
 
 
 def test_counts_of_the_step():
@@ -143,6 +147,16 @@ def test_top_share_spreads_the_best_tokens_over_zero_to_one():
     assert sorted(half.tolist()) == [0.0, 0.0, 0.0, 1.0] and half[0] == 1
     even = token_weighting.importance(torch.zeros(4), batch, WeightsConfig(rescale="top_share", top_share=0.5))
     assert even.sum() == 2
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.25, 1.0])
+@pytest.mark.parametrize("lengths", [(1,), (3, 1, 12), (1, 40)])
+def test_the_top_share_of_a_response_is_at_least_one_token(lengths, share):
+    batch = packing.micro_batch([Sample((1,), (2,) * length, 1.0, 1.0) for length in lengths])
+    score = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(0))
+    weight = token_weighting.importance(score, batch, WeightsConfig("top_share", top_share=share))
+    for part in weight.split(lengths):
+        assert part.max() == 1 and (part > 0).sum() <= max(int(len(part) * share), 1)
 
 
 def prompts(*rates: float | None) -> list[Prompt]:
@@ -202,3 +216,4 @@ def test_warm_up_then_cosine():
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.2) and rates[13] == pytest.approx(0.6, abs=0.05)
     assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+
