@@ -89,14 +89,6 @@ def _current_names(section: str, key: str) -> list[str]:
     return [name.rpartition(".")[2] for name in RENAMED.get(f"{section}.{key}", (key,))]
 
 
-def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Return where two configurations, as dictionaries, are not equal: `section.key: old -> new`."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return [] if before == after else [f"{path[:-1]}: {before!r} -> {after!r}"]
-    keys = [*before, *(key for key in after if key not in before)]
-    return [line for key in keys for line in differences(before.get(key), after.get(key), f"{path}{key}.")]
-
-
 def _section(data: Any, kind: type[SectionType], path: str) -> SectionType:
     if not isinstance(data, dict):
         raise ConfigError(f"configuration key {path[:-1]} is {data!r}; expected a section")

@@ -17,6 +17,15 @@ HEAD = """\
 A recipe is a Python function that returns a `Config`; `--set KEY=VALUE` changes one key of it for a run.
 `oreal config RECIPE` prints this list with the recipe's values. A value outside its bounds is refused with exit
 code 2 before anything is loaded, and so is a value that contradicts another key.
+
+"On resume" says what a resumed run does with a value that differs from the one before:
+
+| class | meaning |
+|---|---|
+| announced | the new value acts from the resumed step on; the change is printed, because results then differ |
+| fixed | refused: with another value it would be another run |
+| fixed content | the file may move, its content must be the same |
+| free | used without a word: results do not depend on it |
 """
 
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import logging
 from pathlib import Path
-from typing import Any
 
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.observe.run_folder import refuse_existing
 from oreal_megatron.runtime import files
-
-log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -33,30 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Return the configuration of a recipe or a run folder. Raises ConfigError for a run that exists already."""
+    """Return the configuration of a recipe or a run folder."""
     auto = args.resume == "auto"
     if bool(args.recipe) != (auto or not args.resume):
         raise ConfigError("name a recipe, or --resume RUN, or a recipe and --resume auto")
     if args.step is not None and (auto or not args.resume):
         raise ConfigError("--step needs --resume RUN: it names the checkpoint of that run to continue from")
-    if not args.recipe:
-        config = settings.from_dict(_config_file(Path(args.resume)))
-        return settings.override(config, [f"run={args.resume}", *args.set])
-    config = settings.load(args.recipe, args.set)
-    if not auto:
-        refuse_existing(config)
-    elif (Path(config.run) / "config.json").is_file():
-        present = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, as in the file
-        former = settings.with_current_names(_config_file(Path(config.run)))
-        changes = settings.differences(former, present)
-        if changes:
-            log.info("%s continues with settings that differ from its start: %s", config.run, ", ".join(changes))
-    return config
-
-
-def _config_file(run: Path) -> dict[str, Any]:
-    """Read the configuration of a run folder."""
-    file = run / "config.json"
+    if args.recipe:
+        return settings.load(args.recipe, args.set)
+    file = Path(args.resume) / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.json")
-    return files.read_object(file)
+        raise ConfigError(f"{args.resume} is not a run folder: it has no config.json")
+    return settings.override(settings.from_dict(files.read_object(file)), [f"run={args.resume}", *args.set])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from oreal_megatron.config.schema import Key, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, InputKey, Key, OnResume, Section
 
 KEY_FIELDS = ("question", "gold_answer", "pass_rate", "response")  # that data.keys may name
 
@@ -29,24 +29,29 @@ class SamplingConfig(Section):
 class DataConfig(Section):
     """Problems: lines with question, gold_answer and pass_rate (the schema of OREAL-RL-Prompts)."""
 
-    path: Annotated[str, Key("problems to train on: file.jsonl, file.parquet or hub:OWNER/DATASET:FILE")] = ""
-    held_out: Annotated[str, Key("problems to evaluate on, likewise; empty: no evaluation")] = ""
-    prompts_per_step: Annotated[int, Key("problems of a step", low=1)] = 64
-    system_prompt: Annotated[str, Key("system message of every prompt; empty: that of the chat template")] = ""
+    path: Annotated[str, InputKey("problems to train on: file.jsonl, file.parquet or hub:OWNER/DATASET:FILE")] = ""
+    held_out: Annotated[str, InputKey("problems to evaluate on, likewise; empty: no evaluation")] = ""
+    prompts_per_step: Annotated[int, FixedKey("problems of a step", low=1)] = 64
+    system_prompt: Annotated[str, FixedKey("system message of every prompt; empty: that of the chat template")] = ""
     keys: Annotated[
         dict[str, Any],
-        Key("keys of foreign files, e.g. data.keys.question=prompt, data.keys.gold_answer=reward_model.ground_truth"),
+        FixedKey(
+            "keys of foreign files, e.g. data.keys.question=prompt, data.keys.gold_answer=reward_model.ground_truth"
+        ),
     ] = field(default_factory=dict)
     filter_overlong: Annotated[
         bool,
-        Key("skip problems that leave no room for a boxed answer in engine.max_model_len, instead of refusing them"),
+        FixedKey(
+            "skip problems that leave no room for a boxed answer in engine.max_model_len, instead of refusing them"
+        ),
     ] = False
     drop_unreadable_golds: Annotated[
-        bool, Key("skip problems whose gold answer the verifier cannot equate with itself, instead of refusing them")
+        bool,
+        FixedKey("skip problems whose gold answer the verifier cannot equate with itself, instead of refusing them"),
     ] = False
     buckets: Annotated[
         tuple[tuple[float, float, int], ...],
-        Key("(low, high, times): a problem with low <= pass rate < high is used so many times in an epoch"),
+        FixedKey("(low, high, times): a problem with low <= pass rate < high is used so many times in an epoch"),
     ] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
 
     def conflicts(self, path: str) -> Iterator[str]:
@@ -147,9 +152,12 @@ class OptimizerConfig(Section):
 class RewardModelConfig(Section):
     """The token-level reward model; without it every token has weight 1."""
 
-    enabled: Annotated[bool, Key("train and use the token-level reward model")] = True
+    enabled: Annotated[bool, FixedKey("train and use the token-level reward model")] = True
     path: Annotated[
-        str, Key("Hugging Face folder of a trained reward model, from `oreal reward-model`; empty: the policy's layers")
+        str,
+        InputKey(
+            "Hugging Face folder of a trained reward model, from `oreal reward-model`; empty: the policy's layers"
+        ),
     ] = ""
     score_at: Annotated[
         Literal["token", "before"],
@@ -166,11 +174,11 @@ class RewardModelConfig(Section):
 class RewardTrainingConfig(Section):
     """Training of the reward model before reinforcement learning, with `oreal reward-model`."""
 
-    path: Annotated[str, Key("rollouts with verdicts: JSONL of `oreal evaluate --rate`, or a run folder")] = ""
+    path: Annotated[str, InputKey("rollouts with verdicts: JSONL of `oreal evaluate --rate`, or a run folder")] = ""
     steps: Annotated[int, Key("most updates", low=1)] = 500
-    pairs_per_step: Annotated[int, Key("pairs of a correct and an incorrect rollout of one prompt", low=1)] = 64
-    held_out_share: Annotated[float, Key("share of the prompts that only evaluations use", 0.01, 0.9)] = 0.1
-    evaluate_every: Annotated[int, Key("steps between two evaluations", low=1)] = 25
+    pairs_per_step: Annotated[int, FixedKey("pairs of a correct and an incorrect rollout of one prompt", low=1)] = 64
+    held_out_share: Annotated[float, FixedKey("share of the prompts that only evaluations use", 0.01, 0.9)] = 0.1
+    evaluate_every: Annotated[int, FreeKey("steps between two evaluations", low=1)] = 25
     patience: Annotated[
         int, Key("evaluations in a row without a higher held-out AUC that end the training; 0: no early stop", low=0)
     ] = 4
@@ -202,8 +210,8 @@ class GuardConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation on the held-out problems during training."""
 
-    every: Annotated[int, Key("steps between two evaluations; 0: none during training", low=0)] = 10
-    problems: Annotated[int, Key("use only the first so many held-out problems; 0: all", low=0)] = 0
+    every: Annotated[int, FreeKey("steps between two evaluations; 0: none during training", low=0)] = 10
+    problems: Annotated[int, FixedKey("use only the first so many held-out problems; 0: all", low=0)] = 0
     max_new_tokens: Annotated[int, Key("longest response in evaluation", low=1, unit="tokens")] = 14000
     samples: Annotated[
         int, Key("responses sampled per held-out problem beside the greedy one; 0: greedy only", 0, 1024)
@@ -213,6 +221,8 @@ class EvaluationConfig(Section):
 @dataclass(frozen=True)
 class SupervisedConfig(Section):
     """Supervised fine-tuning with `oreal sft`: cross entropy on JSONL with question and response."""
+
+    on_resume: ClassVar[OnResume] = "free"  # `oreal train` does not read the section
 
     path: Annotated[str, Key("JSONL file of the demonstrations")] = ""
     steps: Annotated[int, Key("updates", low=1)] = 1000

@@ -35,6 +35,7 @@ def as_objects(config: Section) -> list[dict[str, object]]:
             "low": key.key.low,
             "high": key.key.high,
             "unit": key.key.unit,
+            "on_resume": key.on_resume,
             "meaning": key.key.meaning,
         }
         for key in config_keys(config)
@@ -46,10 +47,17 @@ def markdown(config: Section) -> str:
     lines = []
     for path, section, keys in _keys_by_section(config):
         heading = f"`{path.rstrip('.')}`" if path else "Top level"
-        lines += [f"## {heading}", "", _title(section) + ".", "", "| key | type | default | bounds | meaning |"]
-        lines.append("|---|---|---|---|---|")
+        lines += [
+            f"## {heading}",
+            "",
+            _title(section) + ".",
+            "",
+            "| key | type | default | bounds | on resume | meaning |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
         for key in keys:
-            cells = (f"`{key.path}`", key.type_name, f"`{key.value!r}`", key.key.bounds, key.key.meaning)
+            value = f"`{key.value!r}`"
+            cells = (f"`{key.path}`", key.type_name, value, key.key.bounds, key.on_resume, key.key.meaning)
             lines.append(f"| {' | '.join(_escape(cell) for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -68,7 +76,8 @@ def _title(section: Section) -> str:
 
 def _details(key: ConfigKey) -> list[str]:
     default = [] if key.value == key.default else [f"default {key.default!r}"]
-    return [key.type_name, *([key.key.bounds] if key.key.bounds else []), *default]
+    resume = [] if key.on_resume == "announced" else [f"{key.on_resume} on resume"]
+    return [key.type_name, *([key.key.bounds] if key.key.bounds else []), *default, *resume]
 
 
 def _wrap(text: str, width: int, indent: str) -> list[str]:

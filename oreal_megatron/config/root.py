@@ -20,7 +20,7 @@ from oreal_megatron.config.algorithm import (
     WeightsConfig,
 )
 from oreal_megatron.config.errors import ConfigError
-from oreal_megatron.config.schema import Key, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, Key, Section
 from oreal_megatron.config.system import (
     CheckpointConfig,
     EngineConfig,
@@ -35,9 +35,9 @@ from oreal_megatron.config.system import (
 class Config(Section):
     """Everything that a run depends on."""
 
-    run: Annotated[str, Key("run folder")] = "runs/oreal"
-    gpus: Annotated[int, Key("GPUs that the recipe is made for, which `oreal plan` reads; 0: unknown", low=0)] = 0
-    seed: Annotated[int, Key("seed of data order, sampling and new weights", 0, 2**32 - 1)] = 0
+    run: Annotated[str, FreeKey("run folder")] = "runs/oreal"
+    gpus: Annotated[int, FreeKey("GPUs that the recipe is made for, which `oreal plan` reads; 0: unknown", low=0)] = 0
+    seed: Annotated[int, FixedKey("seed of data order, sampling and new weights", 0, 2**32 - 1)] = 0
     steps: Annotated[int, Key("steps of the run", low=1)] = 90
     policy_freeze_steps: Annotated[
         int, Key("first steps, which train the reward model alone", low=0)
@@ -49,7 +49,9 @@ class Config(Section):
     tokens_per_micro_batch: Annotated[
         int, Key("tokens of a packed micro-batch; a longer sequence gets its own", low=1, unit="tokens")
     ] = 16384
-    offload: Annotated[bool, Key("move idle models to host memory: parameters, gradients and optimizer states")] = False
+    offload: Annotated[bool, FreeKey("move idle models to host memory: parameters, gradients and optimizer states")] = (
+        False
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

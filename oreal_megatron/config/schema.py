@@ -6,6 +6,9 @@ A field declares its type (`Literal` for choices) and a `Key` with its meaning a
 
     lr: Annotated[float, Key("peak learning rate", low=0.0, high=10.0)] = 5e-7
 
+The class of the declaration says what a resumed run does with another value: `Key` announces it and uses it, `FixedKey`
+refuses it, `InputKey` refuses other contents, `FreeKey` uses it without a word.
+
 Rules that connect several keys are methods named `conflicts` of the section that holds them. Error messages,
 `oreal config` and docs/reference/config.md are all made from these declarations.
 """
@@ -18,7 +21,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from oreal_megatron.config.errors import ConfigError
 
@@ -26,9 +29,18 @@ TYPE_NAMES = {int: "int", float: "float", bool: "bool", str: "str", type(None): 
 PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
+# What a resumed run does with a value that differs from the one before.
+OnResume = Literal["announced", "fixed", "fixed content", "free"]
+
+
 @dataclass(frozen=True)
 class Key:
-    """Meaning, bounds (inclusive; None: no bound) and unit of a key."""
+    """Meaning, bounds (inclusive; None: no bound) and unit of a key that a resumed run may change.
+
+    The results then differ from those of the uninterrupted run, so the change is announced.
+    """
+
+    on_resume: ClassVar[OnResume] = "announced"
 
     meaning: str
     low: float | None = None
@@ -46,9 +58,29 @@ class Key:
         return "" if self.high is None else f"at most {format_number(self.high)}{unit}"
 
 
+class FixedKey(Key):
+    """Key with one value for an entire run: with another, it would be another run."""
+
+    on_resume = "fixed"
+
+
+class InputKey(Key):
+    """Path of an input whose content is fixed for a run, wherever it lies."""
+
+    on_resume = "fixed content"
+
+
+class FreeKey(Key):
+    """Key on which the results do not depend: names, retention, memory, time limits."""
+
+    on_resume = "free"
+
+
 @dataclass(frozen=True)
 class Section:
     """Base class of the sections of a configuration."""
+
+    on_resume: ClassVar[OnResume | None] = None  # of all keys of the section, whatever their own
 
     def conflicts(self, path: str) -> Iterator[str]:
         """Yield a message for each rule between several keys that is broken; `path` is the section's, with a dot."""
@@ -64,6 +96,7 @@ class ConfigKey:
     key: Key
     value: object
     default: object
+    on_resume: OnResume
 
     @property
     def type_name(self) -> str:
@@ -85,15 +118,22 @@ class ConfigKey:
         return f"{self.path} is {format_number(value)}; expected {self.key.bounds} ({self.key.meaning})"
 
 
-def config_keys(section: Section, default: Section | None = None, path: str = "") -> Iterator[ConfigKey]:
-    """Yield all keys of a section and of the sections in it, in the order of declaration."""
+def config_keys(
+    section: Section, default: Section | None = None, path: str = "", on_resume: OnResume | None = None
+) -> Iterator[ConfigKey]:
+    """Yield all keys of a section and of the sections in it, in the order of declaration.
+
+    `on_resume` is that of a section around this one, and overrules the keys.
+    """
     default = type(section)() if default is None else default
+    on_resume = on_resume or section.on_resume
     for name, hint in hints(type(section)).items():
         value, usual = getattr(section, name), getattr(default, name)
         if isinstance(value, Section):
-            yield from config_keys(value, usual, f"{path}{name}.")
+            yield from config_keys(value, usual, f"{path}{name}.", on_resume)
         else:
-            yield ConfigKey(f"{path}{name}", *_declaration(hint), value, usual)
+            plain, key = _declaration(hint)
+            yield ConfigKey(f"{path}{name}", plain, key, value, usual, on_resume or key.on_resume)
 
 
 def sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:
@@ -122,7 +162,8 @@ def validate(section: Section) -> None:
 
 def hints(kind: type[Section]) -> dict[str, Any]:
     """Return the annotation of each field of a section."""
-    return typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return {name: hint for name, hint in typing.get_type_hints(kind, include_extras=True).items() if name in fields}
 
 
 def plain_hint(hint: Any) -> Any:

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from oreal_megatron.config.schema import Key, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, InputKey, Key, Section
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """The starting policy; reward model and reference are initialised from it as well."""
 
-    path: Annotated[str, Key("Hugging Face folder of the starting policy")] = ""
-    dtype: Annotated[Literal["float32", "bfloat16"], Key("precision of the trained models")] = "float32"
+    path: Annotated[str, InputKey("Hugging Face folder of the starting policy")] = ""
+    dtype: Annotated[Literal["float32", "bfloat16"], FixedKey("precision of the trained models")] = "float32"
     layers: Annotated[
         Literal["local", "transformer_engine"],
         Key("modules of Megatron and of this project, or the fused ones of Transformer Engine (must be installed)"),
     ] = "local"
     logits_mib: Annotated[int, Key("memory that the output layer may fill with logits", 1, 10**6, "MiB")] = 1024
-    trust_remote_code: Annotated[bool, Key("run the Python code that a tokenizer brings with it")] = False
+    trust_remote_code: Annotated[bool, FreeKey("run the Python code that a tokenizer brings with it")] = False
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,19 @@ class EngineConfig(Section):
     ] = ""
     transport: Annotated[
         Literal["direct", "gather"],
-        Key("weight sync shard by shard, or by gathering full tensors that vLLM's own loader reads"),
+        FreeKey("weight sync shard by shard, or by gathering full tensors that vLLM's own loader reads"),
     ] = "direct"
-    buffer_mib: Annotated[int, Key("memory of the direct transport on each rank", 1, 10**6, "MiB")] = 512
-    sleep: Annotated[bool, Key("free the engine's GPU memory while the trainer works (not on CPUs)")] = True
+    buffer_mib: Annotated[int, FreeKey("memory of the direct transport on each rank", 1, 10**6, "MiB")] = 512
+    sleep: Annotated[bool, FreeKey("free the engine's GPU memory while the trainer works (not on CPUs)")] = True
     enforce_eager: Annotated[bool, Key("run the engine without CUDA graphs and compilation")] = False
-    retries: Annotated[int, Key("further attempts for responses that an engine failed to give", 0, 100)] = 1
-    parity_rollouts: Annotated[int, Key("rollouts per replica and step in the logprob parity check", low=1)] = 2
-    parity_tokens: Annotated[int, Key("first tokens of each that are compared", low=1, unit="tokens")] = 64
+    retries: Annotated[int, FreeKey("further attempts for responses that an engine failed to give", 0, 100)] = 1
+    parity_rollouts: Annotated[int, FreeKey("rollouts per replica and step in the logprob parity check", low=1)] = 2
+    parity_tokens: Annotated[int, FreeKey("first tokens of each that are compared", low=1, unit="tokens")] = 64
     parity_tolerance_nats: Annotated[
         float | None,
-        Key("largest mean |difference| of a rollout's log-probs; None: 1e-4 in float32, 0.1 in bfloat16", 0.0, 100.0),
+        FreeKey(
+            "largest mean |difference| of a rollout's log-probs; None: 1e-4 in float32, 0.1 in bfloat16", 0.0, 100.0
+        ),
     ] = None
 
 
@@ -79,24 +81,24 @@ class JudgeConfig(Section):
     """LLM judge behind an OpenAI-compatible API, called for answers that the rules find incorrect."""
 
     urls: Annotated[tuple[str, ...], Key("servers, e.g. http://HOST:8000; empty: no judge")] = ()
-    required: Annotated[bool, Key("refuse to start if urls is empty")] = False
+    required: Annotated[bool, FreeKey("refuse to start if urls is empty")] = False
     model: Annotated[str, Key("model name in requests; empty: the one that the server offers")] = ""
-    connect_timeout_s: Annotated[float, Key("time to connect", 0.01, 3600.0, "s")] = 5.0
+    connect_timeout_s: Annotated[float, FreeKey("time to connect", 0.01, 3600.0, "s")] = 5.0
     read_timeout_s: Annotated[float, Key("time to wait for a verdict", 0.01, 86400.0, "s")] = 60.0
     retries: Annotated[int, Key("further attempts per request", 0, 100)] = 3
-    concurrency: Annotated[int, Key("requests in flight, all servers together", low=1)] = 64
+    concurrency: Annotated[int, FreeKey("requests in flight, all servers together", low=1)] = 64
     all_down_wait_s: Annotated[
-        float, Key("wait for a server when all are down, before the run stops", 0.0, 604800.0, "s")
+        float, FreeKey("wait for a server when all are down, before the run stops", 0.0, 604800.0, "s")
     ] = 600.0
     max_answer_chars: Annotated[int, Key("longest extracted answer shown to the judge", low=1, unit="characters")] = 500
-    cache: Annotated[str, Key("file of verdicts that survives a restart; empty: in memory only")] = ""
+    cache: Annotated[str, FreeKey("file of verdicts that survives a restart; empty: in memory only")] = ""
 
 
 @dataclass(frozen=True)
 class VerifyConfig(Section):
     """Verification of responses."""
 
-    workers: Annotated[int, Key("verifier processes of each rank that holds rollouts", 1, 1024)] = 2
+    workers: Annotated[int, FreeKey("verifier processes of each rank that holds rollouts", 1, 1024)] = 2
     timeout_s: Annotated[float, Key("time per response; the worker is killed after it", 0.01, 3600.0, "s")] = 2.0
     memory_mib: Annotated[int, Key("memory limit of a worker", 64, 10**6, "MiB")] = 1024
     thinking_end: Annotated[
@@ -112,9 +114,9 @@ class VerifyConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints during a run."""
 
-    every: Annotated[int, Key("steps between two checkpoints; 0: only at the end", low=0)] = 10
-    keep: Annotated[int, Key("newest checkpoints that are not deleted", low=1)] = 3
-    keep_every: Annotated[int, Key("checkpoints at multiples of this step stay as well; 0: none", low=0)] = 0
+    every: Annotated[int, FreeKey("steps between two checkpoints; 0: only at the end", low=0)] = 10
+    keep: Annotated[int, FreeKey("newest checkpoints that are not deleted", low=1)] = 3
+    keep_every: Annotated[int, FreeKey("checkpoints at multiples of this step stay as well; 0: none", low=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,22 @@ class WatchdogConfig(Section):
     in a collective is not counted as long as one of them makes progress.
     """
 
-    every_s: Annotated[float, Key("time between two looks at all ranks; 0: no watchdog", 0.0, 3600.0, "s")] = 1.0
+    every_s: Annotated[float, FreeKey("time between two looks at all ranks; 0: no watchdog", 0.0, 3600.0, "s")] = 1.0
     silent_s: Annotated[
-        float, Key("without any report of a rank's process: it is stopped, or its host is gone", 0.0, unit="s")
+        float, FreeKey("without any report of a rank's process: it is stopped, or its host is gone", 0.0, unit="s")
     ] = 120.0
-    start_s: Annotated[float, Key("until the first step: loading, compiling", 0.0, unit="s")] = 3600.0
-    generate_s: Annotated[float, Key("generation", 0.0, unit="s")] = 600.0
-    verify_s: Annotated[float, Key("verification; longer than verify.judge.all_down_wait_s", 0.0, unit="s")] = 1800.0
-    reward_model_s: Annotated[float, Key("update of the reward model", 0.0, unit="s")] = 1800.0
-    reference_s: Annotated[float, Key("scoring by the reference model", 0.0, unit="s")] = 1800.0
-    policy_s: Annotated[float, Key("update of the policy", 0.0, unit="s")] = 1800.0
-    checkpoint_s: Annotated[float, Key("writing a checkpoint", 0.0, unit="s")] = 3600.0
-    other_s: Annotated[float, Key("everything else", 0.0, unit="s")] = 1800.0
+    start_s: Annotated[float, FreeKey("until the first step: loading, compiling", 0.0, unit="s")] = 3600.0
+    generate_s: Annotated[float, FreeKey("generation", 0.0, unit="s")] = 600.0
+    verify_s: Annotated[float, FreeKey("verification; longer than verify.judge.all_down_wait_s", 0.0, unit="s")] = (
+        1800.0
+    )
+    reward_model_s: Annotated[float, FreeKey("update of the reward model", 0.0, unit="s")] = 1800.0
+    reference_s: Annotated[float, FreeKey("scoring by the reference model", 0.0, unit="s")] = 1800.0
+    policy_s: Annotated[float, FreeKey("update of the policy", 0.0, unit="s")] = 1800.0
+    checkpoint_s: Annotated[float, FreeKey("writing a checkpoint", 0.0, unit="s")] = 3600.0
+    other_s: Annotated[float, FreeKey("everything else", 0.0, unit="s")] = 1800.0
     collective_s: Annotated[
-        float, Key("time-out of the process groups, which know no phases: above all others", 1.0, unit="s")
+        float, FreeKey("time-out of the process groups, which know no phases: above all others", 1.0, unit="s")
     ] = 7200.0
 
     def conflicts(self, path: str) -> Iterator[str]:

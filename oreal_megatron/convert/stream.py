@@ -67,7 +67,8 @@ def read_ahead(items: Iterator[tuple[int, Item]], budget: int = AHEAD_BYTES) -> 
 def write_atomically(path: Path, size: int, report: Report, replace: bool = False) -> Iterator[Path]:
     """Provide a folder to write `size` bytes into; it gets the name `path` when everything is on the disk.
 
-    An error removes the folder. Raises ConfigError where `path` exists (unless `replace`) or the disk is too small.
+    An error removes the folder. Raises ConfigError where `path` exists (unless `replace`) or the disk is too small
+    (not checked for a size of 0).
     """
     partial = path.with_name(path.name + ".partial")
     if path.exists() and not replace:
@@ -77,17 +78,24 @@ def write_atomically(path: Path, size: int, report: Report, replace: bool = Fals
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        free, needed = shutil.disk_usage(partial).free, size + SLACK_BYTES
+        free, needed = shutil.disk_usage(partial).free, size + SLACK_BYTES if size else 0
         if free < needed:
-            raise ConfigError(f"{path} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+            raise ConfigError(
+                f"{path} needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; free some space"
+            )
         yield partial
         for file in [*partial.rglob("*"), partial]:
             files.sync(file)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    if path.exists():
+        former = path.with_name(path.name + ".former.partial")
+        path.rename(former)
+        partial.rename(path)
+        shutil.rmtree(former)
+    else:
+        partial.rename(path)
     files.sync(path.parent)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,19 +30,36 @@ def convert(
         _write(partial, layout, stream.read_ahead(_tensors(source, cast)), advance)
 
 
-def save(out: Path, side: Path, config: HFConfig, dtype: torch.dtype, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Write full tensors, in the mapping's order, with the side files of the folder `side`; replace `out`."""
+def layout_of(config: HFConfig, dtype: torch.dtype) -> TensorLayout:
+    """Return dtypes and shapes of the Hugging Face tensors of a model, in order."""
     arch, head = architecture.read(config), architecture.head(config)
     layout: TensorLayout = {}
     for entry in tensors.entries(arch, 1, 1, 0, head):
         layout |= {name: (dtype, shape) for name, shape in tensors.hf_shapes(entry, arch).items()}
-    bias: dict[str, Tensor] = {}
     if head == "scalar":
-        bias = {_score_bias(arch): torch.zeros(1, dtype=dtype)}
-        layout |= {name: (dtype, tuple(tensor.shape)) for name, tensor in bias.items()}
-    on_host = ((name, tensor.cpu()) for name, tensor in itertools.chain(named, bias.items()))
-    with stream.write_atomically(out, size(layout), lambda text: None, replace=True) as partial:
+        layout[_score_bias(arch)] = (dtype, (1,))
+    return layout
+
+
+def save(
+    out: Path,
+    side: Path,
+    config: HFConfig,
+    dtype: torch.dtype,
+    named: Iterable[tuple[str, Tensor]],
+    notes: Mapping[str, str],
+) -> None:
+    """Write full tensors, in the mapping's order, with the side files of the folder `side`; replace `out`.
+
+    `notes`: text of further files, by name. Raises OSError on a full disk; `out` is then as it was.
+    """
+    layout, bias = layout_of(config, dtype), _score_bias(architecture.read(config))
+    zeros = [(bias, torch.zeros(1, dtype=dtype))] if bias in layout else []
+    on_host = ((name, tensor.cpu()) for name, tensor in itertools.chain(named, zeros))
+    with stream.write_atomically(out, 0, lambda text: None, replace=True) as partial:
         copy_side_files(side, partial, with_dtype(config, dtype))
+        for name, text in notes.items():
+            (partial / name).write_text(text)
         _write(partial, layout, on_host, lambda count: None)
 
 

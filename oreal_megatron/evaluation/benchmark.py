@@ -44,6 +44,7 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
     prompts = inputs.training_prompts()
     sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=responses)
     with Session(config) as session:
+        session.lock(out)
         results.check_settings(out, inputs, {"rating": sampling}, {config.data.path: prompts})
         engine, verifier = session.start_engine(inputs)
         with heartbeat.phase("evaluate"):
@@ -73,6 +74,7 @@ def run_benchmark(
         raise ConfigError(f"two of the suites {', '.join(suite_files)} have one name; their responses would be mixed")
     files.make_folder(out, "--out")
     with Session(dataclasses.replace(config, run=str(out))) as session:
+        session.lock(out)
         config = with_kv_cache(with_weights(config, model, out))
         inputs = read_inputs(config)
         suite_lists = {name: suite_prompts(inputs, *suite) for name, suite in suite_files.items()}

@@ -6,9 +6,7 @@ outlive a killed rank and wait forever for a killed writer.
 
 from __future__ import annotations
 
-import logging
 import queue
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +24,7 @@ from oreal_megatron.config import RunStopped
 from oreal_megatron.mcore import adam, checkpoint_state, megatron_patches
 from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.trainer import MegatronTrainer
-from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
-
-log = logging.getLogger(__name__)
+from oreal_megatron.runtime import checkpoint_folders, disk_space, distributed, files, heartbeat
 
 SPARE_BYTES = 16 * 2**20  # of disk, for the files' indices beside the tensors
 Describe = Callable[[str, Path], None]
@@ -71,7 +67,8 @@ class CheckpointSaver:
         self.finish()
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._wait_for_room(sum(distributed.all_gather_object(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES)
+        needed = sum(distributed.all_gather_object(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES
+        disk_space.wait_for_room(self.folder, needed, "a checkpoint")
         partial = self.folder / (checkpoint_folders.name(step) + checkpoint_folders.PARTIAL)
         if distributed.rank() == 0:
             checkpoint_folders.begin(partial, self.trainers)
@@ -105,7 +102,9 @@ class CheckpointSaver:
             time.sleep(0.01)
         pending, self.pending = self.pending, None
         digests = _gather_digests(pending)
-        self._wait_for_room(SPARE_BYTES)  # Megatron's index of the files cannot wait for a full disk
+        disk_space.wait_for_room(
+            self.folder, SPARE_BYTES, "a checkpoint"
+        )  # Megatron's index of the files cannot wait for a full disk
         with cpu_shim():
             for request in pending.requests:
                 for finalize in request.finalize_fns:
@@ -120,21 +119,6 @@ class CheckpointSaver:
                 self.describe(name, partial / name)
             checkpoint_folders.finish(partial, digests)
         checkpoint_folders.prune(self.folder, self.keep, self.keep_every)
-
-    def _wait_for_room(self, needed: int) -> None:
-        """Wait until the first rank sees that many free bytes. Every check is a collective, so that none times out."""
-        reported = False
-        while (free := distributed.all_gather_object(shutil.disk_usage(self.folder).free)[0]) < needed:
-            if distributed.rank() == 0 and not reported:
-                log.warning(
-                    f"a checkpoint needs {needed / 2**20:.0f} MiB, but {self.folder} has {free / 2**20:.0f} MiB free; "
-                    "free some space to continue, nothing is lost"
-                )
-            reported = True
-            heartbeat.beat()
-            time.sleep(files.RETRY_S)
-        if distributed.rank() == 0 and reported:
-            log.warning(f"there is space in {self.folder} again; continuing")
 
 
 def _bytes(trainer: MegatronTrainer) -> int:

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from oreal_megatron.algo.reward_diagnostics import CalibrationBins
 from oreal_megatron.observe.rows import append_row, read_rows, write_rows
+from oreal_megatron.observe.run_folder import saved_model
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import distributed
 
@@ -57,9 +58,25 @@ class MetricsLog:
         rows = read_rows(self.evaluations) if self.writes else []
         return bool(distributed.all_gather_object(any(row["step"] == step for row in rows))[0])
 
-    def is_best(self, step: int, figure: str) -> bool:
-        """Return whether the evaluation after `step` steps beats every earlier one in a figure. Collective."""
-        return self.evaluations_since_best(figure) == 0 and self.is_evaluated(step)
+    def value_if_best(self, step: int, figure: str, model: Path) -> float | None:
+        """Return a figure after `step` steps if it beats the first evaluation and that of the saved model. Collective.
+
+        `model`: folder that the best model so far was saved into.
+        """
+        value = self._value_if_best(step, figure, model) if self.writes else None
+        return distributed.all_gather_object(value)[0]
+
+    def _value_if_best(self, step: int, figure: str, model: Path) -> float | None:
+        values = {row["step"]: row[figure] for row in read_rows(self.evaluations)}
+        if step not in values or not step:
+            return None
+        first = values.get(0, -math.inf)
+        if record := saved_model(model):
+            to_beat = max(record[figure], first)
+        else:  # a folder of 0.1.0 has no record
+            earlier = [value for other, value in values.items() if other < step]
+            to_beat = max(earlier, default=first) if model.is_dir() else first
+        return values[step] if values[step] > to_beat else None
 
     def evaluations_since_best(self, figure: str) -> int:
         """Return the evaluations after the first one with the highest value of a figure. Collective."""

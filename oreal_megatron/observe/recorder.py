@@ -46,6 +46,7 @@ class Recorder:
         self.dumps = StepDumps(config, dump_share)
         self.weight_balance = WeightBalance()
         if self.writes:
+            self.folder.delete_rollouts_from(first_step)
             self.dumps.delete_from(first_step)
 
     @contextlib.contextmanager

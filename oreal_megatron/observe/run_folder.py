@@ -7,6 +7,8 @@ RUN/config.json, environment.json         what was run, on what (header)
     rollouts/step_000013.jsonl            one line per rollout
     dumps/step_000013/                    dumps.py
     checkpoints/, policy/, best/          training/hooks.py
+    branches/after_step_000013/           branches.py
+    config_before_step_13.json, environment_before_step_13.json   header in force until a start at that step
 """
 
 from __future__ import annotations
@@ -20,9 +22,14 @@ from pathlib import Path
 from oreal_megatron import verify
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.observe import speed
-from oreal_megatron.observe.rows import Row
+from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.records import Rollout, Verdict
 from oreal_megatron.runtime import files, versions
+
+HEADERS = ("config", "environment")
+SAVED_MODEL = "saved_model.json"  # in the folder of a saved model: the step it is of
+MODELS = ("best", "policy", "reward_model")  # folders of saved models
+WRITTEN = ("config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "rollouts", "dumps", *MODELS)
 
 
 class RunFolder:
@@ -34,15 +41,13 @@ class RunFolder:
     def write_header(
         self, fingerprints: Mapping[str, str], first_step: int = 0, peak_flops: float | None = None
     ) -> None:
-        """Write config.json and environment.json; keep those of an earlier start under another name."""
+        """Write config.json and environment.json; keep those of the steps before under another name."""
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        keep_header(self.path, first_step)
         environment = versions.environment() | {"verifier": verify.VERSION, "inputs": dict(fingerprints)}
         environment["hardware"] = speed.hardware(peak_flops)
         for name, content in (("config", dataclasses.asdict(self.config)), ("environment", environment)):
-            file = self.path / f"{name}.json"
-            if file.exists():
-                shutil.copy(file, self.path / f"{name}_before_step_{first_step}.json")
-            files.write_text(file, json.dumps(content, indent=2) + "\n")
+            files.write_text(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
     def write_rollouts(
         self, step: int, rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]]
@@ -56,25 +61,75 @@ class RunFolder:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_when_space(self.path, files.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
 
+    def delete_rollouts_from(self, step: int) -> None:
+        """Delete the rollouts of `step` and later ones, which are taken again."""
+        for file in (self.path / "rollouts").glob("step_*.jsonl"):
+            if file.stem >= f"step_{step:06d}":
+                file.unlink()
+
+
+def header_before(run: Path, step: int, name: str = "config") -> Path:
+    """Return the file of the settings, or of the environment, that the first `step` steps were taken with."""
+    starts = [start for start in _starts(run, name) if start >= step]
+    return run / (f"{name}_before_step_{min(starts)}.json" if starts else f"{name}.json")
+
+
+def headers_after(run: Path, step: int) -> list[Path]:
+    """Return the header files that starts after `step` steps left."""
+    return [
+        run / f"{name}_before_step_{start}.json" for name in HEADERS for start in _starts(run, name) if start > step
+    ]
+
+
+def keep_header(run: Path, step: int) -> None:
+    """Copy the header of the first `step` steps to the name under which it outlasts a start there."""
+    for name in HEADERS if step else ():
+        source, target = header_before(run, step, name), run / f"{name}_before_step_{step}.json"
+        if source.is_file() and not target.exists():
+            shutil.copy(source, target)
+
+
+def _starts(run: Path, name: str) -> list[int]:
+    """Return the steps of the starts whose former header is there."""
+    prefix = f"{name}_before_step_"
+    numbers = (file.stem.removeprefix(prefix) for file in run.glob(f"{prefix}*.json"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
 
 def refuse_existing(config: Config) -> None:
-    """Raise ConfigError if the run folder holds a run already."""
+    """Raise ConfigError if the run folder holds a run, or anything that a run would overwrite."""
     path = Path(config.run)
-    if (path / "config.json").exists():
-        resumable = any(path.glob("checkpoints/step_*[0-9]"))
-        first = f"continue it with --resume {path}" if resumable else "it has no checkpoint to resume from: delete it"
-        raise ConfigError(f"run folder {path} exists already; {first}, or choose another with --set run=FOLDER")
+    present = [name for name in WRITTEN if _has_content(path / name)]
+    if not present:
+        return
+    if any(path.glob("checkpoints/step_*[0-9]")) and "config.json" in present:
+        raise ConfigError(
+            f"run folder {path} exists already; continue it with --resume {path}, or choose another with "
+            "--set run=FOLDER"
+        )
+    raise ConfigError(
+        f"{path} holds {', '.join(present)} already, and no checkpoint to resume from; choose another run folder with "
+        "--set run=FOLDER, or delete this one first"
+    )
 
 
-def refuse_changed(run: Path, fingerprints: Mapping[str, str]) -> None:
-    """Raise ConfigError if model or data differ from those the run was started with.
+def logged_steps(run: Path) -> int:
+    """Return the number of steps that the metrics of a run folder reach."""
+    return 1 + max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=-1)
 
-    The starting policy is the reference of the run, and the order of the prompts depends on the data file.
-    """
-    before = files.read_object(run / "environment.json").get("inputs", {})
-    for name, digest in fingerprints.items():
-        if before.get(name, digest) != digest:
-            raise ConfigError(f"{name} has changed since the run {run} was started; restore it to resume the run")
+
+def model_note(step: int, **figures: float) -> dict[str, str]:
+    """Return name and text of the file that records, in the folder of a saved model, the step it is of."""
+    return {SAVED_MODEL: json.dumps({"step": step, **figures}) + "\n"}
+
+
+def saved_model(model: Path) -> dict[str, float]:
+    """Return step and figures recorded in the folder of a saved model, {} without a record."""
+    return files.read_object(model / SAVED_MODEL) if (model / SAVED_MODEL).is_file() else {}
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:

@@ -77,6 +77,11 @@ def make_latest(path: Path) -> None:
     files.write_text(path.parent / LATEST, path.name + "\n")
 
 
+def latest_name(folder: Path) -> str:
+    """Return the name of the newest checkpoint as recorded, empty where none is."""
+    return (folder / LATEST).read_text().strip() if (folder / LATEST).is_file() else ""
+
+
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Delete all but the latest `keep` and the multiples of `keep_every` steps (0: no multiples)."""
     for path in candidates(folder)[keep:]:
@@ -98,8 +103,7 @@ def complete(folder: Path) -> list[Path]:
 
 def candidates(folder: Path) -> list[Path]:
     """Return the checkpoints to resume from, newest first: the latest and those before it."""
-    paths, file = complete(folder)[::-1], folder / LATEST
-    latest = file.read_text().strip() if file.is_file() else ""
+    paths, latest = complete(folder)[::-1], latest_name(folder)
     return [path for path in paths if not latest or path.name <= latest]
 
 

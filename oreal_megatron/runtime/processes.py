@@ -26,6 +26,14 @@ def state(pid: int) -> str:
         return "X"
 
 
+def start_time(pid: int) -> str:
+    """Return the time since boot at which a process started, in clock ticks; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def in_collective() -> bool:
     """Return whether a thread of this process is in a collective. Asynchronous ones on a GPU do not show."""
     return any(_is_collective(frame) for frame in sys._current_frames().values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -56,18 +58,19 @@ class Inputs:
         model_checks.check_response_room(self.config, prompts, "sampling")
         return prompts
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return digests of the files that a resumed run must find unchanged.
+    def fingerprints(self, prompts: Sequence[Prompt] = ()) -> dict[str, str]:
+        """Return digests of what a resumed run must find unchanged, by the key of the configuration that names it.
 
-        A recipe may name files that the present command does not read; those that are missing have no digest.
+        `prompts`: of the run; their tokens depend on tokenizer and chat template too. "" is the digest of no file.
         """
-        paths = (self.config.data.path, self.config.supervised.path, self.config.weights.rule.partition(":")[0])
-        present = [path for path in paths if path.startswith(lines.HUB) or Path(path).is_file()]
-        files = {f"data {path}": lines.local_file(path) for path in present}
-        digests = {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
-        reward = self.reward_folder
-        models = {f"reward model {reward.path}": reward.fingerprint()} if reward else {}
-        return {f"model {self.folder.path}": self.folder.fingerprint(), **models, **digests}
+        config = self.config
+        paths = {"data.path": config.data.path, "data.held_out": config.data.held_out}
+        paths["weights.rule"] = config.weights.rule.partition(":")[0]
+        digests = {name: _digest_file(path) for name, path in paths.items()}
+        rendered = json.dumps([self.stop_tokens, *(prompt.tokens for prompt in prompts)])
+        tokens = {"tokens of the prompts": _digest(rendered.encode())} if prompts else {}
+        reward = self.reward_folder.fingerprint() if self.reward_folder else ""
+        return {"model.path": self.folder.fingerprint(), "reward_model.path": reward, **digests, **tokens}
 
     def held_out(self) -> list[Prompt]:
         """Return the problems to evaluate on; none if the recipe names no file."""
@@ -113,3 +116,13 @@ def read_inputs(config: Config) -> Inputs:
     chat_template.check_template(tokenizer, config.model.path, config.data.system_prompt)
     stop_tokens = problems.stop_tokens(tokenizer, config.model.path, arch.vocab)
     return Inputs(config, folder, arch, tokenizer, stop_tokens, reward_folder)
+
+
+def _digest_file(path: str) -> str:
+    """Return the digest of a file; "" for one that the present command does not read, so that it may be missing."""
+    present = path.startswith(lines.HUB) or Path(path).is_file()
+    return _digest(lines.local_file(path).read_bytes()) if present else ""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

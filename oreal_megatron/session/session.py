@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from oreal_megatron.config import Config, ConfigError, RunStopped
-from oreal_megatron.runtime import heartbeat, watchdog
+from oreal_megatron.runtime import distributed, heartbeat, watchdog
+from oreal_megatron.runtime.folder_lock import FolderLock
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session.inputs import Inputs
 
@@ -33,6 +35,7 @@ class Session:
         self.config = config
         self.engine: VllmEngine | None = None
         self.verifier: StepVerifier | None = None
+        self.folder_lock: FolderLock | None = None  # on the first rank
 
     def __enter__(self) -> Session:
         """Join torchrun's process group and start the watchdog."""
@@ -41,6 +44,18 @@ class Session:
         parallel.start_process_group(self.config.watchdog.collective_s)
         watchdog.start(self.config)
         return self
+
+    def lock(self, folder: Path) -> None:
+        """Make this job the only writer of a folder until the session ends. Raises ConfigError, on all ranks."""
+        refusal, lock = "", FolderLock(folder)
+        if distributed.rank() == 0:
+            try:
+                lock.acquire()
+                self.folder_lock = lock
+            except ConfigError as error:
+                refusal = str(error)
+        if refusal := distributed.all_gather_object(refusal)[0]:
+            raise ConfigError(refusal)
 
     def start_engine(self, inputs: Inputs, stop_request: StopRequest | None = None) -> tuple[VllmEngine, StepVerifier]:
         """Start vLLM and the grader of its rollouts. Generation ends early once `stop_request` is set."""
@@ -59,9 +74,13 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop what was started, in reverse order; after an error without waiting for the other ranks."""
-        if error is None:
-            self._stop()
-            return
+        try:
+            self._stop() if error is None else self._stop_after(error)
+        finally:
+            if self.folder_lock:
+                self.folder_lock.release()
+
+    def _stop_after(self, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, ConfigError | RunStopped):
             watchdog.failed(error)  # ends the process here where another rank was lost
         watchdog.stop()
@@ -73,6 +92,7 @@ class Session:
                 self.engine.close()
 
     def _stop(self) -> None:
+        """Stop what was started, together with the other ranks."""
         from oreal_megatron.mcore import parallel
 
         if self.verifier:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from oreal_megatron.config import Config, Preempted
 from oreal_megatron.mcore import checkpoint_state
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import model_note
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import checkpoint_folders, distributed, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
@@ -24,7 +26,8 @@ class TrainingHooks:
     run: Recorder
     evaluate: Callable[[], Metrics] | None  # held-out accuracy of the engine's weights; None: no problems
     stop_request: StopRequest
-    save_best: Callable[[], None]  # called when the model just evaluated is the best so far
+    save_model: Callable[[Path, Mapping[str, str]], None]  # writes a folder, with the text of further files by name
+    best: Path  # folder of the best model so far
     figure: str = "accuracy"  # of an evaluation, which the best one has highest
     command: str = "oreal train"  # which continues the run folder with --resume
     # Parameters and optimizer come to the device for a checkpoint; an engine awake would need a smaller KV cache.
@@ -82,13 +85,13 @@ class TrainingHooks:
         step, metrics = self.steps_done, self.run.metrics
         if self.evaluate is None or not is_due(step, self.config.evaluation.every, self.config.steps):
             return
-        if metrics.is_evaluated(step):
-            return
-        with self.run.phase("evaluate"):
-            metrics.log_evaluation(step, self.evaluate())
-        if step and metrics.is_best(step, self.figure):
+        if not metrics.is_evaluated(step):
+            with self.run.phase("evaluate"):
+                metrics.log_evaluation(step, self.evaluate())
+        value = metrics.value_if_best(step, self.figure, self.best)  # also where a former start could not save it
+        if value is not None:
             with self.run.phase("checkpoint"):
-                self.save_best()
+                self.save_model(self.best, model_note(step, **{self.figure: value}))
 
 
 def is_due(steps_done: int, every: int, steps: int) -> bool:

@@ -9,24 +9,23 @@ import torch
 
 from oreal_megatron import loop
 from oreal_megatron.algo import token_weighting
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
-from oreal_megatron.observe.run_folder import refuse_changed
+from oreal_megatron.observe.run_folder import model_note
 from oreal_megatron.plan import gpus
-from oreal_megatron.runtime import checkpoint_folders, distributed, files, heartbeat
+from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
 from oreal_megatron.session.models import build_models
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
-
-AUTO = "auto"  # resume where there is a sound checkpoint, else begin
+from oreal_megatron.training.resume import AUTO, Start
 
 
 def train(config: Config, resume: str | None, step: int | None, stop_request: StopRequest) -> None:
@@ -35,15 +34,18 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     All input is read and checked before anything is loaded: ConfigError. RunStopped: see exit codes 3 and 4.
     """
     inputs = read_inputs(config)
-    dataset = sampler.balanced(inputs.training_prompts(), config.data, config.seed)
+    prompts = inputs.training_prompts()
+    dataset = sampler.balanced(prompts, config.data, config.seed)
     held_out = inputs.held_out()
     token_weighting.weight_rule(config)  # raises for weights.rule without such a function
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
-    folder = Path(config.run) / "checkpoints"
-    fingerprints = inputs.fingerprints()
-    check_resumable(resume, folder, fingerprints)
-    files.make_folder(Path(config.run), "run")
+    run_path, folder = Path(config.run), Path(config.run) / "checkpoints"
+    start = Start(config, config.steps, resume, step, inputs.fingerprints(prompts), unread=("reward_training.",))
+    start.check()
+    files.make_folder(run_path, "run")
     with Session(config) as session:
+        session.lock(run_path)
+        start.check_and_announce()  # again, because another writer may have ended meanwhile
         names = ["policy", "reward_model"] if config.reward_model.enabled else ["policy"]
         checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None
         engine, verifier = session.start_engine(inputs, stop_request)
@@ -51,18 +53,22 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         policy, reference, reward_model, trainers = build_models(inputs)
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
-        run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch, _peak_flops(config))
+        start.set_aside_later_steps(first_step)
+        run = Recorder(
+            config, first_step, start.fingerprints, parallel.replica_share(), inputs.arch, _peak_flops(config)
+        )
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
-        save_best = partial(policy_weights.save_model, inputs, "policy", policy, Path(config.run) / "best")
+        save_policy = partial(policy_weights.save_model, inputs, "policy", policy)
         hooks = TrainingHooks(
             config,
             saver,
             run,
             evaluate,
             stop_request,
-            save_best,
+            save_policy,
+            run_path / "best",
             sleep_engine=engine.sleep,
             wake_engine=lambda: weight_sync.sync(policy.updates),
         )
@@ -74,18 +80,9 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
             loop.train(config, dataset, engine, verifier, *models, weight_sync, run, hooks, packing_spec)
         with heartbeat.phase("checkpoint"):
             saver.finish()
-            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy")
+            save_policy(run_path / "policy", model_note(config.steps))
         if distributed.rank() == 0:
-            speed_report.write_and_print(run_report.read_run(Path(config.run)))
-
-
-def check_resumable(resume: str | None, folder: Path, fingerprints: dict[str, str]) -> None:
-    """Raise ConfigError if there is nothing to resume, or if the inputs have changed since the run was started."""
-    checkpoints = checkpoint_folders.complete(folder)
-    if resume and resume != AUTO and not checkpoints:
-        raise ConfigError(f"{folder} holds no finished checkpoint to resume from; start the run with its recipe")
-    if checkpoints:
-        refuse_changed(folder.parent, fingerprints)
+            speed_report.write_and_print(run_report.read_run(run_path))
 
 
 def _peak_flops(config: Config) -> float | None:

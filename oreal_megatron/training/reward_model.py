@@ -26,7 +26,7 @@ from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.models import build_reward_model
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
-from oreal_megatron.training.reinforcement import AUTO, check_resumable
+from oreal_megatron.training.resume import AUTO, Start
 
 log = logging.getLogger(__name__)
 FIGURE = "auc"  # of the held-out rollouts; the weights that have it highest are kept
@@ -80,10 +80,13 @@ def train_reward_model(config: Config, resume: str | None, step: int | None, sto
     rollouts = labelled_rollouts.load(training.path, inputs.tokenizer, prompt_renderer(inputs), positions)
     prompts, held_out = labelled_rollouts.split(rollouts.prompts, training.held_out_share, config.seed)
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
-    folder = Path(config.run) / "checkpoints"
-    fingerprints = inputs.fingerprints() | {f"rollouts {training.path}": labelled_rollouts.digest(training.path)}
-    check_resumable(resume, folder, fingerprints)
+    run_path, folder = Path(config.run), Path(config.run) / "checkpoints"
+    fingerprints = inputs.fingerprints() | {"reward_training.path": labelled_rollouts.digest(training.path)}
+    start = Start(config, training.steps, resume, step, fingerprints)
+    start.check()
     with Session(config) as session:
+        session.lock(run_path)
+        start.check_and_announce()  # again, because another writer may have ended meanwhile
         checkpoint = checkpoint_state.choose(folder, ["reward_model"], step, resume == AUTO) if resume else None
         session.start_megatron()
         if distributed.rank() == 0:
@@ -91,15 +94,17 @@ def train_reward_model(config: Config, resume: str | None, step: int | None, sto
         reward_model = build_reward_model(inputs)
         trainers = {"reward_model": reward_model}
         first_step = checkpoint_state.load(checkpoint, dict(trainers)) if checkpoint else 0
+        start.set_aside_later_steps(first_step)
         run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch)
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = CheckpointSaver(folder, dict(trainers), *retention, describe=partial(policy_weights.describe, inputs))
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         samples = [sample for prompt in held_out for sample in (*prompt.correct, *prompt.incorrect)]
         evaluate = partial(held_out_figures, reward_model, packing.batch(samples, spec))
-        save_best = partial(policy_weights.save_model, inputs, "reward_model", reward_model, Path(config.run) / FOLDER)
+        save_model = partial(policy_weights.save_model, inputs, "reward_model", reward_model)
+        best = run_path / FOLDER
         hooks = TrainingHooks(
-            inputs.config, saver, run, evaluate, stop, save_best, FIGURE, command="oreal reward-model"
+            inputs.config, saver, run, evaluate, stop, save_model, best, FIGURE, command="oreal reward-model"
         )
         with hooks.saving_on_stop_request():
             hooks.start(first_step, saved=checkpoint is not None)

@@ -14,7 +14,7 @@ from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.rows import append_row
-from oreal_megatron.observe.run_folder import RunFolder, refuse_existing
+from oreal_megatron.observe.run_folder import RunFolder, model_note, refuse_existing
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
 from oreal_megatron.runtime import distributed, files, heartbeat
@@ -68,6 +68,8 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
     config = inputs.config
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     with Session(config) as session:
+        session.lock(Path(config.run))
+        refuse_existing(config)  # again: another writer may have ended meanwhile
         engine_and_verifier = session.start_engine(inputs) if held_out else None
         session.start_megatron()
         # Demonstrations were not sampled from the policy: their likelihood is that of its own logits.
@@ -80,7 +82,7 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
         with heartbeat.phase("checkpoint"):
-            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy")
+            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy", model_note(steps))
     return steps
 
 

@@ -154,7 +154,7 @@ def test_top_share_spreads_the_best_tokens_over_zero_to_one():
 def test_the_top_share_of_a_response_is_at_least_one_token(lengths, share):
     batch = packing.micro_batch([Sample((1,), (2,) * length, 1.0, 1.0) for length in lengths])
     score = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(0))
-    weight = token_weighting.importance(score, batch, WeightsConfig("top_share", top_share=share))
+    weight = token_weighting.importance(score, batch, WeightsConfig(rescale="top_share", top_share=share))
     for part in weight.split(lengths):
         assert part.max() == 1 and (part > 0).sum() <= max(int(len(part) * share), 1)
 
@@ -216,4 +216,3 @@ def test_warm_up_then_cosine():
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.2) and rates[13] == pytest.approx(0.6, abs=0.05)
     assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
-

@@ -151,7 +151,7 @@ def test_the_command_lists_every_key_with_the_values_of_a_recipe(capsys, monkeyp
     assert list(objects) == list(ENTRIES)
     assert objects["verify.timeout_s"] == {
         "key": "verify.timeout_s", "value": 2.0, "default": 2.0, "type": "float", "low": 0.01, "high": 3600.0,
-        "unit": "s", "meaning": ENTRIES["verify.timeout_s"].key.meaning,
+        "unit": "s", "on_resume": "announced", "meaning": ENTRIES["verify.timeout_s"].key.meaning,
     }  # fmt: skip
 
 

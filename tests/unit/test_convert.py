@@ -352,7 +352,7 @@ def test_an_existing_output_is_never_overwritten_and_a_leftover_is_started_over(
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     source = make(tmp_path / "hf")
     monkeypatch.setattr(stream, "SLACK_BYTES", 10**18)
-    with pytest.raises(ConfigError, match="the disk has .* GB free"):
+    with pytest.raises(ConfigError, match="the disk has .* MiB free"):
         forth(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

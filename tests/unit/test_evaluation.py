@@ -11,6 +11,7 @@ from oreal_megatron.config import Config
 from oreal_megatron.evaluation.score import evaluate, pass_rates
 from oreal_megatron.evaluation.statistics import wilson_interval
 from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import SAVED_MODEL, model_note
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
@@ -76,12 +77,16 @@ def test_report_on_a_folder_that_is_no_run(tmp_path, capsys):
 
 
 def test_the_best_policy_is_better_than_all_before(tmp_path):
-    run = Recorder(Config(run=str(tmp_path / "run")))
-    seen = []
+    run, best = Recorder(Config(run=str(tmp_path / "run"))), tmp_path / "run/best"
+    values = []
     for step, accuracy in ((0, 0.5), (10, 0.4), (20, 0.6), (30, 0.6), (40, 0.7)):
         run.metrics.log_evaluation(step, {"accuracy": accuracy})
-        seen.append(run.metrics.is_best(step, "accuracy"))
-    assert seen == [True, False, True, False, True]
+        values.append(run.metrics.value_if_best(step, "accuracy", best))
+        if values[-1] is not None:
+            best.mkdir(exist_ok=True)
+            (best / SAVED_MODEL).write_text(model_note(step, accuracy=accuracy)[SAVED_MODEL])
+            assert run.metrics.value_if_best(step, "accuracy", best) is None, "it is saved already"
+    assert values == [None, None, 0.6, None, 0.7]
 
 
 @pytest.mark.parametrize("seconds", [{}, {"seconds/step": 2.0}])

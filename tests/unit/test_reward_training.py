@@ -173,7 +173,7 @@ def write_reward_model(folder: Path, source: HFFolder, **changes) -> str:
     for entry in tensors.entries(arch, 1, 1, 0, "scalar"):
         shapes |= tensors.hf_shapes(entry, arch)
     named = ((name, torch.zeros(shape)) for name, shape in shapes.items())
-    to_hf.save(folder, source.path, config, torch.float32, named)
+    to_hf.save(folder, source.path, config, torch.float32, named, {})
     return str(folder)
 
 
@@ -189,7 +189,7 @@ def test_a_reward_model_of_another_shape_is_refused_and_its_digest_is_an_input(m
     source, policy = HFFolder(model_folder), str(model_folder)
     folder = write_reward_model(tmp_path / "same", source)
     inputs = read_inputs(recipe_config(policy, folder))
-    digest = inputs.fingerprints()[f"reward model {folder}"]
+    digest = inputs.fingerprints()["reward_model.path"]
     assert inputs.reward_folder.shape("score.weight") == (1, inputs.arch.hidden) and len(digest) == 32
     off = dataclasses.replace(recipe_config(policy, folder), reward_model=c.RewardModelConfig(False, folder))
     assert read_inputs(off).reward_folder is None, "a run without reward model does not read it"
@@ -211,7 +211,8 @@ def test_a_reward_model_of_another_shape_is_refused_and_its_digest_is_an_input(m
 def test_a_file_that_the_command_does_not_read_may_be_missing(model_folder, tmp_path):
     config = recipe_config(str(model_folder), "")
     config = dataclasses.replace(config, data=c.DataConfig(str(tmp_path / "missing.jsonl")))
-    assert list(read_inputs(config).fingerprints()) == [f"model {model_folder}"]
+    digests = read_inputs(config).fingerprints()
+    assert digests["model.path"] and digests["data.path"] == ""
 
 
 def test_the_command_asks_for_rollouts(model_folder, tmp_path, capsys):
