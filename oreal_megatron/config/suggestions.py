@@ -20,6 +20,8 @@ def suggest(name: str, known: Sequence[str]) -> str:
         return f"; did you mean {_either(near)}?"
     if len(known) <= LISTED:
         return f"; known are {', '.join(known)}"
+    if nearest := difflib.get_close_matches(name, known, MOST, 0.2):
+        return f"; of {len(known)} known names the nearest are {', '.join(nearest)}"
     return f"; of {len(known)} known names none is near"
 
 

@@ -42,6 +42,16 @@ class Estimate:
         return self.spare >= 0
 
     @property
+    def host_gib(self) -> float:
+        """GiB of host memory that a node needs at once."""
+        return memory.host_peak(self.host) / GIB
+
+    @property
+    def fits_host(self) -> bool:
+        """True if a node has the host memory, as far as assumed."""
+        return self.host_gib <= self.scenario.assumed.host_gib
+
+    @property
     def step_seconds(self) -> float:
         """Seconds of one step."""
         return sum(self.seconds.values())
@@ -118,11 +128,12 @@ def warnings(estimate: Estimate) -> Iterator[str]:
             if left < scenario.assumed.thin * scenario.usable:
                 yield _tight(estimate, stage.number, phase, left)
     yield from _waiting(estimate)
-    needed = memory.host_peak(estimate.host) / GIB
-    if needed > scenario.assumed.host_gib:
+    if not estimate.fits_host:
+        idle = "idle models (offload=true) and " if scenario.config.offload else ""
         yield (
-            f"needs {needed:.0f} GiB of host RAM per node (offloaded models, and a checkpoint while it is gathered or "
-            f"loaded); {scenario.assumed.host_gib:.0f} assumed"
+            f"does not fit the host: {idle}a checkpoint while it is gathered or loaded need {estimate.host_gib:.0f} "
+            f"GiB of RAM per node, {scenario.assumed.host_gib:.0f} are assumed; set --assume host_gib=N to what a node "
+            "has, or use more nodes"
         )
 
 
@@ -144,12 +155,12 @@ def _remedy(estimate: Estimate, parts: memory.Bytes) -> str:
             return f"engine.kv_cache_gib={int(space)} would fit"
         if not config.offload:
             return "offload=true moves idle models to the host"
-        return "with more pipeline stages or data-parallel ranks, each holds less of a model"
+        return "with a larger parallel.pipeline or more --gpus, each rank holds less of a model"
     largest = max(("activations", "optimizer", "gradients", "parameters"), key=lambda name: parts[name])
     return {
         "activations": 'megatron.recompute_granularity="full", parallel.sequence=true or fewer '
         "tokens_per_micro_batch reduce activations",
-        "optimizer": "more data-parallel ranks share the optimizer",
+        "optimizer": "with more --gpus, more data-parallel ranks share the optimizer",
     }.get(largest, "with a larger parallel.tensor or parallel.pipeline, each rank holds less of a model")
 
 
@@ -167,5 +178,5 @@ def _waiting(estimate: Estimate) -> Iterator[str]:
     if (idle := timing.bubble(scenario)) > 0.25:
         yield (
             f"pipeline stages wait {idle:.0%} of an update: {scenario.micro_batches} micro-batches for "
-            f"{layout.pipeline} stages; use fewer stages or fewer tokens_per_micro_batch"
+            f"{layout.pipeline} stages; lower parallel.pipeline or tokens_per_micro_batch"
         )

@@ -141,27 +141,15 @@ def print_search(layouts: Sequence[Estimate], recipe: Scenario, console: Console
             console, "no layout fits with a margin; use more GPUs, larger ones, or a smaller engine.max_model_len"
         )
         return
-    within = 100 * (search.EQUAL_WITHIN - 1)
-    print_text(
-        console, f"\nlayouts, best first (step times within {within:.0f} % count as equal, then the least split)"
-    )
+    print_text(console, "\nlayouts, best first by seconds per step; each line ends in the settings that select it")
     for number, layout in enumerate(layouts, 1):
         cache = layout.scenario.config.engine.kv_cache_gib
-        times = f"{layout.step_seconds:.0f} s/step, KV cache {cache:.0f} GiB; {search.reason(layout)}"
-        print_text(console, f"{number}. {describe_layout(layout)}")
-        lines = [times, *(f"[yellow]warning:[/] {message}" for message in estimate.warnings(layout))]
-        for line in (*lines, *_set_lines(search.overrides(layout, recipe), console.width - 3)):
-            console.print(Padding(Text.from_markup(line), (0, 0, 0, 3)))
-
-
-def _set_lines(assignments: Sequence[str], width: int) -> list[str]:
-    """Return `--set` options on lines of at most `width` characters, broken between options only."""
-    lines = [""]
-    for option in (f"--set {assignment}" for assignment in assignments):
-        if lines[-1] and len(lines[-1]) + 1 + len(option) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {option}".strip()
-    return lines if assignments else []
+        times = f"{search.printed_seconds(layout):g} s/step, KV cache {cache:.0f} GiB; {search.reason(layout)}"
+        options = " ".join(f"--set {assignment}" for assignment in search.overrides(layout, recipe))
+        line = f"{number}. {describe_layout(layout)}: {times}: {options or 'the layout of the recipe'}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)  # one line, to be copied
+        for message in estimate.warnings(layout):
+            console.print(Padding(Text.from_markup(f"[yellow]warning:[/] {message}"), (0, 0, 0, 3)))
 
 
 def draw(plan: Estimate, path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import ConfigError, ParallelConfig
 from oreal_megatron.plan import estimate, memory, timing
 from oreal_megatron.plan.estimate import GIB, Estimate
 from oreal_megatron.plan.scenario import Scenario
@@ -18,19 +18,33 @@ RECOMPUTE: dict[str, dict[str, str | int]] = {
     "nothing": {},
     "everything": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-EQUAL_WITHIN = 1.03  # step times up to this factor of the fastest count as equal
 NO_TRANSFER = timing.Transfer(0.0, 0.0, 0.0, "direct")
 
 
 def best_layouts(scenario: Scenario, count: int = 5) -> list[Estimate]:
-    """Return the fastest layouts that fit with a margin, [] if none does.
+    """Return the best layouts that fit the GPUs with a margin, in the order of `rank`; [] if none does.
 
-    Of layouts within EQUAL_WITHIN of the fastest, the least split one comes first.
+    Weight syncs take seconds to plan and a share of a step, so they are planned for twice as many layouts as returned.
     """
-    fitting = list(_fitting(scenario))
-    fastest = min((layout.step_seconds for layout in fitting), default=0.0)
-    fitting.sort(key=lambda layout: (max(layout.step_seconds, EQUAL_WITHIN * fastest), *_split(layout.scenario)))
-    return [estimate.estimate_scenario(layout.scenario) for layout in fitting[:count]]
+    shortlist = sorted(_fitting(scenario), key=rank)[: 2 * count]
+    traffic: dict[tuple[ParallelConfig, int], timing.Transfer] = {}
+    layouts = []
+    for layout in shortlist:
+        key = layout.scenario.config.parallel, layout.scenario.config.engine.tensor
+        if key not in traffic:
+            traffic[key] = timing.transfer(layout.scenario)
+        layouts.append(estimate.estimate_scenario(layout.scenario, traffic[key]))
+    return sorted(layouts, key=rank)[:count]
+
+
+def rank(layout: Estimate) -> tuple[bool, float, int, int, int, int]:
+    """Return the sort key of a layout: host memory that fits first, then seconds as printed, then the least split."""
+    return not layout.fits_host, printed_seconds(layout), *_split(layout.scenario)
+
+
+def printed_seconds(layout: Estimate) -> float:
+    """Return the seconds of a step as they are printed, to three digits: smaller differences mean nothing."""
+    return float(f"{layout.step_seconds:.3g}")
 
 
 def overrides(layout: Estimate, recipe: Scenario) -> list[str]:
