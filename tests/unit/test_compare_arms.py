@@ -11,20 +11,22 @@ import pytest
 import small_model
 import step_localisation
 import torch
-from step_localisation import TrainedRollout
+from step_localisation import TextWithWeights
 
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config
+from oreal_megatron.observe.dumped_samples import WeighedResponse
 from oreal_megatron.observe.dumps import write_dump
 from oreal_megatron.records import Batch, Counts, Sample, TokenWeights
 
 QUESTION, WRONG, RIGHT = "1+2+3=", "1v4x7v\\boxed{7}", "1v3v6v\\boxed{6}"  # the second step of WRONG is wrong
 
 
-def scored(response: str, is_correct: bool, low: int | None = None) -> TrainedRollout:
-    """A rollout whose token at `low` has score -1 and weight 1, all others score 0 and weight 0."""
-    values = [float(position == low) for position in range(len(response))]
-    return TrainedRollout(QUESTION, response, is_correct, [-value for value in values], values)
+def scored(response: str, correct: bool, low: int | None = None) -> TextWithWeights:
+    """A response whose token at `low` has score -1 and weight 1, all others score 0 and weight 0."""
+    weights = [float(position == low) for position in range(len(response))]
+    tokens = WeighedResponse(0, 0, correct, [0] * len(response), weights, [-weight for weight in weights])
+    return TextWithWeights(QUESTION, response, tokens)
 
 
 @pytest.mark.parametrize(("low", "expected"), [(2, 1.0), (0, 0.0), (4, 0.5), (1, 0.5), (None, 0.5)])
