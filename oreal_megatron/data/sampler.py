@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,6 +10,9 @@ from typing import Generic, TypeVar
 
 from oreal_megatron.config import ConfigError, DataConfig
 from oreal_megatron.records import Prompt
+from oreal_megatron.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -40,6 +44,12 @@ def balanced(prompts: Sequence[Prompt], config: DataConfig, seed: int) -> Sample
             f"none of the {len(prompts)} prompts of {config.path} has a pass rate inside data.buckets; "
             "widen the buckets or compute the pass rates again"
         )
+    different = len({prompt.id for prompt in repeated})
+    if different < config.prompts_per_step and distributed.rank() == 0:
+        log.warning(
+            "data.prompts_per_step is %d, but %s has %d problems: every step uses some of them more than once",
+            config.prompts_per_step, config.path, different,
+        )  # fmt: skip
     return Sampler(repeated, config.prompts_per_step, seed)
 
 

@@ -79,11 +79,13 @@ def test_a_dry_run_shows_commands_that_meet_at_one_place(name, arguments, machin
         assert args.rendezvous == (f"{next(iter(shown))}:29400" if machines > 1 else None)
 
 
-def test_a_slurm_job_brings_its_machines(path):
-    program(path, "scontrol", "printf 'gpu7\\ngpu8\\ngpu9\\ngpu10\\n'")
-    result = script("run_oreal_7b.sh", "--dry-run", SLURM_JOB_NODELIST="gpu[7-10]", SLURM_JOB_ID="51")
-    assert list(commands(result.stdout)) == ["gpu7", "gpu8", "gpu9", "gpu10"]
-    assert result.stdout.count("--rendezvous gpu7:29400") == 4 and result.stdout.count("PET_RDZV_ID=51") == 4
+@pytest.mark.parametrize("hosts", [["gpu7", "gpu8", "gpu9", "gpu10"], ["gpu10", "gpu8", "gpu7", "gpu9"]])
+def test_a_slurm_job_brings_its_machines_in_any_order(path, hosts):
+    program(path, "scontrol", "echo " + "; echo ".join(hosts))
+    variables = {"SLURM_JOB_NODELIST": "gpu[7-10]", "SLURM_JOB_ID": "51", "MASTER_ADDR": "gpu9", "SLURM_PROCID": "2"}
+    result = script("run_oreal_7b.sh", "--dry-run", **variables)
+    assert list(commands(result.stdout)) == hosts
+    assert result.stdout.count(f"--rendezvous {hosts[0]}:29400") == 4 and result.stdout.count("PET_RDZV_ID=51") == 4
 
 
 @pytest.mark.parametrize(

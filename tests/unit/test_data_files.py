@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError, DataConfig, validate
 from oreal_megatron.config import problems as config_problems
-from oreal_megatron.data import chat_template, key_map, lines, problems
+from oreal_megatron.data import chat_template, key_map, lines, problems, sampler
 
 OURS = {"question": "1+2=", "gold_answer": "3"}
 VERL = {
@@ -205,3 +205,11 @@ def test_a_message_does_not_grow_without_end():
     numbers = sorted(random.Random(0).sample(range(10**6), 5000))
     text = problems.number_ranges(numbers)
     assert len(text) < 1500 and text.endswith("further places")
+
+
+@pytest.mark.parametrize(("count", "per_step", "warned"), [(3, 8, True), (8, 8, False), (7, 8, True), (1, 1, False)])
+def test_fewer_problems_than_a_step_takes_are_used_repeatedly_and_that_is_said(count, per_step, warned, caplog):
+    config = DataConfig("f.jsonl", prompts_per_step=per_step)
+    taken = sampler.balanced(prompts_of_lengths([1] * count), config, seed=0)
+    assert len(taken.take(0)) == per_step and {prompt.id for prompt in taken.take(0)} <= set(range(count))
+    assert ("every step uses some of them more than once" in caplog.text) == warned
