@@ -17,8 +17,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from make_addition_task import SPECIAL, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from small_model import SPECIAL, make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEMS = [{"question": f"{a}+{b}=", "gold_answer": str(a + b)} for a in range(4) for b in range(4, 8)]
