@@ -17,7 +17,7 @@ class SimulatedPrompt:
     """A prompt with its rollouts."""
 
     rollouts: list[SimulatedRollout]
-    asked: int  # step in which it was drawn
+    first_step: int  # step in which it was drawn
     unfinished: int  # rollouts
 
 
@@ -27,7 +27,7 @@ class SimulatedRollout:
 
     prompt: SimulatedPrompt
     length: int  # tokens it will have
-    asked: int  # step in which its prompt was drawn
+    first_step: int  # step in which its prompt was drawn
     expected: float  # what is known of its length in advance
     decoded: float = 0.0
 

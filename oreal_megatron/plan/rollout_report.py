@@ -14,7 +14,7 @@ from oreal_megatron.plan import rollout_simulation
 from oreal_megatron.plan.estimate import Estimate
 from oreal_megatron.plan.report_tables import print_text
 from oreal_megatron.plan.response_lengths import LengthSource, LogNormalLengths, RunLengths
-from oreal_megatron.plan.rollout_simulation import Outcome
+from oreal_megatron.plan.rollout_simulation import PolicyResult
 
 
 def length_source(plan: Estimate, run: str) -> LengthSource:
@@ -26,7 +26,7 @@ def length_source(plan: Estimate, run: str) -> LengthSource:
     return LogNormalLengths.with_mean(assumed.response_tokens, assumed.length_sigma, assumed.length_prompt_share, cap)
 
 
-def simulate(plan: Estimate, run: str, console: Console) -> list[Outcome]:
+def simulate(plan: Estimate, run: str, console: Console) -> list[PolicyResult]:
     """Simulate every policy and print the results; `run`: a run folder whose response lengths are used, or ""."""
     lengths = length_source(plan, run)
     other_s = plan.step_seconds - plan.seconds["generate"]
@@ -53,14 +53,14 @@ def simulate(plan: Estimate, run: str, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def as_dict(outcome: Outcome) -> dict[str, Any]:
+def as_dict(outcome: PolicyResult) -> dict[str, Any]:
     """Return an outcome as JSON values, without its timelines."""
     values = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
     del values["timelines"]
     return values | {"policy": dataclasses.asdict(outcome.policy)}
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+def draw(outcomes: Sequence[PolicyResult], path: Path) -> None:
     """Draw for each policy how many rollouts each replica decodes at once, over the last simulated step."""
     import matplotlib
 

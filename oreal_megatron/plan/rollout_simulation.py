@@ -51,7 +51,7 @@ SEPARATE = (0.5, 0.75, 0.875)  # shares of generating GPUs that are tried for on
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PolicyResult:
     """Means over the counted steps of one policy."""
 
     policy: RolloutPolicy
@@ -67,7 +67,7 @@ class Outcome:
     timelines: list[list[tuple[float, int]]]  # of the last step: (seconds, active rollouts) of each replica
 
 
-def compare(scenario: Scenario, other_s: float, lengths: LengthSource, seed: int = 0) -> list[Outcome]:
+def compare(scenario: Scenario, other_s: float, lengths: LengthSource, seed: int = 0) -> list[PolicyResult]:
     """Simulate every policy; `other_s`: seconds of a step beside generation, on all GPUs."""
     outcomes = [simulate(scenario, other_s, policy, lengths, seed) for policy in POLICIES]
     best = max(outcomes, key=lambda outcome: outcome.tokens_per_gpu_second).policy
@@ -80,7 +80,9 @@ def compare(scenario: Scenario, other_s: float, lengths: LengthSource, seed: int
     return outcomes + sorted(tried, key=lambda outcome: -outcome.tokens_per_gpu_second)[:1]
 
 
-def simulate(scenario: Scenario, other_s: float, policy: RolloutPolicy, lengths: LengthSource, seed: int) -> Outcome:
+def simulate(
+    scenario: Scenario, other_s: float, policy: RolloutPolicy, lengths: LengthSource, seed: int
+) -> PolicyResult:
     """Simulate WARM_UP + STEPS steps of one policy; the seed fixes the lengths, whatever the policy."""
     simulation = _Simulation(scenario, policy, lengths, seed)
     steps = [simulation.step(number) for number in range(WARM_UP + STEPS)][WARM_UP:]
@@ -93,8 +95,8 @@ def simulate(scenario: Scenario, other_s: float, policy: RolloutPolicy, lengths:
     tokens = sum(rollout.length for prompt in trained for rollout in prompt.rollouts)
     prompt_tokens = scenario.assumed.prompt_tokens * sum(len(prompt.rollouts) for prompt in trained)
     replicas = len(steps[0].busy)
-    waits = [number - prompt.asked for number, step in enumerate(steps, WARM_UP) for prompt in step.trained]
-    return Outcome(
+    waits = [number - prompt.first_step for number, step in enumerate(steps, WARM_UP) for prompt in step.trained]
+    return PolicyResult(
         policy,
         generation,
         step_s,
@@ -163,7 +165,7 @@ class _Simulation:
                 for index, rollout in enumerate(rollouts):
                     queues[(slot + index * spread) % self.replicas].append(rollout)
             return queues
-        ordered = sorted(sum(waiting, []), key=lambda rollout: (rollout.asked, -rollout.expected))
+        ordered = sorted(sum(waiting, []), key=lambda rollout: (rollout.first_step, -rollout.expected))
         return [deque(ordered)] * self.replicas
 
     def _run(self, replicas: list[Replica], queues: list[deque[SimulatedRollout]], number: int) -> float:
@@ -175,7 +177,7 @@ class _Simulation:
         events = [(replica.next_finish(), index) for index, replica in enumerate(replicas) if replica.active]
         heapq.heapify(events)
         left = self.prompts - sum(not p.unfinished for p in self.pool)
-        overdue = {id(p) for p in self.pool if p.unfinished and p.asked <= number - self.policy.staleness}
+        overdue = {id(p) for p in self.pool if p.unfinished and p.first_step <= number - self.policy.staleness}
         end = 0.0
         while events and (left > 0 or overdue):
             end, index = heapq.heappop(events)
@@ -191,15 +193,17 @@ class _Simulation:
 
     def _take_trained(self, number: int) -> tuple[list[SimulatedPrompt], float]:
         """Remove the step's prompts from the pool, oldest first; return them and the tokens that are thrown away."""
-        complete = sorted((prompt for prompt in self.pool if not prompt.unfinished), key=lambda prompt: prompt.asked)
+        complete = sorted(
+            (prompt for prompt in self.pool if not prompt.unfinished), key=lambda prompt: prompt.first_step
+        )
         trained = complete[: self.prompts]
         chosen = {id(prompt) for prompt in trained}
-        rest = [prompt for prompt in self.pool if id(prompt) not in chosen]
+        left_over = [prompt for prompt in self.pool if id(prompt) not in chosen]
         if self.policy.carry:
-            self.pool = rest
+            self.pool = left_over
             return trained, 0.0
         self.pool = []
-        return trained, sum(rollout.decoded for prompt in rest for rollout in prompt.rollouts)
+        return trained, sum(rollout.decoded for prompt in left_over for rollout in prompt.rollouts)
 
 
 def _deal_evenly(queue: deque[SimulatedRollout], replicas: list[Replica]) -> list[deque[SimulatedRollout]]:
