@@ -127,6 +127,7 @@ class Replica:
         """Decode until `time` and give up the active rollouts, with the tokens that they have."""
         if self.active and time > self.now:
             self._decode((time - self.now) / self._step_s(), time - self.now)
+        self.busy -= max(0.0, self.now - time)  # a prefill that is cut off
         for mark, _, rollout in self.active:
             rollout.decoded = max(0.0, min(rollout.length - (mark - self.decoded), rollout.length - 1))
         self.active.clear()
