@@ -26,14 +26,21 @@ def train(workshop: Workshop, *assignments: str, **changes: Any) -> Any:
 
 @case("bug-gold-is-a-solution-text")
 def gold_is_a_solution(given: Case, workshop: Workshop) -> str | None:
-    from oreal_megatron.config import Config, EngineConfig, ModelConfig
+    from oreal_megatron.config import Config, ConfigError, EngineConfig, ModelConfig
+    from oreal_megatron.evaluation import benchmark, suites
     from oreal_megatron.session.inputs import read_inputs
 
     (name, lines), *_ = given["input"].items()
     path = workshop.problems(*lines, name=name)
     config = Config(model=ModelConfig(str(workshop.model)), engine=EngineConfig(max_model_len=512))
-    golds = [prompt.gold for prompt in read_inputs(config).rendered(str(path))]
-    return None if golds == ["7"] else f"the gold answers are {golds}"
+    inputs = read_inputs(config)
+    try:
+        suite = benchmark.suite_prompts(inputs, suites.named(str(path)), str(path))
+        evaluated = benchmark.usable_prompts(inputs, name, suite)
+        golds = [prompt.gold for prompt in (*evaluated, *inputs.prompts(str(path)))]
+    except ConfigError as refusal:
+        return None if "1" in str(refusal) else f"refused without the problem: {refusal}"
+    return None if golds == ["7", "7"] else f"the gold answers are {golds}"
 
 
 @case("bug-resume-at-missing-step")

@@ -168,6 +168,21 @@ def test_problems_that_cannot_be_answered_or_graded_are_skipped_named_and_counte
     )
 
 
+@pytest.mark.parametrize("made", [None, "empty", "run"])
+def test_a_missing_model_is_named_before_a_suite_is_downloaded(made, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    if made:
+        model.mkdir()
+    if made == "run":
+        (model / "config.json").write_text("{}")
+        (model / "policy").mkdir()
+        (model / "policy/config.json").write_text("{}")
+    monkeypatch.setattr(suites.lines, "_download", lambda name: pytest.fail(f"{name} is downloaded first"))
+    assert main(["evaluate", str(model), "--suite", "math500", "--data", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert f"{model} is not a" in message and (made != "run" or f"a model in it is {model}/policy" in message)
+
+
 @pytest.mark.parametrize("words", [("--problems", "-1"), ("--samples", "0"), ("--samples", "-2"), ("--problems", "x")])
 def test_negative_counts_are_refused(words, capsys):
     with pytest.raises(SystemExit) as leaving:
