@@ -42,6 +42,11 @@ def test_a_cached_token_of_7b_takes_56_kib():
     assert case("oreal_7b", "engine.tensor=2").cache_token() == 28 * 1024
 
 
+@pytest.mark.parametrize(("keep", "samples"), [("pair", 64 * 0.6 * 2), ("mixed", 64 * 0.6 * 16), ("all", 64 * 16)])
+def test_a_step_trains_on_the_samples_that_the_selection_keeps(keep, samples):
+    assert case("oreal_7b", f"selection.keep={keep}").sequences == pytest.approx(samples)
+
+
 @pytest.mark.parametrize("changes", [("parallel.tensor=2",), ("parallel.pipeline=4",), ("parallel.context=2",)])
 def test_however_it_is_cut_all_ranks_together_hold_the_model(changes):
     """Norms, which tensor-parallel ranks repeat, are the only difference."""
