@@ -48,7 +48,8 @@ def oreal() -> Config:
 
 def without_reward_model() -> Config:
     """OREAL with a weight of 1 for every token; the policy is trained from the first step."""
-    return dataclasses.replace(oreal(), reward_model=RewardModelConfig(enabled=False))
+    config = oreal()
+    return dataclasses.replace(config, reward_model=dataclasses.replace(config.reward_model, enabled=False))
 
 
 def belief_of_token() -> Config:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from oreal_megatron.cli import main
-from oreal_megatron.config import Config
+from oreal_megatron.config import Config, EvaluationConfig
 from oreal_megatron.evaluation.score import evaluate, pass_rates
 from oreal_megatron.evaluation.statistics import wilson_interval
 from oreal_megatron.observe.recorder import Recorder
@@ -45,6 +45,53 @@ def test_an_unknown_verdict_is_left_out_of_the_pass_rate_but_is_not_right():
     verdicts = [["correct", "incorrect", "unknown", "unknown"], ["unknown"] * 4]
     rows = [{"problem": number, "verdict": verdict} for number, row in enumerate(verdicts) for verdict in row]
     assert pass_rates(rows) == {0: 0.5, 1: None}
+
+
+def test_samples_are_evaluated_beside_the_greedy_response():
+    """Greedy is right on every problem, a sample on every second one; both modes ask for their own responses."""
+    requests = []
+
+    class Engine:
+        def generate(self, prompts, sampling, seed, on_rollout):
+            requests.append((sampling.temperature, sampling.rollouts_per_prompt, sampling.max_new_tokens, seed))
+            texts = ["1"] if sampling.temperature == 0 else ["1", "2"] * (sampling.rollouts_per_prompt // 2)
+            return [[Rollout(p, s, k, (1,), t, True) for k, t in enumerate(texts)] for s, p in enumerate(prompts)]
+
+    class Verifier:
+        def submit(self, rollout):
+            pass
+
+        def verdicts(self, rollouts):
+            return [
+                [Verdict(Outcome.CORRECT if r.text == "1" else Outcome.INCORRECT, "") for r in row] for row in rollouts
+            ]
+
+    problems = [Prompt(number, "q", "1", None, (1,)) for number in range(5)]
+    config = Config(seed=7, evaluation=EvaluationConfig(samples=4, max_new_tokens=9))
+    result = evaluate(problems, Engine(), Verifier(), config)
+    assert requests == [(0.0, 1, 9, (7, -1)), (1.0, 4, 9, (7, -1))]
+    assert (result["accuracy"], result["answers"]) == (1.0, 5)
+    assert (result["sampled_accuracy"], result["sampled_answers"], result["sampled_unknown"]) == (0.5, 20, 0)
+    assert 0 < result["sampled_low"] < 0.5 < result["sampled_high"] < 1, "alike problems: the interval is no point"
+    assert not [name for name in evaluate(problems, Engine(), Verifier(), Config()) if "sampled" in name]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_report_shows_samples_where_every_evaluation_has_them(sampled, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 3, "reward_model": {"enabled": True}}))
+    (tmp_path / "environment.json").write_text(json.dumps({"imported": {}}))
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "reward/pass_rate": 0.2, "seconds/step": 1.5}) + "\n"
+    )
+    rows = [{"step": step, "accuracy": 0.9, "low": 0.8, "high": 1.0, "answers": 50} for step in (0, 1)]
+    for row, accuracy in zip(rows, (0.2, 0.35), strict=True):
+        if sampled:
+            row |= {"sampled_accuracy": accuracy, "sampled_low": accuracy - 0.1, "sampled_high": accuracy + 0.1}
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = tmp_path / "summary.json"
+    assert main.main(["report", str(tmp_path), "--summary", str(summary), "--picture", str(tmp_path / "c.png")]) == 0
+    assert ("+15.0" in capsys.readouterr().out) == sampled
+    assert json.loads(summary.read_text()).get("sampled_accuracy_after") == (0.35 if sampled else None)
 
 
 def test_report_draws_and_sums_up(tmp_path, capsys):

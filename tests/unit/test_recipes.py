@@ -8,6 +8,7 @@ import pytest
 
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError, validate
+from oreal_megatron.config.schema import config_keys
 from oreal_megatron.models import architecture
 from oreal_megatron.session import model_checks
 from oreal_megatron.session.inputs import read_inputs
@@ -135,9 +136,30 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
 
 
 @pytest.mark.parametrize("name", ["quickstart.py:oreal", "quickstart.py:oreal_without_reward_model",
-                                  "quickstart.py:sft", "smollm2.py:oreal", "smollm2.py:sft"])  # fmt: skip
+                                  "quickstart.py:sft", "smollm2.py:oreal", "smollm2.py:sft",
+                                  "checked.py:oreal", "checked.py:sft"])  # fmt: skip
 def test_small_recipes_leave_room_for_their_answers(name):
     config = settings.from_recipe(str(FILE.parent / name))
     longest = max(config.sampling.max_new_tokens, config.evaluation.max_new_tokens)
     assert 2 * longest <= config.engine.max_model_len  # half for the question
     assert config.run.startswith("runs/") and config.data.held_out.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    ("arm", "keys"),
+    [
+        ("without_reward_model", {"reward_model.enabled"}),
+        ("belief_of_token", {"weights.belief"}),
+        ("shuffled_weights", {"weights.shuffle"}),
+        ("true_errors", {"reward_model.enabled", "weights.rule"}),
+        ("behaviour_cloning", {"reward_model.enabled", "loss.advantage_on_positives"}),
+        ("token_reward_model", {"loss.advantage_on_positives"}),
+        ("reward_shaping", {"reward_model.enabled", "selection.keep", "loss.negative_coef"}),
+        ("reinforce", {"reward_model.enabled", "selection.keep", "loss.negative_coef", "selection.advantage",
+                       "loss.normalise"}),
+    ],
+)  # fmt: skip
+def test_an_arm_differs_from_oreal_in_its_switches_only(arm, keys):
+    present, base = (settings.from_recipe(f"{FILE.parent}/checked.py:{name}") for name in (arm, "oreal"))
+    values = [{key.path: key.value for key in config_keys(config)} for config in (present, base)]
+    assert {path for path in values[0] if values[0][path] != values[1][path]} == keys
