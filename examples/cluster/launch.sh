@@ -72,8 +72,13 @@ elif [ -z "$rendezvous" ] && [ "$wanted" -gt 1 ] && [ -n "$dry" ]; then  # none 
     mapfile -t names < <(seq -f 'node%g' "$wanted")
 fi
 nodes=${nodes:-${#names[@]}}
+small=""
+if [ "$nodes" = 1 ] && grep -q "^def ${name}_${per_node}_gpus(" "${recipe%%:*}"; then
+    small="; this machine alone: bash examples/cluster/launch.sh --recipe ${recipe}_${per_node}_gpus"
+fi
 [ "$nodes" = "$wanted" ] || bad "$name on $gpus GPUs takes $wanted machines of $per_node, not $nodes; name them with \
---hosts, or start this on each of them with --nodes $wanted --rendezvous HOST:PORT, or choose another recipe or --gpus"
+--hosts, or start this on each of them with --nodes $wanted --rendezvous HOST:PORT, or choose another recipe or --gpus\
+$small"
 if [ "$nodes" -gt 1 ]; then rendezvous=${rendezvous:-${names[0]}:29400}; fi
 
 # -- what each of them runs -------------------------------------------------------------------------------------------

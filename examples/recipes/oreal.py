@@ -48,12 +48,12 @@ RESPONSES_PER_STEP = 64 * 16  # [paper] questions x responses; [code] gen_global
 
 def oreal_7b() -> Config:
     """OREAL-7B from OREAL-7B-SFT on 32 GPUs ([code]: 90 steps in 9 hours on 32 A100)."""
-    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_layout_7b(), engine_tensor=1)
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=32, parallel=_layout_7b(), engine_tensor=4, megatron={})
 
 
 def oreal_7b_8_gpus() -> Config:
     """OREAL-7B on one node: the same step, with four times as many responses and micro-batches per GPU."""
-    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=8, parallel=_layout_7b(), engine_tensor=1)
+    return _oreal("oreal_7b", "OREAL-7B-SFT", gpus=8, parallel=_layout_7b(), engine_tensor=4, megatron={})
 
 
 def oreal_7b_without_reward_model() -> Config:
@@ -78,16 +78,16 @@ def oreal_dsr1_distill_qwen_7b_8_gpus() -> Config:
 
 def oreal_32b() -> Config:
     """OREAL-32B from OREAL-32B-SFT on 128 GPUs ([code])."""
-    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_layout_32b(), engine_tensor=4)
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=128, parallel=_layout_32b(), engine_tensor=8, megatron=RECOMPUTE)
 
 
 def oreal_32b_32_gpus() -> Config:
     """OREAL-32B on four nodes; on two, the optimizer states of one model would take 25 GB of each GPU."""
-    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_layout_32b(), engine_tensor=4)
+    return _oreal("oreal_32b", "OREAL-32B-SFT", gpus=32, parallel=_layout_32b(), engine_tensor=8, megatron=RECOMPUTE)
 
 
 def _layout_7b() -> ParallelConfig:
-    """[code] tp_size 4. A replica stays within its node."""
+    """[code] tp_size 4. A replica stays within its node. [ours] without recomputation, for which there is room."""
     return ParallelConfig(tensor=4, sequence=True)
 
 
@@ -96,7 +96,13 @@ def _layout_32b() -> ParallelConfig:
     return ParallelConfig(tensor=8, pipeline=2, sequence=True)
 
 
-def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_tensor: int) -> Config:
+# [code] selective_recompute 1.0: every layer is recomputed in the backward pass.
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _oreal(
+    name: str, model: str, gpus: int, parallel: ParallelConfig, engine_tensor: int, megatron: dict[str, object]
+) -> Config:
     return Config(
         run=os.path.join(os.environ.get("OREAL_RUNS", "runs"), name),
         gpus=gpus,
@@ -115,11 +121,11 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         engine=EngineConfig(
             tensor=engine_tensor,
             max_model_len=16384,  # [paper] maximum length; [code] gen_max_length
-            # [ours] all responses of a step run at once. The key-value cache of the longest response takes 0.94 GB with
-            # 7B on one GPU, and 1.07 GB with 32B on each of four. While a run starts, cache, engine and one model share
-            # the GPU.
+            # [ours] few replicas of many GPUs, all responses of a step at once: the longest response alone decides how
+            # long a step generates, and its weights are read by several GPUs. `oreal plan --search` prefers it. The
+            # key-value cache of the longest response takes 0.23 GB with 7B and 0.54 GB with 32B on each GPU.
             max_num_seqs=RESPONSES_PER_STEP // (gpus // engine_tensor),
-            kv_cache_gib=28.0,
+            kv_cache_gib=48.0,
         ),
         # [paper] 16 responses per question; [code] temperature 1.0, gen_top_p 0.9, gen_top_k 0, gen_max_new 14000.
         sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
@@ -135,7 +141,7 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
             buckets=((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2)),
         ),
         verify=VerifyConfig(
-            workers=2,  # [ours]
+            workers=8,  # [ours] of each engine, for all of its responses
             thinking_end=("<conclude>", "**Final Answer**", "</think>"),  # [code] thinking_finish_words
             judge=_judge(),
         ),
@@ -162,14 +168,13 @@ def _oreal(name: str, model: str, gpus: int, parallel: ParallelConfig, engine_te
         # checkpoint with reward model and both optimizers takes 210 GB for 7B and 920 GB for 32B.
         checkpoint=CheckpointConfig(every=10, keep=2),
         evaluation=EvaluationConfig(every=10, max_new_tokens=14000),
-        # [code] selective_recompute 1.0: every layer is recomputed in the backward pass.
-        megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        megatron=megatron,
     )
 
 
 def _distilled(gpus: int) -> Config:
     name, model = "oreal_dsr1_distill_qwen_7b", "DeepSeek-R1-Distill-Qwen-7B"
-    config = _oreal(name, model, gpus, _layout_7b(), engine_tensor=1)
+    config = _oreal(name, model, gpus, _layout_7b(), engine_tensor=4, megatron={})
     # [code] no system prompt, neither in the chat template nor here.
     return dataclasses.replace(config, data=dataclasses.replace(config.data, system_prompt=""))
 
@@ -196,5 +201,5 @@ def _judge() -> JudgeConfig:
         urls=tuple(url.strip() for url in urls.split(",") if url.strip()) if urls != "none" else (),
         required=urls != "none",
         model=os.environ.get("OREAL_JUDGE_MODEL", ""),
-        concurrency=8,  # [ours] per engine: 32 engines send at most 256 requests at once
+        concurrency=32,  # [ours] per engine: the 8 engines of 32 GPUs send at most 256 requests at once
     )

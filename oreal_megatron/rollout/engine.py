@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import tempfile
@@ -27,6 +28,8 @@ from oreal_megatron.runtime import distributed, heartbeat, versions
 versions.check(versions.VLLM)
 
 log = logging.getLogger(__name__)
+
+STOP_CHECK_STEPS = 32  # engine steps between two agreements of a replica's ranks whether to stop, each a collective
 
 
 class EngineError(RunStopped):
@@ -152,13 +155,15 @@ class VllmEngine:
             for request_id, request in pending.items():
                 parameters = self._sampling_params(sampling, seed, request.slot, request.index)
                 engine.add_request(request_id, {"prompt_token_ids": list(request.prompt.tokens)}, parameters)
+            steps = itertools.count()
             while engine.has_unfinished_requests() and not self.stopping:
                 for result in engine.step():
                     output = result.outputs[0]
                     if requests.is_complete(output):
                         text = self.tokenizer.decode(tuple(output.token_ids), skip_special_tokens=True)
                         yield requests.to_rollout(pending[result.request_id], output, text, self.version)
-                self.stopping = self._replica_stop_requested()
+                if next(steps) % STOP_CHECK_STEPS == 0:
+                    self.stopping = self._replica_stop_requested()
                 heartbeat.beat()
         finally:
             engine.abort_request(list(pending))  # without effect on finished requests

@@ -79,6 +79,22 @@ def test_a_dry_run_shows_commands_that_meet_at_one_place(name, arguments, machin
         assert args.rendezvous == (f"{next(iter(shown))}:29400" if machines > 1 else None)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "recipe"),
+    [
+        (8, (), "oreal_7b_8_gpus"),
+        (8, ("--hosts", "a,b,c,d"), "oreal_7b"),
+        (8, ("--recipe", "oreal_7b_without_reward_model_8_gpus"), "oreal_7b_without_reward_model_8_gpus"),
+        (4, (), "oreal_7b"),
+    ],
+)
+def test_one_machine_of_eight_gpus_gets_the_recipe_for_it(gpus, arguments, recipe, path):
+    program(path, "nvidia-smi", f"seq -f 'GPU %g: NVIDIA H100 80GB HBM3' {gpus}")
+    result = script("run_oreal_7b.sh", *arguments, "--dry-run")
+    assert result.returncode == 0 and f"oreal.py:{recipe} on " in result.stdout, result.stdout + result.stderr
+    assert ("this machine has 8 GPUs" in result.stderr) is (recipe == "oreal_7b_8_gpus")
+
+
 @pytest.mark.parametrize("hosts", [["gpu7", "gpu8", "gpu9", "gpu10"], ["gpu10", "gpu8", "gpu7", "gpu9"]])
 def test_a_slurm_job_brings_its_machines_in_any_order(path, hosts):
     program(path, "scontrol", "echo " + "; echo ".join(hosts))
@@ -91,6 +107,7 @@ def test_a_slurm_job_brings_its_machines_in_any_order(path, hosts):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ((), "this machine alone: bash examples/cluster/launch.sh --recipe examples/recipes/oreal.py:oreal_7b_8_gpus"),
         (("--hosts", "a,b"), "oreal_7b on 32 GPUs takes 4 machines of 8, not 2"),
         (("--hosts", "a,b", "--gpus-per-node", "12"), "32 GPUs cannot be had from machines of 12 each"),
         (("--recipe", "oreal_7bb"), "did you mean oreal_7b,"),

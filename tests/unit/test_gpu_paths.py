@@ -26,7 +26,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(calls, "device", device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: calls.group.update(options, b=backend))
     monkeypatch.setattr(parallel, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 8)]))
-    for key, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_PORT": "29400"}.items():
+    for key, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "3",
+        "MASTER_PORT": "29400",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         monkeypatch.setenv(key, value)
     return calls
 

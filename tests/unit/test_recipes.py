@@ -129,6 +129,7 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
     monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
     config = settings.override(
         recipe("oreal_7b_8_gpus"), [f"model.path={model_folder}", "engine.max_model_len=64", "parallel.tensor=1",
+                                    "engine.tensor=1",
                                     "parallel.sequence=false"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match="data/oreal_prompts.jsonl does not exist"):
