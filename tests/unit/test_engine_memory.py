@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +94,7 @@ def hooks(events: list[str], stop: bool = False) -> TrainingHooks:
     run = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), delete_old_dumps=lambda kept: None, metrics=None)
     config = c.Config(steps=4, checkpoint=c.CheckpointConfig(every=2))
     return TrainingHooks(
-        config, Saver(), run, None, stop, lambda: None,
+        config, Saver(), run, None, stop, lambda folder, texts: None, Path(),
         sleep_engine=lambda: events.append("sleep"), wake_engine=lambda: events.append("wake"),
     )  # fmt: skip
 
