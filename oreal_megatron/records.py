@@ -31,6 +31,7 @@ class Verdict:
     method: str  # "exact", "numeric", "symbolic", "judge", "truncated", "no answer", "time-out", "error"
     extracted: str | None = None  # answer found in the response
     seconds: float = 0.0  # time spent on this rollout
+    reason: str = ""  # of an UNKNOWN: what failed
 
 
 @dataclass(frozen=True, slots=True)

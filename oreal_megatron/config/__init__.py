@@ -22,6 +22,7 @@ from oreal_megatron.config.system import (
     JudgeConfig,
     ModelConfig,
     ParallelConfig,
+    RecordConfig,
     VerifyConfig,
     WatchdogConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "Preempted",
+    "RecordConfig",
     "RewardModelConfig",
     "RewardTrainingConfig",
     "RunStopped",

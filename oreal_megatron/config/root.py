@@ -26,6 +26,7 @@ from oreal_megatron.config.system import (
     EngineConfig,
     ModelConfig,
     ParallelConfig,
+    RecordConfig,
     VerifyConfig,
     WatchdogConfig,
 )
@@ -66,6 +67,7 @@ class Config(Section):
     reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)

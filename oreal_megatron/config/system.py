@@ -120,6 +120,16 @@ class CheckpointConfig(Section):
 
 
 @dataclass(frozen=True)
+class RecordConfig(Section):
+    """Retention of what the run folder holds of every step, whatever `checkpoint.every` is."""
+
+    dumps: Annotated[
+        int, FreeKey("newest steps that can be replayed; those before the oldest checkpoint go earlier", low=1)
+    ] = 100
+    rollouts: Annotated[int, FreeKey("newest steps whose rollouts stay", low=1)] = 1000
+
+
+@dataclass(frozen=True)
 class WatchdogConfig(Section):
     """Time that a rank may spend in a phase without progress, before the job ends with exit code 5.
 

@@ -217,7 +217,7 @@ def _check_judge(config: JudgeConfig, url: str) -> CheckResult:
     once = dataclasses.replace(config, urls=(url,), retries=0, all_down_wait_s=2.0, read_timeout_s=30.0, cache="")
     client = judge.JudgeClient(once)
     try:
-        outcome, seconds = client.submit("What is 1 + 1?", "2", "2.0").result()
+        outcome, seconds, _ = client.submit("What is 1 + 1?", "2", "2.0").result()
     except judge.JudgesDown:
         return CheckResult(f"judge {url}", FAILED, client.health()[url], f"is it up? curl {url}/v1/models")
     finally:

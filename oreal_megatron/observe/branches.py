@@ -17,7 +17,7 @@ from oreal_megatron.observe import run_folder
 from oreal_megatron.runtime import checkpoint_folders
 
 FOLDER = "branches"
-COPIED = ("config.json", "environment.json", "metrics.jsonl", "evaluations.jsonl", "calibration.jsonl", "speed.json")
+COPIED = ("config.json", "environment.json", *run_folder.LOGS, "speed.json")
 
 
 def set_aside(run: Path, step: int) -> Path | None:

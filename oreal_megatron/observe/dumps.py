@@ -71,6 +71,14 @@ class StepDumps:
         if checkpoints:
             delete_dumps(self.run, lambda name: name < checkpoints[0].name)
 
+    def delete_old(self, steps_done: int) -> None:
+        """Delete all but the newest `record.dumps` steps, and as many skipped ones before them."""
+        limit = self.config.record.dumps
+        oldest = checkpoint_folders.name(max(steps_done - limit, 0))
+        delete_dumps(self.run, lambda name: name < oldest)
+        for path in sorted(path for path in (self.run / "dumps").glob("step_*") if path.name < oldest)[:-limit]:
+            shutil.rmtree(path)
+
 
 @dataclass(frozen=True)
 class DumpShare:

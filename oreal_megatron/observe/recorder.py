@@ -10,6 +10,7 @@ from oreal_megatron.algo import guard, reward_diagnostics
 from oreal_megatron.config import Config
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.observe.dumps import StepDumps
+from oreal_megatron.observe.idle_steps import IdleSteps
 from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.observe.progress import Bar
@@ -43,6 +44,7 @@ class Recorder:
             self.folder.write_header(fingerprints or {}, first_step, peak_flops)
         self.metrics = MetricsLog(self.folder.path, first_step)
         self.timer = PhaseTimer(config, arch, peak_flops)
+        self.idle_steps = IdleSteps()
         self.dumps = StepDumps(config, dump_share)
         self.weight_balance = WeightBalance()
         if self.writes:
@@ -55,6 +57,7 @@ class Recorder:
         with Bar(f"oreal {self.folder.path.name}", self.config.steps, self.writes, self.first_step) as self.bar:
             self.timer.start()
             yield self._step_numbers()
+            self._report(self.idle_steps.summary())
 
     def _step_numbers(self) -> Iterator[int]:
         for step in range(self.first_step, self.config.steps):
@@ -86,8 +89,8 @@ class Recorder:
             self._report(f"step {step}: {warning}")
 
     def _report(self, line: str) -> None:
-        """Print a line above the progress bar, on the first rank."""
-        if self.writes:
+        """Print a line above the progress bar, on the first rank; nothing if it is empty."""
+        if self.writes and line:
             self.bar.console.print(line, highlight=False)
 
     def delete_old_dumps(self, checkpoints: Sequence[Path]) -> None:
@@ -106,5 +109,8 @@ class Recorder:
         metrics = metrics | self.timer.finish_step(metrics, rollouts)
         if self.writes:
             self.folder.write_rollouts(step, rollouts, verdicts)
+            self.folder.delete_rollouts_before(step + 1 - self.config.record.rollouts)
+            self.dumps.delete_old(step + 1)
             self.metrics.log_step(step, metrics)
+            self._report(self.idle_steps.report(metrics))
             self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, samples {metrics['batch/samples']}")

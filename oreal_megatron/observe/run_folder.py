@@ -29,7 +29,8 @@ from oreal_megatron.runtime import files, versions
 HEADERS = ("config", "environment")
 SAVED_MODEL = "saved_model.json"  # in the folder of a saved model: the step it is of
 MODELS = ("best", "policy", "reward_model")  # folders of saved models
-WRITTEN = ("config.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "rollouts", "dumps", *MODELS)
+LOGS = ("metrics.jsonl", "evaluations.jsonl", "calibration.jsonl")
+WRITTEN = ("config.json", *LOGS, "checkpoints", "rollouts", "dumps", *MODELS)
 
 
 class RunFolder:
@@ -65,6 +66,12 @@ class RunFolder:
         """Delete the rollouts of `step` and later ones, which are taken again."""
         for file in (self.path / "rollouts").glob("step_*.jsonl"):
             if file.stem >= f"step_{step:06d}":
+                file.unlink()
+
+    def delete_rollouts_before(self, step: int) -> None:
+        """Delete the rollouts of the steps before `step`."""
+        for file in (self.path / "rollouts").glob("step_*.jsonl"):
+            if file.stem < f"step_{max(step, 0):06d}":
                 file.unlink()
 
 
@@ -134,6 +141,7 @@ def _has_content(path: Path) -> bool:
 
 def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
     """Return one rollout and its verdict as a JSON object."""
+    reason = {"reason": verdict.reason} if verdict.reason else {}
     return {
         "question": rollout.prompt.question,
         "gold_answer": rollout.prompt.gold,
@@ -145,4 +153,5 @@ def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
         "verdict": verdict.outcome.value,
         "method": verdict.method,
         "extracted": verdict.extracted,
+        **reason,
     }

@@ -61,6 +61,7 @@ class VllmEngine:
         vllm_patches.register_internlm()
         if config.engine.transport == "direct":
             vllm_patches.keep_plain_weights()
+        vllm_patches.unlink_shared_memory()
         vllm_patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
         self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name

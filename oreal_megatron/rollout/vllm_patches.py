@@ -6,12 +6,15 @@
 | `keep_plain_weights` | on CPUs vLLM multiplies with a packed copy of a parameter | none | packing is optional |
 | `divide_logits` | raw log-probs are of temperature 1, processed ones of the tokens within top_p | none | it has both |
 | `name_shared_memory` | on CPUs the names are rank numbers: two jobs collide | none | names contain a job's id |
+| `unlink_shared_memory` | on CPUs a killed job leaves it in /dev/shm | none | vLLM unlinks it when it is open |
 
 "none": no issue is known. runtime/versions.py refuses releases for which the patches were not written.
 """
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -65,3 +68,19 @@ def name_shared_memory(job: str) -> None:
     original = shared.make_group_name
     # Such a name may contain no slash but the first; vLLM's begins with those of "env://".
     shared.make_group_name = staticmethod(lambda communicator: f"/{job}{original(communicator).strip('/')}")
+
+
+def unlink_shared_memory(folder: Path = Path("/dev/shm")) -> None:
+    """Let shared memory lose its name once all ranks of a replica have it open: it ends with them (CPU only)."""
+    if not current_platform.is_cpu():
+        return
+    shared: Any = cpu_communicator._CPUSHMDistributed
+    original = shared._init_cpu_shm
+
+    def init_and_unlink(self: Any) -> int:
+        handle: int = original(self)  # ends with a barrier of the replica
+        for file in folder.glob(f"{glob.escape(self.group_name.strip('/'))}*"):
+            file.unlink(missing_ok=True)
+        return handle
+
+    shared._init_cpu_shm = init_and_unlink

@@ -28,7 +28,7 @@ class FileLine:
         """Return the fields of the output line: those of the input, and the verdict."""
         verdict = self.verdict
         added = {"verdict": verdict.outcome.value, "method": verdict.method, "extracted": verdict.extracted}
-        error = {"error": self.error} if self.error else {}
+        error = {"error": self.error or verdict.reason} if self.error or verdict.reason else {}
         return {**self.fields, **added, "seconds": round(verdict.seconds, 6), **error}
 
 

@@ -11,7 +11,7 @@ from oreal_megatron import config
 from oreal_megatron.math_equality import extract, rules
 from oreal_megatron.records import Outcome, Verdict
 from oreal_megatron.verify.futures import copy_failure, fail, settle
-from oreal_megatron.verify.judge import JudgeClient, JudgesDown
+from oreal_megatron.verify.judge import JudgeClient, Judgement, JudgesDown
 from oreal_megatron.verify.worker_pool import Pool, Result
 
 __all__ = ["Grader", "JudgesDown"]
@@ -105,7 +105,8 @@ class Grader:
         self, future: Future[Verdict], result: Result, gold: str, question: str, judged: bool = True
     ) -> None:
         """Settle the verdict of the rules, or submit an answer that they call incorrect to the judge."""
-        verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds)
+        reason = self._reason(result.method) if result.outcome == "unknown" else ""
+        verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds, reason)
         answer = verdict.extracted
         if (
             self._judge is None
@@ -119,8 +120,14 @@ class Grader:
         reply = self._judge.submit(question, gold, answer)
         reply.add_done_callback(lambda answered: self._judged(future, answered, verdict))
 
+    def _reason(self, method: str) -> str:
+        """Return why the rules came to no verdict."""
+        if method == "time-out":
+            return f"grading took more than {self.config.timeout_s:g} s (verify.timeout_s)"
+        return f"a grading process failed, or exceeded {self.config.memory_mib} MiB (verify.memory_mib)"
+
     @staticmethod
-    def _judged(future: Future[Verdict], reply: Future[tuple[Outcome, float]], verdict: Verdict) -> None:
+    def _judged(future: Future[Verdict], reply: Future[Judgement], verdict: Verdict) -> None:
         if not copy_failure(reply, future):
-            outcome, seconds = reply.result()
-            settle(future, Verdict(outcome, "judge", verdict.extracted, verdict.seconds + seconds))
+            outcome, seconds, reason = reply.result()
+            settle(future, Verdict(outcome, "judge", verdict.extracted, verdict.seconds + seconds, reason))

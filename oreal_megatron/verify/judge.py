@@ -1,9 +1,9 @@
 """LLM judge over an OpenAI-compatible API. The only module of the package that speaks HTTP.
 
 A thread of its own runs an asyncio loop: bounded concurrency, time-outs, retries with jittered back-off, one circuit
-breaker per host, cached verdicts. A host that fails pauses for a growing time and is then probed. When all hosts are
-down, requests wait up to `all_down_wait_s` with a warning now and then, and fail with JudgesDown: the run stops, can be
-resumed, and never trains on guesses.
+breaker per host, cached verdicts. A host that fails pauses for a growing time and is then probed with a short chat: one
+that lists its models but completes nothing is down. When all hosts are down, requests wait up to `all_down_wait_s` with
+a warning now and then, and fail with JudgesDown: the run stops, can be resumed, and never trains on guesses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -34,11 +34,12 @@ FAILURES_TO_OPEN = 3  # in a row, before a host pauses
 PAUSE_S = (1.0, 30.0)  # first and longest pause of a host; each is twice the one before
 BACK_OFF_S = (0.5, 10.0)  # first and longest time before a retry; each is three times the one before
 WARN_EVERY_S = 10.0  # while every host is down
-PROBE_S = 5.0  # time-out of a probe, a request for the list of models
 MAX_REPLY_BYTES = 1_000_000
 MAX_TOKENS = 256  # the verdict is one word, but some judges think aloud first
 API_KEY = "OREAL_JUDGE_API_KEY"  # name of the environment variable; its value is never written to a file or log
 _REFUSED = (400, 413, 422)  # status codes for which the request is at fault, not the host
+_NOT_DOWN = (429, *_REFUSED)  # a busy host is not down
+PROBE = ("What is 1 + 1?", "2", "2")  # question, gold answer and answer of the chat that a paused host is probed with
 
 
 def refuse_secrets(urls: Sequence[str]) -> None:
@@ -49,6 +50,14 @@ def refuse_secrets(urls: Sequence[str]) -> None:
                 f"the URL of judge {url.hostname} holds a user, a password or a query, which run folders and logs "
                 f"would show; give the bare URL, and the key in the environment as {API_KEY}"
             )
+
+
+class Judgement(NamedTuple):
+    """Outcome of one request for a verdict; `reason`: why it is UNKNOWN."""
+
+    outcome: Outcome
+    seconds: float
+    reason: str = ""
 
 
 class JudgesDown(RuntimeError):
@@ -100,8 +109,8 @@ class JudgeClient:
         self.config = config
         self.cache = VerdictCache(config.cache)
         self.hosts = [_Host(url.rstrip("/").removesuffix("/v1")) for url in config.urls]
-        self.requests = 0  # sent so far
-        self._pending: dict[str, asyncio.Future[str]] = {}
+        self.requests = 0  # sent so far, without probes
+        self._pending: dict[str, asyncio.Future[tuple[str, str]]] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._down_since: float | None = None
         self._warned_at = 0.0
@@ -112,9 +121,9 @@ class JudgeClient:
         self._ready.wait()
 
     # -- for every thread ----------------------------------------------------------------------------------------
-    def submit(self, question: str, gold: str, answer: str) -> Future[tuple[Outcome, float]]:
-        """Return a future (outcome, seconds). UNKNOWN: no reply, or one without a verdict. It fails with JudgesDown."""
-        future: Future[tuple[Outcome, float]] = Future()
+    def submit(self, question: str, gold: str, answer: str) -> Future[Judgement]:
+        """Return a future judgement. UNKNOWN: no reply, or one without a verdict. It fails with JudgesDown."""
+        future: Future[Judgement] = Future()
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._answer(future, question, gold, answer)))
         return future
 
@@ -157,49 +166,59 @@ class JudgeClient:
         self._tasks.add(task)  # the loop itself keeps only weak references
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, future: Future[tuple[Outcome, float]], question: str, gold: str, answer: str) -> None:
+    async def _answer(self, future: Future[Judgement], question: str, gold: str, answer: str) -> None:
         start = time.monotonic()
         try:
-            outcome = Outcome(await self._verdict(question, gold, answer))
+            outcome, reason = await self._verdict(question, gold, answer)
+            judgement = Judgement(Outcome(outcome), time.monotonic() - start, reason)
         except asyncio.CancelledError:
             cancel(future)
             raise
         except Exception as error:  # raised where the verdict is waited for
             fail(future, error)
         else:
-            settle(future, (outcome, time.monotonic() - start))
+            settle(future, judgement)
 
-    async def _verdict(self, question: str, gold: str, answer: str) -> str:
-        """Return the outcome: of an answer that is not shown, of the cache, or of one request per different answer."""
+    async def _verdict(self, question: str, gold: str, answer: str) -> tuple[str, str]:
+        """Return the outcome of an answer that is not shown, of the cache, or of one request per different answer.
+
+        With the reason where it is unknown.
+        """
         if not self.accepts(gold, answer):
-            return "incorrect"
+            return "incorrect", ""
         judge = self.config.model or " ".join(host.url for host in self.hosts)
         key = cache_key(question, gold, answer, judge, judge_prompt.PROMPT_VERSION)
         if (known := self.cache.get(key)) is not None:
-            return known
+            return known, ""
         if key not in self._pending:
             self._pending[key] = asyncio.ensure_future(self._request_verdict(question, gold, answer))
             self._pending[key].add_done_callback(lambda _: self._pending.pop(key))
-        outcome = await self._pending[key]
+        outcome, reason = await self._pending[key]
         self.cache.put(key, outcome)
-        return outcome
+        return outcome, reason
 
-    async def _request_verdict(self, question: str, gold: str, answer: str) -> str:
+    async def _request_verdict(self, question: str, gold: str, answer: str) -> tuple[str, str]:
         """Try hosts until one replies. After the retries: "unknown" if a host is alive, else another round."""
         chat = judge_prompt.messages(question, gold, answer, max(self.config.max_answer_chars, len(answer)))
         async with self._slots:
             while True:
                 for attempt in range(self.config.retries + 1):
                     host = await self._host()
+                    self.requests += 1
                     try:
-                        return judge_prompt.parse(await self._request(host, chat))
+                        reply = await self._request(host, chat)
                     except _RequestFailed as failure:
+                        reason = f"judge {host.url}: {failure}"
                         if failure.status in _REFUSED:
                             log.warning("judge %s refused a request: %s", host.url, failure)
-                            return "unknown"
+                            return "unknown", reason
                         await asyncio.sleep(self._back_off(attempt, failure))
+                        continue
+                    outcome = judge_prompt.parse(reply)
+                    unclear = f"judge {host.url}: the reply holds no verdict ({reply.strip()[:60]!r})"
+                    return outcome, unclear if outcome == "unknown" else ""
                 if await self._any_alive():
-                    return "unknown"
+                    return "unknown", reason
 
     @staticmethod
     def _back_off(attempt: int, failure: _RequestFailed) -> float:
@@ -242,24 +261,20 @@ class JudgeClient:
             log.warning("all judge hosts are down for %.0f s, waiting up to %.0f s: %s", down_s, limit, errors)
 
     async def _probe(self, host: _Host) -> bool:
-        """Return whether a host replies to HTTP again; close its circuit breaker if so."""
+        """Return whether a host completes a short chat again, or is only busy; close its circuit breaker if so."""
         host.probing = True
         try:
-            response = await asyncio.wait_for(self._client.get(f"{host.url}/v1/models"), PROBE_S)
-            alive = response.status_code < 500 or response.status_code == 501  # a server without this page is alive
-        except (httpx.HTTPError, TimeoutError):
-            alive = False
+            await self._request(host, judge_prompt.messages(*PROBE, max(map(len, PROBE))))
+        except _RequestFailed as failure:
+            if failure.status not in _NOT_DOWN:
+                return False
+            host.failures = 0
         finally:
             host.probing = False
-        if alive:
-            host.failures = 0
-        else:
-            host.record_failure(host.last_error or "no reply to a probe")
-        return alive
+        return True
 
     async def _request(self, host: _Host, chat: list[dict[str, str]]) -> str:
         """Return the text of one reply. Every fault of a server or the network becomes _RequestFailed."""
-        self.requests += 1
         host.in_flight += 1
         try:
             # the exchange has a time-out too: a server that sends a byte now and then never meets the read time-out
@@ -278,7 +293,7 @@ class JudgeClient:
             return text
         finally:
             host.in_flight -= 1
-        if failure.status not in (429, *_REFUSED):  # a busy host is not down
+        if failure.status not in _NOT_DOWN:
             host.record_failure(str(failure))
         raise failure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -10,6 +11,8 @@ from oreal_megatron.records import Outcome, Rollout, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
 from oreal_megatron.verify.grader import Grader, JudgesDown
 from oreal_megatron.verify.worker_pool import PoolBroken
+
+SHOWN_REASONS = 3  # most frequent ones of a step's unknown verdicts
 
 
 class TooManyUnknown(RunStopped):
@@ -64,9 +67,9 @@ class StepVerifier:
     def _refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
         unknown = [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]
         if len(unknown) > self.unknown_limit * len(verdicts):
-            methods = ", ".join(sorted({verdict.method for verdict in unknown}))
+            reasons = Counter(verdict.reason or verdict.method for verdict in unknown).most_common(SHOWN_REASONS)
+            listed = "; ".join(f"{count} times {reason}" for reason, count in reasons)
             raise TooManyUnknown(
-                f"{len(unknown)} of {len(verdicts)} verdicts are unknown ({methods}), more than the "
-                f"{self.unknown_limit:.0%} that verify.unknown_limit allows. Nothing was trained on this step; "
-                "fix the judge or the limits and resume"
+                f"{len(unknown)} of {len(verdicts)} verdicts are unknown, more than the {self.unknown_limit:.0%} that "
+                f"verify.unknown_limit allows: {listed}. Nothing was trained on this step; fix the cause and resume"
             )

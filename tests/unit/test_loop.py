@@ -22,6 +22,9 @@ from fake_pieces import (
 from oreal_megatron import config as c
 from oreal_megatron import loop
 from oreal_megatron.algo.logprob_parity import LogprobMismatch, NonFiniteLogprobs
+from oreal_megatron.observe.dumps import StepDumps
+from oreal_megatron.observe.idle_steps import IdleSteps
+from oreal_megatron.observe.idle_steps import cause_of_idleness as steps_cause
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import refuse_existing
 from oreal_megatron.records import Outcome, PackingSpec, ScoredRollout, TokenWeights, Verdict
@@ -264,3 +267,47 @@ def test_a_step_with_nothing_to_learn_from_is_counted_and_passed(tmp_path):
     assert events == ["generate (0, 0)", "generate (0, 1)"]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["batch/mixed_prompts"] == 0 and rows[0]["reward/pass_rate"] == 0
+
+
+def test_dumps_and_rollouts_are_bounded_without_checkpoints(tmp_path):
+    config = configuration(tmp_path, checkpoint=c.CheckpointConfig(every=0))
+    config = dataclasses.replace(config, steps=7, record=c.RecordConfig(dumps=2, rollouts=3))
+    run_loop(tmp_path, config, [])
+    run = tmp_path / "run"
+    assert sorted(path.name for path in (run / "dumps").iterdir()) == ["step_000005", "step_000006"]
+    assert sorted(path.stem for path in (run / "rollouts").iterdir()) == [f"step_00000{step}" for step in (4, 5, 6)]
+
+
+def test_skipped_steps_stay_longer_but_not_without_end(tmp_path):
+    dumps = StepDumps(c.Config(run=str(tmp_path), record=c.RecordConfig(dumps=2)), (0, 1))
+    for step in range(12):
+        folder = dumps.folder_of(step)
+        folder.mkdir(parents=True)
+        metrics = {"policy/consecutive_skips": step % 2}
+        header = {"step": step, "shares": 1, "counts": {"sequences": 1, "action_tokens": 1, "correct_tokens": 1,
+                  "incorrect_tokens": 0}, "metrics": metrics, "config": dataclasses.asdict(c.Config())}  # fmt: skip
+        (folder / "step.json").write_text(json.dumps(header))
+        dumps.delete_old(step + 1)
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "dumps").iterdir()) == [7, 9, 10, 11]
+
+
+MUTE = {"batch/samples": 0, "reward/pass_rate": 0.0, "rollout/truncated_share": 0.875, "verify/unknown": 3}
+
+
+@pytest.mark.parametrize(
+    ("idle", "says"),
+    [
+        (MUTE, "no prompt has both correct and incorrect rollouts (pass rate 0.000, 88% truncated, 3 unknown)"),
+        (MUTE | {"batch/samples": 8, "policy/gradient_norm": 0.0}, "the policy's gradient is 0"),
+    ],
+)
+def test_a_run_that_trains_on_nothing_says_so_after_5_10_20_steps_and_at_its_end(idle, says):
+    steps, busy = IdleSteps(), MUTE | {"batch/samples": 8, "policy/gradient_norm": 0.5}
+    told = [number for number in range(1, 25) if steps.report(idle)]
+    assert told == [5, 10, 20]
+    assert steps.report(busy) == "" and not any(steps.report(idle) for _ in range(4))
+    assert steps.report(idle) == f"5 steps in a row trained on nothing: {steps_cause(idle)}" and says in steps_cause(
+        idle
+    )
+    assert steps.summary() == "29 of 30 steps trained on nothing" and IdleSteps().summary() == ""
+    assert not steps_cause(MUTE | {"batch/samples": 8}), "a frozen policy has no gradient"

@@ -27,7 +27,7 @@ def judge():
 
     def make(*servers, **settings):
         urls = tuple(server if isinstance(server, str) else server.url for server in servers)
-        defaults = {"read_timeout_s": 0.4, "connect_timeout_s": 0.3, "retries": 2, "all_down_wait_s": 1.0}
+        defaults = {"read_timeout_s": 5.0, "connect_timeout_s": 5.0, "retries": 2, "all_down_wait_s": 1.0}
         made.append(JudgeClient(Config(urls=urls, **{**defaults, **settings})))
         return made[-1]
 
@@ -48,15 +48,42 @@ def test_a_reply_becomes_a_verdict(judge_server, judge, says, want):
     assert outcome(judge(judge_server(says))) is want
 
 
+TIMES = dict.fromkeys(("slow=5", "drip"), {"read_timeout_s": 0.7, "connect_timeout_s": 0.7})  # of the exchange
+
+
 @pytest.mark.parametrize("fault", ["500", "garbage", "half", "empty", "huge", "slow=5", "drip", "429", "429=0"])
 def test_one_fault_is_retried(judge_server, judge, fault):
-    assert outcome(judge(judge_server(fault, "WRONG"))) is Outcome.INCORRECT
+    assert outcome(judge(judge_server(fault, "WRONG"), **TIMES.get(fault, {}))) is Outcome.INCORRECT
 
 
-@pytest.mark.parametrize("fault", ["500", "garbage", "half", "empty", "429", "drip"])
-def test_a_fault_that_stays_is_unknown_while_the_host_lives(judge_server, judge, fault):
-    """Each of these servers still answers a probe: it is this exchange that fails, and nothing is guessed of it."""
-    assert outcome(judge(judge_server(fault))) is Outcome.UNKNOWN
+REASONS = {
+    "500": "HTTP status 500",
+    "garbage": "does not follow",
+    "half": "Error",
+    "empty": "does not follow",
+    "drip": "in time",
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_host_that_lists_its_models_and_completes_nothing_is_down(judge_server, judge, fault):
+    with pytest.raises(JudgesDown, match=rf"no judge host replied for .*{REASONS[fault]}"):
+        outcome(judge(judge_server(fault), **TIMES.get(fault, {})))
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_request_that_fails_alone_is_unknown_with_its_reason(judge_server, judge, fault):
+    """The host completes the chat of a probe: it is this exchange that fails, and nothing is guessed of it."""
+    client = judge(judge_server(*[fault] * 3, "CORRECT"), **TIMES.get(fault, {}))
+    judgement = client.submit("How many?", "5", "5.0").result(timeout=20)
+    assert judgement.outcome is Outcome.UNKNOWN and client.hosts[0].url in judgement.reason
+    assert REASONS[fault] in judgement.reason and set(client.health().values()) == {"up"}
+
+
+def test_a_busy_host_is_not_down_and_a_reply_without_a_verdict_is_quoted(judge_server, judge):
+    assert "HTTP status 429" in judge(judge_server("429")).submit("q", "5", "5.0").result(timeout=20).reason
+    unclear = judge(judge_server("say=Hmm, hard to say.")).submit("q", "5", "5.0").result(timeout=20)
+    assert unclear.reason.endswith("the reply holds no verdict ('Hmm, hard to say.')")
 
 
 def test_a_refused_request_is_unknown_at_once_and_does_not_count_against_the_host(judge_server, judge):
