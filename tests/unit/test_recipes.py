@@ -71,6 +71,8 @@ def test_the_numbers_are_those_of_the_paper_and_the_released_configuration(name)
     assert (loss.kl_coef, loss.kl_kind, loss.positive_coef, loss.negative_coef) == (0.01, "k3", 1.0, 0.5)
     assert loss.advantage_on_positives and config.selection.advantage == "leave_one_out"
     assert config.selection.keep == ("all" if alone else "pair")
+    for rules in (config, Config()):
+        assert (rules.policy_schedule, rules.reward_model.head_init) == ("steps", "zeros")
     weights = config.weights
     assert (weights.belief, weights.rescale) == ("prefix_mean", "threshold")
     assert (weights.threshold_correct, weights.threshold_incorrect) == (0.5, 0.5)
