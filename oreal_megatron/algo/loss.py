@@ -23,7 +23,7 @@ from __future__ import annotations
 import oreal_kernels
 from torch import Tensor
 
-from oreal_megatron.config import LossConfig
+from oreal_megatron.config import Config, LossConfig
 from oreal_megatron.records import Counts, MicroBatch
 
 
@@ -73,9 +73,19 @@ def metrics(total: Tensor, sums: Tensor, counts: Counts, config: LossConfig) -> 
     }
 
 
-def reward_model(score_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the cross entropy of sigmoid(mean token score) against the outcome (Eq. 12), and metrics."""
-    total, hits = oreal_kernels.reward_loss(score_T, micro_batch.action_offsets, micro_batch.reward, counts.sequences)
+def reward_model(
+    score_T: Tensor, micro_batch: MicroBatch, counts: Counts, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the cross entropy of the outcome's belief, and metrics.
+
+    The belief is sigmoid(mean token score) (Eq. 12), or with reward_model.objective="prefix" that of `weights.belief`
+    at every token, averaged over the sequence.
+    """
+    arguments = (score_T, micro_batch.action_offsets, micro_batch.reward, counts.sequences)
+    if config.reward_model.objective == "prefix":
+        total, hits = oreal_kernels.prefix_reward_loss(*arguments, config.weights.belief)
+    else:
+        total, hits = oreal_kernels.reward_loss(*arguments)
     # The guard sees an infinite score in its mean even where the loss stays finite.
     mean = score_T.detach().sum() / max(counts.action_tokens, 1)
     return total, {"loss/reward_model": total.detach(), "reward_model/accuracy": hits, "reward_model/score_mean": mean}

@@ -50,12 +50,33 @@ def importance(score_T: Tensor, micro_batch: MicroBatch, config: WeightsConfig) 
     sigmoid(score of the token). Tokens of correct responses are weighted by it, those of incorrect ones by its
     complement. The side's threshold maps [threshold, 1] to [0, 1] and lower values to 0: with 0.5 that is
     max(2 sigmoid(w) - 1, 0) and max(1 - 2 sigmoid(w), 0) of Eq. 10.
+
+    With credit="difference" (1 + d) / 2 takes the belief's place, where d is the change of the belief in the outcome
+    that the token makes: with a threshold of 0.5 the weight is max(d, 0). Before the first token the belief is 0.5.
     """
     by_threshold = config.rescale == "threshold"
     correct = micro_batch.reward > 0
     thresholds = (config.threshold_correct, config.threshold_incorrect) if by_threshold else (0.0, 0.0)
-    weight_T, _ = oreal_kernels.token_weights(score_T, micro_batch.action_offsets, correct, thresholds, config.belief)
+    if config.credit == "difference":
+        weight_T = _weigh_changes(score_T, micro_batch, thresholds, config.belief)
+    else:
+        weight_T, _ = oreal_kernels.token_weights(
+            score_T, micro_batch.action_offsets, correct, thresholds, config.belief
+        )
     return weight_T if by_threshold else _weigh_top_share(weight_T, micro_batch.action_offsets, config.top_share)
+
+
+def _weigh_changes(score_T: Tensor, micro_batch: MicroBatch, thresholds: tuple[float, float], belief: str) -> Tensor:
+    """Return weights from the change of belief at each token: temporal differences of prefix values."""
+    offsets, correct = micro_batch.action_offsets, micro_batch.reward > 0
+    value_T, _ = oreal_kernels.token_weights(score_T, offsets, torch.ones_like(correct), (0.0, 0.0), belief)
+    before_T = torch.cat([value_T.new_full((1,), 0.5), value_T])[: len(value_T)]
+    lengths = offsets.diff()
+    before_T[offsets[:-1][lengths > 0]] = 0.5
+    correct_T = torch.repeat_interleave(correct, lengths, output_size=len(value_T))
+    change_T = torch.where(correct_T, value_T - before_T, before_T - value_T)
+    threshold_T = torch.where(correct_T, *thresholds)
+    return (((1 + change_T) / 2 - threshold_T) / (1 - threshold_T)).clamp(0, 1)
 
 
 def metrics(weight_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> dict[str, Tensor]:

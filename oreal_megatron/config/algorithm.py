@@ -95,6 +95,10 @@ class WeightsConfig(Section):
             "belief in the outcome at a token: sigmoid of the mean score up to it (authors' code), or of its own score"
         ),
     ] = "prefix_mean"
+    credit: Annotated[
+        Literal["belief", "difference"],
+        Key("weigh tokens by the belief, or by (1 + d) / 2 for the change d of the belief that the token makes"),
+    ] = "belief"
     rescale: Annotated[
         Literal["threshold", "top_share"],
         Key("weight tokens by the belief in their outcome above a threshold, or only those of highest belief"),
@@ -163,6 +167,10 @@ class RewardModelConfig(Section):
         Literal["token", "before"],
         Key("score a token after reading it (paper, w(s_<=t)), or before (authors' code)"),
     ] = "token"
+    objective: Annotated[
+        Literal["mean", "prefix"],
+        Key("cross entropy of the mean score's belief (paper, Eq. 12), or of weights.belief at every token"),
+    ] = "mean"
     head_init: Annotated[
         Literal["zeros", "normal"],
         Key("first weights of the scalar head: zeros (authors' code), or normal with standard deviation 0.02"),

@@ -94,7 +94,7 @@ class Policy(TrainedModel):
 
 
 class TokenRewardModel(TrainedModel):
-    """The policy's architecture with a scalar head, trained on the mean token score (paper, Eq. 12).
+    """The policy's architecture with a scalar head, trained on outcomes (algo/loss.py).
 
     `read` reads the policy, or the reward model that `reward_model.path` names.
     """
@@ -123,7 +123,7 @@ class TokenRewardModel(TrainedModel):
             score_T = self.head(output, micro_batch)
             scores[number] = score_T.detach()
             weights[number] = self.weight_rule(score_T.detach(), micro_batch, self.config)
-            total, metrics = loss.reward_model(score_T, micro_batch, batch.counts)
+            total, metrics = loss.reward_model(score_T, micro_batch, batch.counts, self.config)
             return total, metrics | token_weighting.metrics(weights[number], micro_batch, batch.counts)
 
         rate = learning_rate(self.updates, self.config.steps, self.config.reward_model.optimizer)

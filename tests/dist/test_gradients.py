@@ -53,7 +53,9 @@ FEW = ("tensor x pipeline", "sequence x context", "interleaved x data", "context
 LEARNING_RATE = 1e-2
 
 
-def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: str = "float32") -> dict:
+def matrix(
+    folders: list[str], layouts: dict[str, tuple], samples: list, dtype: str = "float32", objective: str = "mean"
+) -> dict:
     """For each layout and folder: metrics, gradients and updated weights of policy and reward model."""
     from megatron.core import parallel_state
 
@@ -68,7 +70,8 @@ def matrix(folders: list[str], layouts: dict[str, tuple], samples: list, dtype: 
             model=c.ModelConfig(dtype=dtype),
             parallel=c.ParallelConfig(**layout),
             optimizer=optimizer,
-            reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),  # zeros pass no gradient
+            # A head of zeros passes no gradient.
+            reward_model=c.RewardModelConfig(head_init="normal", objective=objective, optimizer=optimizer),
             weights=c.WeightsConfig(threshold_correct=0.3, threshold_incorrect=0.3),
             loss=c.LossConfig(kl_coef=0.5),
             tokens_per_micro_batch=budget,
@@ -251,6 +254,15 @@ def test_mixtures_of_experts_give_the_same_gradient(write_model, rollouts, in_pr
     layouts = {name: PAIRS[name] for name in ("data parallel", "sequence parallel")}
     for rank in in_processes(2, matrix, [folder], layouts, rollouts):
         check(rank, {folder: alone["one micro-batch", folder]})
+
+
+def test_the_prefix_objective_gives_the_same_gradient(folders, alone, rollouts, in_processes):
+    folder, one, pairs = folders[0], {"one micro-batch": ({}, 10_000)}, ("context parallel", "interleaved pipeline")
+    reference = in_processes(1, matrix, [folder], one, rollouts, "float32", "prefix")[0]["one micro-batch", folder]
+    mean = alone(rollouts)[0][folder]
+    assert distance(mean[1], reference[1]) > 0.1, "it would be the objective of the mean"
+    for rank in in_processes(2, matrix, [folder], {name: PAIRS[name] for name in pairs}, rollouts, "float32", "prefix"):
+        check(rank, {folder: reference})
 
 
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):

@@ -77,7 +77,7 @@ def test_one_bad_score_is_seen(bad, reward, make_samples):
     (micro_batch,) = batch.micro_batches
     score = torch.zeros(len(micro_batch.labels))
     score[micro_batch.action_offsets[micro_batch.reward.tolist().index(reward)]] = bad
-    _, metrics = loss.reward_model(score, micro_batch, batch.counts)
+    _, metrics = loss.reward_model(score, micro_batch, batch.counts, c.Config())
     assert not metrics["reward_model/score_mean"].isfinite()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oreal_megatron.algo import loss, packing, token_weighting
-from oreal_megatron.config import LossConfig, WeightsConfig
+from oreal_megatron.config import Config, LossConfig, WeightsConfig
 from oreal_megatron.records import Counts
 
 
@@ -177,7 +177,7 @@ def test_reward_model_loss_is_cross_entropy_of_the_mean_score(make_samples):
     samples = make_samples(3, seed=5)
     batch = packing.micro_batch(samples)
     score = torch.randn(len(batch.labels), generator=torch.Generator().manual_seed(1)).requires_grad_()
-    total, metrics = loss.reward_model(score, batch, packing.counts(samples))
+    total, metrics = loss.reward_model(score, batch, packing.counts(samples), Config())
     expected, hits, place = 0.0, 0, 0
     for sample in samples:
         length = len(sample.response_tokens)
@@ -200,7 +200,7 @@ def test_an_empty_micro_batch_adds_nothing(make_samples):
     nothing = torch.zeros(0, requires_grad=True)
     for total, _ in (
         policy_loss(nothing, torch.zeros(0), torch.zeros(0), empty, counts, LossConfig()),
-        loss.reward_model(nothing, empty, counts),
+        loss.reward_model(nothing, empty, counts, Config()),
         loss.supervised(nothing, counts),
     ):
         assert total.item() == 0

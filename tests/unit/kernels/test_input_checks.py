@@ -17,6 +17,7 @@ from oreal_kernels import (
     logprob_from_logits,
     native,
     oreal_loss,
+    prefix_reward_loss,
     reward_loss,
     token_weights,
 )
@@ -73,6 +74,9 @@ def test_labels_that_are_no_integers_are_refused(dtype):
 OPERATIONS = {
     "token_weights": lambda offsets, count: token_weights(
         torch.zeros(3), torch.tensor(offsets), torch.ones(count) > 0, (0.5, 0.5)
+    ),
+    "prefix_reward_loss": lambda offsets, count: prefix_reward_loss(
+        torch.zeros(3), torch.tensor(offsets), torch.ones(count), 2, "token"
     ),
     "reward_loss": lambda offsets, count: reward_loss(torch.zeros(3), torch.tensor(offsets), torch.ones(count), 2),
     "oreal_loss": lambda offsets, count: oreal_loss(torch.zeros(3), terms(offsets, sequences=count)),
