@@ -95,10 +95,6 @@ class WeightsConfig(Section):
             "belief in the outcome at a token: sigmoid of the mean score up to it (authors' code), or of its own score"
         ),
     ] = "prefix_mean"
-    credit: Annotated[
-        Literal["belief", "difference"],
-        Key("weigh tokens by the belief, or by (1 + d) / 2 for the change d of the belief that the token makes"),
-    ] = "belief"
     rescale: Annotated[
         Literal["threshold", "top_share"],
         Key("weight tokens by the belief in their outcome above a threshold, or only those of highest belief"),
@@ -110,6 +106,10 @@ class WeightsConfig(Section):
         float, Key("belief up to which an incorrect response's token has weight 0, for rescale=threshold", 0.0, 0.99)
     ] = 0.5
     top_share: Annotated[float, Key("share of a response's tokens that count, for rescale=top_share", 0.0, 1.0)] = 0.25
+    credit: Annotated[
+        Literal["belief", "difference"],
+        Key("weigh tokens by the belief, or by (1 + d) / 2 for the change d of the belief that the token makes"),
+    ] = "belief"
     shuffle: Annotated[
         bool, Key("control: permute the weights at random among the tokens of correct and of incorrect responses")
     ] = False
