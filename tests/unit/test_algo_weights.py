@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from oreal_kernels import backend
 from repository import ROOT
 
 from oreal_megatron.algo import packing, token_weighting
-from oreal_megatron.config import Config, ConfigError, RunStopped, WeightsConfig
+from oreal_megatron.config import Config, ConfigError, RewardModelConfig, RunStopped, WeightsConfig
 from oreal_megatron.records import Batch, Sample
 
 
@@ -166,3 +167,17 @@ def test_a_rule_that_returns_no_weights_stops_the_run(rule, name, says):
     config = rule(name)
     with pytest.raises(RunStopped, match=says):
         token_weighting.weight_rule(config)(torch.zeros(7), micro_batch((1.0, 3), (-1.0, 4)), config)
+
+
+@pytest.mark.parametrize(("head_init", "spread"), [("zeros", 0.0), ("normal", 0.02)])
+def test_the_head_starts_at_zero_unless_it_is_drawn(head_init, spread):
+    """As the authors' loader fills it; in Megatron: tests/dist/test_token_weights.py."""
+    from oreal_megatron.mcore import trained_models
+    from oreal_megatron.models import architecture
+
+    arch = architecture.read(json.loads((ROOT / "tests/families.json").read_text())["Qwen2"])
+    config = Config(reward_model=RewardModelConfig(head_init=head_init))
+    read = trained_models._with_fresh_head(arch, config, lambda name: torch.ones(3))
+    head = read("score.weight")
+    assert head.shape == (1, arch.hidden) and head.std().item() == pytest.approx(spread, rel=0.3)
+    assert torch.equal(read("model.norm.weight"), torch.ones(3)), "the layers are the policy's"
