@@ -154,6 +154,8 @@ class Story:
         """Return the calls to a sleeping engine in a weight sync, and whether buffers were freed by then."""
         import weakref
 
+        from oreal_megatron.rollout.device import EngineMemory
+
         asked, buffers, engine, llm = [], [], self.engine, self.engine.llm
 
         class Sleeper:  # a CPU cannot sleep; everything else is the engine's own
@@ -180,11 +182,12 @@ class Story:
                 return pairs
 
             weight_sync.direct.allocate_buffers = watched
-        engine.llm, engine.can_sleep = Sleeper(), True
+        sleeper = Sleeper()
+        engine.llm, engine.memory = sleeper, EngineMemory(sleeper, True)
         engine.sleep()
         engine.sleep()
         weight_sync.sync(engine.version)
-        engine.llm, engine.can_sleep = llm, False
+        engine.llm, engine.memory = llm, EngineMemory(llm, False)
         return asked
 
     def update(self) -> None:
