@@ -25,7 +25,7 @@ def first_error(score_T: Tensor, micro_batch: MicroBatch, config: Config) -> Ten
             continue
         first = micro_batch.sequence_offsets[number]
         prompt = micro_batch.tokens[first : micro_batch.sequence_offsets[number + 1] - (stop - start)]
-        question = _characters(prompt)
+        question = _characters(prompt)[1:-1]  # between <|user|> and <|assistant|>
         position = checked_steps.first_wrong_step(question, _characters(micro_batch.labels[start:stop]))
         if position is not None:
             weight_T[start:stop] = 0
@@ -34,10 +34,11 @@ def first_error(score_T: Tensor, micro_batch: MicroBatch, config: Config) -> Ten
 
 
 def _characters(tokens: Tensor) -> str:
-    """Return the text of tokens without special ones; a token is a character."""
-    return "".join(_names()[token] for token in tokens.tolist())
+    """Return one character per token: `?` for special tokens, and for the numbers above the vocabulary."""
+    return "".join(_vocabulary().get(token, "?") for token in tokens.tolist())
 
 
 @lru_cache
-def _names() -> dict[int, str]:
-    return {token: "" if name.startswith("<|") else name for name, token in make_tokenizer().get_vocab().items()}
+def _vocabulary() -> dict[int, str]:
+    """Return the characters by their token."""
+    return {token: name for name, token in make_tokenizer().get_vocab().items() if len(name) == 1}

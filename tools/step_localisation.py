@@ -32,6 +32,11 @@ class TextWithWeights:
     text: str
     tokens: WeighedResponse
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether positions in the text are those of tokens: no special token was sampled but the last."""
+        return len(self.text) in (len(self.tokens.tokens) - 1, len(self.tokens.tokens))
+
 
 def read_step(run: Path, step: int) -> list[TextWithWeights]:
     """Return the responses that a step of a run was trained on; none if its dump has no scores."""
@@ -56,7 +61,7 @@ def localisation(responses: Sequence[TextWithWeights]) -> dict[str, float | None
     before: dict[str, list[float]] = {"score": [], "weight": []}
     for response in responses:
         wrong = checked_steps.first_wrong_step(response.question, response.text)
-        if response.tokens.correct or wrong is None:
+        if response.tokens.correct or wrong is None or not response.is_aligned:
             continue
         digits = [step.position for step in checked_steps.read_steps(response.question, response.text)]
         values = {"score": [-score for score in response.tokens.scores], "weight": response.tokens.weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -69,10 +70,29 @@ def test_localisation_reads_what_a_run_wrote(tmp_path):
 
 
 def test_an_incorrect_response_without_wrong_step_keeps_its_weights():
+    assert weights_of("1v3v6v\\boxed{7}") == [1.0] * 15
+
+
+@pytest.mark.parametrize("token", [0, 1, 3, 127])
+def test_sampled_special_and_unused_tokens_neither_fail_nor_move_the_error(token):
+    """The embedding has more rows than the tokenizer has characters, and a policy samples any of them now and then."""
+    assert weights_of("1v4x7v", token) == [0.0, 0.0, 1.0] + [0.0] * 4
+    assert weights_of("1v3v", token) == [1.0] * 5
+
+
+def test_a_response_with_a_token_that_its_text_lacks_is_not_localised():
+    response = scored(WRONG, False, 2)
+    longer = dataclasses.replace(response.tokens, tokens=[*response.tokens.tokens, 1, 3])
+    figures = step_localisation.localisation([dataclasses.replace(response, tokens=longer)])
+    assert figures["score"] is None
+
+
+def weights_of(response: str, *further: int) -> list[float]:
+    """The weights by true errors of an incorrect response, with further tokens at its end."""
     tokenizer = small_model.make_tokenizer()
-    sample = Sample((1, *tokenizer.encode(QUESTION), 2), tuple(tokenizer.encode("1v3v6v\\boxed{7}")), -1.0, -1.0)
-    micro_batch = packing.micro_batch([sample])
-    assert checked_weights.first_error(torch.zeros(15), micro_batch, Config()).tolist() == [1.0] * 15
+    tokens = (*tokenizer.encode(response), *further)
+    micro_batch = packing.micro_batch([Sample((1, *tokenizer.encode(QUESTION), 2), tokens, -1.0, -1.0)])
+    return checked_weights.first_error(torch.zeros(len(tokens)), micro_batch, Config()).tolist()
 
 
 def test_paired_interval_is_the_t_interval():
