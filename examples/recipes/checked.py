@@ -57,6 +57,12 @@ def belief_of_token() -> Config:
     return dataclasses.replace(oreal(), weights=WeightsConfig(belief="token"))
 
 
+def prefix_objective() -> Config:
+    """OREAL with a reward model trained by cross entropy at every prefix (arXiv 2604.13197), weights as in Eq. 10."""
+    config = belief_of_token()
+    return dataclasses.replace(config, reward_model=dataclasses.replace(config.reward_model, objective="prefix"))
+
+
 def shuffled_weights() -> Config:
     """OREAL with the reward model's weights dealt at random to the tokens of each side."""
     return dataclasses.replace(oreal(), weights=WeightsConfig(shuffle=True))

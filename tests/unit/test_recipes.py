@@ -153,6 +153,7 @@ def test_small_recipes_leave_room_for_their_answers(name):
     [
         ("without_reward_model", {"reward_model.enabled"}),
         ("belief_of_token", {"weights.belief"}),
+        ("prefix_objective", {"weights.belief", "reward_model.objective"}),
         ("shuffled_weights", {"weights.shuffle"}),
         ("true_errors", {"reward_model.enabled", "weights.rule"}),
         ("behaviour_cloning", {"reward_model.enabled", "loss.advantage_on_positives"}),
