@@ -14,6 +14,7 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, rollout_report, search
 from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.runtime import files
 from oreal_megatron.runtime.exit_codes import UNFIT
 
 
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
         document["rehearsal"] = rehearsal.run(scenario, args.ranks, console)
         fits = fits and not document["rehearsal"]["faults"]
+    for output in filter(None, (args.json, args.picture)):
+        files.set_aside(output)
     if args.json:
         args.json.write_text(json.dumps(document, indent=2, default=float) + "\n")
     if args.picture:

@@ -10,6 +10,7 @@ from pathlib import Path
 from oreal_megatron.cli.arguments import output_file
 from oreal_megatron.evaluation import calibration_picture
 from oreal_megatron.observe import run_report, speed_report, token_heat_map
+from oreal_megatron.runtime import files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables; return the exit code."""
     records = [run_report.read_run(path) for path in args.runs]
+    for output in filter(None, (args.picture, args.calibration, args.heat_map, args.summary)):
+        files.set_aside(output)
     speeds = [speed_report.summary(record) for record in records]
     for speed in filter(None, speeds):
         speed_report.print_table(speed)

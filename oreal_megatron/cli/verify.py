@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oreal_megatron import config
+from oreal_megatron.runtime import files
 from oreal_megatron.verify.file_summary import FileSummary
 from oreal_megatron.verify.grade_file import grade_lines
 from oreal_megatron.verify.grader import Grader, JudgesDown
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     judge = config.JudgeConfig(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
     settings = config.VerifyConfig(workers=args.workers, timeout_s=args.timeout, judge=judge)
     summary = FileSummary()
+    files.set_aside(args.output)
     try:
         with (
             Grader(settings) as grader,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -22,7 +21,6 @@ from oreal_megatron.runtime import files
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
               "vocab*", "merges.txt", "added_tokens.json", "*.py")  # fmt: skip
 
-FINGERPRINT_BYTES = 2**20  # read at each end of a file
 SHARD_BYTES = 5 * 10**9  # size of one safetensors file, as in transformers
 
 
@@ -116,15 +114,8 @@ class HFFolder:
         return {name: self.tensor(name) for name in entry.hf}
 
     def fingerprint(self) -> str:
-        """Return a digest of the weight files' sizes and ends: tells models apart, but reads a few megabytes only."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.weight_files:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                for start in (0, max(size - FINGERPRINT_BYTES, 0)):
-                    file.seek(start)
-                    digest.update(f"{path.name} {size}".encode() + file.read(FINGERPRINT_BYTES))
-        return digest.hexdigest()
+        """Return a digest of the weight files' sizes and ends."""
+        return files.fingerprint(self.weight_files)
 
 
 def models_below(path: Path) -> str:

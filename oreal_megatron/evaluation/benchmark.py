@@ -41,6 +41,8 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
     inputs = read_inputs(config)
     if not rated.resolve().parent.is_dir():
         raise ConfigError(f"--rate {rated}: its folder does not exist")
+    if rated.exists() and Path(config.data.path).exists() and rated.samefile(config.data.path):
+        raise ConfigError(f"--rate {rated} is data.path, the problems themselves; give another name")
     prompts = inputs.training_prompts()
     sampling = dataclasses.replace(config.sampling, rollouts_per_prompt=responses)
     with Session(config) as session:
@@ -53,6 +55,7 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
             lines, rates = [line for _, line in read_lines(config.data.path)], pass_rates(rows)
             key = config.data.keys.get("pass_rate", "pass_rate")  # where a training run with these keys looks for it
             rated_lines = [lines[prompt.id] | {key: rates[number]} for number, prompt in enumerate(prompts)]
+            files.set_aside(rated)
             files.write_text(rated, "".join(json.dumps(line, default=str) + "\n" for line in rated_lines))
         return summarize(rows, config.seed)
 

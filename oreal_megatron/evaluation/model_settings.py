@@ -37,15 +37,28 @@ def with_weights(config: Config, model: str, out: Path) -> Config:
     if source is None:
         return config
     folder, refusal = out / "model", ""
-    if distributed.rank() == 0 and not folder.is_dir():
-        out.mkdir(parents=True, exist_ok=True)
+    if distributed.rank() == 0:
         try:
-            to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
+            _convert_once(source, folder)
         except ConfigError as error:  # raised on all ranks below: the others wait for the folder
             refusal = str(error)
     if refusal := distributed.all_gather_object(refusal)[0]:
         raise ConfigError(refusal)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+
+
+def _convert_once(source: Path, folder: Path) -> None:
+    """Convert a checkpoint into `folder` unless it is there. Raises ConfigError if another checkpoint's model is."""
+    record = folder.with_name("model_source.txt")
+    source_digest = files.fingerprint(sorted(file for file in source.iterdir() if file.is_file()))
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        to_hf.convert(MegatronFolder(source), folder, stream.Cast(None), print, lambda count: None)
+        files.write_text(record, source_digest + "\n")
+    elif record.is_file() and record.read_text().strip() != source_digest:
+        raise ConfigError(
+            f"{folder} was converted from another checkpoint than {source} is now; choose another folder with --out"
+        )
 
 
 def with_kv_cache(config: Config) -> Config:

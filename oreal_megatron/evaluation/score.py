@@ -109,7 +109,7 @@ def summarize(rows: Sequence[Row], seed: int, skipped: int = 0) -> SuiteScores:
     ]
     responses = min(map(len, correct))
     shares = [sum(outcomes) / len(outcomes) for outcomes in correct]
-    low, high = _interval(shares, seed)
+    low, high = _interval(shares, seed) if responses > 1 else _wilson(shares)  # as during training
     powers = [2**exponent for exponent in range(responses.bit_length()) if 2**exponent < responses]
     extracted = [[row["extracted"] for row in problem_rows] for problem_rows in rows_of_problem.values()]
     lengths = torch.tensor([row["tokens"] for row in rows], dtype=torch.float64)

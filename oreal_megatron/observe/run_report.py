@@ -81,7 +81,7 @@ def print_table(records: Sequence[RunRecord]) -> None:
             str(record.config["seed"]),
             record.reward_model,
         ]
-        length = [str(len(record.metrics)), f"{record.seconds:.0f}" if record.seconds else ""]
+        length = [_steps(record), f"{record.seconds:.0f}" if record.seconds else ""]
         if not record.evaluations:
             table.add_row(*settings, "not evaluated", "", "", "", *length)
             continue
@@ -89,6 +89,13 @@ def print_table(records: Sequence[RunRecord]) -> None:
         if _is_sampled(record):
             table.add_row(*[""] * len(settings), "sampled", *_accuracies(record, "sampled_"), *[""] * len(length))
     Console().print(table)
+
+
+def _steps(record: RunRecord) -> str:
+    """Return the steps of a run, with those that an unfinished one should have."""
+    done, planned = len(record.metrics), record.config.get("steps", 0)
+    supervised = not any("reward/pass_rate" in row for row in record.metrics)
+    return str(done) if supervised or done >= planned else f"{done} of {planned}"
 
 
 def draw(records: Sequence[RunRecord], path: Path) -> None:

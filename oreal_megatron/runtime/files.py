@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from oreal_megatron.runtime import heartbeat
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+FINGERPRINT_BYTES = 2**20  # read at each end of a file
 RETRY_S = 10.0  # pause between attempts on a full disk
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,6 +33,29 @@ def make_folder(path: Path, setting: str) -> None:
         raise ConfigError(
             f"{setting} names {path}, which cannot be written to ({error.strerror}); choose another"
         ) from None
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that is about to be written, if it holds anything, to the first free NAME.1, NAME.2, and say so."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    number = 1
+    while (former := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(former)
+    log.info("%s existed already; the former file is now %s", path, former)
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Return a digest of the files' names, sizes and ends: tells large files apart, but reads a few megabytes only."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            for start in (0, max(size - FINGERPRINT_BYTES, 0)):
+                file.seek(start)
+                digest.update(f"{path.name} {size}".encode() + file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

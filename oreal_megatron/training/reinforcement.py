@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from oreal_megatron.session.models import build_models
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
 from oreal_megatron.training.resume import AUTO, Start
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, resume: str | None, step: int | None, stop_request: StopRequest) -> None:
@@ -81,6 +84,8 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         with heartbeat.phase("checkpoint"):
             saver.finish()
             save_policy(run_path / "policy", model_note(config.steps))
+        if held_out and not (run_path / "best").is_dir():
+            log.info(f"no evaluation was better than the starting policy's, so there is no {run_path / 'best'}")
         if distributed.rank() == 0:
             speed_report.write_and_print(run_report.read_run(run_path))
 

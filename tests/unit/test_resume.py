@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from oreal_megatron import config as c
 from oreal_megatron import settings
 from oreal_megatron.observe import run_folder
-from oreal_megatron.runtime import checkpoint_folders
+from oreal_megatron.runtime import checkpoint_folders, disk_space, files
+from oreal_megatron.session import policy_weights
+from oreal_megatron.session.inputs import read_inputs
 
 QUESTIONS = [{"question": f"{a}+{b}=", "gold_answer": str(a + b)} for a in range(3) for b in range(4)]
 
@@ -372,3 +375,45 @@ def test_a_folder_has_one_writer(config, monkeypatch):
     with FolderLock(Path(config.run)), pytest.raises(c.ConfigError, match="is being written by process"):
         fake_run.train(config)
     assert fake_run.train(config)
+
+
+def test_a_run_without_a_better_policy_says_why_there_is_no_best(config, caplog):
+    caplog.set_level("INFO")
+    assert fake_run.train(config, accuracies=dict.fromkeys(range(9), 0.3))
+    assert "no evaluation was better than the starting policy's" in caplog.text
+
+
+def test_more_prompts_a_step_than_problems_are_announced(config, caplog):
+    assert fake_run.train(changed(config, "data.prompts_per_step=20", "steps=3", "data.held_out="))
+    assert "prompts_per_step is 20, but" in caplog.text and "holds 12 problems" in caplog.text
+
+
+def test_best_and_policy_wait_for_space_and_are_written_again_on_a_full_disk(config, monkeypatch, caplog, tmp_path):
+    """Too little space at first, then a disk that others fill while the tensors are written."""
+    monkeypatch.setattr(files, "RETRY_S", 0.01)
+    inputs = read_inputs(config)
+    free = iter([0, 0, 10**12, 10**12, 10**12])
+    monkeypatch.setattr(disk_space, "_free_bytes", lambda folder: next(free))
+    monkeypatch.setattr(policy_weights.weight_sync, "full_tensors", lambda model, head: iter([("name", 1)]))
+    writes = []
+
+    def save(path, side, hf_config, dtype, named, notes):
+        writes.append(list(named))
+        if len(writes) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        path.mkdir()
+
+    monkeypatch.setattr(policy_weights.to_hf, "save", save)
+    policy_weights.save_model(inputs, "policy", None, tmp_path / "best", {})
+    assert len(writes) == 2 and (tmp_path / "best").is_dir() and caplog.text.count("waiting until there is space") == 1
+
+
+def test_a_file_that_a_command_writes_again_keeps_the_former_one(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = tmp_path / "out.jsonl"
+    files.set_aside(file)
+    for number in range(3):
+        file.write_text(str(number))
+        files.set_aside(file)
+    assert not file.exists() and [(tmp_path / f"out.jsonl.{n}").read_text() for n in (1, 2, 3)] == ["0", "1", "2"]
+    assert "out.jsonl existed already; the former file is now" in caplog.text
