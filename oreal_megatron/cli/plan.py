@@ -79,12 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
         document["rehearsal"] = rehearsal.run(scenario, args.ranks, console)
         fits = fits and not document["rehearsal"]["faults"]
-    for output in filter(None, (args.json, args.picture)):
-        files.set_aside(output)
     if args.json:
-        args.json.write_text(json.dumps(document, indent=2, default=float) + "\n")
+        files.set_aside(args.json).write_text(json.dumps(document, indent=2, default=float) + "\n")
     if args.picture:
-        report_tables.draw(plan, args.picture)
+        report_tables.draw(plan, files.set_aside(args.picture))
     return 0 if fits else UNFIT
 
 

@@ -93,9 +93,9 @@ def print_table(records: Sequence[RunRecord]) -> None:
 
 def _steps(record: RunRecord) -> str:
     """Return the steps of a run, with those that an unfinished one should have."""
-    done, planned = len(record.metrics), record.config.get("steps", 0)
+    taken, planned = len(record.metrics), record.config.get("steps", 0)
     supervised = not any("reward/pass_rate" in row for row in record.metrics)
-    return str(done) if supervised or done >= planned else f"{done} of {planned}"
+    return str(taken) if supervised or taken >= planned else f"{taken} of {planned}"
 
 
 def draw(records: Sequence[RunRecord], path: Path) -> None:

@@ -35,15 +35,16 @@ def make_folder(path: Path, setting: str) -> None:
         ) from None
 
 
-def set_aside(path: Path) -> None:
-    """Rename a file that is about to be written, if it holds anything, to the first free NAME.1, NAME.2, and say so."""
+def set_aside(path: Path) -> Path:
+    """Return a path for writing; a file there that holds anything is renamed to the first free NAME.1, NAME.2."""
     if not path.is_file() or not path.stat().st_size:
-        return
+        return path
     number = 1
     while (former := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(former)
     log.info("%s existed already; the former file is now %s", path, former)
+    return path
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
