@@ -339,6 +339,9 @@ def test_an_interrupted_rating_goes_on_under_the_layout_of_the_engine(tmp_path, 
         def __exit__(self, *error):
             pass
 
+        def lock(self, folder):
+            folder.mkdir(exist_ok=True)
+
         def start_engine(self, inputs):
             return next(started), Verifier()
 
