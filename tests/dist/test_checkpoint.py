@@ -272,17 +272,14 @@ def save_beside_others(layout: tuple, path: str, cases: list[list[int]]) -> list
     """Save while the disk is seen to have so much room, look by look, and then enough; what was said, what is wrong."""
     import contextlib
     import io
-    from types import SimpleNamespace
 
     from oreal_megatron.mcore import checkpoint_saver, parallel
-    from oreal_megatron.runtime import checkpoint_folders, files
+    from oreal_megatron.runtime import checkpoint_folders, disk_space, files
 
     parallel.start_process_group()
     parallel.start_megatron(pieces(*layout)[1].parallel, seed=0)
     files.RETRY_S, looks = 0.01, []
-    checkpoint_saver.shutil = SimpleNamespace(
-        disk_usage=lambda path: SimpleNamespace(free=looks.pop(0) if looks else 2**40)
-    )
+    disk_space._free_bytes = lambda folder: looks.pop(0) if looks else 2**40
     saving, results = checkpoint_saver.CheckpointSaver(Path(path), trainers(*layout)[0], keep=1), []
     for step, free in enumerate(cases):
         looks[:] = free
@@ -298,7 +295,7 @@ def test_a_disk_that_is_full_before_or_between_writing_is_waited_for(model_folde
     cases = [[0, 0], [enough, 0, 0], [0, enough, 0], [enough, enough]]
     (results,) = in_processes(1, save_beside_others, (str(model_folder), 1), str(tmp_path), cases)
     for (said, damage), waits in zip(results, (1, 1, 2, 0), strict=True):
-        assert said.count("free some space to continue") == said.count("again; continuing") == waits and not damage
+        assert said.count("waiting until there is space") == said.count("again; continuing") == waits and not damage
 
 
 def load_foreign(folders: list[str], converted: str, path: str) -> dict[str, str]:
