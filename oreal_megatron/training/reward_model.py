@@ -159,7 +159,9 @@ def learn(
                 return step
             heartbeat.step(step)
             with run.phase("reward_model"):
-                _, metrics = reward_model.update(packing.batch(pairs.take(step), spec))
+                token_weights, metrics = reward_model.update(packing.batch(pairs.take(step), spec))
+            if token_weights.rollouts:
+                run.metrics.log_calibration(step, reward_diagnostics.calibration(token_weights.rollouts))
             guard.check(metrics, config.guard, step)
             run.metrics.log_step(step, metrics | run.timer.finish_step(metrics, []))
             hooks.after_step(step + 1)

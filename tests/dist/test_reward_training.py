@@ -120,7 +120,7 @@ def test_it_learns_resumes_bit_by_bit_and_starts_reinforcement_learning(
         assert figures["auc"] == pytest.approx(result.best, abs=1e-3) and figures["rollouts"] == 64
         assert names[1] == f"reward model {tmp_path}/run/reward_model"
     run, stopped = tmp_path / "run", tmp_path / "stopped"
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "calibration.jsonl"):
         assert rows(run, name) == rows(stopped, name)
     assert [row["step"] for row in rows(run, "evaluations.jsonl")] == [0, 4, 8, 12]
     weights = "reward_model/model.safetensors"
