@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from oreal_megatron.config.schema import FixedKey, FreeKey, InputKey, Key, Section
 
@@ -47,6 +47,23 @@ class ParallelConfig(Section):
             yield f"{path}sequence is set, which needs {path}tensor of at least 2; unset it or raise {path}tensor"
 
 
+# Arguments of vLLM that weight sync, parity check and layout rest on, and the setting that gives each its value.
+VLLM_ARGUMENTS = {
+    "model": "model.path",
+    "dtype": "engine.dtype",
+    "enable_sleep_mode": "engine.sleep",
+    "skip_tokenizer_init": "",
+    "tensor_parallel_size": "engine.tensor",
+    "distributed_executor_backend": "",
+    "seed": "seed",
+    "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "engine.max_num_seqs",
+    "kv_cache_memory_bytes": "engine.kv_cache_gib",
+    "enforce_eager": "engine.enforce_eager",
+    "logprobs_mode": "",
+}
+
+
 @dataclass(frozen=True)
 class EngineConfig(Section):
     """The colocated vLLM engine: replicas of `tensor` consecutive ranks each."""
@@ -65,6 +82,9 @@ class EngineConfig(Section):
     buffer_mib: Annotated[int, FreeKey("memory of the direct transport on each rank", 1, 10**6, "MiB")] = 512
     sleep: Annotated[bool, FreeKey("free the engine's GPU memory while the trainer works (not on CPUs)")] = True
     enforce_eager: Annotated[bool, Key("run the engine without CUDA graphs and compilation")] = False
+    vllm: Annotated[
+        dict[str, Any], Key("further arguments of vLLM's engine, passed on as they are")
+    ] = field(default_factory=dict)  # fmt: skip
     retries: Annotated[int, FreeKey("further attempts for responses that an engine failed to give", 0, 100)] = 1
     parity_rollouts: Annotated[int, FreeKey("rollouts per replica and step in the logprob parity check", low=1)] = 2
     parity_tokens: Annotated[int, FreeKey("first tokens of each that are compared", low=1, unit="tokens")] = 64
@@ -74,6 +94,13 @@ class EngineConfig(Section):
             "largest mean |difference| of a rollout's log-probs; None: 1e-4 in float32, 0.1 in bfloat16", 0.0, 100.0
         ),
     ] = None
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message for each argument of vLLM that has a setting of its own, or that must not change."""
+        for name in self.vllm.keys() & VLLM_ARGUMENTS.keys():
+            setting = VLLM_ARGUMENTS[name]
+            fix = f"set {setting} instead" if setting else "remove it: this project depends on its value"
+            yield f"{path}vllm gives {name}, which is not free; {fix}"
 
 
 @dataclass(frozen=True)

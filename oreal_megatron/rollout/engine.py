@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
 from vllm.distributed import get_tp_group
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from oreal_megatron.config import Config, Preempted, RunStopped, SamplingConfig
+from oreal_megatron.config import Config, ConfigError, Preempted, RunStopped, SamplingConfig
+from oreal_megatron.config.suggestions import suggest
 from oreal_megatron.records import Prompt, Rollout
 from oreal_megatron.rollout import requests, vllm_patches
 from oreal_megatron.rollout.device import EngineMemory, is_device_error
@@ -65,6 +68,7 @@ class VllmEngine:
         vllm_patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
         self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
+        _check_arguments(config.engine.vllm)
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -80,7 +84,7 @@ class VllmEngine:
             logprobs_mode="raw_logprobs",  # of all tokens: processed ones are of those within top_p
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **_platform_arguments(config),
+            **_platform_arguments(config) | config.engine.vllm,
         )
         vllm_patches.divide_logits(self.llm.collective_rpc("get_model")[0], self.temperature)
         self.memory = EngineMemory(self.llm, can_sleep)
@@ -218,6 +222,14 @@ class VllmEngine:
         seed_of_request = requests.request_seed(*seed, slot, index)
         temperature = sampling.temperature / self.temperature  # the model's logits are divided already
         return requests.sampling_params(sampling, temperature, self.stop_tokens, seed_of_request, with_logprobs)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise ConfigError for an argument that the installed vLLM does not have."""
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"engine.vllm: vLLM has no argument {name!r}{suggest(name, known)}")
 
 
 def _platform_arguments(config: Config) -> dict[str, Any]:

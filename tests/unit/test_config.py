@@ -189,3 +189,14 @@ def test_the_shell_completes_commands_and_keys(tmp_path):
         shell |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n"}
         subprocess.run([sys.executable, "-m", "oreal_megatron"], env=os.environ | shell, check=True)
         assert (tmp_path / "out").read_text().strip() == expected
+
+
+def test_further_arguments_reach_vllm_unless_a_setting_decides_them():
+    config = settings.override(
+        c.Config(), ["engine.vllm.max_num_batched_tokens=8192", "engine.vllm.async_scheduling=false"]
+    )
+    assert config.engine.vllm == {"max_num_batched_tokens": 8192, "async_scheduling": False}
+    schema.validate(config)
+    for name, fix in (("max_num_seqs", "set engine.max_num_seqs instead"), ("logprobs_mode", "remove it")):
+        with pytest.raises(c.ConfigError, match=f"engine.vllm gives {name}, which is not free; {fix}"):
+            schema.validate(settings.override(c.Config(), [f"engine.vllm.{name}=1"]))
