@@ -287,3 +287,19 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
     else:  # every replica has some rollouts of every prompt, and one rollout alone leaves the other replica idle
         assert [sorted({slot for slot, *_ in stream}) for stream in streams] == [[0, 1, 2]] * 2
         assert ranks[0]["one"] == [answer for answer in streams[0] if answer[:2] == (0, 0)] and not ranks[1]["one"]
+
+
+def test_shared_memory_loses_its_name_once_it_is_open(monkeypatch, tmp_path):
+    """A killed job leaves none behind; that of other jobs stays."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    from oreal_megatron.rollout import vllm_patches
+
+    shared = cpu_communicator._CPUSHMDistributed
+    own, other = tmp_path / "job-tp:0-[0-1]-cpushm_0", tmp_path / "another-tp:0-[0-1]-cpushm_0"
+    other.touch()
+    monkeypatch.setattr(shared, "_init_cpu_shm", lambda self: own.touch() or 7)
+    vllm_patches.unlink_shared_memory(tmp_path)
+    communicator = object.__new__(shared)
+    communicator.group_name = "/job-tp:0-[0-1]-cpushm"
+    assert communicator._init_cpu_shm() == 7 and list(tmp_path.iterdir()) == [other]

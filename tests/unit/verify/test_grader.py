@@ -3,13 +3,15 @@ pass."""
 
 import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from oreal_megatron import config
-from oreal_megatron.records import Outcome
+from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.verify.step_verifier import StepVerifier, TooManyUnknown
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,24 @@ def test_a_judge_without_a_verdict_gives_unknown_not_wrong(judge_server):
     with Grader(settings) as grader:
         answer = verdict(grader, "\\text{two lines}", "\\boxed{\\text{a pair of lines}}")
         assert (answer.outcome, answer.method) == (Outcome.UNKNOWN, "judge")
+        assert answer.reason.endswith("the reply holds no verdict ('perhaps')")
+
+
+def test_a_run_that_ends_for_unknown_verdicts_gives_the_most_frequent_reasons():
+    reasons = ["judge http://a: HTTP status 500"] * 5 + ["grading took more than 2 s"] * 2 + ["one"] * 2 + ["rare"]
+    known = Verdict(Outcome.CORRECT, "exact")
+    verdicts = [Verdict(Outcome.UNKNOWN, "judge", reason=reason) for reason in reasons] + [known]
+    futures: list[Future[Verdict]] = [Future() for _ in verdicts]
+    for future, value in zip(futures, verdicts, strict=True):
+        future.set_result(value)
+    prompt = Prompt(0, "q", "1", None, (1,))
+    rollouts = [[Rollout(prompt, 0, index, (1,), "", True) for index in range(len(verdicts))]]
+    verifier = StepVerifier(None, unknown_limit=0.5)
+    verifier.pending = {rollout.key: future for rollout, future in zip(rollouts[0], futures, strict=True)}
+    with pytest.raises(TooManyUnknown, match="10 of 11 verdicts are unknown") as ended:
+        verifier.verdicts(rollouts)
+    text = str(ended.value)
+    assert "5 times judge http://a: HTTP status 500; 2 times grading took" in text and "rare" not in text
 
 
 def test_judges_that_stay_away_reach_whoever_waits(free_port):
