@@ -8,7 +8,18 @@ from fractions import Fraction
 from oreal_megatron.math_equality import intervals
 from oreal_megatron.math_equality.compare_values import ValueComparison
 from oreal_megatron.math_equality.evaluator import has_variables
-from oreal_megatron.math_equality.shapes import Rows, is_time, items_of, lettered, matrix_rows, plus_minus, quantity
+from oreal_megatron.math_equality.shapes import (
+    Rows,
+    correspondence,
+    is_set,
+    is_time,
+    items_of,
+    lettered,
+    matrix_rows,
+    plus_minus,
+    quantity,
+    same_order,
+)
 from oreal_megatron.math_equality.tree import Node, key, rename_letters, walk
 from oreal_megatron.math_equality.values import Arithmetic, TooLarge, Undefined, Value
 from oreal_megatron.math_equality.variable_names import (
@@ -17,10 +28,13 @@ from oreal_megatron.math_equality.variable_names import (
     named,
     renaming,
     same_name,
+    split_approximation,
     unindexed,
+    without_parameter,
 )
 
 MAX_ITEMS = 60  # of a list compared in any order
+_TEN = ("num", Fraction(10), None)
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
@@ -34,6 +48,10 @@ class AnswerComparison(ValueComparison):
         if key(gold) == key(predicted):
             self.note("exact" if gold[0] == "num" else "symbolic")
             return True
+        if gold[0] == "rel" and "~" in gold[2] or predicted[0] == "rel" and "~" in predicted[2]:
+            return self.approximations(gold, predicted)
+        if (heads := without_parameter(gold, predicted)) is not None:
+            return self.answers(*heads)
         if gold[0] == "rel" and predicted[0] == "rel" and self.relations(gold, predicted):
             return True
         if gold[0] == predicted[0] == "rel" and (intervals.INEQUALITIES | {"in"}) & {*gold[2], *predicted[2]}:
@@ -41,6 +59,30 @@ class AnswerComparison(ValueComparison):
                 return same
         values = self.without_names(gold, predicted)
         return values is not None and self.unnamed_answers(*values)
+
+    def approximations(self, gold: Node, predicted: Node) -> bool:
+        """Compare answers of which one is followed by its own rounding: sqrt(5) ~ 2.236 is sqrt(5)."""
+        (exact, roundings), (value, others) = split_approximation(gold), split_approximation(predicted)
+        if value[0] != "rel" and not all(self.is_rounding(value, other) for other in others):
+            return False  # where a name stands in front, x = 1/3 ~ 1.3, the value behind it counts
+        if (exact, value) == (gold, predicted):  # x ~ 3: the name of a value
+            values = self.without_names(gold, predicted)
+            return values is not None and self.unnamed_answers(*values)
+        if self.answers(exact, value):
+            return True
+        return (
+            bool(others) and not roundings and exact[0] == "num" and bool(exact[2]) and self.answers(exact, others[-1])
+        )
+
+    def is_rounding(self, exact: Node, decimal: Node) -> bool:
+        """Return whether `exact` rounds to the decimal as it is written; other values may be off by a hundredth."""
+        exact = exact[1][-1] if exact[0] == "rel" else exact
+        left, right = (side if (q := quantity(side)).percent else q.node for side in (exact, decimal))
+        if has_variables(left) or has_variables(right):
+            return True
+        if quantity(decimal).unit == "degree" and quantity(exact).unit is None and not left[0] == "num":
+            left = ("div", ("mul", (("num", Fraction(180), None), left)), ("const", "pi"))
+        return self.is_near(left, right, _last_place(right))
 
     def without_names(self, gold: Node, predicted: Node) -> tuple[Node, Node] | None:
         """Return the values of two assignments.
@@ -103,7 +145,11 @@ class AnswerComparison(ValueComparison):
     # -- several answers -----------------------------------------------------------------------------------------
     def in_order(self, gold: tuple[Node, ...], predicted: tuple[Node, ...]) -> bool:
         """Compare items one by one."""
-        return len(gold) == len(predicted) and all(self.answers(g, p) for g, p in zip(gold, predicted, strict=True))
+        return len(gold) == len(predicted) and all(self.items(g, p) for g, p in zip(gold, predicted, strict=True))
+
+    def items(self, gold: Node, predicted: Node) -> bool:
+        """Compare two items of a list, set or tuple, where a set of one is not its element."""
+        return is_set(gold) == is_set(predicted) and self.answers(gold, predicted)
 
     def matrices(self, gold: Rows, predicted: Rows | None) -> bool:
         """Compare matrices entry by entry."""
@@ -114,7 +160,12 @@ class AnswerComparison(ValueComparison):
     def collections(self, gold: Node, predicted: Node) -> bool:
         """Compare lists and sets in any order; tuples, and values of named unknowns, in their order."""
         if {gold[0], predicted[0]} == {"tuple", "set"}:
-            return False  # a point is no set
+            point, points = (gold, predicted[1]) if gold[0] == "tuple" else (predicted, gold[1])
+            return (
+                len(points) == 1
+                and points[0][:3] == point[:3] == ("tuple", "(", ")")
+                and self.answers(point, points[0])
+            )
         g: Sequence[Node]
         p: Sequence[Node]
         g, p = items_of(gold), items_of(predicted)
@@ -138,7 +189,7 @@ class AnswerComparison(ValueComparison):
         """Return the items without repetitions."""
         distinct: list[Node] = []
         for item in items[:MAX_ITEMS]:
-            if not any(self.answers(other, item) for other in distinct):
+            if not any(self.items(other, item) for other in distinct):
                 distinct.append(item)
         return distinct
 
@@ -148,7 +199,7 @@ class AnswerComparison(ValueComparison):
             return False
         left = list(predicted)
         for item in gold:
-            match = next((i for i, other in enumerate(left) if self.answers(item, other)), None)
+            match = next((i for i, other in enumerate(left) if self.items(item, other)), None)
             if match is None:
                 return False
             left.pop(match)
@@ -181,8 +232,12 @@ class AnswerComparison(ValueComparison):
             return True
         if len(g) != 2 or len(p) != 2:
             return False
+        if g_ops == p_ops == ("=",) and (points := same_order(g, p)) is not None:
+            return self.in_order(*points)
         if g_ops[0] not in ("=", "!=", "<", "<=", ">", ">="):
-            return g_ops == p_ops and self.in_order(g, p)
+            corners = correspondence(g, g_ops)
+            alike = corners is not None and corners == correspondence(p, p_ops)
+            return g_ops == p_ops and (alike or self.in_order(g, p))
         signed = g_ops[0] not in ("=", "!=")
         left = ("add", (g[0], ("neg", g[1])))
         if g_ops == p_ops and self.proportional(left, ("add", (p[0], ("neg", p[1]))), signed):
@@ -209,3 +264,26 @@ class AnswerComparison(ValueComparison):
             return arithmetic.same(ratio, first.setdefault(arithmetic, ratio))
 
         return self.everywhere(gold, predicted, agree)
+
+
+def _last_place(node: Node) -> Fraction | None:
+    """Return half a unit of the last digit of a decimal, also of 1.5 x 10^6; None for other values."""
+    inner = node[1] if node[0] == "neg" else node
+    if inner[0] == "num":
+        return Fraction(1, 2 * 10 ** (inner[2] or 0)) if inner[2] or inner[1].denominator == 1 else None
+    if inner[0] != "mul" or len(inner[1]) != 2 or inner[1][1][0] != "pow" or inner[1][1][1] != _TEN:
+        return None
+    mantissa, (_, _, exponent) = inner[1]
+    exponent = (
+        exponent[1]
+        if exponent[0] == "num"
+        else -exponent[1][1]
+        if exponent[0] == "neg" and exponent[1][0] == "num"
+        else 0
+    )
+    half = _last_place(mantissa)
+    return (
+        None
+        if half is None or abs(exponent) > 300 or exponent.denominator != 1
+        else half * Fraction(10) ** int(exponent)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -12,7 +13,15 @@ from oreal_megatron.math_equality.evaluator import Evaluator, has_variables
 from oreal_megatron.math_equality.sample_points import Point, count_roots, points
 from oreal_megatron.math_equality.shapes import Quantity, is_infinite
 from oreal_megatron.math_equality.tree import Node, walk
-from oreal_megatron.math_equality.values import Arithmetic, NotReal, RealArithmetic, TooLarge, Undefined, Value
+from oreal_megatron.math_equality.values import (
+    Arithmetic,
+    MpmathNumber,
+    NotReal,
+    RealArithmetic,
+    TooLarge,
+    Undefined,
+    Value,
+)
 
 QUICK, REAL_QUICK = Arithmetic(160), RealArithmetic(160)
 SHORT = 128  # bits of the numbers in an answer up to which 600 bits are enough
@@ -44,9 +53,9 @@ class ValueComparison:
     `method` is how the last two values were compared: exact, numeric or symbolic.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work: int = MAX_WORK) -> None:
         self.method = "exact"
-        self.work_left = MAX_WORK
+        self.work_left = work
 
     def note(self, method: str) -> None:
         """Record a method; the least exact of a comparison is its method."""
@@ -133,12 +142,26 @@ class ValueComparison:
             if isinstance(exact, Fraction) and exact.denominator == 1 or not QUICK.is_real(exact):
                 continue
             value = inner[1] if decimal is inner else -inner[1]
-            distance = QUICK.absolute(QUICK.add(exact, -value))
-            half = Fraction(1, 2 * 10 ** inner[2])
             self.note("numeric")
-            if QUICK.ball(distance).middle < QUICK.ball(half).middle:
+            if _distance(exact, value) < QUICK.ball(Fraction(1, 2 * 10 ** inner[2])).middle:
+                return True
+            if decimal is predicted and _is_double(value, inner[2], exact):
                 return True
         return False
+
+    def is_near(self, exact: Node, approximation: Node, half: Fraction | None) -> bool:
+        """Return whether two values differ by at most `half`, or by a hundredth of the value where there is none."""
+        values, _ = self.at_point(exact, approximation, QUICK)
+        if (
+            values is None
+            or not QUICK.is_real(values[0])
+            or not isinstance(values[1], Fraction)
+            and not QUICK.is_real(values[1])
+        ):
+            return False
+        distance = QUICK.absolute(QUICK.add(values[0], QUICK.negative(values[1])))
+        limit = QUICK.ball(half).middle if half is not None else abs(QUICK.ball(values[0]).middle) / 100
+        return bool(QUICK.ball(distance).middle <= limit)
 
     def value(self, node: Node, arithmetic: Arithmetic, at: Point) -> tuple[MaybeValue, int]:
         """Return (value, extent) of an expression at a point."""
@@ -205,6 +228,24 @@ def _may_be_percent(node: Node) -> bool:
     """
     inner = node[1] if node[0] == "neg" else node
     return bool(inner[0] == "num" and (inner[1].denominator == 1 or inner[2] is not None and inner[1] > 1))
+
+
+def _distance(exact: Value, value: Fraction) -> MpmathNumber:
+    return QUICK.ball(QUICK.absolute(QUICK.add(exact, -value))).middle
+
+
+def _is_double(value: Fraction, places: int, exact: Value) -> bool:
+    """Return whether a decimal of 16 digits or more is how a program prints the double nearest to `exact`."""
+    digits = len(str(abs(int(value * 10**places))))
+    try:
+        double = float(exact if isinstance(exact, Fraction) else QUICK.context.re(exact.middle))
+    except OverflowError:
+        return False
+    if digits < 16 or not math.isfinite(double) or isinstance(exact, Fraction) and exact.denominator == 1:
+        return False
+    if digits <= 17:
+        return float(value) == double
+    return abs(Fraction(double) - value) <= Fraction(1, 2 * 10**places)  # all digits of the double
 
 
 def _places(node: Node) -> int:

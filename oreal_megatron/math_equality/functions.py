@@ -92,6 +92,12 @@ def _smallest(a: Arithmetic, *values: Value) -> Value:
     return a.negative(_largest(a, *(a.negative(value) for value in values)))
 
 
+def _remainder(a: Arithmetic, value: Value, modulus: Value) -> Value:
+    """Return value - modulus * floor(value / modulus)."""
+    quotient = a.floor(a.divide(value, modulus))
+    return a.add(value, a.negative(a.multiply(modulus, quotient)))
+
+
 def _integers(values: tuple[Value, ...]) -> list[int]:
     integers = [int(value) for value in values if isinstance(value, Fraction) and value.denominator == 1]
     if len(integers) < len(values):
@@ -126,6 +132,7 @@ FUNCTIONS: dict[str, Function] = {
     "!!": _double_factorial,
     "binom": lambda a, n, k: a.binomial(n, k),
     "sgn": lambda a, value: Fraction(a.sign(value)),
+    "mod": _remainder,
     "max": _largest,
     "min": _smallest,
     "gcd": lambda a, *values: Fraction(math.gcd(*_integers(values))),

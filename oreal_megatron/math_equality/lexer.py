@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from oreal_megatron.math_equality import units
 from oreal_megatron.math_equality.normalise import closing_braces
+from oreal_megatron.math_equality.ordered_letters import is_vector_product, marked_letters
+from oreal_megatron.math_equality.upright_text import measured
 
 MAX_CHARS = 4000  # of an answer that is parsed; Python converts integers of up to 4,300 digits
 MAX_TOKENS = 1500
@@ -16,7 +19,10 @@ class ParseError(ValueError):
 
 
 class Token(NamedTuple):
-    """One token. Kinds: num rep atom const fn big frac sqrt op rel open close sep word deg money begin end mod."""
+    """One token.
+
+    Kinds: num rep atom const fn big frac sqrt ordered op rel open close sep word deg money begin end mod.
+    """
 
     kind: str
     value: str
@@ -60,6 +66,10 @@ _DOTS = frozenset("ldots cdots dots dotsc dotsb dotsm vdots ddots".split())
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+(?![\d.]))?")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)")
 _REPEATING = re.compile(r"(\d*\.\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
+_CYCLE_IN_BRACKETS = re.compile(r"(\d*\.)\((\d{1,18})\)")
+_WITH_DOTS = re.compile(r"(\d*\.)(\d{3,60})\s*\\(?:ldots|dots|cdots|dotsc)(?![A-Za-z])")
+MAX_CYCLE = 12  # digits of a cycle that is read from 0.1212...
+_VARIANTS = {"varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta"}
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
 _NAME = re.compile(r"[A-Za-z]+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
@@ -76,6 +86,11 @@ _SYMBOL = {
 _MONEY = {"currency": "dollar", "€": "euro", "£": "pound", "¥": "yuan", "₹": "rupee", "¢": "cent"}
 _INNER_MATH = re.compile(r"[-+\d.,:/ ()%]+|\(?[A-Za-z]\)?")
 _SEPARATING = re.compile(r"(?:\s|,|;|and|or|或|和|与)+")
+COMMANDS = (
+    frozenset("frac dfrac tfrac cfrac binom dbinom tbinom sqrt sum prod int lim boxed fbox begin end left".split())
+    | frozenset("right overline bar pmod bmod quad qquad not tag".split())
+    | FUNCTIONS | _GREEK | _DROPPED | _TEXT | _DOTS | {*_RELATIONS, *_OPERATORS, *_CONSTANTS, *_FENCES}
+)  # fmt: skip
 SHORT_WORDS = frozenset("cm mm km ft in kg mg mi lb lbs oz yd hr hrs min sec mph pct deg rad ml yes no not is it am pm "
                         "the for odd all set none east west even per old men usd".split())  # fmt: skip
 
@@ -135,16 +150,28 @@ def _symbol(text: str, at: int) -> tuple[list[Token], int]:
 def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     if not text[at : at + 1].isascii():
         raise ParseError(f"the digit {text[at]!r} is outside ASCII")
-    if (repeating := _REPEATING.match(text, at)) is not None:
+    if (repeating := _REPEATING.match(text, at) or _CYCLE_IN_BRACKETS.match(text, at)) is not None:
         if text[repeating.end() : repeating.end() + 1].isdigit():
             raise ParseError("digits stand behind a repeating decimal")
         return [Token("rep", f"{repeating.group(1)}|{repeating.group(2)}")], repeating.end()
+    dotted = _WITH_DOTS.match(text, at)
+    if dotted is not None and (cycle := _cycle(dotted.group(2))):
+        return [Token("rep", f"{dotted.group(1)}{dotted.group(2)[: -len(cycle)]}|{cycle}")], dotted.end()
     if thousands and (grouped := _THOUSANDS.match(text, at)) is not None:
         return [Token("num", grouped.group().replace(",", ""))], grouped.end()
     number = _NUMBER.match(text, at)
     if number is None:
         raise ParseError(f"no meaning known for {text[at : at + 8]!r}")
     return [Token("num", number.group())], number.end()
+
+
+def _cycle(digits: str) -> str:
+    """Return the cycle that digits end in: three times one digit, twice several; empty without one."""
+    for length in range(1, MAX_CYCLE + 1):
+        cycle = digits[-length:]
+        if digits.endswith(cycle * (3 if length == 1 else 2)):
+            return cycle
+    return ""
 
 
 def _letters(text: str, name: re.Match[str]) -> tuple[list[Token], int]:
@@ -164,6 +191,10 @@ def _letters(text: str, name: re.Match[str]) -> tuple[list[Token], int]:
         return [Token("money", "dollar")], end
     if lowered in ("and", "or"):
         return [Token("sep", lowered)], end
+    if run == "mod":
+        return [Token("mod", "mod")], end
+    if after_number and len(run) > 1 and run in units.SYMBOLS:
+        return [Token("word", run)], end
     if lowered in ("infinity", "infty"):
         return [Token("const", "inf")], end
     if len(run) >= 4 or lowered in SHORT_WORDS and (len(run) > 2 or after_number):
@@ -180,8 +211,12 @@ def _command(text: str, at: int) -> tuple[list[Token], int]:
     if match is None:
         raise ParseError("the text ends in a backslash")
     name, end = match.group(1), match.end()
+    if (marked := marked_letters(name, text, end)) is not None:
+        return [Token("ordered", f"{marked[0]} {marked[1]}")], marked[2]
     if name in _TEXT:
-        return _text(text, name, end)
+        return _text(text, name, at, end)
+    if name == "times" and is_vector_product(text, at, end):
+        return [Token("op", "cross")], end
     if name in ("begin", "end"):
         return _environment(text, name, end)
     if name == "overline" or name == "bar":
@@ -215,7 +250,7 @@ def _table(name: str) -> list[Token]:
     if name in ("sum", "prod", "int", "lim"):
         return [Token("big", name)]
     if name in _GREEK:
-        return [Token("atom", "\\" + name)]
+        return [Token("atom", "\\" + _VARIANTS.get(name, name))]
     if name in _DOTS:
         return [Token("atom", "...")]
     if name in _MONEY:
@@ -228,8 +263,8 @@ def _table(name: str) -> list[Token]:
     raise ParseError(f"no meaning known for \\{name}")
 
 
-def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
-    r"""Return the tokens of \text{...}: a separator, upright mathematics, a function name, or words."""
+def _text(text: str, name: str, start: int, at: int) -> tuple[list[Token], int]:
+    r"""Return the tokens of \text{...}: a separator, upright mathematics, a function name, a quantity, or words."""
     while at < len(text) and text[at].isspace():
         at += 1
     if name == "mathrm" and text[at : at + 1].isalpha():
@@ -248,9 +283,28 @@ def _text(text: str, name: str, at: int) -> tuple[list[Token], int]:
         return [Token("sep", inner.strip(" ,;") or ",")], end + 1
     if inner in FUNCTIONS and inner not in ("min", "sec", "deg"):
         return [Token("fn", inner)], end + 1
+    if inner in units.SYMBOLS and _behind_number(text, start) and text[end + 1 : end + 2] != "_":
+        return [Token("word", inner)], end + 1
+    if inner == "mod":
+        return [Token("mod", inner)], end + 1
     if _INNER_MATH.fullmatch(inner):
         return tokens(inner), end + 1
-    return [Token("word", inner)], end + 1
+    return _quantity(inner), end + 1
+
+
+def _behind_number(text: str, at: int) -> bool:
+    """Return whether a digit or the bracket of a fraction stands directly before `at`."""
+    before = text[:at].rstrip()
+    return before[-1:].isdigit() or before[-1:] == "}"
+
+
+def _quantity(inner: str) -> list[Token]:
+    """Return the tokens of a number with its unit, or of numbers joined by "and"; other texts are one word."""
+    try:
+        parts = measured(inner) or [("word", inner)]
+        return [token for kind, part in parts for token in (tokens(part) if kind == "math" else [Token(kind, part)])]
+    except ParseError:
+        return [Token("word", inner)]
 
 
 def _environment(text: str, name: str, at: int) -> tuple[list[Token], int]:

@@ -50,7 +50,9 @@ _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 _ELLIPSES = ("...", "\\ldots", "\\dots", "\\cdots", "…")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]")
-_MODULO = re.compile(r"\(\s*(?:\\(?:text|mathrm)\{\s*mod\s*\}|\\?mod\b)\s*([\w{}]{1,20})\s*\)")
+_MODULO = re.compile(r"\(\s*(?:\\(?:text|mathrm)\{\s*mod\s*\}|\\?b?mod\b)\s*([\w{}]{1,20})\s*\)")
+_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))")
+_COMMENT = re.compile(r"(?:^|(?<=[{}\s]))%[ \t]*[A-Za-z][^\n]*\n")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _THOUSANDS_SIGN = re.compile(r"(?<=\d)(?:\{,\}(?:\\!)?|\\!,(?:\\!)?|,\\!|\{,\\!\})(?=\d{3}(?!\d))")
 _PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))")
@@ -153,6 +155,10 @@ def normalise(text: str) -> str:
     if text.count("$") == 1:
         text = _DOLLARS.sub(r"\1\\$", text)
     text = _THOUSANDS_SIGN.sub("", text).replace("...", r"\ldots ")
+    if "%" in text and "\n" in text:
+        text = _COMMENT.sub("", text)
+    if "10" in text:
+        text = _TIMES_TEN.sub(r"\\times ", text)
     if "\\" in text:
         text = _old_fractions(_PRIME.sub("'", text))
         if "\\begin" not in text:
@@ -161,7 +167,7 @@ def normalise(text: str) -> str:
         text = _replace_except_row_ends(_SIZE, _STYLE.sub("", text), "")
         text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
         text = _replace_except_row_ends(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
-    text = _EMPTY.sub(r"\1", text)
+    text = _EMPTY.sub(r"\1", text.replace("~", " "))
     if "mod" in text:
         text = _MODULO.sub(r"\\pmod{\1}", text)
     missing = text.count("{") - text.count("}")

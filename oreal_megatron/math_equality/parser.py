@@ -11,6 +11,7 @@ from oreal_megatron.math_equality.tree import Node
 
 MAX_POSTFIX = 8  # exponents, factorials and primes behind one operand
 _SIGNS = frozenset(("+", "-", "pm", "mp"))
+_PRODUCTS = (("op", "*"), ("op", "/"), ("op", "cross"), ("mod", "mod"), ("mod", "bmod"))
 
 
 def parse(text: str, thousands: bool = True) -> Node:
@@ -53,6 +54,9 @@ class _Parser(Primaries):
             ops.append(relation.value)
             items.append(self.ratio() if self.peek().kind != "word" else self.words())
         node = items[0] if not ops else ("rel", tuple(items), tuple(ops))
+        if ops and items[-1][:2] == ("fn", "mod"):  # n = 1 mod 4 is n = 1 (mod 4)
+            value, modulus = items.pop()[2]
+            return ("rel", (("rel", (*items, value), tuple(ops)), modulus), ("mod",))
         return node if self.take("mod") is None else ("rel", (node, self.ratio()), ("mod",))
 
     def words(self) -> Node:
@@ -108,14 +112,16 @@ class _Parser(Primaries):
         if (money := self.take("money")) is not None:
             return ("unit", self.signed(), money.value)
         node = self.product()
-        while self.peek() in (("op", "*"), ("op", "/")):
-            if self.advance().value == "*":
-                node = tree.times(node, self.product(signs=True))
+        while self.peek() in _PRODUCTS:
+            operator = self.advance().value
+            if operator != "/":
+                combine = {"*": tree.times, "cross": tree.cross}.get(operator, tree.remainder)
+                node = combine(node, self.product(signs=True))
                 continue
             bottom = self.factor(signs=True)
             if bottom[0] != "num" and self.follows():
                 bottom = tree.times(bottom, self.product())
-            node = ("div", node, bottom)
+            node = tree.quotient(node, bottom)
             if self.follows():
                 node = tree.times(node, self.product())
         return self.unit(node)

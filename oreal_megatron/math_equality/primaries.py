@@ -11,7 +11,7 @@ from oreal_megatron.math_equality.tree import Node
 
 MAX_DEPTH = 50  # of brackets and commands within each other
 END = Token("end of text", "")
-FACTOR = frozenset(("num", "rep", "atom", "const", "fn", "big", "frac", "sqrt", "open", "begin"))
+FACTOR = frozenset(("num", "rep", "atom", "const", "fn", "big", "frac", "sqrt", "ordered", "open", "begin"))
 _APPLIED = frozenset(("f", "g", "h", "F", "G", "P", "Q", "\\phi", "\\Phi", "\\varphi", "\\psi"))
 _MATRICES = frozenset(("pmatrix", "bmatrix", "matrix", "Bmatrix", "array", "vmatrix", "smallmatrix"))
 _MINUS_ONE = ("neg", ("num", Fraction(1), None))
@@ -85,6 +85,9 @@ class Primaries(ABC):
         handler = {"frac": self.fraction, "sqrt": self.root, "fn": self.function, "big": self.big, "begin": self.matrix}
         if token.kind in handler:
             return handler[token.kind](token.value)
+        if token.kind == "ordered":
+            mark, letters = token.value.split(" ")
+            return ("fn", mark, (("word", letters),))
         if token.kind == "open":
             self.at -= 1
             return self.group()
@@ -134,7 +137,7 @@ class Primaries(ABC):
         r"""Parse the arguments of \frac or \binom."""
         top = self.argument(digit=True)
         bottom = self.argument(digit=True)
-        return ("div", top, bottom) if kind == "/" else ("fn", "binom", (top, bottom))
+        return tree.quotient(top, bottom) if kind == "/" else ("fn", "binom", (top, bottom))
 
     def root(self, _: str) -> Node:
         r"""Parse the arguments of \sqrt."""
@@ -193,7 +196,7 @@ class Primaries(ABC):
         inside = self.answer()
         self.expect("op", "|")
         self.bars -= 1
-        return ("fn", "abs", (inside,))
+        return ("fn", "abs", (tree.length(inside),))
 
     def matrix(self, name: str) -> Node:
         """Parse the rows of a matrix environment."""

@@ -7,24 +7,29 @@ Nothing reads a model's text as Python, neither here nor in a library: mpmath re
 from __future__ import annotations
 
 import re
+import string
 from functools import lru_cache
 from typing import NamedTuple
 
 from oreal_megatron.math_equality import extract
 from oreal_megatron.math_equality.compare_answers import AnswerComparison
+from oreal_megatron.math_equality.compare_values import MAX_WORK
+from oreal_megatron.math_equality.golds import read_gold, repair_escapes
 from oreal_megatron.math_equality.lexer import ParseError
 from oreal_megatron.math_equality.normalise import normalise, unicode_to_latex
 from oreal_megatron.math_equality.parser import parse
+from oreal_megatron.math_equality.plain_forms import forms
 from oreal_megatron.math_equality.tree import Node
+from oreal_megatron.math_equality.upright_text import without_text_commands
 
 MAX_ANSWER = 20_000  # characters; a longer answer is incorrect
+MAX_FORMS = 4  # of one answer, without the words around it
+MAX_FORM_PAIRS = 12  # forms of both sides that are compared
+FORM_WORK = 2_000  # nodes visited in one comparison of forms: all of them cost as much as the answers themselves
 MAX_CACHED = 200  # characters of a text whose tree is cached
 _INTEGER = re.compile(r"[-+]?\d{1,4000}")
 _SPACES = re.compile(r"\s+")
 _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
-_WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|textrm|textnormal|mathit|mathsf|emph)\s*\{([^{}]*)\}"
-)
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*")
 _WORD = re.compile(r"[A-Za-z]{3,}|^no$|[^\x00-\x7f]", re.IGNORECASE)  # AB and ab may be two things, No and no are one
 _CHOICE = re.compile(
@@ -37,8 +42,9 @@ _CHOICES = re.compile(r"[(\[{]?\s*[A-J](?:(?:[,;&\s]|and)*[A-J])+\s*[)\]}]?")
 _NOT_A_VALUE = re.compile(r"[A-Za-z]{3,}(?![A-Za-z]*[\\{])")
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
 _ZERO_GROUP = re.compile(r",0\d{2}(?!\d)")  # 10,000 is never the list 10, 0
+_CYCLE = re.compile(r"(-?\d*\.\d+)\((\d{1,18})\)")  # 0.1(6)
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{2,}|[-+]?\d+,\d{2}(?=\D*$)")
-_MARKS = re.compile(r"\*\*|####|<answer>|答案|\banswer", re.IGNORECASE)
+_MARKS = re.compile(r"\*\*|__\w|####|<answer>|答案|\banswer", re.IGNORECASE)
 _LONG_WORD = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}")
 _HALF_DAY = re.compile(r"\s*\b([ap])\.?\s*m\b\.?", re.IGNORECASE)
 _LABEL = re.compile(
@@ -106,30 +112,53 @@ def equal(gold: str, answer: str) -> tuple[bool, str]:
         return False, "exact"
     if (same := compare_integers(gold, answer)) is not None:
         return same, "exact"
-    gold_text, text = prepare(gold), prepare(answer)
+    gold, change = read_gold(gold)
+    gold_text, text = prepare(gold), prepare(repair_escapes(answer) if change == "escapes" else answer)
+    same, method = compare_texts(gold_text, text)
+    return (True, method) if same or compare_forms(gold_text, text) else (False, method)
+
+
+def compare_texts(gold_text: str, text: str, work: int = MAX_WORK) -> tuple[bool, str]:
+    """Compare two normalised answers as they are written; return (same, method)."""
     if without_loose_spaces(gold_text) == without_loose_spaces(text):
         return bool(text), "exact"
     if (same := compare_choices(gold_text, text)) is not None:
         return same, "exact"
     if (words := fold_words(gold_text)) is not None and words == fold_words(text):
         return True, "exact"
-    if is_string(gold_text) and (letters := _without_text_commands(text).replace(" ", "")).isalpha():
-        return _without_text_commands(gold_text) == letters, "exact"
+    if "and" in gold_text and (names := _names(gold_text)) is not None and names == _names(text):
+        return True, "exact"
+    if is_string(gold_text) and (letters := without_text_commands(text).replace(" ", "")).isalpha():
+        return without_text_commands(gold_text) == letters, "exact"
     if (date := fold_date(gold_text)) is not None and date == fold_date(text):
         return True, "exact"
-    return compare_expressions(gold_text, text)
+    return compare_expressions(gold_text, text, work)
 
 
 def is_string(gold: str) -> bool:
     r"""Return whether a gold is letters whose order matters: HHT, ABCD, \text{ab}, cat; xy is a product."""
-    letters = _without_text_commands(gold) if len(gold) < 100 else ""
-    is_word = letters.isupper() or letters != gold.strip() or len(letters) > 2
+    letters = without_text_commands(gold) if len(gold) < 100 else ""
+    is_word = letters.isupper() or letters != gold.strip() or len(letters) > 2 and not _is_product(letters)
     return len(letters) > 1 and letters.isascii() and letters.isalpha() and is_word
+
+
+def _is_product(letters: str) -> bool:
+    """Return whether small letters are no word: different ones without a vowel (pqr), or neighbours (abc)."""
+    if not letters.islower() or len(set(letters)) < len(letters):
+        return False
+    return not set(letters) & set("aeiouy") or "".join(sorted(letters)) in string.ascii_lowercase
+
+
+def _names(text: str) -> list[str] | None:
+    """Return the words that "and" or commas join, in one order: Alice and Bob; None for other texts."""
+    parts = re.split(r"\s*(?:,\s*and\b|,|\band\b)\s*", without_text_commands(text)) if len(text) < 400 else []
+    names = [fold_words(part) for part in parts]
+    return sorted(name for name in names if name) if len(names) > 1 and None not in names else None
 
 
 def fold_date(text: str) -> str | None:
     """Return one spelling of a date, time or ordinal (June 20, 1:03 p.m., 3rd); None for other texts."""
-    plain = _HALF_DAY.sub(r" \1m", _without_text_commands(text)) if len(text) < 100 else ""
+    plain = _HALF_DAY.sub(r" \1m", without_text_commands(text)) if len(text) < 100 else ""
     if "\\" in plain or not re.search(r"\d", plain) or not _LABEL.search(plain):
         return None
     return _LOOSE_MARK.sub("", plain).casefold()
@@ -158,18 +187,11 @@ def without_loose_spaces(text: str) -> str:
     return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
 
-def _without_text_commands(text: str) -> str:
-    r"""Remove \text{...} and similar commands, up to three within each other."""
-    for _ in range(3):
-        text = _WRAPPER.sub(r" \1 ", text)
-    return text.strip()
-
-
 def fold_words(text: str) -> str | None:
     """Return words in lower case without spaces, article and plural; None for texts of more than words."""
     if len(text) > 400:
         return None
-    text = _SPACES.sub(" ", _without_text_commands(text)).strip(" .,;:!\"'*`")
+    text = _SPACES.sub(" ", without_text_commands(text)).strip(" .,;:!\"'*`")
     if not _WORDS.fullmatch(text) or not _WORD.search(text):
         return None
     text = text.casefold()
@@ -182,7 +204,7 @@ def _choice(text: str) -> tuple[str, str] | None:
     """Return (choice letters in order, the value behind a single one), or None where the text is no choice."""
     if len(text) > 300:
         return None
-    text = _SPACES.sub(" ", _without_text_commands(text)).strip()
+    text = _SPACES.sub(" ", without_text_commands(text)).strip()
     if (bare := _CHOICE.fullmatch(text)) is not None and (letter := bare.group(bare.lastindex or 0)).isupper():
         return letter, ""
     if _CHOICES.fullmatch(text):
@@ -209,17 +231,45 @@ def compare_choices(gold: str, answer: str) -> bool | None:
     return None if len(golds[0]) > 1 or len(answers[0]) > 1 else False
 
 
-def compare_expressions(gold: str, answer: str) -> tuple[bool, str]:
+def compare_expressions(gold: str, answer: str, work: int = MAX_WORK) -> tuple[bool, str]:
     """Compare every reading of one side with the same reading of the other; return (same, method)."""
     method = "exact"
     for golds, answers in zip(readings(gold), readings(answer), strict=True):
         for gold_tree in golds:
             for tree in answers:
-                comparison = AnswerComparison()
+                comparison = AnswerComparison(work)
                 if comparison.answers(gold_tree, tree):
                     return True, comparison.method
                 method = comparison.method
     return False, method
+
+
+def compare_forms(gold: str, answer: str) -> bool:
+    """Return whether the answers are the same without the words around them, such as "The answer is"."""
+    golds, answers = answers_of(gold), answers_of(answer)
+    pairs = [(g, a) for g in golds for a in answers][1 : MAX_FORM_PAIRS + 1]  # the first are the texts themselves
+    return any(compare_texts(g, a, FORM_WORK)[0] for g, a in pairs)
+
+
+def answers_of(text: str) -> list[str]:
+    """Return the text and its forms without words around it, as far as what they add is right."""
+    answers = [text]
+    for answer in answers:
+        if len(answers) > MAX_FORMS:
+            break
+        for form in forms(answer):
+            head = prepare(form.answer)
+            if head and head not in answers and _holds(head, form.relation, prepare(form.other)):
+                answers.append(head)
+    return answers
+
+
+def _holds(answer: str, relation: str, other: str) -> bool:
+    """Return whether what a form adds agrees with its answer: an equal value, a rounding, or a value it denies."""
+    if relation == "rounding":
+        exact, rounding = _tree(answer, True), _tree(other, True)
+        return exact is not None and rounding is not None and AnswerComparison(FORM_WORK).is_rounding(exact, rounding)
+    return not relation or compare_texts(answer, other, FORM_WORK)[0] == (relation == "same")
 
 
 def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
@@ -229,6 +279,9 @@ def readings(text: str) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
     """
     first = _tree(text, True)
     plain: tuple[Node, ...] = () if first is None else (first,)
+    if (cycle := _CYCLE.fullmatch(text)) is not None:
+        repeating = _tree(rf"{cycle[1]}\overline{{{cycle[2]}}}", True)
+        plain += () if repeating is None else (repeating,)
     if _DECIMAL_COMMA.fullmatch(text) and (decimal := _tree(text.replace(",", "."), True)) is not None:
         plain += (decimal,)
     if not _GROUPED.search(text) or _ZERO_GROUP.search(text):

@@ -14,7 +14,7 @@ from oreal_megatron.math_equality.tree import Node, walk
 
 Point = Callable[[str], Fraction]
 INTEGER_LETTERS = frozenset("nmkjNMK")  # taken for integers beside floors and powers of -1
-_STEPS = ("floor", "ceil", "gcd", "lcm")
+_STEPS = ("floor", "ceil", "gcd", "lcm", "mod")
 _ROOTS = frozenset(("sqrt", "root", "ln", "log", "lg"))
 MAX_CONSTANTS = 6
 MAX_NODES = 24_000  # visited in one comparison: longer expressions are compared at fewer points

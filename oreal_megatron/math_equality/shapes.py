@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
@@ -57,17 +58,56 @@ def _measured(node: Node) -> Quantity:
     return Quantity(number, None if percent else unit or inner.unit, percent)
 
 
+def is_set(node: Node) -> bool:
+    """Return whether a node is a set in braces, or the empty set."""
+    return node[0] == "set" or node == ("const", "empty")
+
+
+def same_order(gold: Sequence[Node], predicted: Sequence[Node]) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
+    """Return the values of (x, y) = (1, 2) and (y, x) = (2, 1) in one order; None for other relations."""
+    sides = (*gold, *predicted)
+    if any(side[:3] != ("tuple", "(", ")") for side in sides) or len({len(side[3]) for side in sides}) > 1:
+        return None
+    names, values = gold[0][3], predicted[0][3]
+    if any(name[0] != "atom" for name in names) or sorted(names) != sorted(values) or len(set(names)) < len(names):
+        return None
+    order = [values.index(name) for name in names]
+    return (gold[1],), (("tuple", "(", ")", tuple(predicted[1][3][i] for i in order)),)
+
+
+def correspondence(items: tuple[Node, ...], ops: tuple[str, ...]) -> list[str] | None:
+    """Return the pairs of corners of two similar or congruent triangles; None for other relations."""
+    if ops[0] not in ("cong", "sim") or any(item[:2] != ("fn", "triangle") for item in items):
+        return None
+    first, second = (re.findall(r"[A-Z](?:'*|_\{?\d\}?)", item[2][0][1]) for item in items)
+    return sorted(f"{a}{b}" for a, b in zip(first, second, strict=True)) if len(first) == len(second) == 3 else None
+
+
 def lettered(quantity: Quantity, other: Quantity) -> Quantity:
     """Read 5m, 5m^2 and 5L as 5 metres, 5 square metres and 5 litres where the other side has such a unit."""
     node = quantity.node
-    if quantity.unit is not None or other.unit is None or node[0] != "mul":
+    if quantity.unit is not None or other.unit is None or node[0] not in ("mul", "div"):
         return quantity
+    if node[0] == "div":
+        return _letters_per_letter(quantity, other)
     *factors, last = node[1]
     last, power = (last[1], last[2]) if last[0] == "pow" else (last, ("num", Fraction(1), None))
     unit = units.letter(last[1], int(power[1])) if last[0] == "atom" and power[0] == "num" else None
     if unit is None or units.factor(other.unit, unit) is None or other.unit == "unit":
         return quantity
     return Quantity(factors[0] if len(factors) == 1 else ("mul", tuple(factors)), unit, quantity.percent)
+
+
+def _letters_per_letter(quantity: Quantity, other: Quantity) -> Quantity:
+    """Read 15m/s and 9.8m/s^2 as a rate where the other side has that unit."""
+    top, bottom = quantity.node[1:]
+    below, power = (bottom[1], f"^{bottom[2][1]}") if bottom[0] == "pow" and bottom[2][0] == "num" else (bottom, "")
+    if top[0] != "mul" or top[1][-1][0] != "atom" or below[0] != "atom" or other.unit is None:
+        return quantity
+    *factors, last = top[1]
+    if units.canonical(f"{last[1]}/{below[1]}{power}") != other.unit:
+        return quantity
+    return Quantity(factors[0] if len(factors) == 1 else ("mul", tuple(factors)), other.unit, quantity.percent)
 
 
 def is_time(node: Node) -> bool:

@@ -18,6 +18,7 @@ from oreal_megatron.math_equality.lexer import ParseError
 
 Node: TypeAlias = tuple[Any, ...]  # the fields depend on the kind: see above
 MAX_EXPONENT = 200  # of a number written 1e200; beyond it the number is a power that is not built
+DOUBLE_DIGITS = 15  # behind the point of a double as programs print it: 3.3333333333333335e-05
 MAX_TREE_DEPTH = 120  # well inside Python's own recursion limit
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
@@ -32,7 +33,9 @@ def number(text: str) -> Node:
         return ("num", value, len(mantissa.partition(".")[2]) or None)
     if abs(int(exponent)) > MAX_EXPONENT:
         return ("mul", (("num", value, None), ("pow", ("num", Fraction(10), None), ("num", Fraction(exponent), None))))
-    return ("num", value * Fraction(10) ** int(exponent), None)
+    digits = mantissa.partition(".")[2]
+    places = len(digits) - int(exponent) if len(digits) >= DOUBLE_DIGITS else None
+    return ("num", value * Fraction(10) ** int(exponent), places if places and places > 0 else None)
 
 
 def repeating(text: str) -> Node:
@@ -114,6 +117,39 @@ def times(a: Node, b: Node) -> Node:
     return ("mul", (a[1] if a[0] == "mul" else (a,)) + (b[1] if b[0] == "mul" else (b,)))
 
 
+def cross(a: Node, b: Node) -> Node:
+    """Return a vector product. Its operands have one order, so that a x b is -(b x a)."""
+    return ("fn", "cross", (a, b)) if key(a) <= key(b) else ("neg", ("fn", "cross", (b, a)))
+
+
+def remainder(a: Node, b: Node) -> Node:
+    """Return a mod b, a number."""
+    return ("fn", "mod", (a, b))
+
+
+def quotient(top: Node, bottom: Node) -> Node:
+    r"""Return a fraction, or a derivative, in which d is no letter: \frac{dy}{dx}, \frac{d^2}{dx^2}, 2 dy/dx."""
+    factors = top[1] if top[0] == "mul" else (top,)
+    start = next((i for i, factor in enumerate(factors) if _is_d(factor)), None)
+    below: tuple[Node, ...] = bottom[1] if bottom[0] == "mul" else ()
+    if start is None or len(below) < 2 or not _is_d(below[0]) or below[0][0] != "atom":
+        return ("div", top, bottom)
+    derivative: Node = ("fn", "derivative", (("tuple", "(", ")", factors[start:]), ("tuple", "(", ")", below)))
+    return derivative if start == 0 else ("mul", (*factors[:start], derivative))
+
+
+def _is_d(node: Node) -> bool:
+    """Return whether a node is d or its power: d, d^2, and the same of partial derivatives."""
+    return node in (("atom", "d"), ("atom", "\\partial")) or node[0] == "pow" and _is_d(node[1])
+
+
+def length(node: Node) -> Node:
+    """Return what |AB| holds where the bars hold a vector from A to B: the length has no direction."""
+    if node[:2] != ("fn", "vec") or len(node[2][0][1]) != 2:
+        return node
+    return ("mul", tuple(("atom", point) for point in node[2][0][1]))
+
+
 def depth(node: Node) -> int:
     """Count the levels of a tree, without recursion."""
     levels, row = 0, [node]
@@ -146,8 +182,10 @@ def key(node: Node) -> str:
         return str(node[1])
     if node[0] in _NAMED:
         return str(node[1])
-    if node[0] in ("add", "mul", "set", "union"):
+    if node[0] in ("add", "mul", "union"):
         return f"{node[0]}({';'.join(sorted(_flat_keys(node)))})"
+    if node[0] == "set":  # a set of sets is not the set of their elements
+        return f"set({';'.join(sorted(map(key, node[1])))})"
     return f"{node[0]}({';'.join(_key_of_field(part) for part in node[1:])})"
 
 

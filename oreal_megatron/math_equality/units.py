@@ -11,17 +11,24 @@ _TIME = {"second": "1", "minute": "60", "hour": "3600", "day": "86400", "week": 
 _MASS = {"mg": "1/1000", "g": "1", "kg": "1000"}
 _MONEY = {"cent": "1/100", "dollar": "1"}
 _VOLUME = {"ml": "1/1000", "liter": "1"}
-_FACTORS = {
-    name: (dimension, Fraction(factor))
-    for dimension, table in (
-        ("length", _LENGTH),
-        ("time", _TIME),
-        ("mass", _MASS),
-        ("money", _MONEY),
-        ("volume", _VOLUME),
-    )
-    for name, factor in table.items()
-}
+_PREFIXES = {"G": ("giga", "1e9"), "M": ("mega", "1e6"), "k": ("kilo", "1e3"), "": ("", "1"), "m": ("milli", "1e-3")}
+_PHYSICAL = {"N": "newton", "J": "joule", "V": "volt", "W": "watt", "Hz": "hertz", "Pa": "pascal", "A": "ampere",
+             "C": "coulomb", "mol": "mol", "eV": "electronvolt"}  # fmt: skip
+# symbols whose capitals matter, with the names they stand for: kPa, MHz, mA
+SYMBOLS = {p + s: word + name for s, name in _PHYSICAL.items() for p, (word, _) in _PREFIXES.items()} | {
+    "K": "kelvin", "T": "tesla", "F": "farad", "kWh": "kilowatthour", "hPa": "hectopascal", "m": "m", "g": "g",
+    "s": "second", "h": "hour", "L": "liter", "cm": "cm", "mm": "mm", "km": "km", "kg": "kg", "mg": "mg", "mL": "ml",
+    "rpm": "rpm", "dB": "decibel",
+}  # fmt: skip
+_TABLES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("length", _LENGTH),
+    ("time", _TIME),
+    ("mass", _MASS),
+    ("money", _MONEY),
+    ("volume", _VOLUME),
+    *((name, {word + name: factor for word, factor in _PREFIXES.values()}) for name in _PHYSICAL.values()),
+)
+_FACTORS = {name: (dimension, Fraction(factor)) for dimension, table in _TABLES for name, factor in table.items()}
 _SYNONYMS = {
     "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm", "decimeter": "dm", "meter": "m",
     "metre": "m", "kilometer": "km", "kilometre": "km", "in": "inch", "inches": "inch", "ft": "foot", "feet": "foot",
@@ -34,12 +41,13 @@ _SYNONYMS = {
     "立方厘米": "cm^3", "立方米": "m^3", "小时": "hour", "分钟": "minute", "分": "minute", "秒": "second", "天": "day",
     "度": "degree", "千克": "kg", "克": "g", "元": "yuan", "个": "unit", "只": "unit", "人": "unit",
     "种": "unit", "次": "unit",
+    "amp": "ampere", "mole": "mol",
     "岁": "year", "cu": "cubic", "lbs": "pound", "lb": "pound", "oz": "ounce", "p.m": "pm", "a.m": "am",
 }  # fmt: skip
 _KNOWN = frozenset(_FACTORS) | frozenset(_SYNONYMS.values()) | frozenset(
     "unit percent degree radian euro yen rupee yuan pound ounce ton tonne gallon quart pint cup acre hectare year "
-    "month calorie joule watt newton volt ampere kelvin celsius hertz person people men women children child sheep "
-    "fish mice geese feet way point minute am pm".split()
+    "month calorie kelvin tesla farad kilowatthour hectopascal decibel rpm celsius ohm person people men women "
+    "children child sheep fish mice geese feet way point minute am pm".split()
 )  # fmt: skip
 _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
                 "dozen": 12, "万": 10**4, "亿": 10**8}  # fmt: skip
@@ -70,6 +78,12 @@ def _singular(word: str) -> str:
     return _SYNONYMS.get(word, word)
 
 
+def _part(word: str) -> str:
+    """Return the name of one word of a unit: a symbol as it is written, other words without capitals and plural."""
+    symbol, caret, power = word.partition("^")
+    return SYMBOLS[symbol] + caret + power if symbol in SYMBOLS else _singular(word.lower())
+
+
 def _is_plural(word: str) -> bool:
     return len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
 
@@ -87,11 +101,12 @@ def canonical(words: str) -> str | None:
 
     Accepted are known units, and plurals without a word of arithmetic ("halves", "to the third", "factorial").
     """
-    text = words.lower().strip(" .").replace("{", "").replace("}", "")
+    text = words.strip(" .").replace("{", "").replace("}", "").replace("\\cdot", " ")
     if not text.isascii():
-        return _cjk(text)
+        return _cjk(text.lower())
     text = re.sub(r"\s*\^\s*", "^", re.sub(r"(?<=\w)-(?=\w)", " ", text)).replace("/", " per ")
-    parts = [_singular(part) for part in text.split()]
+    parts = [_part(part) for part in text.split()]
+    text = text.lower()
     if len(parts) > MAX_WORDS or not all(re.fullmatch(r"[a-z.']+(?:\^[23])?", part) for part in text.split()):
         return None
     if any(_ARITHMETIC.fullmatch(part) for part in text.split()) or "percent" in parts[:-1] or text == "per cent":
@@ -119,7 +134,7 @@ def _cjk(text: str) -> str | None:
 
 def letter(name: str, power: int) -> str | None:
     """Return the unit that a single letter behind a number stands for, or None."""
-    unit = {"m": "m", "g": "g", "s": "second", "h": "hour", "L": "liter", "l": "liter"}.get(name)
+    unit = "liter" if name == "l" else SYMBOLS.get(name) if len(name) == 1 else None
     return unit if unit is None or power == 1 else f"{unit}^{power}"
 
 

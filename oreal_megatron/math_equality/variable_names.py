@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from oreal_megatron.math_equality import units
 from oreal_megatron.math_equality.evaluator import has_variables, is_opaque
-from oreal_megatron.math_equality.tree import Node, key, walk
+from oreal_megatron.math_equality.tree import Node, key, rename_letters, walk
 
 
 def _is_name(node: Node, depth: int = 0) -> bool:
@@ -96,3 +96,42 @@ def assignments(items: tuple[Node, ...]) -> bool:
     """Return whether every item has its own unknown: AB = 4, CD = 5. The roots x_1 = 2, x_2 = 3 share one."""
     names = [named(unindexed(item))[0] for item in items]
     return len(items) > 1 and None not in names and len(set(names)) == len(items)
+
+
+def split_approximation(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """Split "sqrt(5) ~ 2.236" into the exact answer and the approximations behind it; x ~ 3 has none."""
+    if node[0] != "rel" or "~" not in node[2] or not set(node[2]) <= {"=", "~"}:
+        return node, ()
+    items, ops = node[1], node[2]
+    at = ops.index("~") + 1
+    if at == 1 and has_variables(items[0]) and _is_name(items[0]):
+        return node, ()
+    return (items[0] if at == 1 else ("rel", items[:at], ops[: at - 1])), items[at:]
+
+
+def without_parameter(gold: Node, predicted: Node) -> tuple[Node, Node] | None:
+    """Return both answers without "k in Z" where one side leaves it out, or names the integer by another letter.
+
+    None where neither side has such a parameter, or both have the same.
+    """
+    (g, letter), (p, other) = _parameter(gold), _parameter(predicted)
+    if letter == other:
+        return None
+    if letter and other:
+        if any(part == ("atom", letter) for part in walk(p)):
+            return None
+        p = rename_letters(p, {other: letter})
+    return g, p
+
+
+def _parameter(node: Node) -> tuple[Node, str]:
+    """Return an answer without its last item "k in Z", and k; an answer without such an item has no letter."""
+    if node[0] != "list" or len(node[1]) < 2 or node[2:]:
+        return node, ""
+    *items, last = node[1]
+    if last[0] != "rel" or last[2] != ("in",) or last[1][0][0] != "atom" or last[1][1] != ("const", "set Z"):
+        return node, ""
+    letter = last[1][0][1]
+    if not any(part == ("atom", letter) for item in items for part in walk(item)):
+        return node, ""
+    return (items[0] if len(items) == 1 else ("list", tuple(items))), letter

@@ -5,4 +5,4 @@ judge_prompt, verdict_cache, judge (HTTP); futures, grader (rules and judge toge
 step, on every rank); grade_file, file_summary (`oreal verify`).
 """
 
-VERSION = "2"  # of the verdicts: increases with any change that can turn one verdict into another
+VERSION = "3"  # of the verdicts: increases with any change that can turn one verdict into another

@@ -1,0 +1,75 @@
+r"""Gold answers as data sets give them: solutions with the answer at their end, and text damaged by JSON escapes.
+
+`"\frac12"` with one backslash is a form feed and "rac12" in JSON; such a gold can be matched by no response.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from oreal_megatron.math_equality import extract, lexer
+
+_HASHES = re.compile(r"####[ \t]*(\S[^\n]*?)[ \t]*\n*$")
+_TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>\s*$", re.DOTALL | re.IGNORECASE)
+_ONLY_A_BOX = re.compile(r"[\s$]*\\boxed\b.*", re.DOTALL)
+_ESCAPED = {"\a": "a", "\b": "b", "\t": "t", "\n": "n", "\v": "v", "\f": "f", "\r": "r"}
+_DAMAGED = re.compile(r"([\a\b\t\n\v\f\r])(?!ext\{\d+\})([A-Za-z]+)")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\t(?=ext\\{)")
+_SHORT_FRACTION = re.compile(r"\\([dt]?)f(?:r|ra|rc|ac)?(?=\s*\{[^{}]*\}\s*\{)")
+_LOST_BACKSLASH = re.compile(r"(?<![\\A-Za-z])(?:(?:[dt]?frac|rac|oxed|inom)(?=\s*[\d{])|ext(?=\{[^\d}]))")
+_WITH_BACKSLASH = {"rac": "frac", "oxed": "boxed", "ext": "text", "inom": "binom"}
+
+
+class Gold(NamedTuple):
+    """A gold answer and what was done to read it: "" (nothing), "solution" or "escapes"."""
+
+    answer: str
+    change: str = ""
+
+
+@lru_cache(maxsize=4096)
+def read_gold(text: str) -> Gold:
+    """Return the gold answer of a text: behind ####, in the box or tag that ends a solution, with escapes repaired."""
+    if text.isalnum():
+        return Gold(text)
+    repaired = repair_escapes(text)
+    answer = _answer_in_solution(repaired)
+    if answer is not None:
+        return Gold(answer, "solution")
+    return Gold(repaired, "escapes" if repaired != text else "")
+
+
+def is_damaged(text: str) -> bool:
+    """Return whether a gold holds characters of JSON escapes that cannot be repaired: backspace, form feed, NUL."""
+    return bool(_CONTROL.search(repair_escapes(text)))
+
+
+def _answer_in_solution(text: str) -> str | None:
+    """Return the answer that a solution ends in; None for a text that is an answer."""
+    if (marked := _HASHES.search(text) or _TAG.search(text)) is not None:
+        return str(marked.group(1))
+    if "\\boxed" not in text and "\\fbox" not in text or _ONLY_A_BOX.fullmatch(text) and text.count("\\boxed") == 1:
+        return None
+    boxed = extract.from_boxes(text)
+    return None if boxed is None else boxed.joined or boxed.answer
+
+
+def repair_escapes(text: str) -> str:
+    """Return the text with commands instead of the characters that JSON escapes made of them."""
+    text = _DAMAGED.sub(_command, text)
+    if "\\" in text:
+        text = _SHORT_FRACTION.sub(r"\\\1frac", text)
+    return _LOST_BACKSLASH.sub(lambda lost: "\\" + _WITH_BACKSLASH.get(lost.group(), lost.group()), text)
+
+
+def _command(damaged: re.Match[str]) -> str:
+    """Return the command that an escape and the letters behind it were, where a command begins so."""
+    letters = _ESCAPED[damaged.group(1)] + damaged.group(2)
+    if damaged.group(1) in "\n\t" and damaged.group(2) in ("frac", "dfrac"):
+        return "\\" + damaged.group(2)  # a tab before a fraction, which was \tfrac, or lost its backslash
+    for length in range(len(letters), 1, -1):
+        if letters[:length] in lexer.COMMANDS and (length == len(letters) or damaged.group(1) not in "\n\t\r"):
+            return "\\" + letters[:length] + (" " if length < len(letters) else "") + letters[length:]
+    return damaged.group()
