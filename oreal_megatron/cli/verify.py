@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oreal_megatron import config
 from oreal_megatron.runtime import files
+from oreal_megatron.runtime.exit_codes import BAD_INPUT
 from oreal_megatron.verify.file_summary import FileSummary
 from oreal_megatron.verify.grade_file import grade_lines
 from oreal_megatron.verify.grader import Grader, JudgesDown
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Grade the file; return the exit code.
+    """Grade the file; return the exit code: that of bad input where a line cannot be graded.
 
     Raises ConfigError for bad arguments, RunStopped when no judge answers or no worker process starts.
     """
@@ -53,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
         with (
             Grader(settings) as grader,
             args.input.open("rb") as lines,
-            args.output.open("w") as out,
+            files.open_output(args.output) as out,
             _progress() as bar,
         ):
-            task = bar.add_task("grading", total=_count_lines(args.input))
+            task = bar.add_task("grading", total=files.count_lines(args.input))
             for line in grade_lines(grader, lines, lambda error: _report(bar.console, error)):
                 out.write(json.dumps(line.output()) + "\n")
                 summary.add(line)
@@ -64,18 +66,17 @@ def run(args: argparse.Namespace) -> int:
     except (JudgesDown, PoolBroken) as error:
         raise config.RunStopped(f"{error}. {args.output} holds the answers graded so far") from error
     summary.print(Console())
-    return 0
+    if summary.unreadable:
+        total = summary.unreadable + len(summary.seconds)
+        print(f"{summary.unreadable} of {total} lines could not be graded; fix them (they are named above)")
+    return BAD_INPUT if summary.unreadable else 0
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot be right, before any process starts."""
-    if not args.input.is_file():
-        needs = "give a JSONL file with `gold` and `pred` (or `response`) on each line"
-        raise config.ConfigError(f"{args.input} is not a file; {needs}")
-    if args.output.exists() and args.output.samefile(args.input):
-        raise config.ConfigError(f"the output {args.output} is the input; give another name")
-    if not args.output.parent.is_dir():
-        raise config.ConfigError(f"the folder {args.output.parent} of the output does not exist; create it first")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise config.ConfigError("verify runs in one process; start it without --processes, and set --workers instead")
+    files.check(args.input, args.output)
     if args.workers < 1 or args.timeout <= 0:
         got = f"got {args.workers} and {args.timeout:g}"
         raise config.ConfigError(f"--workers must be at least 1 and --timeout above 0, {got}")
@@ -91,8 +92,3 @@ def _report(console: Console, error: str) -> None:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True, soft_wrap=True), transient=True)
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.data import chat_template, key_map
+from oreal_megatron.data import chat_template, golds, key_map
 from oreal_megatron.data.lines import Line, read_lines
+from oreal_megatron.math_equality import read_gold
 from oreal_megatron.records import Prompt, Sample
 from oreal_megatron.runtime import distributed, files
 
@@ -49,9 +50,19 @@ def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS) -> list[Line]:
     """Read lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
 
     Accepts benchmarks' names `problem` and `answer` for the first two, further names by `keys` (data.keys), chat
-    messages as a question, whose system message becomes `system_prompt`, and a number as an answer.
+    messages as a question, whose system message becomes `system_prompt`, and a number as an answer. A gold answer that
+    is a solution gives its answer, one damaged by JSON escapes is repaired; both are logged with their lines.
     """
-    return [_read_problem(f"{path} line {number}", line, keys) for number, line in read_lines(path)]
+    lines, read = [], {}
+    for number, raw in read_lines(path):
+        line = _read_problem(f"{path} line {number}", raw, keys)
+        text = line["gold_answer"]
+        gold = read_gold(text)
+        if gold.change:
+            read[number] = text, gold
+        lines.append(line | {"gold_answer": gold.answer})
+    golds.report_changes(path, read, number_ranges)
+    return lines
 
 
 def _read_problem(name: str, line: Line, keys: Mapping[str, str]) -> Line:

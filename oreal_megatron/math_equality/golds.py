@@ -13,6 +13,10 @@ from oreal_megatron.math_equality import extract, lexer
 
 _HASHES = re.compile(r"####[ \t]*(\S[^\n]*?)[ \t]*\n*$")
 _TAG = re.compile(r"<answer>\s*(.*?)\s*</answer>\s*$", re.DOTALL | re.IGNORECASE)
+_PHRASE = re.compile(r"(?:the|final)\s+answer(?:\s+is|\s*:)", re.IGNORECASE)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+SHORT = 12  # characters of a gold that is no solution
+MAX_ANSWER, MAX_WORDS = 300, 30  # characters and words above which a text without a marked answer is a solution
 _ONLY_A_BOX = re.compile(r"[\s$]*\\boxed\b.*", re.DOTALL)
 _ESCAPED = {"\a": "a", "\b": "b", "\t": "t", "\n": "n", "\v": "v", "\f": "f", "\r": "r"}
 _DAMAGED = re.compile(r"([\a\b\t\n\v\f\r])(?!ext\{\d+\})([A-Za-z]+)")
@@ -41,15 +45,19 @@ def read_gold(text: str) -> Gold:
     return Gold(repaired, "escapes" if repaired != text else "")
 
 
-def is_damaged(text: str) -> bool:
-    """Return whether a gold holds characters of JSON escapes that cannot be repaired: backspace, form feed, NUL."""
-    return bool(_CONTROL.search(repair_escapes(text)))
+def is_unusable(text: str) -> bool:
+    """Return whether no response can match a gold: characters of lost escapes, or a solution without its answer."""
+    return bool(_CONTROL.search(text)) or len(text) > MAX_ANSWER and len(_WORD.findall(text)) > MAX_WORDS
 
 
 def _answer_in_solution(text: str) -> str | None:
     """Return the answer that a solution ends in; None for a text that is an answer."""
     if (marked := _HASHES.search(text) or _TAG.search(text)) is not None:
         return str(marked.group(1))
+    phrases = [match.start() for match in _PHRASE.finditer(text)] if len(text) > SHORT else []
+    if phrases and "\\boxed" not in text[phrases[-1] :]:
+        extracted = extract.from_text(text[phrases[-1] :])
+        return None if extracted is None else extracted.answer
     if "\\boxed" not in text and "\\fbox" not in text or _ONLY_A_BOX.fullmatch(text) and text.count("\\boxed") == 1:
         return None
     boxed = extract.from_boxes(text)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from oreal_megatron.math_equality import extract
 from oreal_megatron.math_equality.compare_answers import AnswerComparison
 from oreal_megatron.math_equality.compare_values import MAX_WORK
-from oreal_megatron.math_equality.golds import read_gold, repair_escapes
+from oreal_megatron.math_equality.golds import is_unusable, read_gold, repair_escapes
 from oreal_megatron.math_equality.lexer import ParseError
 from oreal_megatron.math_equality.normalise import normalise, unicode_to_latex
 from oreal_megatron.math_equality.parser import parse
@@ -93,8 +93,12 @@ def grade_extracted(gold: str, extracted: extract.ExtractedAnswer) -> Graded:
 
 
 def equals_itself(gold: str) -> bool:
-    """Return whether a gold answer can be graded: its own repetition in a box is correct."""
-    return bool(gold.strip()) and grade(gold, f"\\boxed{{{gold}}}").outcome == "correct"
+    """Return whether a gold answer can be graded: its own repetition in a box is correct.
+
+    Damaged text and solutions without a recognisable answer are no golds, though they repeat themselves.
+    """
+    gold = read_gold(gold).answer
+    return bool(gold.strip()) and not is_unusable(gold) and grade(gold, f"\\boxed{{{gold}}}").outcome == "correct"
 
 
 def compare_integers(gold: str, answer: str) -> bool | None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from oreal_megatron.records import Outcome
 from oreal_megatron.verify import VERSION
-from oreal_megatron.verify.grade_file import FileLine
+from oreal_megatron.verify.grade_file import FileLine, read_label
 
 MAX_KINDS = 12  # with more kinds, only those with an error are listed
 EXCLUDED = "convention"  # kinds that begin so are graded and left out of the accuracy: people differ on them
@@ -24,6 +24,7 @@ class FileSummary:
         self.outcomes: Counter[str] = Counter()
         self.methods: Counter[str] = Counter()
         self.seconds: list[float] = []
+        self.unreadable = 0  # lines that cannot be graded
         self.kinds: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, line: FileLine) -> None:
@@ -32,16 +33,17 @@ class FileSummary:
         self.outcomes[outcome.value] += 1
         self.methods[line.verdict.method] += 1
         if line.error:
+            self.unreadable += 1
             return
         self.seconds.append(line.verdict.seconds)
-        label = line.fields.get("label")
+        label = read_label(line.fields)
         if label is None:
             return
         kind = self.kinds[str(line.fields.get("kind", "all"))]
         kind["pairs"] += 1
         kind["agreeing"] += outcome is (Outcome.CORRECT if label else Outcome.INCORRECT)
         kind["false accepts"] += outcome is Outcome.CORRECT and not label
-        kind["false rejects"] += outcome is not Outcome.CORRECT and bool(label)
+        kind["false rejects"] += outcome is not Outcome.CORRECT and label
 
     def print(self, console: Console) -> None:
         """Print the summary, wrapped to the console's width."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from typing import Any
 from oreal_megatron.records import Outcome, Verdict
 from oreal_megatron.verify.grader import Grader
 
+_LABELS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 WINDOW = 1000  # lines submitted at once: memory stays small for a file of any length
 
 
@@ -38,14 +40,42 @@ def read_line(number: int, raw: bytes) -> FileLine:
         fields = json.loads(raw)
     except ValueError as error:  # UnicodeDecodeError is one too
         return FileLine({"line": number}, f"line {number} is not JSON: {error}")
+    except RecursionError:
+        return FileLine({"line": number}, f"line {number} is nested too deeply to be read; expected a flat object")
     if not isinstance(fields, dict):
         return FileLine({"line": number}, f"line {number} holds a {type(fields).__name__}, expected an object")
+    return FileLine(fields, _fault(number, fields))
+
+
+def _fault(number: int, fields: dict[str, Any]) -> str:
+    """Return why the fields of a line cannot be graded; empty where they can."""
     answer = "pred" if "pred" in fields else "response"
-    missing = [name for name in ("gold", answer) if not isinstance(fields.get(name), (str, int, float))]
-    if missing:
-        needs = f"line {number} needs text in `gold` and in `pred` or `response`"
-        return FileLine(fields, f"{needs}; fix `{missing[0]}`")
-    return FileLine(fields)
+    for name in ("gold", answer):
+        if not isinstance(fields.get(name), (str, int, float)):
+            return f"line {number} needs text in `gold` and in `pred` or `response`; fix `{name}`"
+        if isinstance(fields[name], float) and not math.isfinite(fields[name]):
+            return f"line {number}: `{name}` is {fields[name]}, no JSON value; write null for a missing one, or a text"
+    for name in ("gold", answer, "question"):
+        try:
+            str(fields.get(name, "")).encode()
+        except UnicodeEncodeError:
+            return f"line {number}: `{name}` holds half of a character (a lone surrogate); remove it"
+    try:
+        read_label(fields)
+    except ValueError as error:
+        return f"line {number}: {error}"
+    return ""
+
+
+def read_label(fields: dict[str, Any]) -> bool | None:
+    """Return the label of a line: 1, 0, true, false, or such a text; None without one. Raises ValueError for others."""
+    label = fields.get("label")
+    if label is None:
+        return None
+    known = _LABELS.get(str(label).strip().lower())
+    if known is None:
+        raise ValueError(f"`label` is {label!r:.80}; expected 1 (the answer is the gold answer) or 0")
+    return known
 
 
 def grade_lines(grader: Grader, lines: Iterable[bytes], report: Callable[[str], None]) -> Iterator[FileLine]:

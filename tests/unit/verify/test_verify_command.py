@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_a_line_that_cannot_be_graded_is_reported_and_unknown(oreal_verify):
         {"gold": "2", "pred": "2"},
     ]
     code, rows, printed = oreal_verify(lines)
-    assert code == 0 and [row["verdict"] for row in rows] == [
+    assert code == 2 and [row["verdict"] for row in rows] == [
         "correct",
         "unknown",
         "unknown",
@@ -69,7 +70,37 @@ def test_a_line_that_cannot_be_graded_is_reported_and_unknown(oreal_verify):
         "correct",
     ]
     assert all(f"line {number} " in printed for number in (2, 3, 4, 5))
-    assert rows[3]["id"] == 9 and "line 4 needs" in rows[3]["error"] and "4 unknown (unknown 66.67%)" in printed
+    assert (
+        "4 of 6 lines could not be graded" in printed
+        and rows[3]["id"] == 9
+        and "line 4 needs" in rows[3]["error"]
+        and "4 unknown (unknown 66.67%)" in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"gold": NaN, "pred": "nan"}', "`gold` is nan"),
+        (b'{"gold": "1", "pred": Infinity}', "`pred` is inf"),
+        (b'{"gold": "1\\ud800", "pred": "1"}', "`gold` holds half of a character"),
+        (b'{"gold": "1", "response": "\\udc00 \\\\boxed{1}"}', "`response` holds half of a character"),
+        (b'{"gold": "1", "pred": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"gold": "1", "pred": "1", "label": "perhaps"}', "`label` is 'perhaps'"),
+        (b'{"gold": "1", "pred": "1", "label": [1]}', "`label` is [1]"),
+    ],
+)
+def test_values_that_are_no_text_are_named_with_their_line(oreal_verify, line, says):
+    code, rows, printed = oreal_verify([{"gold": "1", "pred": "1"}, line])
+    assert code == 2 and [row["verdict"] for row in rows] == ["correct", "unknown"]
+    assert "line 2" in printed and says in printed
+
+
+@pytest.mark.parametrize(("yes", "no"), [("1", "0"), ("true", "false"), ("True", "FALSE"), (1.0, 0.0), (True, False)])
+def test_labels_may_be_written_as_text(oreal_verify, yes, no):
+    lines = [{"gold": "1", "pred": "1", "label": yes}, {"gold": "1", "pred": "2", "label": no}]
+    code, _, printed = oreal_verify(lines)
+    assert code == 0 and "pairs 2, accuracy 100.00%, false accepts 0, false rejects 0" in printed
 
 
 def test_labels_give_accuracy_by_kind_and_conventions_stand_apart(oreal_verify):
@@ -95,9 +126,27 @@ def test_bad_arguments_are_refused_before_anything_starts(oreal_verify, tmp_path
         oreal_verify([{"gold": "1", "pred": "1"}], "--workers", "0")
     with pytest.raises(ConfigError, match="is not the URL"):
         oreal_verify([{"gold": "1", "pred": "1"}], "--judge", "localhost:8000")
+    with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+        run_on(tmp_path / "in.jsonl", tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written: .*; give another file"):
+        run_on(tmp_path / "in.jsonl", Path("/proc/out.jsonl"))
     (tmp_path / "out.jsonl").write_text("")
     with pytest.raises(ConfigError, match="is the input"):
         oreal_verify(None, source=tmp_path / "out.jsonl")
+
+
+def run_on(source, output):
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    return verify.run(parser.parse_args([str(source), str(output)]))
+
+
+def test_several_processes_are_refused_before_the_output_is_touched(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"gold": "1", "pred": "1"}')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="verify runs in one process; .*--workers"):
+        run_on(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_judge_decides_what_the_rules_cannot(oreal_verify, judge_server):
