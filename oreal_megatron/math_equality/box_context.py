@@ -15,7 +15,7 @@ _KNOWN = (
     r"fbox|mathbf|boldsymbol|bm|underline|lfloor|rfloor|lceil|rceil|overline|bar|currency)(?![A-Za-z])"
 )
 _STOP = re.compile(
-    r"\n|(?<!\\)\$|\\[()\[\]]|\\\\|[&=<>:;,?|\"“”…。，、：；]|\.(?!\d)|[^\x00-\x7f−–×·÷√°²³½]|"
+    r"\n|(?<!\\)\$|\\[()\[\]]|\\\\|(?<!\\)[&=<>:;,?|\"“”…。，、：；]|\.(?!\d)|[^\x00-\x7f−–×·÷√°²³½⁰-⁹⁻]|"
     r"\\(?:text[a-z]*|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}|"
     rf"\\(?!{_KNOWN})[A-Za-z]+|(?<![\\A-Za-z])(?!(?:sqrt|sin|cos|tan|log|ln)(?![A-Za-z]))[A-Za-z]{{2,}}"
 )
@@ -24,10 +24,12 @@ _CLEAR = re.compile(
     r"\\[,;:! ]|\*\*|__|~|`"
 )
 _OPERATOR = r"(?:[-+*/^_−–×·÷]|\\(?:times|cdot|ast|div|pm|mp)(?![A-Za-z]))"
+_TIMES = re.compile(r"^\s*[xX]\s*(?=10\s*\^)")
 _LEADING = re.compile(r"(?:\s|[*/^_×·÷]|\\(?:times|cdot|ast|div)(?![A-Za-z]))*")
 _TRAILING = re.compile(rf"(?:\s|{_OPERATOR})*$")
 # a space between two operands; in prose the first of them is not part of the expression
 _GAP = re.compile(rf"(?<![-+*/^_−–×·÷\s])(?<!times)(?<!cdot)(?<!div)(?<!pm)\s+(?!\s|{_OPERATOR}|[!)}}\]]|$)")
+_BEHIND_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+")
 _NOTHING = re.compile(r"[\s({\[+]*")
 _NOTHING_BEHIND = re.compile(r"[\s)}\]]*")
 _DASH = re.compile(r"\s*[-–−]\s+$")
@@ -45,16 +47,17 @@ _FILLER = (
     r"(?:\s+(?:be|equal(?:\s+to)?|the(?:\s+correct)?\s+answer|simply|just|exactly|really|actually|necessarily)){0,3}"
 )
 _DENIED = re.compile(
-    rf"(?:{_NEGATION}{_FILLER}|不是|不等于|并非|不为|而非|\\neq?(?![A-Za-z])|≠|!=|\\not\s*=?|~~|\\(?:[bx]?cancel|sout)\s*\{{)"
+    rf"(?:{_NEGATION}{_FILLER}|\b(?:wrong|incorrect)\s+answer(?:\s+(?:is|would\s+be))?\s*:?|不是|不等于|并非|不为|而非|\\neq?(?![A-Za-z])|≠|(?<![\w)}}])!=|\\not\s*=?|~~|\\(?:[bx]?cancel|sout)\s*\{{)"
     rf"{_BETWEEN}(?:\$?\s*[A-Za-z]\w?\s*=\s*)?{_BETWEEN}$"
 )
 _DENIED_BEHIND = re.compile(
     rf"{_BETWEEN_BEHIND}(?:(?:is|was|are|would\s+be|must\s+be|seems)\s+(?:clearly\s+|obviously\s+|also\s+)?"
     r"(?:wrong|incorrect|false|impossible|invalid|not\s+(?:the\b|correct|right|it\b|valid|possible|my\b|our\b|what\b|equal))|"
+    r",?\s*(?:but|which)\s+(?:(?:that|this|it)\s*)?(?:'s|is|was)\s+(?:wrong|incorrect|not\s+(?:right|correct))|"
     r"(?:is|was|ca)n't\s+(?:the\b|correct|right|it\b|valid|be\b|my\b)|不是|不对|是错)"
 )
 _SCALE_BEFORE = re.compile(
-    r"\b(negative|minus|twice|thrice|double|half(?:\s+of)?|triple|one\s+(?:half|third)\s+of|(?:square|cube)(?:\s+root)?\s+of|负)"
+    r"\b(negative|minus|(?:opposite|reciprocal|inverse|negative)\s+of|twice|thrice|double|half(?:\s+of)?|triple|one\s+(?:half|third)\s+of|(?:square|cube)(?:\s+root)?\s+of|负)"
     rf"(\s+|(?<=负)){_BETWEEN}$",
     re.IGNORECASE,
 )
@@ -108,7 +111,7 @@ def _left_part(before: str) -> str:
         outer = before[: stop.start()]
         if dash := _DASH.search(outer):
             return "-" if _COPULA.search(outer[: dash.start()]) else left
-        sign = re.search(r"(?:(?<=[\s(:=])|^)[-−]$|(?:(?<=[\s(])|^)\d+(?:\.\d+)?$", outer)
+        sign = re.search(r"(?:(?<=[\s(:=$])|^)[-−]$|(?:(?<=[\s(])|^)\d+(?:\.\d+)?$", outer)
         return sign.group() if sign else left
     return left
 
@@ -117,6 +120,7 @@ def _right_part(behind: str) -> str:
     """Return the text in front of the first stop; digits behind a thousands comma are part of it."""
     if thousands := re.match(r"(?:,\d{3})+(?!\d)", behind):
         return thousands.group()
+    behind = _TIMES.sub(r"\\times ", behind)
     stop = _STOP.search(behind)
     return behind[: stop.start()] if stop else behind
 
@@ -154,6 +158,7 @@ def _balanced(left: str, right: str) -> tuple[str, str]:
 
 def _left_operators(left: str, before: str, math: bool) -> str:
     """Return the operators and operands in front of a box; without those that are prose."""
+    left = _BEHIND_COMMAND.sub(r"\1~", left)  # the space of "\ln 5" is no gap
     if not math:
         gaps = [gap.end() for gap in _GAP.finditer(left + "5")]  # 5 stands for the box
         left = left[gaps[-1] :] if gaps else left

@@ -63,7 +63,8 @@ class AnswerComparison(ValueComparison):
     def approximations(self, gold: Node, predicted: Node) -> bool:
         """Compare answers of which one is followed by its own rounding: sqrt(5) ~ 2.236 is sqrt(5)."""
         (exact, roundings), (value, others) = split_approximation(gold), split_approximation(predicted)
-        if value[0] != "rel" and not all(self.is_rounding(value, other) for other in others):
+        sides = ((exact, roundings), (value, others))
+        if not all(self.is_rounding(v, other) for v, near in sides if v[0] != "rel" for other in near):
             return False  # where a name stands in front, x = 1/3 ~ 1.3, the value behind it counts
         if (exact, value) == (gold, predicted):  # x ~ 3: the name of a value
             values = self.without_names(gold, predicted)

@@ -26,6 +26,11 @@ _LOST_BACKSLASH = re.compile(r"(?<![\\A-Za-z])(?:(?:[dt]?frac|rac|oxed|inom)(?=\
 _WITH_BACKSLASH = {"rac": "frac", "oxed": "boxed", "ext": "text", "inom": "binom"}
 
 
+_SUSPECT = re.compile(
+    r"[\x00-\x1f\x7f]|[#<]|ox|answer|\\[dt]?f[rac]{0,2}\s*\{|(?<![\\dtc])frac|(?<!f)rac|(?<!t)ext\{|(?<!b)inom", re.I
+)
+
+
 class Gold(NamedTuple):
     """A gold answer and what was done to read it: "" (nothing), "solution" or "escapes"."""
 
@@ -36,7 +41,7 @@ class Gold(NamedTuple):
 @lru_cache(maxsize=4096)
 def read_gold(text: str) -> Gold:
     """Return the gold answer of a text: behind ####, in the box or tag that ends a solution, with escapes repaired."""
-    if text.isalnum():
+    if not _SUSPECT.search(text):
         return Gold(text)
     repaired = repair_escapes(text)
     answer = _answer_in_solution(repaired)

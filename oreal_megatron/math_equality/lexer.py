@@ -68,6 +68,8 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)")
 _REPEATING = re.compile(r"(\d*\.\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
 _CYCLE_IN_BRACKETS = re.compile(r"(\d*\.)\((\d{1,18})\)")
 _WITH_DOTS = re.compile(r"(\d*\.)(\d{3,60})\s*\\(?:ldots|dots|cdots|dotsc)(?![A-Za-z])")
+_BETWEEN_DOTS = re.compile(r"(\d*\.\d*)\\dot\s*\{?(\d)\}?\s*(\d{0,20})\s*\\dot\s*\{?(\d)\}?(?!\d)")  # 0.\dot{1}4\dot{2}
+_UNIT_BEFORE = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}\s*\\cdot$")
 MAX_CYCLE = 12  # digits of a cycle that is read from 0.1212...
 _VARIANTS = {"varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta"}
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])")
@@ -150,6 +152,10 @@ def _symbol(text: str, at: int) -> tuple[list[Token], int]:
 def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
     if not text[at : at + 1].isascii():
         raise ParseError(f"the digit {text[at]!r} is outside ASCII")
+    if (between := _BETWEEN_DOTS.match(text, at)) is not None:
+        return [
+            Token("rep", f"{between.group(1)}|{between.group(2)}{between.group(3)}{between.group(4)}")
+        ], between.end()
     if (repeating := _REPEATING.match(text, at) or _CYCLE_IN_BRACKETS.match(text, at)) is not None:
         if text[repeating.end() : repeating.end() + 1].isdigit():
             raise ParseError("digits stand behind a repeating decimal")
@@ -166,12 +172,15 @@ def _number(text: str, at: int, thousands: bool) -> tuple[list[Token], int]:
 
 
 def _cycle(digits: str) -> str:
-    """Return the cycle that digits end in: three times one digit, twice several; empty without one."""
+    """Return the cycle that most digits at the end repeat: three times one digit, twice several; empty without one."""
+    best, most = "", 0
     for length in range(1, MAX_CYCLE + 1):
-        cycle = digits[-length:]
-        if digits.endswith(cycle * (3 if length == 1 else 2)):
-            return cycle
-    return ""
+        cycle, times = digits[-length:], 1
+        while digits.endswith(cycle * (times + 1)):
+            times += 1
+        if times >= (3 if length == 1 else 2) and times * length > most:
+            best, most = cycle, times * length
+    return best
 
 
 def _letters(text: str, name: re.Match[str]) -> tuple[list[Token], int]:
@@ -295,7 +304,7 @@ def _text(text: str, name: str, start: int, at: int) -> tuple[list[Token], int]:
 def _behind_number(text: str, at: int) -> bool:
     """Return whether a digit or the bracket of a fraction stands directly before `at`."""
     before = text[:at].rstrip()
-    return before[-1:].isdigit() or before[-1:] == "}"
+    return before[-1:].isdigit() or before[-1:] == "}" or _UNIT_BEFORE.search(before[-40:]) is not None
 
 
 def _quantity(inner: str) -> list[Token]:

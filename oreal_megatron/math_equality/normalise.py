@@ -19,6 +19,7 @@ _CHARACTERS = {
     "≈": r"\approx ", "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "°": r"^\circ ",
     "º": r"^\circ ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "…": r"\ldots ",
     "⋯": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "≅": r"\cong ", "∼": r"\sim ", "∥": r"\parallel ", "⊥": r"\perp ", "∂": r"\partial ",
     "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "∠": r"\angle ", "△": r"\triangle ", "⟨": r"\langle ",
     "⟩": r"\rangle ",
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
@@ -121,6 +122,8 @@ def _unwrap(text: str) -> str:
 
 def _without_tail(text: str) -> str:
     """Remove trailing punctuation and row ends; an ellipsis is part of the answer."""
+    if text[-1:].isalnum() or text[-1:] == "}":
+        return text
     while not text.endswith(_ELLIPSES):
         shorter = text.rstrip(" \t\r\n.,;:。，；")
         shorter = shorter[:-2] if shorter.endswith("\\\\") else shorter
@@ -151,10 +154,10 @@ def _old_fractions(text: str) -> str:
 
 def normalise(text: str) -> str:
     """Return the spelling in which both sides are compared and parsed."""
-    text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text))
+    text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text) if "<" in text else text)
     if text.count("$") == 1:
         text = _DOLLARS.sub(r"\1\\$", text)
-    text = _THOUSANDS_SIGN.sub("", text).replace("...", r"\ldots ")
+    text = (_THOUSANDS_SIGN.sub("", text) if "," in text else text).replace("...", r"\ldots ")
     if "%" in text and "\n" in text:
         text = _COMMENT.sub("", text)
     if "10" in text:
@@ -167,11 +170,14 @@ def normalise(text: str) -> str:
         text = _replace_except_row_ends(_SIZE, _STYLE.sub("", text), "")
         text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
         text = _replace_except_row_ends(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
-    text = _EMPTY.sub(r"\1", text.replace("~", " "))
+    text = text.replace("~", " ")
+    text = _EMPTY.sub(r"\1", text) if "{" in text else text
     if "mod" in text:
         text = _MODULO.sub(r"\\pmod{\1}", text)
     missing = text.count("{") - text.count("}")
     if 0 < missing <= 3:
         text += "}" * missing  # the answer was cut before its last brace
-    text = _unwrap(_replace_except_row_ends(_DELIMITERS, _unwrap(text), " "))
+    text = _unwrap(text)
+    if "$" in text or "\\" in text:
+        text = _unwrap(_replace_except_row_ends(_DELIMITERS, text, " "))
     return text.replace(" ", ",") if _SPACED_THOUSANDS.fullmatch(text) else text

@@ -7,16 +7,16 @@ import re
 _MARKS = {
     "overrightarrow": "vec", "vec": "vec", "overline": "overline", "bar": "overline", "widehat": "hat", "hat": "hat",
     "overarc": "arc", "wideparen": "arc", "angle": "angle", "measuredangle": "angle", "sphericalangle": "angle",
-    "triangle": "triangle", "overleftrightarrow": "line",
+    "triangle": "triangle", "square": "square", "overleftrightarrow": "line",
 }  # fmt: skip
-_BARE = frozenset(("angle", "triangle"))  # marks whose letters need no braces
+_BARE = frozenset(("angle", "triangle", "square"))  # marks whose letters need no braces
 _POINT = r"[A-Za-z0-9]'*(?:_\{?[A-Za-z0-9]\}?)?"
 _IN_BRACES = re.compile(r"\s*\{((?:[^{}]|\{[^{}]{0,20}\}){2,60})\}")
 _BEHIND = re.compile(r"\s*((?:[A-Z]'*(?:_\{?[0-9]\}?)?\s*){2,6})(?![a-z])")
 _STYLE = re.compile(r"\\(?:mathrm|mathbf|mathit|text)(?![A-Za-z])|[\s{}]")
 _POINTS = re.compile(rf"(?:{_POINT}){{2,12}}")
 _VECTOR = (
-    r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow)\s*(?:\{\s*[A-Za-z][A-Za-z0-9_']{0,8}\s*\}|[A-Za-z](?![A-Za-z]))"
+    r"\\(?:vec|mathbf|boldsymbol|bm|overrightarrow|hat)\s*(?:\{\s*[A-Za-z][A-Za-z0-9_']{0,8}\s*\}|[A-Za-z](?![A-Za-z]))"
 )
 _VECTOR_BEFORE = re.compile(rf"{_VECTOR}(?:_\{{?\w\}}?)?\s*$")
 _VECTOR_BEHIND = re.compile(rf"\s*(?:\d+\s*)?{_VECTOR}")

@@ -47,7 +47,7 @@ class _Parser(Primaries):
             if self.take("rel", "=") is None:
                 return words
             return ("rel", (words, self.ratio()), ("=",))  # Area = 540
-        while self.peek() in (("rel", "=>"), ("rel", "="), ("rel", "~")):
+        while self.depth == 0 and self.peek() in (("rel", "=>"), ("rel", "="), ("rel", "~")):
             self.take()
         items, ops = [self.ratio()], []
         while (relation := self.take("rel")) is not None:
@@ -167,6 +167,8 @@ class _Parser(Primaries):
                 return tree.subscript(node, tree.number(base.value))
             if self.peek() in (("op", "^"), ("op", "/")):
                 words.append(self.advance().value + self.unit_part())
+            if self.peek() == ("op", "*") and self.peek(1).kind == "word":
+                self.take()  # N m
         return ("unit", node, " ".join(words)) if words else node
 
     def unit_part(self) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from oreal_megatron.math_equality.upright_text import without_text_commands
 
 MAX_CHARS = 300  # of an answer whose words are read
-_HINT = re.compile(r"[A-Za-z]{2}|\\approx|\(|:")
+_HINT = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|\\(?:approx|simeq|in|text|mathrm|mbox)(?![A-Za-z])|\(\s*=")
 _VERB = r"(?:is|are|equals|equal|becomes|be|=)(?:\s+(?:equal\s+to|exactly|simply|therefore|just))?"
 _PREFIX = re.compile(
     rf"(?P<words>[A-Za-z][A-Za-z ,']{{0,80}}?)\s*(?:(?<![A-Za-z]){_VERB}(?![A-Za-z])\s*:?|:)\s*(?P<answer>\S.*)",
@@ -24,7 +24,7 @@ _CONNECTIVE = re.compile(
     r"(?:\s+that)?\s*[,:]?\s+(?P<answer>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_STARTERS = frozenset("the so thus hence therefore our my it its this that there answer final result we value then "
+_STARTERS = frozenset("ans the so thus hence therefore our my it its this that there answer final result we value then "
                       "total correct required".split())  # fmt: skip
 _CHANGES = re.compile(
     r"\b(?:not|never|no|none|wrong|incorrect|false|except|unless|if|without|half|third|quarter|fifth|tenth|twice|double|triple|"
@@ -55,8 +55,12 @@ _BEHIND = re.compile(
     rf"(?P<answer>.{{1,200}}?)\s*(?:,\s*|\s)(?P<word>(?:{_SAME}\s*,?\s*)?(?<![A-Za-z]){_ABOUT}|{_SAME})\s*,?\s+(?P<other>.{{1,80}})",
     re.DOTALL,
 )
+_REASON = re.compile(
+    r"(?P<answer>[^()]{1,200}?)\s*\(\s*(?:since|because|as|see|in\s+(?:simplest|lowest|reduced)|simplified|exact|by|after|units?|final|"
+    r"in\s+(?:cm|m|km|degrees|radians|dollars|units))\b[^()]{0,80}\)"
+)
 _BASE = re.compile(
-    r"(?P<digits>\w{1,60}?)(?:_\{?(?P<base>\d{1,2})\}?)?\s*\(\s*(?:in\s+)?base[\s-]+(?P<named>\w{1,7})\s*\)"
+    r"(?P<digits>\w{1,60}?)(?:_\{?(?P<base>\d{1,2})\}?)?\s*\(?\s*(?:in\s+)?base[\s-]+(?P<named>\w{1,7})\s*\)?"
 )
 _PARAMETER = re.compile(
     r"(?P<answer>.{1,200}?)\s*[,;]?\s*\(?\s*(?:(?:where|for|with)\s+)?(?:(?:all|any|some|every|an?|each)\s+)?"
@@ -83,6 +87,8 @@ def forms(text: str) -> Iterator[Form]:
     for pattern in (_NOT, _INSTEAD):
         if (match := pattern.fullmatch(text)) is not None:
             yield Form(match["answer"], "different", match["other"])
+    if (match := _REASON.fullmatch(text)) is not None:
+        yield Form(match["answer"])
     if (match := _BASE.fullmatch(text)) is not None:
         yield Form(*_with_base(match))
     for pattern in (_IN_BRACKETS, _BEHIND):
@@ -98,7 +104,7 @@ def _sentences(text: str) -> Iterator[Form]:
     """Yield the answer of a clause: "The area is 16", "Thus, 16", "16 is the answer"."""
     if (match := _PREFIX.fullmatch(text)) is not None:
         words = match["words"].lower().replace(",", " ")
-        if words.split()[0] in _STARTERS and not _CHANGES.search(words):
+        if (words.split()[0] in _STARTERS or len(words) == 1) and not _CHANGES.search(words):
             yield Form(match["answer"])
     for pattern in (_CONNECTIVE, _SUFFIX):
         if (match := pattern.fullmatch(text)) is not None:

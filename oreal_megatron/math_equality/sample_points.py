@@ -16,6 +16,8 @@ Point = Callable[[str], Fraction]
 INTEGER_LETTERS = frozenset("nmkjNMK")  # taken for integers beside floors and powers of -1
 _STEPS = ("floor", "ceil", "gcd", "lcm", "mod")
 _ROOTS = frozenset(("sqrt", "root", "ln", "log", "lg"))
+_BENT = _ROOTS | {"abs", "max", "min", "sgn"}  # equal on one side of a bend, or real on one side only
+MORE_TRIALS = 16
 MAX_CONSTANTS = 6
 MAX_NODES = 24_000  # visited in one comparison: longer expressions are compared at fewer points
 _JUMPS = sorted(
@@ -37,6 +39,8 @@ def points(gold: Node, predicted: Node) -> list[Point]:
         for middle in (constant, -constant):
             for side in (1, -1):
                 chosen += [_near(middle, side, letter, is_integer) for letter in letters[:3] or [""]]
+    if any(part[0] == "fn" and part[1] in _BENT for part in nodes):
+        chosen += [_spread(trial, is_integer) for trial in range(MORE_TRIALS)]
     if any(_is_step(part) for part in nodes):
         jumps = _JUMPS + [int(c) * k + d for c in _constants(nodes) if c > 60 for k in (1, 2, 3) for d in (-1, 0, 1)]
         chosen += [_jump(jumps, index, letters, is_integer) for index in range(len(jumps))]
@@ -85,6 +89,18 @@ def _hashed(trial: int, is_integer: Callable[[str], bool]) -> Point:
         if trial >= 6 or is_integer(name):
             return Fraction(2 + _hash(trial, name) % 17 + 19 * (trial % 6))
         return _small(trial, name)
+
+    return value
+
+
+def _spread(trial: int, is_integer: Callable[[str], bool]) -> Point:
+    """Return a point of fractions from near 0 to 4: positive ones in every other trial, else of either sign."""
+
+    def value(name: str) -> Fraction:
+        hashed = _hash("spread", trial, name)
+        if is_integer(name):
+            return Fraction(1 + hashed % 12)
+        return (-1 if trial % 2 and hashed & 2048 else 1) * Fraction(3 + hashed % (4001 >> trial % 4), 1013)
 
     return value
 

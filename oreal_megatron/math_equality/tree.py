@@ -22,6 +22,7 @@ DOUBLE_DIGITS = 15  # behind the point of a double as programs print it: 3.33333
 MAX_TREE_DEPTH = 120  # well inside Python's own recursion limit
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
+_DIFFERENCES = (("atom", "d"), ("atom", "\\partial"), ("atom", "\\Delta"), ("atom", "\\delta"))
 _NAMED = ("atom", "const", "word")
 
 
@@ -104,6 +105,8 @@ def mixed(factors: list[Node], part: Node) -> Node:
 def subscript(node: Node, index: Node) -> Node:
     """Return a node with its index: x_1 is a variable of its own; 204_5 is a numeral in base 5."""
     if node[0] != "num":
+        if index[0] == "mul" and all(part[0] in ("atom", "const") for part in index[1]):  # a_{ij} is not a_{ji}
+            index = ("word", "".join(part[1] for part in index[1]))
         return ("fn", "_", (node, index))
     if index[0] == "word" and index[1].lower() in BASES:
         return ("base", str(node[1]), BASES[index[1].lower()])
@@ -140,7 +143,7 @@ def quotient(top: Node, bottom: Node) -> Node:
 
 def _is_d(node: Node) -> bool:
     """Return whether a node is d or its power: d, d^2, and the same of partial derivatives."""
-    return node in (("atom", "d"), ("atom", "\\partial")) or node[0] == "pow" and _is_d(node[1])
+    return node in _DIFFERENCES or node[0] == "pow" and _is_d(node[1])
 
 
 def length(node: Node) -> Node:

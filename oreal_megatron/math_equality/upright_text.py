@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=\s)[A-Za-z](?=\s*$)|(?<=\d)\s*°|[^\x00-\x7f]")
+_WORD = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=\s)[A-Za-z](?:\^\d)?(?:[/ ][A-Za-z]{1,3}(?:\^\d)?){0,3}\s*$|"
+    r"(?<=\d)\s*°|[^\x00-\x7f]"
+)
 _STARTS = re.compile(r"\\?[-+(.\d]|\\(?:frac|sqrt|currency|pi)|\\[dt]frac|\$")
 _ENDS = re.compile(r"(?:[\d)}%!]|\\pi|[A-Za-z])\s*$")
 _JOINED = re.compile(r"(and|or)\s+(?=[-+\d\\])")

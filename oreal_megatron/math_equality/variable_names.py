@@ -6,6 +6,8 @@ from oreal_megatron.math_equality import units
 from oreal_megatron.math_equality.evaluator import has_variables, is_opaque
 from oreal_megatron.math_equality.tree import Node, key, rename_letters, walk
 
+_INTEGERS = (("const", "set Z"), ("atom", "Z"))
+
 
 def _is_name(node: Node, depth: int = 0) -> bool:
     """Return whether a node may be named by a gold: x, a_n, f(x), sin x, AB, |AB|, angle ABC, A:B, dy/dx, (p, q)."""
@@ -112,12 +114,12 @@ def split_approximation(node: Node) -> tuple[Node, tuple[Node, ...]]:
 def without_parameter(gold: Node, predicted: Node) -> tuple[Node, Node] | None:
     """Return both answers without "k in Z" where one side leaves it out, or names the integer by another letter.
 
-    None where neither side has such a parameter, or both have the same.
+    None where neither side has such a parameter.
     """
     (g, letter), (p, other) = _parameter(gold), _parameter(predicted)
-    if letter == other:
+    if not letter and not other:
         return None
-    if letter and other:
+    if letter and other and letter != other:
         if any(part == ("atom", letter) for part in walk(p)):
             return None
         p = rename_letters(p, {other: letter})
@@ -129,7 +131,7 @@ def _parameter(node: Node) -> tuple[Node, str]:
     if node[0] != "list" or len(node[1]) < 2 or node[2:]:
         return node, ""
     *items, last = node[1]
-    if last[0] != "rel" or last[2] != ("in",) or last[1][0][0] != "atom" or last[1][1] != ("const", "set Z"):
+    if last[0] != "rel" or last[2] != ("in",) or last[1][0][0] != "atom" or last[1][1] not in _INTEGERS:
         return node, ""
     letter = last[1][0][1]
     if not any(part == ("atom", letter) for item in items for part in walk(item)):
