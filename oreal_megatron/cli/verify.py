@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from oreal_megatron import config
 from oreal_megatron.runtime import files
 from oreal_megatron.runtime.exit_codes import BAD_INPUT
+from oreal_megatron.verify import graded_files
 from oreal_megatron.verify.file_summary import FileSummary
 from oreal_megatron.verify.grade_file import grade_lines
 from oreal_megatron.verify.grader import Grader, JudgesDown
@@ -55,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
         with (
             Grader(settings) as grader,
             args.input.open("rb") as lines,
-            files.open_output(args.output) as out,
+            graded_files.open_output(args.output) as out,
             _progress() as bar,
         ):
-            task = bar.add_task("grading", total=files.count_lines(args.input))
+            task = bar.add_task("grading", total=graded_files.count_lines(args.input))
             for line in grade_lines(grader, lines, lambda error: _report(bar.console, error)):
                 out.write(json.dumps(line.output()) + "\n")
                 summary.add(line)
@@ -76,7 +77,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that cannot be right, before any process starts."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise config.ConfigError("verify runs in one process; start it without --processes, and set --workers instead")
-    files.check(args.input, args.output)
+    graded_files.check(args.input, args.output)
     if args.workers < 1 or args.timeout <= 0:
         got = f"got {args.workers} and {args.timeout:g}"
         raise config.ConfigError(f"--workers must be at least 1 and --timeout above 0, {got}")

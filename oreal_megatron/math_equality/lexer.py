@@ -202,7 +202,7 @@ def _letters(text: str, name: re.Match[str]) -> tuple[list[Token], int]:
         return [Token("sep", lowered)], end
     if run == "mod":
         return [Token("mod", "mod")], end
-    if after_number and len(run) > 1 and run in units.SYMBOLS:
+    if after_number and run in units.PLAIN_SYMBOLS:
         return [Token("word", run)], end
     if lowered in ("infinity", "infty"):
         return [Token("const", "inf")], end
@@ -302,8 +302,10 @@ def _text(text: str, name: str, start: int, at: int) -> tuple[list[Token], int]:
 
 
 def _behind_number(text: str, at: int) -> bool:
-    """Return whether a digit or the bracket of a fraction stands directly before `at`."""
+    """Return whether a digit, a closing brace or another unit stands directly before `at`; not a degree sign."""
     before = text[:at].rstrip()
+    if before.endswith(("\\circ}", "\\circ")):
+        return False
     return before[-1:].isdigit() or before[-1:] == "}" or _UNIT_BEFORE.search(before[-40:]) is not None
 
 

@@ -20,6 +20,8 @@ SYMBOLS = {p + s: word + name for s, name in _PHYSICAL.items() for p, (word, _) 
     "s": "second", "h": "hour", "L": "liter", "cm": "cm", "mm": "mm", "km": "km", "kg": "kg", "mg": "mg", "mL": "ml",
     "rpm": "rpm", "dB": "decibel",
 }  # fmt: skip
+# those that need no \text behind a number: 2MA and 2mV are products
+PLAIN_SYMBOLS = frozenset(s for s in SYMBOLS if len(s) > 1 and not s.isupper() and (s[0] != "m" or s in ("mol", "mL")))
 _TABLES: tuple[tuple[str, dict[str, str]], ...] = (
     ("length", _LENGTH),
     ("time", _TIME),
