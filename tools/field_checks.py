@@ -255,7 +255,7 @@ def hostname_does_not_resolve(given: Case, workshop: Workshop) -> str | None:
     recipe, _ = workshop.recipe()
     command = f"hostname bogus; exec python -m oreal_megatron --processes 2 train {recipe} --set steps=1"
     command += " --set optimizer.warmup_steps=0 --set reward_model.optimizer.warmup_steps=0"
-    result = run_process("unshare", "--uts", "sh", "-c", command, timeout=150)
+    result = run_process("unshare", "--uts", "sh", "-c", command, timeout=400)
     return None if result.code == 0 else f"exit code {result.code}: {result.text[-400:]}"
 
 
@@ -266,7 +266,7 @@ def left_over_master_addr(given: Case, workshop: Workshop) -> str | None:
         words = ("--set", "steps=1", "--set", "optimizer.warmup_steps=0", "--set")
         env = {"MASTER_ADDR": "bogus.invalid", "MASTER_PORT": "29500"} | rank
         result = workshop.command(
-            "train", recipe, *words, "reward_model.optimizer.warmup_steps=0", env=env, timeout=120
+            "train", recipe, *words, "reward_model.optimizer.warmup_steps=0", env=env, timeout=400
         )
         if result.code:
             return f"exit code {result.code}: {result.text[-400:]}"
