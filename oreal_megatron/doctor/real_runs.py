@@ -7,6 +7,7 @@ first rank prints one line for each part that succeeded.
 from __future__ import annotations
 
 import math
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,13 +32,16 @@ PREFIX = "doctor: "
 
 
 def make_model(folder: Path) -> None:
-    """Write a Qwen2 with random weights, and a tokenizer with one token per letter."""
-    from tokenizers import Tokenizer, models
+    """Write a Qwen2 with random weights, and a tokenizer with one token per character."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    letters = ["<end>", *"abcdefghijklmnopqrstuvwxyz"]
-    words = models.WordLevel({letter: number for number, letter in enumerate(letters)}, unk_token="<end>")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<end>").save_pretrained(folder)
+    characters = ["<end>", *string.ascii_lowercase, *string.digits, *"+=\\{}"]
+    words = Tokenizer(models.WordLevel({text: number for number, text in enumerate(characters)}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
     shape = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
     config = Qwen2Config(
         vocab_size=64, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=0, **shape

@@ -32,6 +32,7 @@ _GAP = re.compile(rf"(?<![-+*/^_−–×·÷\s])(?<!times)(?<!cdot)(?<!div)(?<!p
 _BEHIND_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+")
 _NOTHING = re.compile(r"[\s({\[+]*")
 _NOTHING_BEHIND = re.compile(r"[\s)}\]]*")
+_LETTERS = re.compile(r"(?=\w{4,}$)\w*[A-Za-z]\w*$")  # touching a box in prose: 7v9v is no factor, 2x may be one
 _DASH = re.compile(r"\s*[-–−]\s+$")
 _COPULA = re.compile(r"\b(?:is|are|be|equals?|get|gives?|obtain|or|and|by|to)\s*$|[=≈]\s*$")
 _PAIRS = {")": "(", "}": "{", "]": "[", "\\}": "\\{", "\\rfloor": "\\lfloor", "\\rceil": "\\lceil"}
@@ -160,6 +161,8 @@ def _left_operators(left: str, before: str, math: bool) -> str:
     """Return the operators and operands in front of a box; without those that are prose."""
     left = _BEHIND_COMMAND.sub(r"\1~", left)  # the space of "\ln 5" is no gap
     if not math:
+        if _LETTERS.search(left):
+            return ""
         gaps = [gap.end() for gap in _GAP.finditer(left + "5")]  # 5 stands for the box
         left = left[gaps[-1] :] if gaps else left
         if _DASH.fullmatch(left) and not _COPULA.search(before[: before.rfind(left)]):
