@@ -244,7 +244,7 @@ def _is_double(value: Fraction, places: int, exact: Value) -> bool:
     if digits < 16 or not math.isfinite(double) or isinstance(exact, Fraction) and exact.denominator == 1:
         return False
     if digits <= 17:
-        return float(value) == double
+        return value in (Fraction(repr(double)), Fraction(f"{double:.{digits}g}"))
     return abs(Fraction(double) - value) <= Fraction(1, 2 * 10**places)  # all digits of the double
 
 
