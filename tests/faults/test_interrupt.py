@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +38,15 @@ def broken():
     selection.samples = fail_in_the_second_step
     return job()
 """
+
+
+def mapped_shared_memory() -> set[str]:
+    """Names in /dev/shm that a living process has mapped: other tests run on this machine too."""
+    names: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            names |= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+    return names
 
 
 class Job:
@@ -75,7 +86,8 @@ class Job:
         sessions = subprocess.run(["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True).stdout
         mine = [line for line in sessions.splitlines() if line.split()[0] == str(self.process.pid)]
         assert [line for line in mine if not line.split()[1].startswith("Z")] == [], "processes are left"
-        assert set(os.listdir("/dev/shm")) <= self.shared_memory, "shared memory is left"
+        new = {name for name in os.listdir("/dev/shm") if name not in self.shared_memory}
+        assert new <= mapped_shared_memory(), "shared memory is left"
         caches = {"torchinductor_root"}  # of compiled code, which torch keeps for the next process
         assert {path.name for path in self.temporary.iterdir()} <= caches, "temporary files are left"
         return self.process.returncode, output
