@@ -40,7 +40,8 @@ def start_process_group(timeout_s: float = WatchdogConfig.collective_s) -> None:
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":  # a process alone meets itself; the address may be left over from another job
-        os.environ.update(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        os.environ.update(alone, RANK="0")
     else:
         _check_address()
     timeout = timedelta(seconds=timeout_s)

@@ -14,7 +14,15 @@ from oreal_megatron.mcore import parallel
 from oreal_megatron.runtime import launcher
 
 
-@pytest.mark.parametrize("rest", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": "1", "RANK": "3"}])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "3"},
+        {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"},  # `oreal --processes 1`
+    ],
+)
 def test_one_process_needs_no_address_of_another(rest, monkeypatch):
     groups = []
     monkeypatch.setattr(parallel.dist, "init_process_group", lambda *_, **options: groups.append(options))
@@ -23,7 +31,7 @@ def test_one_process_needs_no_address_of_another(rest, monkeypatch):
     for key, value in ({"MASTER_ADDR": "bogus.invalid", "MASTER_PORT": "29500"} | rest).items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # what is set below is gone afterwards
-    parallel.start_process_group()
+    parallel.start_process_group(5.0)
     assert [(options["rank"], options["world_size"]) for options in groups] == [(0, 1)]
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
