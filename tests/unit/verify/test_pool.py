@@ -101,7 +101,7 @@ def test_submit_never_blocks_behind_a_stuck_worker(pool):
     time.sleep(0.3)
     start = time.monotonic()
     big = [grading.submit("response", "x" * 2**20, "x" * 2**20) for _ in range(8)]
-    assert time.monotonic() - start < 0.3
+    assert time.monotonic() - start < 1.0
     assert [f.result(timeout=20).outcome for f in stuck + big] == ["unknown"] * 2 + ["correct"] * 8
 
 
