@@ -34,7 +34,7 @@ class TextWithWeights:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether positions in the text are those of tokens: no special token was sampled but the last."""
+        """True if positions in the text are those of tokens: no special token was sampled but the last."""
         return len(self.text) in (len(self.tokens.tokens) - 1, len(self.tokens.tokens))
 
 

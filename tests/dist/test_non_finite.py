@@ -10,7 +10,7 @@ from oreal_megatron.records import Sample
 
 
 def describe(folder: str, samples: list[Sample]) -> dict[str, str]:
-    """What a rank of two pipeline stages says of planted values, and what a file with NaN is refused with."""
+    """Return what a rank of two pipeline stages reports of planted values, and the refusal of a file with NaN."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
     from oreal_megatron.convert.hf_folder import HFFolder

@@ -171,7 +171,7 @@ def test_a_rule_that_returns_no_weights_stops_the_run(rule, name, says):
 
 @pytest.mark.parametrize(("head_init", "spread"), [("zeros", 0.0), ("normal", 0.02)])
 def test_the_head_starts_at_zero_unless_it_is_drawn(head_init, spread):
-    """As the authors' loader fills it; in Megatron: tests/dist/test_token_weights.py."""
+    """The authors' loader fills it with zeros; tests/dist/test_token_weights.py has Megatron's."""
     from oreal_megatron.mcore import trained_models
     from oreal_megatron.models import architecture
 

@@ -51,7 +51,7 @@ def elsewhere(config: c.Config, name: str) -> c.Config:
 
 
 def contents(run: Path) -> dict[str, object]:
-    """What a run leaves behind, clocks aside."""
+    """Return what a run leaves behind, without clock times."""
 
     def rows(name: str) -> list[dict]:
         lines = (run / name).read_text().splitlines()
@@ -337,7 +337,7 @@ def test_auto_begins_where_nothing_was_saved_and_says_what_is_taken_again(config
 
 
 def test_auto_does_not_begin_over_a_finished_policy(finished):
-    """As `oreal sft` leaves it, or a run whose checkpoints were deleted."""
+    """Such a folder is left by `oreal sft`, or by a run whose checkpoints were deleted."""
     shutil.rmtree(Path(finished.run) / "checkpoints")
     before = tree(Path(finished.run))
     with pytest.raises(c.ConfigError, match="holds a finished policy and no checkpoint"):

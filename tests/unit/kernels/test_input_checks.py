@@ -118,7 +118,7 @@ def test_terms_of_another_length_are_refused(field):
 
 
 def test_a_gpu_is_not_waited_for(monkeypatch):
-    """Where the value is not on the CPU, or not known yet, the check is queued with its text."""
+    """A check of a value that is not on the CPU, or not known yet, is queued with its text."""
     queued = []
     monkeypatch.setattr(torch, "_assert_async", lambda valid, text: queued.append((bool(valid), text)))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

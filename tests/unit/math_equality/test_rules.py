@@ -110,7 +110,7 @@ HEAVY = [
 
 @pytest.mark.parametrize("answer", HEAVY)
 def test_heavy_answers_end_of_themselves(answer):
-    """As the gold too, where every precision is tried."""
+    """The heavy text is the gold once too: every precision is tried there."""
     for gold in ("5", "x+1", "(0,1)", f"({answer})+0"):
         start = time.process_time()
         rules.grade_text(gold, answer)
