@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oreal_megatron.config import Config, RunStopped, WeightsConfig
-from oreal_megatron.config.recipe_files import read_function
+from oreal_megatron.config.user_functions import read_function
 from oreal_megatron.records import Batch, Counts, MicroBatch
 
 # Scores [T] of a micro-batch's action tokens (0 without a reward model), the micro-batch, the configuration -> weights.

@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
         from oreal_megatron.training import reward_model  # imports Megatron and vLLM, which takes seconds
 
-        result = reward_model.train_reward_model(config, args.resume, args.step, stop_request)
+        origin = run_config.origin(args.recipe)
+        result = reward_model.train_reward_model(config, args.resume, args.step, stop_request, origin)
     if distributed.rank() == 0:
         print(
             f"{result.steps} steps; held-out AUC {result.start:.3f} before, {result.best:.3f} after {result.best_step}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config.user_functions import Origin, read_source
 from oreal_megatron.runtime import files
 
 
@@ -38,3 +41,8 @@ def load_config(args: argparse.Namespace) -> Config:
     if not file.is_file():
         raise ConfigError(f"{args.resume} is not a run folder: it has no config.json")
     return settings.override(settings.from_dict(files.read_object(file)), [f"run={args.resume}", *args.set])
+
+
+def origin(recipe: str | None) -> Origin:
+    """Return the command line of this process, and the recipe that it names."""
+    return Origin(shlex.join(["oreal", *sys.argv[1:]]), read_source(recipe) if recipe else None)

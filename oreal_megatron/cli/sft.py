@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from oreal_megatron import settings
+from oreal_megatron.cli import run_config
 from oreal_megatron.runtime import distributed
 
 
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from oreal_megatron.training import supervised  # imports torch's data and transformers, which takes seconds
 
     config = settings.load(args.recipe, args.set)
-    steps = supervised.fine_tune(config)
+    steps = supervised.fine_tune(config, run_config.origin(args.recipe))
     if distributed.rank() == 0:
         print(f"{steps} supervised steps done; the policy is in {config.run}/policy")
     return 0

@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
 
         from oreal_megatron.training import reinforcement  # imports Megatron and vLLM, which takes seconds
 
-        reinforcement.train(config, args.resume, args.step, stop_request)
+        reinforcement.train(config, args.resume, args.step, stop_request, run_config.origin(args.recipe))
     return 0

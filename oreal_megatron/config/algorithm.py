@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from oreal_megatron.config.schema import FixedKey, FreeKey, InputKey, Key, OnResume, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, OnResume, Section
 
 KEY_FIELDS = ("question", "gold_answer", "pass_rate", "response")  # that data.keys may name
 
@@ -115,7 +115,10 @@ class WeightsConfig(Section):
     ] = False
     rule: Annotated[
         str,
-        Key("function path/to/file.py:NAME of (score_T, micro_batch, config) that returns the weights; empty: none"),
+        FunctionKey(
+            "function path/to/file.py:NAME of (score_T, micro_batch, config) that returns the weights; empty: none",
+            arguments=("score_T", "micro_batch", "config"),
+        ),
     ] = ""
 
 

@@ -9,9 +9,8 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from oreal_megatron import config as configuration
 from oreal_megatron.config.errors import ConfigError
@@ -19,6 +18,7 @@ from oreal_megatron.config.root import Config
 from oreal_megatron.config.suggestions import suggest
 
 MODULE = "oreal_recipe"  # name under which the file is executed
+PACKAGES = ("oreal_megatron", "oreal_kernels")
 
 
 def read_recipe(name: str) -> Config:
@@ -26,33 +26,21 @@ def read_recipe(name: str) -> Config:
     path, _, function = name.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"recipe file {path} does not exist; a recipe is named path/to/file.py:function")
-    with _importable_folder(Path(path).resolve().parent):
-        module = _execute(path)
-        return _call(_choose(module, path, function), name)
-
-
-def read_function(name: str, key: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
-    """Return the function `path/to/file.py:NAME` of a Python file, which is executed as a recipe file is.
-
-    Raises ConfigError, naming the configuration key, where there is no such function of these arguments.
-    """
-    path, _, function = name.partition(":")
-    expected = f"{key} is {name!r}; expected path/to/file.py:NAME, a function of ({', '.join(arguments)})"
-    if not function or not Path(path).is_file():
-        raise ConfigError(f"{expected}; {f'the file {path} does not exist' if function else 'NAME is missing'}")
-    with _importable_folder(Path(path).resolve().parent):
-        value = getattr(_execute(path), function, None)
-    if not isinstance(value, types.FunctionType):
-        raise ConfigError(f"{expected}; {path} has no function {function!r}")
-    try:
-        inspect.signature(value).bind(*arguments)
-    except TypeError as error:
-        raise ConfigError(f"{expected}; with these {len(arguments)} arguments: {error}") from None
-    return value
+    modules = set(sys.modules)
+    with importable_folder(Path(path).resolve().parent):
+        module = execute(path)
+        config = _call(_choose(module, path, function), name)
+    beside = {MODULE, *(set(sys.modules) - modules)}
+    if patched := next(_patches(beside), None):
+        raise ConfigError(
+            f"recipe {name} replaces {patched}, which a resumed run would not do: it reads config.json, not the "
+            "recipe. Name a function in a setting instead (docs/how_to/extensions.md), or change the package itself"
+        )
+    return config
 
 
 @contextlib.contextmanager
-def _importable_folder(folder: Path) -> Iterator[None]:
+def importable_folder(folder: Path) -> Iterator[None]:
     """Let a recipe import the modules beside it, as Python lets a script."""
     sys.path.insert(0, str(folder))
     try:
@@ -61,7 +49,8 @@ def _importable_folder(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _execute(path: str) -> types.ModuleType:
+def execute(path: str) -> types.ModuleType:
+    """Execute a Python file as a module of its own; an exception in it becomes ConfigError."""
     module = types.ModuleType(MODULE)
     module.__file__ = path
     sys.modules[MODULE] = module  # dataclasses look up the module of their class
@@ -130,3 +119,26 @@ def _call(recipe: Callable[[], object], name: str) -> Config:
     if not isinstance(config, Config):
         raise ConfigError(f"{name} returned {type(config).__name__}; a recipe returns oreal_megatron.config.Config")
     return config
+
+
+def _patches(names: set[str]) -> Iterator[str]:
+    """Yield the attributes of this project's packages that functions or classes of other modules have replaced.
+
+    `names`: modules that a recipe brought in. Replaced constants are not recognised.
+    """
+    foreign = {name for name in names if name.partition(".")[0] not in PACKAGES}
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] not in PACKAGES:
+            continue
+        for key, value in list(vars(module).items()):
+            inner = vars(value) if isinstance(value, type) and value.__module__ == name else value
+            for attribute, part in list(inner.items()) if isinstance(inner, Mapping) else [("", value)]:
+                if _module_of(part) in foreign:
+                    yield f"{name}.{key}.{attribute}" if attribute else f"{name}.{key}"
+
+
+def _module_of(value: object) -> str | None:
+    """Return the module that defines a function or class, also one behind a decorator of Python's own."""
+    for name in ("__func__", "fget", "func"):
+        value = getattr(value, name, value)
+    return value.__module__ if isinstance(value, type | types.FunctionType) else None

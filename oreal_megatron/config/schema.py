@@ -7,7 +7,8 @@ A field declares its type (`Literal` for choices) and a `Key` with its meaning a
     lr: Annotated[float, Key("peak learning rate", low=0.0, high=10.0)] = 5e-7
 
 The class of the declaration says what a resumed run does with another value: `Key` announces it and uses it, `FixedKey`
-refuses it, `InputKey` refuses other contents, `FreeKey` uses it without a word.
+refuses it, `InputKey` refuses other contents, `FreeKey` uses it without a word. A `FunctionKey` names a function of the
+user with its arguments; config/user_functions.py reads it.
 
 Rules that connect several keys are methods named `conflicts` of the section that holds them. Error messages,
 `oreal config` and docs/reference/config.md are all made from these declarations.
@@ -68,6 +69,24 @@ class InputKey(Key):
     """Path of an input whose content is fixed for a run, wherever it lies."""
 
     on_resume = "fixed content"
+
+
+@dataclass(frozen=True)
+class FunctionKey(Key):
+    """Name of a user's function, path/to/file.py:NAME or package.module:NAME; `arguments` are what it is called with.
+
+    The file and the name are fixed for a run, wherever the file lies.
+    """
+
+    on_resume: ClassVar[OnResume] = "fixed content"
+
+    arguments: tuple[str, ...] = ()
+
+
+class ObserverKey(FunctionKey):
+    """Name of a user's function on whose result no training depends."""
+
+    on_resume = "free"
 
 
 class FreeKey(Key):

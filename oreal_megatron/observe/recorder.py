@@ -8,13 +8,14 @@ from pathlib import Path
 
 from oreal_megatron.algo import guard, reward_diagnostics
 from oreal_megatron.config import Config
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.observe.dumps import StepDumps
 from oreal_megatron.observe.idle_steps import IdleSteps
 from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.observe.run_folder import RunFolder
+from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder
 from oreal_megatron.observe.weight_balance import WeightBalance
 from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
@@ -36,12 +37,13 @@ class Recorder:
         dump_share: tuple[int, int] | None = (0, 1),  # (data-parallel rank, ranks) to dump; None: this rank dumps none
         arch: Architecture | None = None,  # architecture of the policy, to count operations
         peak_flops: float | None = None,  # operations per second of one GPU, if known
+        origin: Origin = NO_ORIGIN,  # command line and recipe
     ):
         self.config, self.first_step = config, first_step
         self.writes = distributed.rank() == 0
         self.folder = RunFolder(config)
         if self.writes:
-            self.folder.write_header(fingerprints or {}, first_step, peak_flops)
+            self.folder.write_header(fingerprints or {}, first_step, peak_flops, origin)
         self.metrics = MetricsLog(self.folder.path, first_step)
         self.timer = PhaseTimer(config, arch, peak_flops)
         self.idle_steps = IdleSteps()

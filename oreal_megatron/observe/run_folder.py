@@ -20,12 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron import verify
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, user_functions
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.observe import speed
 from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.records import Rollout, Verdict
 from oreal_megatron.runtime import files, versions
 
+NO_ORIGIN = Origin()
 HEADERS = ("config", "environment")
 SAVED_MODEL = "saved_model.json"  # in the folder of a saved model: the step it is of
 MODELS = ("best", "policy", "reward_model")  # folders of saved models
@@ -40,15 +42,27 @@ class RunFolder:
         self.config, self.path = config, Path(config.run)
 
     def write_header(
-        self, fingerprints: Mapping[str, str], first_step: int = 0, peak_flops: float | None = None
+        self,
+        fingerprints: Mapping[str, str],
+        first_step: int = 0,
+        peak_flops: float | None = None,
+        origin: Origin = NO_ORIGIN,
     ) -> None:
         """Write config.json and environment.json; keep those of the steps before under another name."""
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
         keep_header(self.path, first_step)
+        recipe = dataclasses.asdict(origin.recipe) if origin.recipe else self._recorded_recipe(first_step)
         environment = versions.environment() | {"verifier": verify.VERSION, "inputs": dict(fingerprints)}
         environment["hardware"] = speed.hardware(peak_flops)
+        functions = {key: dataclasses.asdict(source) for key, source in user_functions.sources(self.config).items()}
+        environment |= {"command": origin.command, "recipe": recipe, "functions": functions}
         for name, content in (("config", dataclasses.asdict(self.config)), ("environment", environment)):
             files.write_text(self.path / f"{name}.json", json.dumps(content, indent=2) + "\n")
+
+    def _recorded_recipe(self, first_step: int) -> object:
+        """Return the recipe that the run was started with; None for a run that begins without a recipe."""
+        file = self.path / "environment.json"
+        return files.read_object(file).get("recipe") if first_step and file.is_file() else None
 
     def write_rollouts(
         self, step: int, rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]]

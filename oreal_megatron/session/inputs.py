@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from oreal_megatron.config import Config, ConfigError, require_judge, validate
+from oreal_megatron.config import Config, ConfigError, require_judge, user_functions, validate
+from oreal_megatron.config.schema import FunctionKey, ObserverKey, config_keys
 from oreal_megatron.convert import to_megatron
 from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import chat_template, lines, problems
@@ -20,6 +21,13 @@ from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import versions
 from oreal_megatron.session import model_checks
 from oreal_megatron.verify import judge
+
+# Settings that name a function on which the training depends.
+FIXED_FUNCTIONS = tuple(
+    key.path
+    for key in config_keys(Config())
+    if isinstance(key.key, FunctionKey) and not isinstance(key.key, ObserverKey)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +73,10 @@ class Inputs:
         """
         config = self.config
         paths = {"data.path": config.data.path, "data.held_out": config.data.held_out}
-        paths["weights.rule"] = config.weights.rule.partition(":")[0]
         digests = {name: _digest_file(path) for name, path in paths.items()}
+        digests |= {path: "" for path in FIXED_FUNCTIONS} | {
+            path: source.digest for path, source in user_functions.sources(config).items() if path in FIXED_FUNCTIONS
+        }
         rendered = json.dumps([self.stop_tokens, *(prompt.tokens for prompt in prompts)])
         tokens = {"tokens of the prompts": _digest(rendered.encode())} if prompts else {}
         reward = self.reward_folder.fingerprint() if self.reward_folder else ""
@@ -86,6 +96,7 @@ def read_inputs(config: Config) -> Inputs:
     versions.check(versions.MEGATRON)
     versions.check(versions.VLLM)
     validate(config)
+    user_functions.check_functions(config)
     require_judge(config)
     folder = HFFolder(config.model.path)
     arch = architecture.read(folder.config)

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from oreal_megatron import loop
-from oreal_megatron.algo import token_weighting
 from oreal_megatron.config import Config
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.data import sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
-from oreal_megatron.observe.run_folder import model_note
+from oreal_megatron.observe.run_folder import NO_ORIGIN, model_note
 from oreal_megatron.plan import gpus
 from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
@@ -31,7 +31,9 @@ from oreal_megatron.training.resume import AUTO, Start
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, resume: str | None, step: int | None, stop_request: StopRequest) -> None:
+def train(
+    config: Config, resume: str | None, step: int | None, stop_request: StopRequest, origin: Origin = NO_ORIGIN
+) -> None:
     """Train the policy of a recipe into its run folder; `resume` and `step` as on the command line. Collective.
 
     All input is read and checked before anything is loaded: ConfigError. RunStopped: see exit codes 3 and 4.
@@ -40,7 +42,6 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
     prompts = inputs.training_prompts()
     dataset = sampler.balanced(prompts, config.data, config.seed)
     held_out = inputs.held_out()
-    token_weighting.weight_rule(config)  # raises for weights.rule without such a function
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     run_path, folder = Path(config.run), Path(config.run) / "checkpoints"
     start = Start(config, config.steps, resume, step, inputs.fingerprints(prompts), unread=("reward_training.",))
@@ -57,9 +58,8 @@ def train(config: Config, resume: str | None, step: int | None, stop_request: St
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
         start.set_aside_later_steps(first_step)
-        run = Recorder(
-            config, first_step, start.fingerprints, parallel.replica_share(), inputs.arch, _peak_flops(config)
-        )
+        peak_flops, share = _peak_flops(config), parallel.replica_share()
+        run = Recorder(config, first_step, start.fingerprints, share, inputs.arch, peak_flops, origin)
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None

@@ -11,12 +11,14 @@ from typing import Protocol
 
 from oreal_megatron.algo import guard, packing, reward_diagnostics
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.data import chat_template, labelled_rollouts
 from oreal_megatron.data.labelled_rollouts import LabelledRollouts, PairSampler
 from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import NO_ORIGIN
 from oreal_megatron.protocols import Metrics, RewardModelTrainer
 from oreal_megatron.records import Batch, PackingSpec, Sample, ScoredRollout
 from oreal_megatron.runtime import distributed, heartbeat
@@ -67,7 +69,9 @@ class TrainingResult:
     best_step: int
 
 
-def train_reward_model(config: Config, resume: str | None, step: int | None, stop: StopRequest) -> TrainingResult:
+def train_reward_model(
+    config: Config, resume: str | None, step: int | None, stop: StopRequest, origin: Origin = NO_ORIGIN
+) -> TrainingResult:
     """Train the reward model of a recipe into RUN/reward_model; arguments as of `oreal train`. Collective."""
     inputs = read_inputs(with_training_settings(config))
     training = config.reward_training
@@ -95,7 +99,7 @@ def train_reward_model(config: Config, resume: str | None, step: int | None, sto
         trainers = {"reward_model": reward_model}
         first_step = checkpoint_state.load(checkpoint, dict(trainers)) if checkpoint else 0
         start.set_aside_later_steps(first_step)
-        run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch)
+        run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch, origin=origin)
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         saver = CheckpointSaver(folder, dict(trainers), *retention, describe=partial(policy_weights.describe, inputs))
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)

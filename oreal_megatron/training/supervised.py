@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from oreal_megatron.algo import guard, packing
 from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.data import problems
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.rows import append_row
-from oreal_megatron.observe.run_folder import RunFolder, model_note, refuse_existing
+from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder, model_note, refuse_existing
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
 from oreal_megatron.runtime import distributed, files, heartbeat
@@ -44,7 +45,7 @@ class ImitationTrainer(Protocol):
         ...
 
 
-def fine_tune(config: Config) -> int:
+def fine_tune(config: Config, origin: Origin = NO_ORIGIN) -> int:
     """Fine-tune the policy of a recipe into RUN/policy; return the steps taken. Collective."""
     inputs = read_inputs(config)
     demonstrations = problems.load_demonstrations(
@@ -59,10 +60,11 @@ def fine_tune(config: Config) -> int:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
     refuse_existing(config)
     files.make_folder(Path(config.run), "run")
-    return _run(inputs, Sampler(demonstrations, config.supervised.samples_per_step, config.seed), held_out)
+    sampler = Sampler(demonstrations, config.supervised.samples_per_step, config.seed)
+    return _run(inputs, sampler, held_out, origin)
 
 
-def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt]) -> int:
+def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt], origin: Origin) -> int:
     from oreal_megatron.mcore import gpt_model, parallel, trained_models  # imports Megatron, which takes seconds
 
     config = inputs.config
@@ -78,7 +80,7 @@ def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt])
         policy = trained_models.Policy(inputs.arch, imitating, inputs.folder.tensor)
         accuracy = _held_out_accuracy(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
         if distributed.rank() == 0:
-            RunFolder(config).write_header(inputs.fingerprints())
+            RunFolder(config).write_header(inputs.fingerprints(), origin=origin)
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
         with heartbeat.phase("checkpoint"):

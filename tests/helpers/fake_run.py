@@ -18,7 +18,9 @@ import torch
 
 from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
+from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.mcore import checkpoint_state
+from oreal_megatron.observe.run_folder import NO_ORIGIN
 from oreal_megatron.records import Outcome, PackingSpec, Rollout, TokenWeights, Verdict
 from oreal_megatron.runtime import checkpoint_folders
 from oreal_megatron.runtime.folder_lock import FolderLock
@@ -180,12 +182,18 @@ def load(path: Path, trainers) -> int:
 
 
 def train(
-    config: Config, resume: str | None = None, step: int | None = None, kill_at=("", 0), accuracies=None, stop=False
+    config: Config,
+    resume: str | None = None,
+    step: int | None = None,
+    kill_at=("", 0),
+    accuracies=None,
+    stop=False,
+    origin: Origin = NO_ORIGIN,
 ) -> bool:
     """Run `oreal train` as with these arguments; return whether it ended by itself."""
     job = FakeJob(config, kill_at, accuracies)
     with _patched(job), contextlib.suppress(Killed):
-        reinforcement.train(config, resume, step, stop)
+        reinforcement.train(config, resume, step, stop, origin)
         return True
     return False
 
