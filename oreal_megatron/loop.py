@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oreal_megatron.algo import guard, logprob_parity, packing, selection
+from oreal_megatron.algo import guard, importance, logprob_parity, packing, selection
 from oreal_megatron.config import Config
 from oreal_megatron.protocols import (
     Dataset,
@@ -86,7 +86,10 @@ def check_logprob_parity(
     Raises LogprobMismatch on a gap, NonFiniteLogprobs where they are no numbers.
     """
     logprob_parity.check_versions(rollouts, engine.version, policy.updates, step)
-    samples = logprob_parity.samples(rollouts, config.engine.parity_tokens)
+    if config.loss.ratio_cap:
+        importance.require_logprobs(rollouts, step)
+    replicas = distributed.world_size() // config.engine.tensor
+    samples = logprob_parity.samples(rollouts, config.engine, replicas)
     batch = packing.batch(samples, packing_spec)
     gap = logprob_parity.difference(policy.score(batch), batch, config.parity_tolerance_nats)
     gaps = distributed.all_gather_object(gap)

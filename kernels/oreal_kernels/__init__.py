@@ -7,6 +7,7 @@ the native library (kernels/csrc) CPUs, the references everything else.
 
 from oreal_kernels.hidden_to_logprob import linear_logprob
 from oreal_kernels.hidden_to_loss import OrealLossResult, linear_oreal_loss
+from oreal_kernels.importance import truncated_ratio
 from oreal_kernels.logits_to_logprob import logprob_from_logits
 from oreal_kernels.policy_loss import KL_KINDS, SUMS, LossTerms, oreal_loss
 from oreal_kernels.prefix_reward_loss import prefix_reward_loss
@@ -17,4 +18,5 @@ __version__ = "0.2.0"
 __all__ = [
     "KL_KINDS", "SUMS", "LossTerms", "OrealLossResult", "linear_logprob", "linear_oreal_loss", "logprob_from_logits",
     "oreal_loss", "prefix_reward_loss", "reward_loss", "token_weights",
+    "truncated_ratio",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """OREAL's policy loss on log-probs (Eq. 11 of arXiv 2502.06781, as in the authors' code), for packed sequences.
 
     correct tokens:    - positive_coef A w logp / correct tokens        imitation, weighted by the advantage
-    incorrect tokens:  - negative_coef A w r / incorrect tokens         r = exp(logp - logp.detach()) = 1
+    incorrect tokens:  - negative_coef A w r / incorrect tokens         r = exp(logp - logp.detach()) = 1, or with a
+                                                                        ratio_cap rho r, rho = truncated_ratio(...)
     all tokens:          kl_coef KL(d) / action tokens                  d = reference log-prob - logp
 
 Every token's gradient depends on its own log-prob only, so one pass gives loss, metrics and dL/dlogp.
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oreal_kernels import backend, input_checks, native, triton_launch
+from oreal_kernels.importance import truncated_ratio
 from oreal_kernels.scores_to_weights import sequence_of_token
 
 KL_KINDS = {"k1": 1, "k1_reversed": -1, "k2": 2, "k3": 3}
@@ -44,10 +46,14 @@ class LossTerms:
     kl_coef: float  # factor of the KL term
     kl_kind: str  # one of KL_KINDS; k1 is -d, k1_reversed d, k2 d^2 / 2, k3 exp(d) - d - 1
     advantage_on_positives: bool  # multiply the correct samples' term by the advantage
+    behaviour_logp: Tensor | None = None  # [T] log-probs of what sampled the tokens, nats; nan: the policy itself
+    ratio_cap: float = 0.0  # largest importance ratio of an incorrect sample's token, at least 1; 0: it is not weighted
 
     def __post_init__(self):
         if self.kl_kind not in KL_KINDS:
             raise ValueError(f"kl_kind is {self.kl_kind!r}; expected one of {', '.join(KL_KINDS)}")
+        if self.ratio_cap and self.behaviour_logp is None:
+            raise ValueError(f"ratio_cap is {self.ratio_cap:g}, which needs behaviour_logp; got None")
 
     @property
     def scales(self) -> tuple[float, float, float]:
@@ -68,6 +74,8 @@ class LossTerms:
             ("advantage", sequences),
         ):
             input_checks.check_length(name, getattr(self, name), length)
+        if self.behaviour_logp is not None:
+            input_checks.check_length("behaviour_logp", self.behaviour_logp, tokens)
 
     def contiguous(self) -> LossTerms:
         """Return the terms as kernels read them: contiguous, cu_seqlens int64, other tensors fp32 (or fp64)."""
@@ -83,7 +91,16 @@ class LossTerms:
             reference_logp=self.reference_logp[tokens],
             weight=self.weight[tokens],
             cu_seqlens=self.cu_seqlens.clamp(tokens.start, tokens.stop) - tokens.start,
+            behaviour_logp=None if self.behaviour_logp is None else self.behaviour_logp[tokens],
         )
+
+    def with_ratio(self, logp: Tensor) -> LossTerms:
+        """Return the terms with the truncated importance ratio of the policy's log-probs in the incorrect weights."""
+        if self.behaviour_logp is None or not self.ratio_cap:
+            return self
+        ratio = truncated_ratio(logp, self.behaviour_logp, self.ratio_cap)
+        correct = (self.reward > 0)[sequence_of_token(self.cu_seqlens, len(logp))]
+        return replace(self, weight=torch.where(correct, self.weight, self.weight * ratio), ratio_cap=0.0)
 
     def loss(self, sums: Tensor) -> Tensor:
         """Return the loss (fp32 scalar) from the sums [8]."""
@@ -95,6 +112,7 @@ class LossTerms:
 def reference(logp: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
     """Compute the loss, differentiated by torch, and the sums [8]; in fp64 if the log-probs are."""
     wide = torch.promote_types(logp.dtype, torch.float32)
+    terms = terms.with_ratio(logp)
     logp, weight = logp.to(wide), terms.weight.to(wide)
     owner = sequence_of_token(terms.cu_seqlens, len(logp))
     correct, advantage = (terms.reward > 0)[owner], terms.advantage.to(wide)[owner]
@@ -161,7 +179,7 @@ def terms_kernel(
 
 def policy_terms(logp: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
     """Return dL/dlogp [T] fp32 and the sums [8] fp64; the same bits in every run."""
-    logp, terms = logp.detach().contiguous(), terms.contiguous()
+    logp, terms = logp.detach().contiguous(), terms.with_ratio(logp).contiguous()
     served_by = backend.choose(logp, terms.reference_logp, terms.weight)
     if served_by == "native":
         return native.policy_terms(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oreal_megatron.config import RunStopped
+from oreal_megatron.config import EngineConfig, RunStopped
 from oreal_megatron.records import Batch, Rollout, Sample
 
 # In tolerances. The gap of one token is clamped to it, so that a quarter of a response must differ to stop a run.
@@ -23,13 +23,19 @@ class NonFiniteLogprobs(RunStopped):
     """Log-probs of the policy or the engine are NaN or infinite."""
 
 
-def samples(rollouts: Sequence[Sequence[Rollout]], tokens: int) -> list[Sample]:
-    """Return the rollouts that have engine log-probs, truncated to their first `tokens` tokens."""
+def is_checked(slot: int, index: int, config: EngineConfig, replicas: int) -> bool:
+    """Choose the rollouts of the check: the first one of the first `parity_rollouts` prompts of every replica."""
+    return index == 0 and slot // replicas < config.parity_rollouts  # rollout 0 is from replica slot % replicas
+
+
+def samples(rollouts: Sequence[Sequence[Rollout]], config: EngineConfig, replicas: int) -> list[Sample]:
+    """Return the rollouts of the check that have engine log-probs, truncated to their first `parity_tokens` tokens."""
+    tokens = config.parity_tokens
     return [
         Sample(rollout.prompt.tokens, rollout.tokens[:tokens], 1.0, 0.0, rollout.logprobs[:tokens])
         for row in rollouts
         for rollout in row
-        if rollout.logprobs
+        if rollout.logprobs and is_checked(rollout.slot, rollout.index, config, replicas)
     ]
 
 

@@ -7,6 +7,7 @@ ranks add up.
     incorrect samples:  - negative_coef  sum_t w_t A r_t / incorrect tokens            policy gradient (second term)
     all samples:          kl_coef        sum_t KL(d_t) / action tokens                 d = log reference - log pi
 
+The ratio r is 1, or with ratio_cap min(pi / pi of the engine, cap), without gradient (algo/importance.py).
 With normalise="joint" the first two are divided by all action tokens, as in REINFORCE.
 KL(d) estimates KL(pi || reference) in nats from a sampled token: k1 is -d; k1_reversed d, the sign of the authors'
 "kl", which raises the log-prob of every sampled token; k2 d^2 / 2; k3 exp(d) - d - 1, never negative.
@@ -46,6 +47,8 @@ def terms(
         kl_coef=config.kl_coef,
         kl_kind=config.kl_kind,
         advantage_on_positives=config.advantage_on_positives,
+        behaviour_logp=micro_batch.engine_logprobs,
+        ratio_cap=config.ratio_cap,
     )
 
 

@@ -135,6 +135,18 @@ class LossConfig(Section):
         Literal["side", "joint"],
         Key("divide correct and incorrect samples' loss each by its own tokens, or both by all tokens of the step"),
     ] = "side"
+    ratio_cap: Annotated[
+        float,
+        Key("cap of the importance ratio trainer / engine of incorrect samples' tokens; 0: the ratio is 1", 0.0, 1e6),
+    ] = 0.0
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message about a cap that would scale tokens which need no correction."""
+        if 0 < self.ratio_cap < 1:
+            yield (
+                f"{path}ratio_cap is {self.ratio_cap:g}; expected 0 (no ratio) or at least 1, e.g. 2: a ratio of 1 "
+                "must stay 1"
+            )
 
 
 @dataclass(frozen=True)

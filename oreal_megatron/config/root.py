@@ -98,7 +98,7 @@ class Config(Section):
         return self.engine.dtype or self.model.dtype
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield messages about phases without an update, warm-ups that do not fit, idle switches, too long waits."""
+        """Yield messages about keys that contradict each other across sections."""
         if self.frozen_steps >= self.steps:
             yield (
                 f"policy_freeze_steps is {self.policy_freeze_steps} and steps is {self.steps}: the policy would never "
@@ -110,6 +110,12 @@ class Config(Section):
             yield (
                 "weights.shuffle is true, but without a reward model there are no weights to permute; set "
                 "reward_model.enabled=true or weights.shuffle=false"
+            )
+        if self.loss.ratio_cap and self.sampling.top_p < 1:
+            yield (
+                f"loss.ratio_cap is {self.loss.ratio_cap:g} and sampling.top_p is {self.sampling.top_p:g}: the "
+                "engine's log-probs are of the whole distribution, which top_p below 1 does not sample from; set "
+                "sampling.top_p=1.0 or loss.ratio_cap=0"
             )
         judge, limit_s = self.verify.judge, self.watchdog.verify_s
         if judge.urls and limit_s <= judge.all_down_wait_s:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from oreal_megatron.algo import loss
+from oreal_megatron.algo import importance, loss
 from oreal_megatron.config import LossConfig
 from oreal_megatron.mcore import context_parallel, layers
 from oreal_megatron.records import Counts, MicroBatch
@@ -90,10 +90,14 @@ class LanguageModelHead:
         terms = loss.terms(reference_logp_T[index], weight_T[index], own, counts, config)
         # Megatron's schedules pass the gradient 1 to every loss, because no grad_scale_func is set.
         fused = oreal_kernels.linear_oreal_loss
-        total, sums, _ = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
-        return total, loss.metrics(
+        total, sums, logp = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
+        metrics = loss.metrics(
             context_parallel.sum_over_ranks(total), context_parallel.sum_over_ranks(sums), counts, config
         )
+        if config.ratio_cap:
+            ratios = importance.metrics(logp, own, counts.incorrect_tokens, config.ratio_cap)
+            metrics |= {name: context_parallel.sum_over_ranks(value) for name, value in ratios.items()}
+        return total, metrics
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [1, S, V/tp] logits of this rank's rows, padding included, not divided; for comparisons only."""

@@ -20,6 +20,7 @@ from vllm.distributed import get_tp_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from oreal_megatron.algo import logprob_parity
 from oreal_megatron.config import Config, ConfigError, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.config.suggestions import suggest
 from oreal_megatron.records import Prompt, Rollout
@@ -217,8 +218,9 @@ class VllmEngine:
     def _sampling_params(
         self, sampling: SamplingConfig, seed: tuple[int, int], slot: int, index: int
     ) -> SamplingParams:
-        """Return the parameters of one request; log-probs are needed for the first rollouts, for the parity check."""
-        with_logprobs = index == 0 and slot // self.replicas < self.config.engine.parity_rollouts
+        """Return the parameters of one request; log-probs are for the parity check, or for importance ratios."""
+        is_checked = logprob_parity.is_checked(slot, index, self.config.engine, self.replicas)
+        with_logprobs = is_checked or self.config.loss.ratio_cap > 0
         seed_of_request = requests.request_seed(*seed, slot, index)
         temperature = sampling.temperature / self.temperature  # the model's logits are divided already
         return requests.sampling_params(sampling, temperature, self.stop_tokens, seed_of_request, with_logprobs)

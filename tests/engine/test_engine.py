@@ -107,7 +107,7 @@ class Story:
         from oreal_megatron.runtime import distributed
 
         table = self.engine.generate(self.prompts, self.config.sampling, (0, 0))
-        samples = logprob_parity.samples(table, 12)
+        samples = logprob_parity.samples(table, self.config.engine, self.engine.replicas)
         batch = packing.batch(samples, parallel.packing_spec(4096))
         reference = trained_models.Reference(inputs.arch, self.config, inputs.folder.tensor)
         scored = [model.score(batch) for model in (self.policy, reference)]

@@ -184,6 +184,25 @@ def test_linear_oreal_loss_and_its_gradients(name, budget, served_by):
     torch.testing.assert_close(found.logp.double(), expected.logp, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("budget", [8 * V * 4, 2**30])
+def test_linear_oreal_loss_with_importance_ratios(budget, served_by):
+    """In fp64 the truncated ratio is of each chunk's own log-probs; some tokens do not count, some have no ratio."""
+    hidden, weight, labels, _ = case_of({}, torch.float32)
+    labels[[3, N - 1]] = -100
+    behaviour_logp = linear_logprob_reference(hidden, weight, labels)[0] + random(N, seed=8)
+    behaviour_logp[::5] = torch.nan
+    terms = replace(terms_of(kl_kind="k1"), behaviour_logp=behaviour_logp, ratio_cap=1.5)
+
+    def loss_of(function, terms, **options):
+        return lambda x, w: [function(x, w, labels, terms, **options).loss]
+
+    exact = gradients(loss_of(linear_oreal_reference, wide(terms)), hidden, weight, torch.float64)
+    plain = gradients(loss_of(linear_oreal_reference, terms), hidden, weight)
+    close_enough(gradients(loss_of(linear_oreal_loss, terms, budget_bytes=budget), hidden, weight), plain, exact)
+    without = gradients(loss_of(linear_oreal_reference, wide(replace(terms, ratio_cap=0.0))), hidden, weight)
+    assert (without[1] - exact[1]).abs().max() > 0.01 * exact[1].abs().max()
+
+
 @pytest.mark.parametrize("kl_kind", KL_KINDS)
 def test_linear_oreal_loss_in_16_bits_and_scaled(kl_kind, served_by):
     """1/3 is no 16-bit number: neither gradient may see it rounded."""

@@ -97,6 +97,8 @@ def by_hand(logp: list[float], terms: LossTerms) -> tuple[float, list[float], di
                 slope = -terms.positive_coef * merit / terms.correct_tokens
                 sums["correct"] += merit * logp[t]
             else:
+                if terms.ratio_cap:
+                    weight *= ratio_by_hand(logp[t], terms.behaviour_logp[t].item(), terms.ratio_cap)
                 loss -= terms.negative_coef * weight * advantage / terms.incorrect_tokens
                 slope = -terms.negative_coef * weight * advantage / terms.incorrect_tokens
                 sums["incorrect"] += weight * advantage
@@ -122,6 +124,43 @@ def test_oreal_loss_its_slopes_and_sums(kl_kind, advantage_on_positives, served_
     torch.testing.assert_close(loss.item(), expected_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logp.grad / 2, torch.tensor(expected_slopes), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(dict(zip(SUMS, sums.tolist(), strict=True)), expected_sums, rtol=1e-5, atol=1e-4)
+
+
+def ratio_by_hand(logp: float, behaviour: float, cap: float) -> float:
+    return 1.0 if math.isnan(behaviour) else math.exp(min(logp - behaviour, math.log(cap)))
+
+
+def behaviour_of(logp: torch.Tensor) -> torch.Tensor:
+    """Log-probs far below, near and far above the policy's, in sequences of both outcomes; some are unknown."""
+    behaviour = logp.detach() + random(seed=6).to(logp.dtype)
+    behaviour[::7] = math.nan
+    behaviour[1::50] -= 200.0
+    behaviour[2::50] += 200.0
+    return behaviour
+
+
+@pytest.mark.parametrize("cap", [1.0, 2.0])
+def test_incorrect_tokens_are_weighted_by_the_truncated_ratio(cap, served_by):
+    logp = (random(seed=4) - 2).requires_grad_()
+    terms = terms_of(behaviour_logp=behaviour_of(logp), ratio_cap=cap)
+    loss, sums = oreal_loss(logp, terms)
+    loss.backward()
+    expected_loss, expected_slopes, expected_sums = by_hand(logp.double().tolist(), terms)
+    torch.testing.assert_close(loss.item(), expected_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logp.grad, torch.tensor(expected_slopes), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(dict(zip(SUMS, sums.tolist(), strict=True)), expected_sums, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("behaviour", ["own", "unknown"])
+def test_a_policy_that_sampled_its_tokens_has_the_loss_without_ratio(behaviour, served_by):
+    """Bit for bit: a ratio of 1 changes nothing."""
+    logp = random(seed=4) - 2
+    behaviour_logp = logp.clone() if behaviour == "own" else torch.full_like(logp, math.nan)
+    plain = policy_terms(logp, terms_of())
+    for result, expected in zip(
+        policy_terms(logp, terms_of(behaviour_logp=behaviour_logp, ratio_cap=2.0)), plain, strict=True
+    ):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("kl_kind", KL_KINDS)
@@ -171,7 +210,8 @@ def test_the_slope_of_k3_keeps_its_digits_near_zero(d, served_by):
 
 
 def test_any_cut_adds_up(served_by):
-    terms, logp = terms_of(), random(seed=4) - 2
+    logp = random(seed=4) - 2
+    terms = terms_of(behaviour_logp=behaviour_of(logp), ratio_cap=2.0)
     slope, sums = policy_terms(logp, terms)
     pieces = [slice(0, 50), slice(50, 71), slice(71, 71), slice(71, T)]
     parts = [policy_terms(logp[piece], terms.select(piece)) for piece in pieces]

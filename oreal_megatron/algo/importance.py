@@ -1,0 +1,46 @@
+"""Importance ratios of tokens that were not sampled from the policy as the trainer computes it.
+
+The engine's log-probs differ from the trainer's by rounding, and by whole updates where a response was sampled under
+older weights. With `loss.ratio_cap` the incorrect samples' term weights each token by min(exp(trainer - engine), cap).
+Correct samples are imitated: their term is the likelihood of verified responses, which no sampling distribution enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from oreal_kernels import truncated_ratio
+from torch import Tensor
+
+from oreal_megatron.config import RunStopped
+from oreal_megatron.records import MicroBatch, Rollout
+
+__all__ = ["MissingLogprobs", "metrics", "require_logprobs", "truncated_ratio"]
+
+
+class MissingLogprobs(RunStopped):
+    """Rollouts of the step lack the engine's log-probs that their importance ratios need."""
+
+
+def require_logprobs(rollouts: Sequence[Sequence[Rollout]], step: int) -> None:
+    """Raise MissingLogprobs where a rollout lacks the engine's log-prob of a token."""
+    everything = [rollout for row in rollouts for rollout in row]
+    missing = [rollout for rollout in everything if len(rollout.logprobs or ()) != len(rollout.tokens)]
+    if missing:
+        raise MissingLogprobs(
+            f"step {step}: {len(missing)} of {len(everything)} rollouts, the first of them prompt {missing[0].slot}, "
+            f"rollout {missing[0].index}, have no log-probs of the engine for all of their tokens, which "
+            "loss.ratio_cap needs. Nothing was trained on them; set loss.ratio_cap=0, or fix the engine and resume"
+        )
+
+
+def metrics(logp_T: Tensor, micro_batch: MicroBatch, incorrect_tokens: int, cap: float) -> dict[str, Tensor]:
+    """Return the mean ratio of the incorrect tokens and the share that the cap truncates; they add up."""
+    ratio_T = truncated_ratio(logp_T, micro_batch.engine_logprobs, cap)
+    incorrect_T = torch.repeat_interleave(micro_batch.reward < 0, micro_batch.action_offsets.diff())
+    tokens = max(incorrect_tokens, 1)
+    return {
+        "policy/ratio_mean": ratio_T[incorrect_T].sum() / tokens,
+        "policy/ratio_capped_share": (ratio_T[incorrect_T] >= cap).sum() / tokens,
+    }
