@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,21 +40,30 @@ def samples(rollouts: Sequence[Sequence[Rollout]], config: EngineConfig, replica
     ]
 
 
-def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch, tolerance: float) -> tuple[float, float, int]:
-    """Compare log-probs on this rank (zeros before the last pipeline stage).
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Difference of log-probs on one rank, in nats."""
 
-    Returns the worst response's mean |trainer - engine| in nats, the same with tokens clamped to TOKEN_CAP tolerances,
-    and the number of tokens compared. The worst, because one faulty replica among many would vanish in a mean. Clamped,
-    because in half precision single tokens differ by whole nats without a fault: rounding the weights alone moved one
-    by 1.5 (docs/evidence/learning.md). Wrong weights and stale caches move many tokens.
+    worst_gap: float  # largest mean |trainer - engine| of a response
+    worst_capped_gap: float  # the same with tokens clamped to TOKEN_CAP tolerances
+    tokens: Tensor  # trainer - engine of each token compared; empty before the last pipeline stage
+
+
+def difference(trainer_logp: Sequence[Tensor] | None, batch: Batch, tolerance: float) -> Difference:
+    """Compare log-probs on this rank; zeros before the last pipeline stage.
+
+    The worst response counts, because one faulty replica among many would vanish in a mean. Tokens are clamped, because
+    in half precision single tokens differ by whole nats without a fault: rounding the weights alone moved one by 1.5
+    (docs/evidence/learning.md). Wrong weights and stale caches move many tokens.
     """
-    gaps, capped, tokens = [torch.zeros(1)], [torch.zeros(1)], 0
+    gaps, capped, tokens = [torch.zeros(1)], [torch.zeros(1)], [torch.zeros(0)]
     for logp_T, micro_batch in zip(trainer_logp or (), batch.micro_batches, strict=trainer_logp is not None):
-        gap_T = (logp_T.cpu() - micro_batch.engine_logprobs).abs().nan_to_num(torch.inf)
+        difference_T = logp_T.cpu().float() - micro_batch.engine_logprobs
+        gap_T = difference_T.abs().nan_to_num(torch.inf)
         gaps.append(_sequence_means(gap_T, micro_batch.action_offsets))
         capped.append(_sequence_means(gap_T.clamp(max=TOKEN_CAP * tolerance), micro_batch.action_offsets))
-        tokens += len(gap_T)
-    return torch.cat(gaps).max().item(), torch.cat(capped).max().item(), tokens
+        tokens.append(difference_T)
+    return Difference(torch.cat(gaps).max().item(), torch.cat(capped).max().item(), torch.cat(tokens))
 
 
 def _sequence_means(values_T: Tensor, action_offsets: Tensor) -> Tensor:
@@ -76,25 +86,39 @@ def check_versions(rollouts: Sequence[Sequence[Rollout]], engine: int, trainer: 
         )
 
 
-def check(
-    differences: Sequence[tuple[float, float, int]], tolerance: float, version: int, step: int
-) -> dict[str, float]:
+def check(differences: Sequence[Difference], tolerance: float, version: int, step: int) -> dict[str, float]:
     """Return metrics of all ranks' `difference`; raise LogprobMismatch where the clamped gap exceeds the tolerance."""
-    gaps, capped, counts = zip(*differences, strict=True)
-    gap, tokens = max(gaps), sum(counts)
-    if max(capped) > tolerance:
+    gap, capped = max(d.worst_gap for d in differences), max(d.worst_capped_gap for d in differences)
+    tokens = torch.cat([d.tokens for d in differences])
+    if capped > tolerance:
         raise LogprobMismatch(
             f"step {step}: engine and trainer log-probs differ by {gap:.3g} nats on average in one of the sampled "
-            f"responses ({tokens} tokens compared), more than the tolerance of {tolerance:g}. The engine does not hold "
-            f"the policy of version {version}: check the weight mapping, the weight sync and the prefix cache. "
+            f"responses ({len(tokens)} tokens compared), more than the tolerance of {tolerance:g}. The engine does not "
+            f"hold the policy of version {version}: check the weight mapping, the weight sync and the prefix cache. "
             "Nothing was trained on these rollouts; resume from the last checkpoint once the cause is fixed"
         )
-    return {"parity/logprob_gap": gap, "parity/capped_gap": max(capped), "parity/tokens": tokens}
+    own = {"parity/logprob_gap": gap, "parity/capped_gap": capped, "parity/tokens": len(tokens)}
+    return own | mismatch_metrics(tokens)
 
 
-def is_finite(differences: Sequence[tuple[float, float, int]]) -> bool:
+def mismatch_metrics(difference_T: Tensor) -> dict[str, float]:
+    """Return mean, 99th percentile (nearest rank) and maximum of |trainer - engine|, and k3 = exp(d) - d - 1, in nats.
+
+    The mean of k3 over tokens that the engine sampled estimates KL(engine || trainer). All are 0 without tokens.
+    """
+    d = difference_T.double() if len(difference_T) else torch.zeros(1, dtype=torch.float64)
+    gap = d.abs()
+    return {
+        "parity/token_gap_mean": gap.mean().item(),
+        "parity/token_gap_p99": gap.kthvalue(math.ceil(0.99 * len(gap))).values.item(),
+        "parity/token_gap_max": gap.max().item(),
+        "parity/kl_k3": (torch.expm1(d) - d).mean().item(),
+    }
+
+
+def is_finite(differences: Sequence[Difference]) -> bool:
     """Return whether all ranks' differences are numbers: log-probs of both sides are finite."""
-    return all(math.isfinite(gap) for gap, _, _ in differences)
+    return all(math.isfinite(difference.worst_gap) for difference in differences)
 
 
 def refuse_non_finite(causes: Sequence[str], version: int, step: int) -> None:
