@@ -13,7 +13,9 @@
 #                         one holds the rendezvous
 #     --nodes N --rendezvous HOST:PORT
 #     --max-restarts N    how often lost processes are replaced without leaving the machines (default 3)
-#     --no-doctor         do without the checks of `oreal doctor --quick` before the start
+#     --quick-doctor      before the start, check with `oreal doctor --quick` only: without its real runs on every GPU of
+#                         the machine, which take some minutes
+#     --no-doctor         do without these checks
 #     --dry-run           print what every machine would run, and run nothing
 #     -- WORD ...         goes to `oreal train`, e.g. -- --set loss.kl_coef=0.02
 # Exit codes: 0 done, 2 bad input, 3 stopped, 4 preempted and saved, 5 hung or lost a rank. 4 and 5: start it again.
@@ -22,7 +24,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bad() { echo "launch: $1" >&2; exit 2; }
 
-recipe="" gpus="" per_node=8 hosts="" nodes="" rendezvous="" restarts=3 doctor=yes dry="" words=()
+recipe="" gpus="" per_node=8 hosts="" nodes="" rendezvous="" restarts=3 doctor=full dry="" words=()
 while [ $# -gt 0 ]; do
     case $1 in
         --recipe) recipe=${2:?"launch: --recipe wants a name"} ;;
@@ -32,6 +34,7 @@ while [ $# -gt 0 ]; do
         --nodes) nodes=${2:?"launch: --nodes wants a number"} ;;
         --rendezvous) rendezvous=${2:?"launch: --rendezvous wants HOST:PORT"} ;;
         --max-restarts) restarts=${2:?"launch: --max-restarts wants a number"} ;;
+        --quick-doctor) doctor=quick; shift; continue ;;
         --no-doctor) doctor=""; shift; continue ;;
         --dry-run) dry=yes; shift; continue ;;
         --) shift; words=("$@"); break ;;
@@ -108,13 +111,15 @@ meet=()
 if [ "$nodes" -gt 1 ]; then meet=(--nodes "$nodes" --rendezvous "$rendezvous"); fi
 supervisor=("$python" -m oreal_megatron --processes "$per_node" --max-restarts "$restarts" "${meet[@]}" --logs)
 train=(train "$recipe" --resume auto "${words[@]}")
-quick=("$python" -m oreal_megatron doctor --quick "$recipe")
+check=(env "${settings[@]}" "$python" -m oreal_megatron doctor --gpus "$per_node")
+if [ "$doctor" = quick ]; then check+=(--quick); fi
+check+=("$recipe")
 
 if [ -n "$dry" ]; then
     echo "# $recipe on $gpus GPUs, $nodes x $per_node, in $PWD"
     for host in "${names[@]}"; do
         echo "# $host"
-        if [ -n "$doctor" ]; then printf '%q ' "${quick[@]}"; echo; fi
+        if [ -n "$doctor" ]; then printf '%q ' "${check[@]}"; echo; fi
         printf '%q ' env "${settings[@]}" "${supervisor[@]}" "$logs/$host" "${train[@]}"; echo
     done
     exit 0
@@ -126,7 +131,7 @@ environment first (README.md), where every machine sees it"
 if [ -n "$hosts" ] && [ "$nodes" -gt 1 ]; then
     again=(bash examples/cluster/launch.sh --recipe "$recipe" --gpus "$gpus" --gpus-per-node "$per_node"
         --max-restarts "$restarts" "${meet[@]}")
-    if [ -z "$doctor" ]; then again+=(--no-doctor); fi
+    case $doctor in quick) again+=(--quick-doctor) ;; "") again+=(--no-doctor) ;; esac
     # Settings go along, but not what is one machine's own.
     carried=()
     for variable in $(compgen -e); do
@@ -174,5 +179,6 @@ if command -v nvidia-smi > /dev/null; then
     seen=$(nvidia-smi --list-gpus | wc -l)
     [ "$seen" -ge "$per_node" ] || bad "$host has $seen GPUs, $per_node are wanted; name fewer with --gpus-per-node"
 fi
-if [ -n "$doctor" ]; then "${quick[@]}" || bad "oreal doctor reports failed checks on $host"; fi
+if [ -n "$doctor" ]; then "${check[@]}" || bad "oreal doctor reports failed checks on $host; it names the \
+fix of each"; fi
 exec env "${settings[@]}" "${supervisor[@]}" "$logs/$host" "${train[@]}"

@@ -19,8 +19,8 @@ from oreal_megatron.observe.tables import simple_table
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red", ABSENT: "dim"}
 
 
-def run_checks(recipe: str | None, assignments: list[str], quick: bool) -> Iterator[CheckResult]:
-    """Check the machine, what a recipe needs if one is given, and the real runs unless `quick`."""
+def run_checks(recipe: str | None, assignments: list[str], quick: bool, processes: int = 0) -> Iterator[CheckResult]:
+    """Check the machine, what a recipe needs if one is given, and unless `quick` the real runs in so many processes."""
     yield from checks.software()
     config = None
     if recipe:
@@ -36,7 +36,7 @@ def run_checks(recipe: str | None, assignments: list[str], quick: bool) -> Itera
         yield from checks.inputs(config)
         yield from checks.judges(config.verify.judge)
     if not quick:
-        yield from launch_real_runs()
+        yield from launch_real_runs(processes)
 
 
 def print_results(results: Sequence[CheckResult]) -> None:

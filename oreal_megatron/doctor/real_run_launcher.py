@@ -14,20 +14,27 @@ import torch
 from oreal_megatron.doctor import real_runs
 from oreal_megatron.doctor.checks import FAILED, OK, CheckResult
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600  # on GPUs the engine compiles and captures graphs
 TERMINATION_S = 60  # torchrun gives its processes half of it
 FIXES = {
     "collective": "ranks cannot reach each other: see NCCL_DEBUG=INFO; set the network with NCCL_SOCKET_IFNAME",
     "generate": "does vLLM work alone? `vllm serve` with any small model tells more",
     "train": "Megatron-core or the kernels failed; the last lines of the message name the call",
     "weight sync": "weights do not reach the engine; --set engine.transport=gather uses vLLM's own loader",
+    "second step": "the engine does not use its new weights, or did not wake; --set engine.enforce_eager=true runs it "
+    "without CUDA graphs, --set engine.sleep=false with a small engine.kv_cache_gib without sleep",
 }
 
 
-def launch_real_runs() -> Iterator[CheckResult]:
-    """Run all parts; a part that reports nothing has failed, and ends the runs."""
-    processes = torch.cuda.device_count() or 2
-    print(f"real runs in {processes} processes, half a minute ...", file=sys.stderr, flush=True)
+def launch_real_runs(processes: int = 0) -> Iterator[CheckResult]:
+    """Run all parts in so many processes; a part that reports nothing has failed, and ends the runs."""
+    gpus = torch.cuda.device_count()
+    processes = processes or gpus or 2
+    if gpus and processes > gpus:
+        yield CheckResult("run: collective", FAILED, f"{processes} GPUs, of which there are {gpus}", "lower --gpus")
+        return
+    duration = "some minutes" if gpus else "half a minute"
+    print(f"real runs in {processes} processes, {duration} ...", file=sys.stderr, flush=True)
     # Without the variables of a scheduler: with PET_NNODES=4 torchrun would wait for three more nodes.
     scheduler = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {

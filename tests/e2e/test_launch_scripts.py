@@ -50,8 +50,29 @@ def test_shellcheck_finds_nothing():
 def commands(shown: str) -> dict[str, list[str]]:
     """The words that every machine would run, by machine, from a dry run."""
     heads = [line[2:] for line in shown.splitlines() if line.startswith("# ")][1:]
-    runs = [shlex.split(line) for line in shown.splitlines() if line.startswith("env ")]
+    runs = [shlex.split(line) for line in shown.splitlines() if line.startswith("env ") and " train " in line]
     return dict(zip(heads, runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["doctor", "--gpus", "8"]),
+        (("--gpus", "4"), ["doctor", "--gpus", "4"]),
+        (("--quick-doctor",), ["doctor", "--gpus", "8", "--quick"]),
+        (("--no-doctor",), None),
+    ],
+)
+def test_every_machine_is_checked_with_real_runs_in_the_environment_of_the_training(arguments, words):
+    result = script("cluster/launch.sh", "--recipe", "oreal_7b_8_gpus", *arguments, "--dry-run")
+    lines = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("env ")]
+    assert len(lines) == (1 if words is None else 2), result.stderr
+    if words is not None:
+        check, train = lines
+        start = check.index("doctor")
+        assert check[start:-1] == words and check[-1].endswith("oreal_7b_8_gpus")
+        assert check[: start - 3] == train[: start - 3], "NCCL and torch are set up as for the training"
+        main.parser("doctor").parse_args(check[start:])
 
 
 @pytest.mark.parametrize(
