@@ -32,6 +32,7 @@ class Verdict:
     extracted: str | None = None  # answer found in the response
     seconds: float = 0.0  # time spent on this rollout
     reason: str = ""  # of an UNKNOWN: what failed
+    penalty: str = ""  # pattern that the response is penalised for (algo/response_penalties.py)
 
 
 @dataclass(frozen=True, slots=True)

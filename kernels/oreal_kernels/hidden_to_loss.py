@@ -41,6 +41,7 @@ class OrealLossResult(NamedTuple):
     loss: Tensor  # scalar fp32
     sums: Tensor  # [8] fp64, detached, named by SUMS
     logp: Tensor  # [N] fp32, detached
+    entropy: Tensor  # [N] fp32 of each row's distribution over the vocabulary, nats, detached; 0 where no label counts
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, terms: LossTerms, **head: Any) -> OrealLossResult:
@@ -48,10 +49,10 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, terms: LossTerms, 
 
     Keyword arguments are those of the reference of `linear_logprob`.
     """
-    logp, _ = logprob_reference(hidden, weight, labels, **head)
+    logp, entropy = logprob_reference(hidden, weight, labels, **head)
     counted = (labels != IGNORE_LABEL).to(logp.dtype)
     loss, sums = policy_loss_reference(logp, _mask_terms(counted, terms))
-    return OrealLossResult(loss, sums, logp.detach())
+    return OrealLossResult(loss - terms.entropy_scale * entropy.sum(), sums, logp.detach(), entropy.detach())
 
 
 class _LinearOrealLoss(torch.autograd.Function):
@@ -67,6 +68,7 @@ class _LinearOrealLoss(torch.autograd.Function):
         dhidden = InputGradient(x, head, sequence_parallel) if wants_input else None
         dweight = WeightGradient(weight, main_grad if into_main_grad else None) if wants_weight else None
         logp = torch.zeros(len(counted), dtype=torch.float32, device=x.device)
+        entropy = torch.zeros_like(logp)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=x.device)
         buffer = None
         for chunk in row_chunks(len(counted), head.plan("recompute", budget).chunk_rows):
@@ -75,8 +77,10 @@ class _LinearOrealLoss(torch.autograd.Function):
             logp[chunk] = torch.where(counted[chunk], combined.logp, 0)
             slope, chunk_sums = policy_terms(logp[chunk], terms.select(chunk))
             sums += chunk_sums
+            entropy[chunk] = torch.where(counted[chunk], combined.entropy, 0)
             a = torch.where(counted[chunk], slope if scale is None else slope * scale, 0)
-            dlogits = head.dlogits(logits, chunk, combined, a, None, x.dtype)
+            b = _entropy_slope(counted[chunk], terms, scale)
+            dlogits = head.dlogits(logits, chunk, combined, a, b, x.dtype)
             if dhidden:
                 dhidden.add(dlogits, chunk)
             if dweight:
@@ -84,8 +88,9 @@ class _LinearOrealLoss(torch.autograd.Function):
         ctx.dhidden = dhidden and dhidden.result(rows, hidden)
         ctx.dweight, ctx.main_grad, ctx.scale = dweight, main_grad, scale
         ctx.pending = _PendingBackward() if into_main_grad else None
-        ctx.mark_non_differentiable(sums, logp)
-        return terms.loss(sums), sums, logp
+        ctx.mark_non_differentiable(sums, logp, entropy)
+        loss = terms.loss(sums) - terms.entropy_scale * entropy.sum() if terms.entropy_coef else terms.loss(sums)
+        return loss, sums, logp, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -175,7 +180,7 @@ def linear_oreal_loss(
         loss_scale: gradient that the loss will receive in backward(), where it is known (scalar).
 
     Returns:
-        The loss (fp32 scalar, differentiable), its sums and the log-probs.
+        The loss (fp32 scalar, differentiable), its sums, the log-probs and the entropies.
 
     Raises:
         ValueError: shapes do not fit, temperature is not above 0, vocab_start without vocab_size, or the offsets of
@@ -200,6 +205,14 @@ def linear_oreal_loss(
     return OrealLossResult(
         *_LinearOrealLoss.apply(hidden, weight, head, counted, _mask_terms(counted, terms), *options)
     )
+
+
+def _entropy_slope(counted: Tensor, terms: LossTerms, scale: float | Tensor | None) -> Tensor | None:
+    """Return dL/d(entropy) [n]; None without an entropy term, which costs nothing then."""
+    if not terms.entropy_coef:
+        return None
+    slope = torch.where(counted, -terms.entropy_scale, 0.0)
+    return slope if scale is None else slope * scale
 
 
 def _mask_terms(counted: Tensor, terms: LossTerms) -> LossTerms:

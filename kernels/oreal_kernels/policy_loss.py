@@ -4,6 +4,7 @@
     incorrect tokens:  - negative_coef A w r / incorrect tokens         r = exp(logp - logp.detach()) = 1, or with a
                                                                         ratio_cap rho r, rho = truncated_ratio(...)
     all tokens:          kl_coef KL(d) / action tokens                  d = reference log-prob - logp
+    all tokens:        - entropy_coef entropy / action tokens           from hidden states only (hidden_to_loss.py)
 
 Every token's gradient depends on its own log-prob only, so one pass gives loss, metrics and dL/dlogp.
 """
@@ -48,6 +49,7 @@ class LossTerms:
     advantage_on_positives: bool  # multiply the correct samples' term by the advantage
     behaviour_logp: Tensor | None = None  # [T] log-probs of what sampled the tokens, nats; nan: the policy itself
     ratio_cap: float = 0.0  # largest importance ratio of an incorrect sample's token, at least 1; 0: it is not weighted
+    entropy_coef: float = 0.0  # factor of the mean entropy, which the loss falls with
 
     def __post_init__(self):
         if self.kl_kind not in KL_KINDS:
@@ -63,6 +65,11 @@ class LossTerms:
             self.negative_coef / max(self.incorrect_tokens, 1),
             self.kl_coef / max(self.action_tokens, 1),
         )
+
+    @property
+    def entropy_scale(self) -> float:
+        """Factor of the sum of entropies."""
+        return self.entropy_coef / max(self.action_tokens, 1)
 
     def check(self, tokens: int) -> None:
         """Raise ValueError where shapes do not fit the action tokens, or cu_seqlens does not rise from 0 to them."""
@@ -232,7 +239,13 @@ def oreal_loss(logp: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
         The loss (fp32 scalar) and its sums [8] (fp64, detached, named by SUMS).
 
     Raises:
-        ValueError: shapes do not fit, or cu_seqlens does not rise from 0 to T (on a GPU at a later call).
+        ValueError: shapes do not fit, cu_seqlens does not rise from 0 to T (on a GPU at a later call), or
+            `terms.entropy_coef` is not 0.
     """
+    if terms.entropy_coef:
+        raise ValueError(
+            f"terms.entropy_coef is {terms.entropy_coef}, but log-probs of the labels have no entropy; set it to 0, or "
+            "use linear_oreal_loss"
+        )
     terms.check(len(logp))
     return _OrealLoss.apply(logp, terms)

@@ -6,6 +6,7 @@ ranks add up.
     correct samples:    - positive_coef  sum_t w_t A log pi(a_t) / correct tokens      behaviour cloning (first term)
     incorrect samples:  - negative_coef  sum_t w_t A r_t / incorrect tokens            policy gradient (second term)
     all samples:          kl_coef        sum_t KL(d_t) / action tokens                 d = log reference - log pi
+    all samples:        - entropy_coef   sum_t H_t / action tokens                     entropy over the vocabulary
 
 The ratio r is 1, or with ratio_cap min(pi / pi of the engine, cap), without gradient (algo/importance.py).
 With normalise="joint" the first two are divided by all action tokens, as in REINFORCE.
@@ -49,6 +50,7 @@ def terms(
         advantage_on_positives=config.advantage_on_positives,
         behaviour_logp=micro_batch.engine_logprobs,
         ratio_cap=config.ratio_cap,
+        entropy_coef=config.entropy_coef,
     )
 
 

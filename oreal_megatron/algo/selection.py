@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from oreal_megatron.algo import advantages
+from oreal_megatron.algo.response_penalties import KINDS
 from oreal_megatron.config import SelectionConfig
 from oreal_megatron.records import Counts, Outcome, Rollout, Sample, Verdict
 
@@ -24,12 +25,13 @@ def samples(
     authors' run without reward model does: against a baseline their advantage is 0, so they count in the denominators
     and in the KL term only.
     Advantages are computed over all rollouts of a prompt with a known verdict; UNKNOWN ones are neither selected nor
-    counted. The choice depends on `seed` and the prompt's slot only, not on other prompts.
+    counted. A penalised rollout counts as incorrect, with the reward of a penalty. The choice depends on `seed` and the
+    prompt's slot only, not on other prompts.
     """
     selected: list[Sample] = []
     for row, judged in zip(rollouts, verdicts, strict=True):
         known = [
-            (rollout, REWARD[verdict.outcome])
+            (rollout, config.penalties.reward if verdict.penalty else REWARD[verdict.outcome])
             for rollout, verdict in zip(row, judged, strict=True)
             if verdict.outcome in REWARD
         ]
@@ -42,7 +44,7 @@ def _select_of_prompt(
 ) -> list[Sample]:
     """Select from the rollouts of one prompt, given with their rewards."""
     rewards = [reward for _, reward in known]
-    mixed = len(set(rewards)) == 2  # else all correct, all incorrect, or none known: nothing to compare
+    mixed = len(set(rewards)) > 1  # else all correct, all incorrect, or none known: nothing to compare
     if not mixed and config.keep != "all":
         return []
     shaped = [
@@ -71,7 +73,7 @@ def counts(selected: Sequence[Sample]) -> Counts:
 def summary(
     rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]], selected: Sequence[Sample]
 ) -> dict[str, float]:
-    """Return metrics of a step's rollouts: pass rate, rewards, unknowns, lengths, truncation, selected samples."""
+    """Return metrics of a step's rollouts: pass rate, unknowns, lengths, truncation, penalties, selected samples."""
     outcomes = [verdict.outcome for row in verdicts for verdict in row]
     flat = [rollout for row in rollouts for rollout in row]
     known = [REWARD[outcome] for outcome in outcomes if outcome in REWARD]
@@ -86,6 +88,7 @@ def summary(
         "rollout/response_tokens_mean": sum(lengths) / max(len(lengths), 1),
         "rollout/response_tokens_max": max(lengths, default=0),
         "rollout/truncated_share": sum(not rollout.finished for rollout in flat) / max(len(flat), 1),
+        **{f"penalty/{kind}": sum(v.penalty == kind for row in verdicts for v in row) for kind in KINDS},
         "batch/samples": len(selected),
         "batch/mixed_prompts": sum(
             {Outcome.CORRECT, Outcome.INCORRECT} <= {verdict.outcome for verdict in row} for row in verdicts

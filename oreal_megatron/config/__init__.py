@@ -14,6 +14,7 @@ from oreal_megatron.config.algorithm import (
     WeightsConfig,
 )
 from oreal_megatron.config.errors import ConfigError, Preempted, RunStopped
+from oreal_megatron.config.exploration import PenaltyConfig, ReferenceConfig
 from oreal_megatron.config.root import Config, require_judge
 from oreal_megatron.config.schema import Key, Section, problems, validate
 from oreal_megatron.config.system import (
@@ -41,8 +42,10 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PenaltyConfig",
     "Preempted",
     "RecordConfig",
+    "ReferenceConfig",
     "RewardModelConfig",
     "RewardTrainingConfig",
     "RunStopped",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+from oreal_megatron.config.exploration import PenaltyConfig
 from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, OnResume, Section
 
 KEY_FIELDS = ("question", "gold_answer", "pass_rate", "response")  # that data.keys may name
@@ -22,6 +23,10 @@ class SamplingConfig(Section):
     top_p: Annotated[
         float, Key("probability mass that sampling draws from; log-probs are of the whole distribution", 0.001, 1.0)
     ] = 0.9
+    min_p: Annotated[
+        float,
+        Key("tokens below so many times the likeliest one's probability are not sampled; log-probs as top_p's", 0, 1),
+    ] = 0.0
     max_new_tokens: Annotated[int, Key("longest response; a longer one is cut off", low=1, unit="tokens")] = 14000
 
 
@@ -83,6 +88,7 @@ class SelectionConfig(Section):
             "a correct and an incorrect rollout of each mixed prompt, all rollouts of mixed prompts, or of all prompts"
         ),
     ] = "pair"
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,13 @@ class LossConfig(Section):
     negative_coef: Annotated[float, Key("coefficient of the incorrect samples' loss", low=0.0)] = 0.5
     kl_coef: Annotated[float, Key("coefficient of the KL divergence from the reference model", low=0.0)] = 0.01
     kl_kind: Annotated[Literal["k1", "k1_reversed", "k2", "k3"], Key("estimator of the KL divergence")] = "k3"
+    reward_kl_coef: Annotated[
+        float,
+        Key("coefficient of a response's KL divergence in its reward, minus the mean of its prompt's others", low=0.0),
+    ] = 0.0
+    entropy_coef: Annotated[
+        float, Key("coefficient of the entropy bonus: the policy's mean entropy over the vocabulary", low=0.0)
+    ] = 0.0
     advantage_on_positives: Annotated[bool, Key("multiply the correct samples' loss by their advantage")] = True
     normalise: Annotated[
         Literal["side", "joint"],

@@ -111,11 +111,21 @@ class Config(Section):
                 "weights.shuffle is true, but without a reward model there are no weights to permute; set "
                 "reward_model.enabled=true or weights.shuffle=false"
             )
-        if self.loss.ratio_cap and self.sampling.top_p < 1:
+        if self.loss.ratio_cap and (self.sampling.top_p < 1 or self.sampling.min_p > 0):
             yield (
-                f"loss.ratio_cap is {self.loss.ratio_cap:g} and sampling.top_p is {self.sampling.top_p:g}: the "
-                "engine's log-probs are of the whole distribution, which top_p below 1 does not sample from; set "
-                "sampling.top_p=1.0 or loss.ratio_cap=0"
+                f"loss.ratio_cap is {self.loss.ratio_cap:g}, sampling.top_p {self.sampling.top_p:g} and sampling.min_p "
+                f"{self.sampling.min_p:g}: the engine's log-probs are of the whole distribution, which top_p below 1 "
+                "and min_p above 0 do not sample from; set sampling.top_p=1.0 and sampling.min_p=0, or loss.ratio_cap=0"
+            )
+        if self.loss.reward_kl_coef and self.selection.keep == "pair":
+            yield (
+                "loss.reward_kl_coef is above 0, which compares the KL divergences of all rollouts of a prompt, but "
+                "selection.keep=pair trains on two of them; set selection.keep to mixed or all"
+            )
+        if self.loss.reward_kl_coef and not self.loss.advantage_on_positives:
+            yield (
+                "loss.reward_kl_coef changes advantages, which correct samples ignore with "
+                "loss.advantage_on_positives=false; set that to true"
             )
         judge, limit_s = self.verify.judge, self.watchdog.verify_s
         if judge.urls and limit_s <= judge.all_down_wait_s:

@@ -90,14 +90,16 @@ class LanguageModelHead:
         terms = loss.terms(reference_logp_T[index], weight_T[index], own, counts, config)
         # Megatron's schedules pass the gradient 1 to every loss, because no grad_scale_func is set.
         fused = oreal_kernels.linear_oreal_loss
-        total, sums, logp = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
-        metrics = loss.metrics(
-            context_parallel.sum_over_ranks(total), context_parallel.sum_over_ranks(sums), counts, config
+        result = fused(*self._inputs(hidden, own), terms, loss_scale=1.0, **self._options(own))
+        total, sums, entropy = map(
+            context_parallel.sum_over_ranks, (result.loss, result.sums, result.entropy.sum(dtype=torch.float64))
         )
+        metrics = loss.metrics(total, sums, counts, config)
+        metrics["policy/entropy"] = entropy / max(counts.action_tokens, 1)
         if config.ratio_cap:
-            ratios = importance.metrics(logp, own, counts.incorrect_tokens, config.ratio_cap)
+            ratios = importance.metrics(result.logp, own, counts.incorrect_tokens, config.ratio_cap)
             metrics |= {name: context_parallel.sum_over_ranks(value) for name, value in ratios.items()}
-        return total, metrics
+        return result.loss, metrics
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [1, S, V/tp] logits of this rank's rows, padding included, not divided; for comparisons only."""

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.algo import guard, loss, reward_diagnostics, token_weighting
+from oreal_megatron.algo import guard, loss, reward_diagnostics, reward_kl, token_weighting
 from oreal_megatron.algo.schedule import learning_rate, policy_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
@@ -76,11 +76,23 @@ class Policy(TrainedModel):
             return _prefixed("policy", self.skip())
         config, fused, weights = self.config, self.language_model.oreal_loss, token_weights.values
         reference = reference_logp or []  # empty before the last pipeline stage, where no objective is computed
+        kl_metrics: Metrics = {}
+        if config.loss.reward_kl_coef:
+            batch, kl_metrics = self._with_reward_kl(batch, reference)
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return fused(hidden, micro_batch, reference[number], weights[number], batch.counts, config.loss)
 
-        return _prefixed("policy", self.train(batch, objective, policy_rate(self.updates, config)))
+        return _prefixed("policy", self.train(batch, objective, policy_rate(self.updates, config)) | kl_metrics)
+
+    def _with_reward_kl(self, batch: Batch, reference_logp: list[Tensor]) -> tuple[Batch, Metrics]:
+        """Return the batch with the KL divergence of each response in its advantage, and their mean. Collective."""
+        own = reward_kl.response_kls(self.score(batch) or [], reference_logp, batch.micro_batches)
+        kls = {key: kl for share in distributed.all_gather_object(own) for key, kl in share.items()}
+        centred = reward_kl.centre(kls)
+        mean = sum(kls.values()) / max(len(kls), 1)
+        coefficient = self.config.loss.reward_kl_coef
+        return reward_kl.with_kl_in_advantages(batch, centred, coefficient), {"response_kl": mean}
 
     def imitate(self, batch: Batch) -> Metrics:
         """Take one supervised step on demonstrations."""

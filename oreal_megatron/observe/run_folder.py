@@ -155,7 +155,7 @@ def _has_content(path: Path) -> bool:
 
 def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
     """Return one rollout and its verdict as a JSON object."""
-    reason = {"reason": verdict.reason} if verdict.reason else {}
+    details = {name: text for name in ("reason", "penalty") if (text := getattr(verdict, name))}
     return {
         "question": rollout.prompt.question,
         "gold_answer": rollout.prompt.gold,
@@ -167,5 +167,5 @@ def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
         "verdict": verdict.outcome.value,
         "method": verdict.method,
         "extracted": verdict.extracted,
-        **reason,
+        **details,
     }

@@ -47,6 +47,7 @@ def sampling_params(
     return SamplingParams(
         temperature=temperature,
         top_p=sampling.top_p,
+        min_p=sampling.min_p,
         max_tokens=sampling.max_new_tokens,
         seed=request_seed,
         stop_token_ids=list(stop_tokens),

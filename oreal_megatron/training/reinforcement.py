@@ -27,6 +27,7 @@ from oreal_megatron.session.models import build_models
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
 from oreal_megatron.training.resume import AUTO, Start
+from oreal_megatron.verify.penalised_verifier import PenalisedVerifier
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,12 @@ def train(
         )
         packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         models = (policy, reference, reward_model)
+        penalties = config.selection.penalties
+        grader = PenalisedVerifier(verifier, penalties) if penalties.enabled else verifier
         with hooks.saving_on_stop_request():
             weight_sync.sync(policy.updates)
             hooks.start(first_step, saved=checkpoint is not None)
-            loop.train(config, dataset, engine, verifier, *models, weight_sync, run, hooks, packing_spec)
+            loop.train(config, dataset, engine, grader, *models, weight_sync, run, hooks, packing_spec)
         with heartbeat.phase("checkpoint"):
             saver.finish()
             save_policy(run_path / "policy", model_note(config.steps))

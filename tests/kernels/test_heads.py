@@ -15,7 +15,9 @@ from oreal_kernels import (
     linear_logprob,
     linear_oreal_loss,
     logprob_from_logits,
+    oreal_loss,
     token_weights,
+    vocab_head,
 )
 from oreal_kernels.hidden_to_logprob import reference as linear_logprob_reference
 from oreal_kernels.hidden_to_loss import reference as linear_oreal_reference
@@ -164,12 +166,12 @@ def test_gradient_in_place_spoils_the_logits_and_torch_says_so():
 @pytest.mark.parametrize(
     "name", [name for name, options in CASES.items() if "budget_bytes" not in options and "mode" not in options]
 )
-@pytest.mark.parametrize("budget", [8 * V * 4, 2**30])
-def test_linear_oreal_loss_and_its_gradients(name, budget, served_by):
+@pytest.mark.parametrize(("budget", "entropy_coef"), [(8 * V * 4, 0.7), (2**30, 0.0)])
+def test_linear_oreal_loss_and_its_gradients(name, budget, entropy_coef, served_by):
     hidden, weight, labels, options = case_of(CASES[name], torch.float32)
     labels[[3, N - 1]] = -100
     shared = {key: value for key, value in options.items() if key in ("temperature", "softcap", "vocab_size", "rows")}
-    terms = terms_of()
+    terms = replace(terms_of(), entropy_coef=entropy_coef)
 
     def loss_of(function, terms, **options):
         return lambda x, w: [function(x, w, labels, terms, **options).loss]
@@ -182,6 +184,36 @@ def test_linear_oreal_loss_and_its_gradients(name, budget, served_by):
     found = linear_oreal_loss(hidden, weight, labels, terms, **options)
     torch.testing.assert_close(found.sums, expected.sums, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.logp.double(), expected.logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_the_entropy_bonus_alone_raises_the_entropy_as_its_gradient_says(served_by):
+    """A step against the loss's gradient makes every row less sure; without a coefficient there is no entropy pass."""
+    hidden, weight, labels, _ = case_of({}, torch.float32)
+    silent = dict(positive_coef=0.0, negative_coef=0.0, kl_coef=0.0)
+    x = hidden.clone().requires_grad_()
+    before = linear_oreal_loss(x, weight, labels, replace(terms_of(), entropy_coef=1.0, **silent))
+    before.loss.backward()
+    assert before.loss.item() == pytest.approx(-before.entropy.sum().item() / (2 * N), rel=1e-5)
+    after = linear_oreal_loss(hidden - 0.5 * x.grad, weight, labels, terms_of())
+    assert (after.entropy > before.entropy).all()
+    y = hidden.clone().requires_grad_()
+    linear_oreal_loss(y, weight, labels, replace(terms_of(), **silent)).loss.backward()
+    assert not y.grad.any()
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_without_a_coefficient_the_gradient_pass_is_the_one_without_entropy(entropy_coef, monkeypatch):
+    hidden, weight, labels, _ = case_of({}, torch.float32)
+    coefficients = []
+    monkeypatch.setattr(vocab_head, "row_gradient", lambda *arguments: coefficients.append(arguments[-1]))
+    linear_oreal_loss(hidden.requires_grad_(), weight, labels, replace(terms_of(), entropy_coef=entropy_coef))
+    assert coefficients and all((b is None) == (entropy_coef == 0.0) for b in coefficients)
+
+
+def test_log_probs_alone_have_no_entropy():
+    with pytest.raises(ValueError, match=r"entropy_coef is 0\.1, but log-probs of the labels have no entropy"):
+        oreal_loss(random(N), replace(terms_of(), entropy_coef=0.1))
 
 
 @pytest.mark.parametrize("budget", [8 * V * 4, 2**30])
@@ -206,7 +238,7 @@ def test_linear_oreal_loss_with_importance_ratios(budget, served_by):
 @pytest.mark.parametrize("kl_kind", KL_KINDS)
 def test_linear_oreal_loss_in_16_bits_and_scaled(kl_kind, served_by):
     """1/3 is no 16-bit number: neither gradient may see it rounded."""
-    dtype, terms = half_of(served_by), terms_of(kl_kind=kl_kind)
+    dtype, terms = half_of(served_by), replace(terms_of(kl_kind=kl_kind), entropy_coef=0.5)
     hidden, weight, labels, _ = case_of({}, dtype)
     terms = replace(terms, reference_logp=terms.reference_logp.clamp(min=-9) - 4)
 

@@ -109,6 +109,7 @@ def test_rollouts_without_log_probs_of_the_engine_are_refused():
     [
         (dict(loss=c.LossConfig(ratio_cap=0.5), sampling=c.SamplingConfig(top_p=1.0)), "loss.ratio_cap is 0.5"),
         (dict(loss=c.LossConfig(ratio_cap=2.0), sampling=c.SamplingConfig(top_p=0.9)), "set sampling.top_p=1.0"),
+        (dict(loss=c.LossConfig(ratio_cap=2.0), sampling=c.SamplingConfig(top_p=1.0, min_p=0.1)), "sampling.min_p=0,"),
         (dict(loss=c.LossConfig(ratio_cap=2.0), sampling=c.SamplingConfig(top_p=1.0, temperature=0.7)), ""),
         (dict(sampling=c.SamplingConfig(top_p=0.9)), ""),
     ],

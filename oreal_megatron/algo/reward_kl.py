@@ -1,0 +1,61 @@
+"""KL divergence from the reference in the reward, centred over the other rollouts of a prompt (T1, arXiv 2501.11651).
+
+    A_i <- A_i - reward_kl_coef (KL_i - mean_{j != i} KL_j)          KL_i = sum_t log pi(a_t) - log reference(a_t)
+
+With leave-one-out advantages this equals the advantage of the reward r_i - reward_kl_coef KL_i. The mean is over the
+samples of the prompt, so all its rollouts must be samples (selection.keep other than "pair").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from oreal_kernels.policy_loss import MAX_DISTANCE
+from torch import Tensor
+
+from oreal_megatron.algo.advantages import leave_one_out
+from oreal_megatron.records import Batch, MicroBatch
+
+RolloutKey = tuple[int, int]  # slot and index
+
+
+def response_kls(
+    logp: Sequence[Tensor], reference_logp: Sequence[Tensor], micro_batches: Sequence[MicroBatch]
+) -> dict[RolloutKey, float]:
+    """Return the KL estimate of each sequence in nats, by its rollout; a token counts for at most MAX_DISTANCE."""
+    kls: dict[RolloutKey, float] = {}
+    if not logp:  # before the last pipeline stage
+        return {}
+    for logp_T, reference_T, micro_batch in zip(logp, reference_logp, micro_batches, strict=True):
+        gap_T = (logp_T - reference_T).double().clamp(-MAX_DISTANCE, MAX_DISTANCE).cpu()
+        lengths = micro_batch.action_offsets.diff().cpu()
+        sums = [part.sum().item() for part in gap_T.split(lengths.tolist())]
+        kls |= dict(zip(map(tuple, micro_batch.rollouts.tolist()), sums, strict=True))
+    kls.pop((-1, -1), None)  # the padding of an empty micro-batch
+    return kls
+
+
+def centre(kls: Mapping[RolloutKey, float]) -> dict[RolloutKey, float]:
+    """Return each rollout's KL minus the mean of the others of its prompt; 0 for a single one."""
+    prompts: dict[int, list[RolloutKey]] = defaultdict(list)
+    for key in sorted(kls):
+        prompts[key[0]].append(key)
+    centred: dict[RolloutKey, float] = {}
+    for keys in prompts.values():
+        centred |= dict(zip(keys, leave_one_out([kls[key] for key in keys]), strict=True))
+    return centred
+
+
+def with_kl_in_advantages(batch: Batch, centred: Mapping[RolloutKey, float], coefficient: float) -> Batch:
+    """Return the batch with advantages lowered by the centred KLs of its sequences."""
+
+    def lowered(micro_batch: MicroBatch) -> MicroBatch:
+        kl_B = [centred.get((slot, index), 0.0) for slot, index in micro_batch.rollouts.tolist()]
+        penalty_B = coefficient * torch.tensor(kl_B, dtype=torch.float64)
+        advantage = (micro_batch.advantage.cpu().double() - penalty_B).float()
+        return dataclasses.replace(micro_batch, advantage=advantage.to(micro_batch.advantage.device))
+
+    return dataclasses.replace(batch, micro_batches=tuple(map(lowered, batch.micro_batches)))
