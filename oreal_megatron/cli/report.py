@@ -1,4 +1,4 @@
-"""`oreal report RUN ...`: speed and accuracy of runs as tables; pictures of learning and of the reward model."""
+"""`oreal report RUN ...`: speed and accuracy of runs as tables; a page, and pictures."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import json
 import time
 from pathlib import Path
 
-from oreal_megatron.cli.arguments import output_file
+from oreal_megatron.cli.arguments import at_least, output_file
 from oreal_megatron.evaluation import calibration_picture
 from oreal_megatron.observe import run_report, speed_report, token_heat_map
+from oreal_megatron.observe.page import page
+from oreal_megatron.observe.token_decoder import token_decoder
 from oreal_megatron.runtime import files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument(
+        "--html", type=output_file, metavar="FILE", help="write a page with charts, tables and rollouts of all runs"
+    )
+    parser.add_argument(
+        "--trajectories",
+        type=at_least(0),
+        default=20,
+        metavar="N",
+        help="with --html: rollouts of N steps of each run, evenly spread, in the folder FILE_rollouts (default 20)",
+    )
     parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the learning curves (PNG)")
     parser.add_argument(
         "--calibration", type=output_file, metavar="FILE", help="draw the reward model's calibration (PNG)"
@@ -33,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables; return the exit code."""
     records = [run_report.read_run(path) for path in args.runs]
-    for output in filter(None, (args.picture, args.calibration, args.heat_map, args.summary)):
+    for output in filter(None, (args.html, args.picture, args.calibration, args.heat_map, args.summary)):
         files.set_aside(output)
     speeds = [speed_report.summary(record) for record in records]
     for speed in filter(None, speeds):
         speed_report.print_table(speed)
     run_report.print_table(records)
+    if args.html:
+        print(page.write(records, args.html, args.trajectories))
     if args.picture:
         run_report.draw(records, args.picture)
         print(f"learning curve: {args.picture}")
@@ -46,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
         calibration_picture.draw(args.runs[0], args.calibration)
         print(f"calibration of {args.runs[0]}: {args.calibration}")
     if args.heat_map:
-        from oreal_megatron.data import problems  # imports transformers, which takes seconds
-
-        tokenizer = problems.load_tokenizer(records[0].config["model"]["path"])
-        description = token_heat_map.draw(args.runs[0], args.heat_map, lambda token: tokenizer.decode([token]))
+        decode = token_decoder(records[0].config["model"]["path"])
+        description = token_heat_map.draw(args.runs[0], args.heat_map, decode)
         print(f"token heat map of {args.runs[0]}, {description}: {args.heat_map}")
     if args.summary:
         seconds = time.time() - args.started if args.started else records[0].seconds
