@@ -120,11 +120,11 @@ def _heading(run: RunData, runs: Sequence[RunData]) -> str:
 def _overview(runs: Sequence[RunData]) -> str:
     notes = []
     for run in runs:
-        texts = findings(run) or ["no figure is out of its usual range"]
-        listed = [f"<li>{escape(text)}</li>" for text in texts]
-        name = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else "<h3>To look at</h3>"
-        notes.append(f'{name}<ul class="findings">{"".join(listed)}</ul>')
-    return tables.overview(runs) + "".join(notes)
+        if texts := findings(run):
+            items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+            notes.append(f'<h3>To look at{escape(_heading(run, runs))}</h3><ul class="findings">{items}</ul>')
+    quiet = '<p class="note">No figure is out of its usual range.</p>'
+    return tables.overview(runs) + ("".join(notes) or quiet)
 
 
 def _learning(runs: Sequence[RunData]) -> str:
