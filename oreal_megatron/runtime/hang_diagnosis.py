@@ -23,7 +23,7 @@ class ProgressReport:
     transitions: int  # changes of step or phase so far
     idle_s: float  # seconds since its last progress
     limit_s: float  # seconds without progress that its phase may take
-    in_collective: bool  # as far as its Python stacks show
+    in_collective: bool  # as far as its Python stacks show, or waits for its GPU (processes.in_collective)
     state: str = RUNNING
     error: str = ""
     gone: bool = False  # observed: its process has ended

@@ -1,16 +1,23 @@
-"""Processes of this machine: Python stacks, state, and whether they wait in a collective."""
+"""Processes of this machine: Python stacks, state, and whether they wait for other ranks."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import linecache
 import os
+import re
 import socket
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 
 ENDED = "ZX"  # states of a process that has ended
+# A call on which the host waits for its GPU: it ends in a method, or is a conversion. Python's positions of a method that
+# stands on a line of its own begin at its name.
+WAITING_CALL = re.compile(r"((^|\.)(item|cpu|tolist|numpy|nonzero)|synchronize)\(\)$|^(float|int|bool)\(")
+GPU_PACKAGES = ("/oreal_megatron/mcore/", "/oreal_megatron/reshard/", "/megatron/core/")
 
 
 def machine_id() -> str:
@@ -34,9 +41,17 @@ def start_time(pid: int) -> str:
         return ""
 
 
-def in_collective() -> bool:
-    """Return whether a thread of this process is in a collective. Asynchronous ones on a GPU do not show."""
-    return any(_is_collective(frame) for frame in sys._current_frames().values())
+def in_collective(on_gpu: bool) -> bool:
+    """Return whether a thread of this process is in a collective, as far as Python stacks show.
+
+    On a GPU collectives return at once, and the host waits for them where it next reads a tensor: then the main thread
+    counts as in a collective while it reads one, or synchronises, on behalf of the trainer or of the weight sync.
+    """
+    frames = sys._current_frames()
+    if any(_is_collective(frame) for frame in frames.values()):
+        return True
+    main = frames.get(threading.main_thread().ident or 0)
+    return on_gpu and main is not None and _waits_for_gpu(main)
 
 
 def _is_collective(frame: FrameType) -> bool:
@@ -44,6 +59,30 @@ def _is_collective(frame: FrameType) -> bool:
     if file.endswith("torch/distributed/distributed_c10d.py") or "/vllm/distributed/" in file:
         return True
     return "megatron" in file and ".wait(" in linecache.getline(file, frame.f_lineno)
+
+
+def _waits_for_gpu(innermost: FrameType) -> bool:
+    """Return whether a thread is in a call that waits for the GPU, below a function of GPU_PACKAGES."""
+    if not WAITING_CALL.search(_running_call(innermost)):
+        return False
+    frame: FrameType | None = innermost
+    while frame is not None:
+        if any(package in frame.f_code.co_filename for package in GPU_PACKAGES):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _running_call(frame: FrameType) -> str:
+    """Return the source text of the expression that a frame is evaluating; empty where it is not known."""
+    positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), (None,) * 4)
+    first, last, start, stop = positions
+    if first is None or last is None:
+        return ""
+    lines = [linecache.getline(frame.f_code.co_filename, number).encode() for number in range(first, last + 1)]
+    lines[-1] = lines[-1][:stop]  # columns count bytes
+    lines[0] = lines[0][start:]
+    return b"".join(lines).decode(errors="replace")
 
 
 def read_stacks(pid: int, descriptor: int) -> str:

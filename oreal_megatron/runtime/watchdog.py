@@ -20,6 +20,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from oreal_megatron import config
@@ -116,7 +117,7 @@ class Watchdog:
         report = ProgressReport(
             self.rank, self.machine, os.getpid(), self.stacks.fileno(), progress.step, progress.phase,
             progress.micro_batch, progress.transitions, time.monotonic() - progress.beat_at, limit,
-            processes.in_collective(), self.state, self.error,
+            processes.in_collective(torch.cuda.is_initialized()), self.state, self.error,
         )  # fmt: skip
         self.store.set(self.keys[self.rank], f"{self.sent} {hang_diagnosis.encode(report).decode()}")
 
