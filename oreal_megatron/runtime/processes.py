@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 ENDED = "ZX"  # states of a process that has ended
-# A call on which the host waits for its GPU: it ends in a method, or is a conversion. Python's positions of a method that
-# stands on a line of its own begin at its name.
+# A call on which the host waits for its GPU: it ends in a method, or is a conversion. Python's positions of a method
+# that stands on a line of its own begin at its name.
 WAITING_CALL = re.compile(r"((^|\.)(item|cpu|tolist|numpy|nonzero)|synchronize)\(\)$|^(float|int|bool)\(")
 GPU_PACKAGES = ("/oreal_megatron/mcore/", "/oreal_megatron/reshard/", "/megatron/core/")
 
