@@ -5,6 +5,9 @@ network file systems. The holder refreshes the file's modification time. A lock 
 
 - on the same machine: when its process has ended (its id and start time are in the file);
 - from another machine: when nothing refreshes it for SILENT_S. Only changes are observed, no clocks are compared.
+
+Whoever replaces such a lock first creates a second file, the claim, in the same way. The lock's own name is never
+free in between: a third process could create it then, and a slow second one would remove the new holder's.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from oreal_megatron.runtime import processes
 from oreal_megatron.runtime.exit_codes import LOST
 
 log = logging.getLogger(__name__)
-NAME = "writer.lock"
+NAME, CLAIM = "writer.lock", "writer.lock.claim"
 REFRESH_S = 10.0
 SILENT_S = 35.0  # without a refresh, until a holder on another machine counts as gone
 
@@ -48,7 +51,8 @@ class FolderLock:
                 holder = _read(self.path)
                 if _is_alive(self.path, holder):
                     raise ConfigError(_refusal(self.path))
-                self._take_over(holder)
+                if self._take_over(holder):
+                    break
         except OSError as error:
             raise ConfigError(f"the folder {self.path.parent} cannot be written: {error}") from None
         threading.Thread(target=self._refresh, name="folder lock", daemon=True).start()
@@ -73,29 +77,41 @@ class FolderLock:
         self.release()
 
     def _create(self) -> bool:
+        """Create the lock file; return False if there is one."""
         try:
-            self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            self.descriptor = _create_identified(self.path)
         except FileExistsError:
             return False
-        with contextlib.suppress(OSError):  # on a full disk the lock stays empty; it is refreshed all the same
-            os.write(self.descriptor, json.dumps(_own_identity()).encode())
-            os.fsync(self.descriptor)
         return True
 
-    def _take_over(self, holder: dict[str, Any]) -> None:
-        """Remove a lock that was left behind, unless another process has just replaced it."""
-        aside = self.path.with_name(f"{NAME}.{socket.gethostname()}.{os.getpid()}")
+    def _take_over(self, holder: dict[str, Any]) -> bool:
+        """Replace the lock of a holder that is gone by an own one; return False if another process did."""
+        claim = self.path.with_name(CLAIM)
         try:
-            os.rename(self.path, aside)  # one of several takers gets it
-        except FileNotFoundError:
-            return
-        if _read(aside) != holder:
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        else:
-            log.warning("%s: the writer before, process %s on %s, is gone; its lock is taken over",
-                        self.path.parent, holder.get("pid"), holder.get("host"))  # fmt: skip
-        aside.unlink()
+            descriptor = _create_identified(claim)
+        except FileExistsError:
+            self._wait_for(claim)
+            return False
+        if _read(self.path) != holder:  # another process had replaced it before the claim
+            os.close(descriptor)
+            claim.unlink()
+            return False
+        os.rename(claim, self.path)  # the claim becomes the lock, and is free for others again
+        self.descriptor = descriptor
+        log.warning("%s: the writer before, process %s on %s, is gone; its lock is taken over",
+                    self.path.parent, holder.get("pid"), holder.get("host"))  # fmt: skip
+        return True
+
+    def _wait_for(self, claim: Path) -> None:
+        """Wait until another process has used its claim. Raises ConfigError if it ended in between."""
+        deadline = time.monotonic() + SILENT_S
+        while claim.exists():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{self.path.parent}: a process that was taking the folder over has ended in between; if no other "
+                    f"process uses the folder, delete {claim} and {self.path}"
+                )
+            time.sleep(0.02)
 
     def _refresh(self) -> None:
         while not self.released.wait(REFRESH_S):
@@ -114,6 +130,15 @@ class FolderLock:
             return False
         except OSError:
             return True
+
+
+def _create_identified(path: Path) -> int:
+    """Create a file with this process's identity; return its descriptor. Raises FileExistsError if it exists."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+    with contextlib.suppress(OSError):  # on a full disk the lock stays empty; it is refreshed all the same
+        os.write(descriptor, json.dumps(_own_identity()).encode())
+        os.fsync(descriptor)
+    return descriptor
 
 
 def _refusal(path: Path) -> str:

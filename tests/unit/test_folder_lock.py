@@ -112,6 +112,36 @@ def test_of_many_takers_one_gets_a_lock_that_was_left_behind(tmp_path):
         assert held == ["held"] and len(refused) == 7
 
 
+def test_no_taker_finds_the_name_free_while_another_takes_over(tmp_path, monkeypatch):
+    """Between the claim and the new lock, a second taker waits and a creation fails."""
+    write_lock(tmp_path, pid=ended_process())
+    seen, rename = [], os.rename
+
+    def watched_rename(source, target):
+        seen.append((Path(target).exists(), FolderLock(tmp_path)._create()))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watched_rename)
+    with FolderLock(tmp_path):
+        assert seen == [(True, False)]
+
+
+def test_a_taker_that_read_an_older_lock_leaves_the_new_one(tmp_path):
+    gone = write_lock(tmp_path, pid=ended_process())
+    holder = json.loads(gone.read_text())
+    with FolderLock(tmp_path) as lock:
+        content = lock.path.read_text()
+        assert not FolderLock(tmp_path)._take_over(holder)
+        assert lock.path.read_text() == content and lock._is_own()
+
+
+def test_a_claim_whose_process_ended_is_reported(tmp_path):
+    write_lock(tmp_path, pid=ended_process())
+    (tmp_path / folder_lock.CLAIM).write_text("{}")
+    with pytest.raises(ConfigError, match=r"has ended in between.*delete .*writer.lock.claim"):
+        FolderLock(tmp_path).acquire()
+
+
 def test_a_holder_that_was_replaced_while_it_was_suspended_is_told(tmp_path):
     lost = threading.Event()
     lock = FolderLock(tmp_path, on_loss=lost.set)
