@@ -22,7 +22,6 @@ from pathlib import Path
 import triton
 from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine_kernel
-from oreal_kernels.linear_statistics import linear_statistics_kernel
 from oreal_kernels.policy_loss import terms_kernel
 from oreal_kernels.row_gradient import gradient_kernel
 from oreal_kernels.row_statistics import statistics_kernel
@@ -34,16 +33,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a thread block may have
-# Tensor cores of sm_80, sm_90, sm_100; loads of 16 bytes; asynchronous copies to shared memory; exponentials.
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDG.E.128", "LDGSTS.E.BYPASS.128", "MUFU.EX2")
-TENSORS = dict(logits="bf16", out="fp32", parts="fp32", scores="bf16", hidden="bf16", weight="fp32")
+INSTRUCTIONS = ("LDG.E.128", "MUFU.EX2")  # loads of 16 bytes; exponentials
+TENSORS = dict(logits="bf16", out="fp32", parts="fp32", scores="bf16", weight="fp32")
 INTEGERS = ("label_column", "cu_seqlens", "owner")
 SCALARS = {
     **dict.fromkeys(
         ("threshold_correct", "threshold_incorrect", "correct_scale", "incorrect_scale", "kl_scale"), "fp32"
     ),
-    **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width", "units"), "i32"),
-    **dict.fromkeys(("row_stride", "out_stride", "hidden_stride", "weight_stride"), "i32"),
+    **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width"), "i32"),
+    **dict.fromkeys(("row_stride", "out_stride"), "i32"),
 }
 
 
@@ -73,12 +71,6 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
             dict(KL_KIND=kind, ADVANTAGE_ON_POSITIVES=True, MAX_DISTANCE=60.0),
             {},
         )
-    for name, constants in {
-        "": dict(EVEN=True, ROUND=True, SOFTCAP=0.0),
-        " odd": dict(EVEN=False, ROUND=True, SOFTCAP=0.0),
-        " fp32 logits": dict(EVEN=True, ROUND=False, SOFTCAP=0.0),
-    }.items():
-        yield f"linear statistics{name}", "linear_statistics", linear_statistics_kernel, constants, dict(weight="bf16")
 
 
 def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:

@@ -58,8 +58,6 @@ class _LinearLogProb(torch.autograd.Function):
             if number < chunks_to_save:
                 saved.append(head.logits(x, chunk))
                 parts.append(head.statistics(saved[-1], chunk))
-            elif not differentiated and head.is_fusable(x):
-                parts.append(head.fused_statistics(x, chunk))
             else:
                 logits = buffer = head.logits(x, chunk, buffer)
                 parts.append(head.statistics(logits, chunk))

@@ -1,7 +1,7 @@
 """Launch options of the Triton kernels for each GPU architecture, as tables: nothing is tuned at start-up.
 
-The values come from counts of bytes, registers and shared memory (tools/compile_kernels.py prints them). None has been
-timed on a GPU yet.
+The passes over logits were timed on an H200 (docs/how_to/gpu.md). The others come from counts of bytes, registers and
+shared memory (tools/compile_kernels.py prints them).
 """
 
 from __future__ import annotations
@@ -11,28 +11,19 @@ from typing import Any
 import torch
 
 COLUMNS_PER_PART = 32768  # of a row, read by one program: enough programs for few rows, yet few partial results
-FUSED_FORWARD_MAX_HIDDEN = 1536  # up to it, writing logits costs more than Triton's GEMM loses to cuBLAS (derived)
 
 # z = logit / temperature must be rounded before the maximum is subtracted, or p differs from the summed one.
 _EXACT = dict(enable_fp_fusion=False)
-_WIDE = dict(BLOCK_ROWS=128, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT)
 _COMMON: dict[str, dict[str, int]] = {
-    "statistics": dict(BLOCK=4096, num_warps=8, **_EXACT),
+    "statistics": dict(BLOCK=2048, num_warps=4, **_EXACT),
     "gradient": dict(BLOCK=4096, num_warps=8, **_EXACT),
     "combine": dict(BLOCK=256, num_warps=4),
     "token_weights": dict(BLOCK=1024, num_warps=4),
     "policy_terms": dict(BLOCK=1024, num_warps=4),
-    "linear_statistics": dict(BLOCK_ROWS=64, BLOCK_COLUMNS=128, BLOCK_HIDDEN=64, num_warps=8, num_stages=3, **_EXACT),
 }
-TABLES: dict[int, dict[str, dict[str, int]]] = {  # compute capability -> kernel -> options
-    80: _COMMON,
-    90: _COMMON | {"linear_statistics": _WIDE},
-    100: _COMMON | {"linear_statistics": _WIDE | dict(BLOCK_COLUMNS=64)},
-}
+TABLES: dict[int, dict[str, dict[str, int]]] = {80: _COMMON, 90: _COMMON, 100: _COMMON}  # by compute capability
 # In the interpreter every block is a numpy call; small blocks make tests cross block boundaries.
-_INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON} | {
-    "linear_statistics": dict(BLOCK_ROWS=16, BLOCK_COLUMNS=32, BLOCK_HIDDEN=16)
-}
+_INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON}
 
 
 def options(kernel: str, device: torch.device) -> dict[str, Any]:

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oreal_kernels import backend, chunk_plan, collective, gemm, input_checks, triton_launch
+from oreal_kernels import chunk_plan, collective, gemm, input_checks
 from oreal_kernels.combine import Combined, combine
-from oreal_kernels.linear_statistics import linear_statistics
 from oreal_kernels.row_gradient import row_gradient
 from oreal_kernels.row_statistics import row_statistics
 
@@ -101,20 +100,6 @@ class VocabHead:
         """Return the statistics [4, n] of this rank's logits."""
         scale = self.inverse_temperature[rows]
         return row_statistics(logits, self.label_column[rows], scale, self.softcap, self.columns)
-
-    def is_fusable(self, x: Tensor) -> bool:
-        """Return whether statistics without logits are the faster way; only for a forward without a backward.
-
-        A backward would recompute logits that differ in rounding from those of the statistics.
-        """
-        narrow = x.dtype.itemsize == 2 and x.shape[1] <= triton_launch.FUSED_FORWARD_MAX_HIDDEN
-        # With a soft cap the kernel would spill registers on sm_90.
-        return narrow and not self.softcap and backend.choose(x) == "triton"
-
-    def fused_statistics(self, x: Tensor, rows: slice) -> Tensor:
-        """Return the statistics [4, n] without writing logits."""
-        label, scale = self.label_column[rows], self.inverse_temperature[rows]
-        return linear_statistics(x[rows], self.weight, label, scale, self.softcap, self.columns, self.logits_dtype)
 
     def combine_ranks(self, local: Tensor) -> Combined:
         """Gather the statistics [4, n] of all ranks and merge them. Collective."""

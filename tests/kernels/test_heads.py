@@ -9,7 +9,6 @@ import torch
 from oreal_kernels import (
     KL_KINDS,
     LossTerms,
-    backend,
     chunk_plan,
     gemm,
     linear_logprob,
@@ -21,8 +20,6 @@ from oreal_kernels import (
 )
 from oreal_kernels.hidden_to_logprob import reference as linear_logprob_reference
 from oreal_kernels.hidden_to_loss import reference as linear_oreal_reference
-from oreal_kernels.linear_statistics import linear_statistics
-from oreal_kernels.linear_statistics import reference as linear_statistics_reference
 from oreal_kernels.logits_to_logprob import reference as from_logits_reference
 from oreal_kernels.row_gradient import row_gradient
 from torch.utils.checkpoint import checkpoint
@@ -640,34 +637,6 @@ def test_offsets_beyond_two_to_the_31(served_by):
     torch.testing.assert_close(logp, logprob_from_logits(near, labels)[0])
     gradient = torch.autograd.grad(logp.sum(), leaf)[0]
     torch.testing.assert_close(gradient, near.grad)
-
-
-@pytest.mark.parametrize("columns", [V, V - 60, 1])
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize(
-    "dtype, logits_dtype",
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)],
-)
-def test_statistics_without_logits(columns, softcap, dtype, logits_dtype):
-    hidden, weight = random(N, H).to(dtype), random(V, H, seed=1).to(dtype)
-    arguments = (hidden, weight, labels_of() - 7, torch.linspace(0.5, 2, N), softcap, columns, logits_dtype)
-    with backend.use("triton"):
-        found = linear_statistics(*arguments)
-    near = 1e-5 if logits_dtype is torch.float32 else 2e-3  # of a logit that is rounded the other way
-    torch.testing.assert_close(found, linear_statistics_reference(*arguments), rtol=near, atol=near)
-
-
-def test_narrow_16_bit_heads_write_no_logits_unless_a_backward_follows(monkeypatch):
-    hidden, weight, labels, _ = case_of({}, torch.float16)
-    written, product = [], gemm.logits
-    monkeypatch.setattr(gemm, "logits", lambda *arguments: (written.append(1), product(*arguments))[1])
-    with backend.use("triton"):
-        with torch.no_grad():
-            fused, _ = linear_logprob(hidden, weight, labels, temperature=0.7)
-        assert not written
-        loud, _ = linear_logprob(hidden.requires_grad_(), weight, labels, temperature=0.7, mode="recompute")
-        assert written, "the backward would compute other logits than those that the statistics are of"
-    torch.testing.assert_close(fused, loud, rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 100, 5000, 100_000])
