@@ -6,8 +6,8 @@ network file systems. The holder refreshes the file's modification time. A lock 
 - on the same machine: when its process has ended (its id and start time are in the file);
 - from another machine: when nothing refreshes it for SILENT_S. Only changes are observed, no clocks are compared.
 
-Whoever replaces such a lock first creates a second file, the claim, in the same way. The lock's own name is never
-free in between: a third process could create it then, and a slow second one would remove the new holder's.
+A process that replaces such a lock first creates a second file, the claim, in the same way. The lock's own name is
+never free in between: a third process could create it then, and a slow second one would remove the new holder's.
 """
 
 from __future__ import annotations
