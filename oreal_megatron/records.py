@@ -44,6 +44,7 @@ class Prompt:
     gold: str
     pass_rate: float | None  # share of correct rollouts of the starting policy, in [0, 1]
     tokens: tuple[int, ...]  # rendered chat template
+    row: str = ""  # JSON of the line of the data file, all fields; only where verify.function reads it
 
 
 @dataclass(frozen=True, slots=True)

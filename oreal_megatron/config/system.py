@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from oreal_megatron.config.schema import FixedKey, FreeKey, InputKey, Key, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, ObserverKey, Section
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,25 @@ class VerifyConfig(Section):
     thinking_end: Annotated[
         tuple[str, ...], Key("the answer is looked for after the last of these words")
     ] = ("</think>",)  # fmt: skip
+    function: Annotated[
+        str,
+        FunctionKey(
+            "function file.py:NAME or module:NAME of (row, response) in place of the rules: True, False or None",
+            arguments=("row", "response"),
+        ),
+    ] = ""
     unknown_limit: Annotated[float, Key("share of unknown verdicts in a step above which the run stops", 0.0, 1.0)] = (
         0.2
     )
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message if both a function and a judge would decide."""
+        if self.function and self.judge.urls:
+            yield (
+                f"{path}function decides alone, but {path}judge.urls names a judge; unset one of them "
+                "(a function may call a judge itself)"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,24 @@ class RecordConfig(Section):
         int, FreeKey("newest steps that can be replayed; those before the oldest checkpoint go earlier", low=1)
     ] = 100
     rollouts: Annotated[int, FreeKey("newest steps whose rollouts stay", low=1)] = 1000
+    metric: Annotated[
+        str,
+        ObserverKey(
+            "function file.py:NAME or module:NAME of (rollouts, verdicts) that returns metrics, logged as own/NAME",
+            arguments=("rollouts", "verdicts"),
+        ),
+    ] = ""
+    after_step: Annotated[
+        str,
+        ObserverKey(
+            "function file.py:NAME or module:NAME of (step, metrics, run), called by the first rank after each step",
+            arguments=("step", "metrics", "run"),
+        ),
+    ] = ""
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        FreeKey("services that get the metrics too; each must be installed"),
+    ] = ("tensorboard",)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Invalid lines are reported by number, before any model is loaded.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -46,16 +47,20 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str, vocabulary:
     return sorted({tokenizer.eos_token_id, *listed})
 
 
-def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS) -> list[Line]:
+def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool = False) -> list[Line]:
     """Read lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
 
     Accepts benchmarks' names `problem` and `answer` for the first two, further names by `keys` (data.keys), chat
     messages as a question, whose system message becomes `system_prompt`, and a number as an answer. A gold answer that
-    is a solution gives its answer, one damaged by JSON escapes is repaired; both are logged with their lines.
+    is a solution gives its answer, one damaged by JSON escapes is repaired; both are logged with their lines. With
+    `free_golds` they stay as they are, and may be absent; `row` is the JSON of the line, whose own values stay.
     """
     lines, read = [], {}
     for number, raw in read_lines(path):
-        line = _read_problem(f"{path} line {number}", raw, keys)
+        line = _read_problem(f"{path} line {number}", raw, keys, free_golds)
+        if free_golds:
+            lines.append(line | {"row": json.dumps(line | raw, default=str)})
+            continue
         text = line["gold_answer"]
         gold = read_gold(text)
         if gold.change:
@@ -65,24 +70,34 @@ def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS) -> list[Line]:
     return lines
 
 
-def _read_problem(name: str, line: Line, keys: Mapping[str, str]) -> Line:
+def _read_problem(name: str, line: Line, keys: Mapping[str, str], free_gold: bool = False) -> Line:
     question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
-    gold, rate = _field(name, line, "gold_answer", keys), key_map.read_field(line, "pass_rate", keys)
-    if type(gold) in (int, float) and math.isfinite(gold):  # AIME has numbers; bool is excluded
+    rate = key_map.read_field(line, "pass_rate", keys)
+    gold = key_map.read_field(line, "gold_answer", keys) if free_gold else _field(name, line, "gold_answer", keys)
+    if (
+        isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold)
+    ):  # AIME has numbers; bool is excluded
         gold = str(gold)
     _require(name, "question", question)
-    _require(name, "gold_answer", gold)
+    if free_gold:
+        gold = gold if isinstance(gold, str) else ""  # the function reads it from the row
+    else:
+        _require(name, "gold_answer", gold)
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
         raise ConfigError(f"{name}: pass_rate is {rate!r}; expected a number from 0 to 1, or null")
     return line | {"question": question, "gold_answer": gold, "pass_rate": rate, "system_prompt": system}
 
 
 def load_prompts(
-    path: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str, keys: Mapping[str, str] = NO_KEYS
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str,
+    keys: Mapping[str, str] = NO_KEYS,
+    with_rows: bool = False,
 ) -> list[Prompt]:
-    """Return the problems of a file as prompts, in its order."""
+    """Return the problems of a file as prompts, in its order; `with_rows`: with all fields, for `verify.function`."""
     prompts = []
-    for number, line in enumerate(read_problems(path, keys), 1):
+    for number, line in enumerate(read_problems(path, keys, free_golds=with_rows), 1):
         name, system = f"{path} problem {number}", line["system_prompt"]
         if system and system_prompt not in ("", system):
             raise ConfigError(f"{name} has a system message of its own, and data.system_prompt is another; unset that")
@@ -90,7 +105,8 @@ def load_prompts(
             tokens = chat_template.render(tokenizer, line["question"], system or system_prompt)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-        prompts.append(Prompt(number - 1, line["question"], line["gold_answer"], line["pass_rate"], tokens))
+        row = line["row"] if with_rows else ""
+        prompts.append(Prompt(number - 1, line["question"], line["gold_answer"], line["pass_rate"], tokens, row))
     return prompts
 
 

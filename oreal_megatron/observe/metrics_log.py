@@ -1,22 +1,18 @@
-"""Metrics of a run: metrics.jsonl, evaluations.jsonl, calibration.jsonl and TensorBoard events."""
+"""Metrics of a run: metrics.jsonl, evaluations.jsonl, calibration.jsonl, and copies for the trackers."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from oreal_megatron.algo.reward_diagnostics import CalibrationBins
 from oreal_megatron.observe.rows import append_row, read_rows, write_rows
 from oreal_megatron.observe.run_folder import saved_model
+from oreal_megatron.observe.trackers import Trackers
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.runtime import distributed
-
-log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -25,7 +21,7 @@ class MetricsLog:
     Opening the log drops the rows that an interrupted run wrote at or after `first_step`, which is run again.
     """
 
-    def __init__(self, run: Path, first_step: int = 0):
+    def __init__(self, run: Path, first_step: int = 0, trackers: Trackers | None = None):
         self.run, self.writes = run, distributed.rank() == 0
         self.metrics, self.evaluations = run / "metrics.jsonl", run / "evaluations.jsonl"
         self.calibration = run / "calibration.jsonl"
@@ -34,13 +30,13 @@ class MetricsLog:
             _truncate(self.metrics, first_step - 1)
             _truncate(self.calibration, first_step - 1)
             _truncate(self.evaluations, first_step)  # the policy before `first_step` has been evaluated already
-            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self.trackers = trackers
 
     def log_step(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of one step. Not collective."""
         if self.writes:
             append_row(self.metrics, {"step": step, **metrics})
-            self._add_events(step, {"step": step, **metrics})
+            self._track(step, metrics)
 
     def log_calibration(self, step: int, bins: CalibrationBins) -> None:
         """Write the calibration bins of one step. Not collective."""
@@ -51,7 +47,7 @@ class MetricsLog:
         """Write the result on held-out problems after `step` steps. Not collective."""
         if self.writes:
             append_row(self.evaluations, {"step": step, **result})
-            self._add_events(step, {f"evaluation/{name}": value for name, value in result.items()})
+            self._track(step, {f"evaluation/{name}": value for name, value in result.items()})
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether there is an evaluation after `step` steps. Collective."""
@@ -92,14 +88,9 @@ class MetricsLog:
         first, highest, step = distributed.all_gather_object(values)[0]
         return first, highest, step
 
-    def _add_events(self, step: int, values: Mapping[str, float]) -> None:
-        """Add TensorBoard scalars. They are copies: if the disk is full, they are lost and the run continues."""
-        try:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-        except OSError as error:
-            log.warning("TensorBoard events of step %d are lost (%s); metrics.jsonl has the values", step, error)
-            self.events = SummaryWriter(str(self.run / "tensorboard"))
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        if self.trackers:
+            self.trackers.add(step, values)
 
 
 def _truncate(file: Path, last_step: int) -> None:

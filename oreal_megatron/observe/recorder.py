@@ -16,6 +16,8 @@ from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder
+from oreal_megatron.observe.trackers import Trackers
+from oreal_megatron.observe.user_hooks import UserHooks
 from oreal_megatron.observe.weight_balance import WeightBalance
 from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
@@ -44,11 +46,13 @@ class Recorder:
         self.folder = RunFolder(config)
         if self.writes:
             self.folder.write_header(fingerprints or {}, first_step, peak_flops, origin)
-        self.metrics = MetricsLog(self.folder.path, first_step)
+        trackers = Trackers(config, first_step) if self.writes else None
+        self.metrics = MetricsLog(self.folder.path, first_step, trackers)
         self.timer = PhaseTimer(config, arch, peak_flops)
         self.idle_steps = IdleSteps()
         self.dumps = StepDumps(config, dump_share)
         self.weight_balance = WeightBalance()
+        self.user_hooks = UserHooks(config.record)
         if self.writes:
             self.folder.delete_rollouts_from(first_step)
             self.dumps.delete_from(first_step)
@@ -110,9 +114,11 @@ class Recorder:
         """Write metrics, timings and rollouts of a finished step. Collective."""
         metrics = metrics | self.timer.finish_step(metrics, rollouts)
         if self.writes:
+            metrics |= self.user_hooks.metrics(rollouts, verdicts)
             self.folder.write_rollouts(step, rollouts, verdicts)
             self.folder.delete_rollouts_before(step + 1 - self.config.record.rollouts)
             self.dumps.delete_old(step + 1)
             self.metrics.log_step(step, metrics)
+            self.user_hooks.step_done(step, metrics, self.config.run)
             self._report(self.idle_steps.report(metrics))
             self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, samples {metrics['batch/samples']}")

@@ -3,7 +3,8 @@
 RUN/config.json, environment.json         what was run, on what (header)
     metrics.jsonl, evaluations.jsonl      metrics_log.py
     calibration.jsonl                     metrics_log.py
-    tensorboard/                          metrics_log.py
+    tensorboard/, mlflow_run.txt          trackers.py
+    recipe and functions are in environment.json: config/user_functions.py
     rollouts/step_000013.jsonl            one line per rollout
     dumps/step_000013/                    dumps.py
     checkpoints/, policy/, best/          training/hooks.py

@@ -54,11 +54,14 @@ class Inputs:
         """
         data = self.config.data
         fitting = problems.check_lengths(self.rendered(path), path, self.max_prompt_tokens, data.filter_overlong)
+        if self.config.verify.function:  # gold answers are what it takes them for
+            return fitting
         return problems.check_golds(fitting, path, rules.equals_itself, data.drop_unreadable_golds)
 
     def rendered(self, path: str) -> list[Prompt]:
         """Return the problems of a data file without checking their lengths and gold answers."""
-        return problems.load_prompts(path, self.tokenizer, self.config.data.system_prompt, self.config.data.keys)
+        data, with_rows = self.config.data, bool(self.config.verify.function)
+        return problems.load_prompts(path, self.tokenizer, data.system_prompt, data.keys, with_rows)
 
     def training_prompts(self) -> list[Prompt]:
         """Return the problems to train on, with a check of the room for their responses."""
@@ -97,6 +100,7 @@ def read_inputs(config: Config) -> Inputs:
     versions.check(versions.VLLM)
     validate(config)
     user_functions.check_functions(config)
+    model_checks.check_trackers(config)
     require_judge(config)
     folder = HFFolder(config.model.path)
     arch = architecture.read(folder.config)

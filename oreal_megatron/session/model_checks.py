@@ -6,6 +6,7 @@ Each raises ConfigError: what was found, what is expected, how to fix it.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Literal
@@ -19,6 +20,15 @@ from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed
 
 log = logging.getLogger(__name__)
+
+
+def check_trackers(config: Config) -> None:
+    """Check that the packages of the trackers are installed."""
+    for name in config.record.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"record.trackers names {name}, which is not installed here; pip install {name}, or leave it out"
+            )
 
 
 def check_world(config: Config, arch: Architecture) -> None:

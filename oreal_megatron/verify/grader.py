@@ -23,11 +23,13 @@ class Grader:
 
     def __init__(self, config: config.VerifyConfig, pool: Pool | None = None, judge: JudgeClient | None = None) -> None:
         self.config = config
-        self._pool = pool or Pool(config.workers, config.timeout_s, config.memory_mib)
+        self._pool = pool or Pool(config.workers, config.timeout_s, config.memory_mib, function=config.function)
         self._judge = judge or (JudgeClient(config.judge) if config.judge.urls else None)
 
-    def submit(self, gold: str, response: str, finished: bool = True, question: str = "") -> Future[Verdict]:
-        """Return the future verdict of a response; never blocks.
+    def submit(
+        self, gold: str, response: str, finished: bool = True, question: str = "", row: str = ""
+    ) -> Future[Verdict]:
+        """Return the future verdict of a response; never blocks. `row`: JSON for `verify.function`, if there is one.
 
         The future fails with JudgesDown when no judge host replies for `judge.all_down_wait_s`, and with PoolBroken
         when no worker process can be started.
@@ -37,7 +39,8 @@ class Grader:
         if easy is not None:
             self._settle_or_judge(future, easy, gold, question)
             return future
-        task = self._pool.submit("response", gold, response, True, self.config.thinking_end)
+        known = row if self.config.function else gold
+        task = self._pool.submit("response", known, response, True, self.config.thinking_end)
         task.add_done_callback(lambda graded: self._graded(future, graded, gold, question))
         return future
 
@@ -83,6 +86,8 @@ class Grader:
         """
         if not finished:
             return Result("incorrect", "truncated", None, 0.0)
+        if self.config.function:
+            return None
         if len(response) > _EASY_RESPONSE:
             return None
         extracted = extract.from_boxes(extract.after_thinking(response, self.config.thinking_end))
@@ -105,7 +110,7 @@ class Grader:
         self, future: Future[Verdict], result: Result, gold: str, question: str, judged: bool = True
     ) -> None:
         """Settle the verdict of the rules, or submit an answer that they call incorrect to the judge."""
-        reason = self._reason(result.method) if result.outcome == "unknown" else ""
+        reason = result.reason or self._reason(result.method) if result.outcome == "unknown" else ""
         verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds, reason)
         answer = verdict.extracted
         if (

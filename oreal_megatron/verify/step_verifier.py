@@ -34,7 +34,7 @@ class StepVerifier:
         """Start grading one rollout of this rank."""
         prompt = rollout.prompt
         try:
-            future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question)
+            future = self.grader.submit(prompt.gold, rollout.text, rollout.finished, prompt.question, prompt.row)
         except Exception as error:  # no worker can be started: reported by verdicts(), on all ranks
             future = Future()
             future.set_exception(error)

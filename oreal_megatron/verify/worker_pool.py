@@ -42,6 +42,7 @@ class Result:
     method: str
     extracted: str | None
     seconds: float
+    reason: str = ""  # of an "unknown", where the worker tells it
 
 
 @dataclass(slots=True)
@@ -67,13 +68,19 @@ class Pool:
     """Worker processes that grade answers. `submit` may be called from any thread and never blocks."""
 
     def __init__(
-        self, workers: int = 2, timeout_s: float = 2.0, memory_mib: int = 1024, command: list[str] | None = None
+        self,
+        workers: int = 2,
+        timeout_s: float = 2.0,
+        memory_mib: int = 1024,
+        command: list[str] | None = None,
+        function: str = "",  # name of a user's function that grades
     ) -> None:
         if workers < 1 or timeout_s <= 0:
             raise ValueError(
                 f"a pool needs at least one worker and a time limit above zero, got {workers} and {timeout_s}"
             )
-        self._command = command or [sys.executable, "-m", "oreal_megatron.verify.worker_process"]
+        own = [sys.executable, "-m", "oreal_megatron.verify.worker_process", *([function] if function else [])]
+        self._command = command or own
         self._size, self._timeout_s, self._memory = workers, timeout_s, memory_mib * 2**20
         self._waiting: deque[_Task] = deque()
         self._lock = threading.Lock()
@@ -94,6 +101,8 @@ class Pool:
         self, kind: str, gold: str, text: str, finished: bool = True, thinking_end: tuple[str, ...] = ()
     ) -> Future[Result]:
         """Return a future result; `kind` is "response", "text" or "itself" (see worker_process.grade).
+
+        Workers of a user's function take the row in place of the gold answer, whatever the kind.
 
         It fails with PoolBroken when no worker can be started.
         """

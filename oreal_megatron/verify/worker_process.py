@@ -1,19 +1,24 @@
-"""One grading process: reads answers as JSON lines, writes results as JSON lines. Never imports torch.
+"""One grading process: reads answers as JSON lines, writes results as JSON lines. Never imports torch itself.
 
 worker_pool.py starts it as `python -m oreal_megatron.verify.worker_process` and kills it when an answer takes too long
-or too much memory. The timer below ends it only if that parent process has died.
+or too much memory. The timer below ends it only if that parent process has died. With an argument, the name of a user's
+function, that function grades. Whatever it prints goes nowhere, and its standard input is empty: both pipes are ours.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
+from oreal_megatron.config.user_functions import read_function
 from oreal_megatron.math_equality import rules
 
+UserFunction = Callable[[dict[str, Any], str], object]
 ORPHAN_S = 60.0  # processor seconds on one answer after which the kernel ends a worker without a parent
 MAX_EXTRACTED = 2000  # characters of the answer that are returned
 
@@ -32,20 +37,50 @@ def grade(kind: str, gold: str, text: str, finished: bool, thinking_end: Sequenc
         return rules.Graded("unknown", "error", None)
 
 
+def call(function: UserFunction, row: str, response: str) -> tuple[str, str, None, str]:
+    """Return outcome, method, no answer, and a reason if the outcome is unknown."""
+    try:
+        returned = function(json.loads(row), response)
+    except MemoryError:
+        raise
+    except Exception as error:  # the user's function may do anything: the rollout is unknown, and counted
+        return "unknown", "error", None, f"verify.function failed: {type(error).__name__}: {error}"[:MAX_EXTRACTED]
+    if returned is None or type(returned) is bool:
+        outcome = {True: "correct", False: "incorrect", None: "unknown"}[returned]
+        return outcome, "function", None, "verify.function returned None" if returned is None else ""
+    text = f"verify.function returned {returned!r:.200}; expected True, False, or None for unknown"
+    return "unknown", "error", None, text
+
+
 def main() -> None:
     """Grade lines of the standard input until it closes."""
     sys.setrecursionlimit(3000)
-    out = sys.stdout.buffer
+    tasks, out = _own_pipes()
+    function = read_function(sys.argv[1], "verify.function", ("row", "response")) if len(sys.argv) > 1 else None
     rules.grade("\\frac{1}{2}", "\\boxed{\\sqrt{2}^{-2}}")  # the first comparison is slow: it comes before "ready"
     out.write(b"ready\n")
     out.flush()
-    for line in sys.stdin.buffer:
+    for line in tasks:
         signal.setitimer(signal.ITIMER_VIRTUAL, ORPHAN_S)
         start = time.perf_counter()
-        outcome, method, extracted = grade(*json.loads(line))
+        kind, gold, text, finished, thinking_end = json.loads(line)
+        if function:
+            outcome, method, extracted, reason = call(function, gold, text)
+        else:
+            (outcome, method, extracted), reason = grade(kind, gold, text, finished, thinking_end), ""
         seconds = time.perf_counter() - start
-        out.write(json.dumps([outcome, method, extracted and extracted[:MAX_EXTRACTED], seconds]).encode() + b"\n")
+        result = [outcome, method, extracted and extracted[:MAX_EXTRACTED], seconds, reason]
+        out.write(json.dumps(result).encode() + b"\n")
         out.flush()
+
+
+def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return both pipes to the parent process, which nothing else in this process reads or writes from now on."""
+    tasks, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.dup2(nothing, 1)
+    return tasks, out
 
 
 if __name__ == "__main__":
