@@ -127,6 +127,11 @@ class Config(Section):
                 "loss.reward_kl_coef changes advantages, which correct samples ignore with "
                 "loss.advantage_on_positives=false; set that to true"
             )
+        if self.engine.batch_invariant and not self.megatron.get("deterministic_mode"):
+            yield (
+                "engine.batch_invariant is true, but the trainer's kernels may sum in any order; set "
+                "megatron.deterministic_mode=true as well, or engine.batch_invariant=false"
+            )
         judge, limit_s = self.verify.judge, self.watchdog.verify_s
         if judge.urls and limit_s <= judge.all_down_wait_s:
             yield (

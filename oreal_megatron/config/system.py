@@ -82,6 +82,9 @@ class EngineConfig(Section):
     buffer_mib: Annotated[int, FreeKey("memory of the direct transport on each rank", 1, 10**6, "MiB")] = 512
     sleep: Annotated[bool, FreeKey("free the engine's GPU memory while the trainer works (not on CPUs)")] = True
     enforce_eager: Annotated[bool, Key("run the engine without CUDA graphs and compilation")] = False
+    batch_invariant: Annotated[
+        bool, Key("log-probs that do not depend on the batch (vLLM's mode, slower; H100 or newer)")
+    ] = False
     vllm: Annotated[
         dict[str, Any], Key("further arguments of vLLM's engine, passed on as they are")
     ] = field(default_factory=dict)  # fmt: skip

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from oreal_megatron.config import Config, ConfigError, RunStopped
+from oreal_megatron.rollout import batch_invariance
 from oreal_megatron.runtime import distributed, heartbeat, watchdog
 from oreal_megatron.runtime.folder_lock import FolderLock
 from oreal_megatron.runtime.preemption import StopRequest
@@ -41,6 +42,7 @@ class Session:
         """Join torchrun's process group and start the watchdog."""
         from oreal_megatron.mcore import parallel
 
+        batch_invariance.prepare(self.config.engine)
         parallel.start_process_group(self.config.watchdog.collective_s)
         watchdog.start(self.config)
         return self
