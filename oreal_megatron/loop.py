@@ -85,7 +85,7 @@ def check_logprob_parity(
 
     Raises LogprobMismatch on a gap, NonFiniteLogprobs where they are no numbers.
     """
-    logprob_parity.check_versions(rollouts, engine.version, policy.updates, step)
+    logprob_parity.check_versions(rollouts, engine.version, policy.updates, step, config.rollout.version_limit)
     if config.loss.ratio_cap:
         importance.require_logprobs(rollouts, step)
     replicas = distributed.world_size() // config.engine.tensor

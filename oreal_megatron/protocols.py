@@ -31,7 +31,10 @@ class Dataset(Protocol):
 class RolloutEngine(Protocol):
     """A generator of rollouts that holds one version of the policy's weights."""
 
-    version: int  # updates of the policy whose weights the engine holds
+    @property
+    def version(self) -> int:
+        """Updates of the policy whose weights the engine holds."""
+        ...
 
     def generate(
         self,
@@ -45,6 +48,24 @@ class RolloutEngine(Protocol):
 
     def sleep(self) -> None:
         """Release weights and KV cache until the next weight sync, where the platform can."""
+        ...
+
+
+class GrowingEngine(RolloutEngine, Protocol):
+    """A generator whose rollouts can grow in rounds."""
+
+    replicas: int
+
+    def extend(
+        self,
+        rollouts: Sequence[Rollout],
+        sampling: SamplingConfig,
+        seed: tuple[int, int],
+        on_rollout: Callable[[Rollout], None] | None = None,
+        round_tokens: int = 0,
+        round_number: int = 0,
+    ) -> list[Rollout]:
+        """Return rollouts, on every rank, after they have grown by at most `round_tokens`; `on_rollout`: complete."""
         ...
 
 
@@ -84,6 +105,18 @@ class Verifier(Protocol):
 
     def verdicts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Verdict]]:
         """Return [P, K] verdicts on every rank, once all submitted rollouts are graded."""
+        ...
+
+
+class RoundVerifier(Verifier, Protocol):
+    """A grader that is asked in several rounds of a step."""
+
+    def collect(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Return the verdicts of submitted rollouts on every rank, once all submitted ones are graded."""
+        ...
+
+    def refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
+        """Raise RunStopped where too large a share of a step's verdicts is unknown. Not collective."""
         ...
 
 

@@ -52,13 +52,20 @@ class Rollout:
     """One sampled response with its prompt."""
 
     prompt: Prompt
-    slot: int  # 0 .. P-1, position of its prompt in the step (a prompt may appear twice)
+    slot: int  # position of its prompt in the step, 0 .. P-1, or in the pool (a prompt may appear twice)
     index: int  # 0 .. K-1 among the rollouts of its prompt
     tokens: tuple[int, ...]  # sampled tokens, including the stop token if there is one
     text: str
     finished: bool  # ended with a stop token; False: truncated
     logprobs: tuple[float, ...] | None = None  # the engine's, at sampling.temperature and without top_p, if requested
-    version: int = 0  # version of the policy that generated it: updates taken so far
+    version: int = 0  # newest version of the policy that generated it: updates taken so far
+    versions: tuple[tuple[int, int], ...] = ()  # (version, tokens) in order, where several wrote it
+    carried: int = 0  # first tokens, written by earlier versions than the one that is trained
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the policy that wrote the first token."""
+        return self.versions[0][0] if self.versions else self.version
 
     @property
     def key(self) -> tuple[int, int]:
@@ -76,6 +83,7 @@ class Sample:
     advantage: float
     engine_logprobs: tuple[float, ...] | None = None  # one per response token, if requested
     rollout: tuple[int, int] = (-1, -1)  # slot and index of its rollout in the step; -1: of no rollout
+    carried: int = 0  # first response tokens, written by earlier versions of the policy
 
     def __len__(self) -> int:
         """Return the tokens of prompt and response."""
@@ -106,6 +114,7 @@ class MicroBatch:
     advantage: torch.Tensor  # [B] float32
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine returned none
     rollouts: torch.Tensor  # [B, 2] int64, slot and index of each sequence's rollout in the step; -1: of none
+    carried: torch.Tensor  # [T] bool, tokens that earlier versions of the policy wrote
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the micro-batch with its tensors on a device."""

@@ -7,16 +7,17 @@ Correct samples are imitated: their term is the likelihood of verified responses
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from oreal_kernels import truncated_ratio
 from torch import Tensor
 
-from oreal_megatron.config import RunStopped
+from oreal_megatron.config import LossConfig, RunStopped
 from oreal_megatron.records import MicroBatch, Rollout
 
-__all__ = ["MissingLogprobs", "metrics", "require_logprobs", "truncated_ratio"]
+__all__ = ["MissingLogprobs", "behaviour_logp", "metrics", "require_logprobs", "truncated_ratio"]
 
 
 class MissingLogprobs(RunStopped):
@@ -35,12 +36,19 @@ def require_logprobs(rollouts: Sequence[Sequence[Rollout]], step: int) -> None:
         )
 
 
-def metrics(logp_T: Tensor, micro_batch: MicroBatch, incorrect_tokens: int, cap: float) -> dict[str, Tensor]:
+def behaviour_logp(micro_batch: MicroBatch, config: LossConfig) -> Tensor:
+    """Return the log-probs [T] that ratios divide by: the engine's; nan, for a ratio of 1, where none is asked for."""
+    if config.ratio_tokens == "all":
+        return micro_batch.engine_logprobs
+    return micro_batch.engine_logprobs.masked_fill(~micro_batch.carried, math.nan)
+
+
+def metrics(logp_T: Tensor, micro_batch: MicroBatch, incorrect_tokens: int, config: LossConfig) -> dict[str, Tensor]:
     """Return the mean ratio of the incorrect tokens and the share that the cap truncates; they add up."""
-    ratio_T = truncated_ratio(logp_T, micro_batch.engine_logprobs, cap)
+    ratio_T = truncated_ratio(logp_T, behaviour_logp(micro_batch, config), config.ratio_cap)
     incorrect_T = torch.repeat_interleave(micro_batch.reward < 0, micro_batch.action_offsets.diff())
     tokens = max(incorrect_tokens, 1)
     return {
         "policy/ratio_mean": ratio_T[incorrect_T].sum() / tokens,
-        "policy/ratio_capped_share": (ratio_T[incorrect_T] >= cap).sum() / tokens,
+        "policy/ratio_capped_share": (ratio_T[incorrect_T] >= config.ratio_cap).sum() / tokens,
     }

@@ -30,14 +30,21 @@ def is_checked(slot: int, index: int, config: EngineConfig, replicas: int) -> bo
 
 
 def samples(rollouts: Sequence[Sequence[Rollout]], config: EngineConfig, replicas: int) -> list[Sample]:
-    """Return the rollouts of the check that have engine log-probs, truncated to their first `parity_tokens` tokens."""
-    tokens = config.parity_tokens
-    return [
-        Sample(rollout.prompt.tokens, rollout.tokens[:tokens], 1.0, 0.0, rollout.logprobs[:tokens])
-        for row in rollouts
-        for rollout in row
-        if rollout.logprobs and is_checked(rollout.slot, rollout.index, config, replicas)
-    ]
+    """Return of each replica the first `parity_rollouts` rollouts that have engine log-probs, for the comparison.
+
+    Of each, the first `parity_tokens` tokens that the policy itself sampled; those that earlier versions wrote are read
+    as part of the prompt.
+    """
+    room = dict.fromkeys(range(replicas), config.parity_rollouts)
+    chosen = []
+    for rollout in sorted((rollout for row in rollouts for rollout in row), key=lambda rollout: rollout.index):
+        replica, start = (rollout.slot + rollout.index) % replicas, rollout.carried  # requests.replica_of
+        compared = slice(start, start + config.parity_tokens)
+        if rollout.logprobs and rollout.tokens[compared] and room[replica]:
+            room[replica] -= 1
+            context = rollout.prompt.tokens + rollout.tokens[:start]
+            chosen.append(Sample(context, rollout.tokens[compared], 1.0, 0.0, rollout.logprobs[compared]))
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +80,27 @@ def _sequence_means(values_T: Tensor, action_offsets: Tensor) -> Tensor:
     return torch.zeros(len(count), dtype=values_T.dtype).index_add(0, owner, values_T) / count.clamp(min=1)
 
 
-def check_versions(rollouts: Sequence[Sequence[Rollout]], engine: int, trainer: int, step: int) -> None:
-    """Raise LogprobMismatch where the engine, or a rollout to train on, has another version than the policy."""
+def check_versions(
+    rollouts: Sequence[Sequence[Rollout]], engine: int, trainer: int, step: int, version_limit: int = 0
+) -> None:
+    """Raise LogprobMismatch where the engine has another version than the policy, or a rollout a too old or newer one.
+
+    `version_limit`: most versions between the first token of a rollout and the policy.
+    """
     if engine != trainer:
         raise LogprobMismatch(f"step {step}: the engine holds policy version {engine}, the trainer is at {trainer}")
-    outdated = [rollout for row in rollouts for rollout in row if rollout.version != trainer]
+    outdated = [
+        rollout
+        for row in rollouts
+        for rollout in row
+        if not trainer - version_limit <= rollout.oldest_version <= rollout.version <= trainer
+    ]
     if outdated:
+        first = outdated[0]
+        allowed = f"version {trainer}" if not version_limit else f"versions {trainer - version_limit} to {trainer}"
         raise LogprobMismatch(
-            f"step {step}: {len(outdated)} rollouts were not sampled from policy version {trainer}, the first (prompt "
-            f"{outdated[0].slot}, rollout {outdated[0].index}) from version {outdated[0].version}; the loss is for "
+            f"step {step}: {len(outdated)} rollouts were not sampled from policy {allowed}, the first (prompt "
+            f"{first.slot}, rollout {first.index}) from version {first.oldest_version}; the loss is for "
             "rollouts of the policy that is trained, so nothing was trained on them"
         )
 

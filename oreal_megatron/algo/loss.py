@@ -25,6 +25,7 @@ from __future__ import annotations
 import oreal_kernels
 from torch import Tensor
 
+from oreal_megatron.algo import importance
 from oreal_megatron.config import Config, LossConfig
 from oreal_megatron.records import Counts, MicroBatch
 
@@ -48,7 +49,7 @@ def terms(
         kl_coef=config.kl_coef,
         kl_kind=config.kl_kind,
         advantage_on_positives=config.advantage_on_positives,
-        behaviour_logp=micro_batch.engine_logprobs,
+        behaviour_logp=importance.behaviour_logp(micro_batch, config),
         ratio_cap=config.ratio_cap,
         entropy_coef=config.entropy_coef,
     )

@@ -87,6 +87,9 @@ def micro_batch(samples: Sequence[Sample], pad_to: int = 1) -> MicroBatch:
             [value for s in samples for value in s.engine_logprobs or [math.nan] * len(s.response_tokens)]
         ),
         rollouts=torch.tensor([sample.rollout for sample in samples] or [(-1, -1)]),
+        carried=torch.tensor(
+            [token < s.carried for s in samples for token in range(len(s.response_tokens))], dtype=torch.bool
+        ),
     )
 
 

@@ -48,7 +48,7 @@ def _select_of_prompt(
     if not mixed and config.keep != "all":
         return []
     shaped = [
-        Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs, rollout.key)
+        Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs, rollout.key, rollout.carried)
         for (rollout, reward), advantage in zip(known, advantages.KINDS[config.advantage](rewards), strict=True)
         if rollout.tokens
     ]

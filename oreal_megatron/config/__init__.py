@@ -15,6 +15,7 @@ from oreal_megatron.config.algorithm import (
 )
 from oreal_megatron.config.errors import ConfigError, Preempted, RunStopped
 from oreal_megatron.config.exploration import PenaltyConfig, ReferenceConfig
+from oreal_megatron.config.generation import RolloutConfig
 from oreal_megatron.config.root import Config, require_judge
 from oreal_megatron.config.schema import Key, Section, problems, validate
 from oreal_megatron.config.system import (
@@ -48,6 +49,7 @@ __all__ = [
     "ReferenceConfig",
     "RewardModelConfig",
     "RewardTrainingConfig",
+    "RolloutConfig",
     "RunStopped",
     "SamplingConfig",
     "Section",

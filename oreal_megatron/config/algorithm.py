@@ -152,6 +152,10 @@ class LossConfig(Section):
         float,
         Key("cap of the importance ratio trainer / engine of incorrect samples' tokens; 0: the ratio is 1", 0.0, 1e6),
     ] = 0.0
+    ratio_tokens: Annotated[
+        Literal["all", "carried"],
+        Key("tokens with a ratio: all, or those that earlier versions of the policy wrote (rollout.carry)"),
+    ] = "all"
 
     def conflicts(self, path: str) -> Iterator[str]:
         """Yield a message about a cap that would scale tokens which need no correction."""

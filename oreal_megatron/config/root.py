@@ -20,6 +20,7 @@ from oreal_megatron.config.algorithm import (
     WeightsConfig,
 )
 from oreal_megatron.config.errors import ConfigError
+from oreal_megatron.config.generation import RolloutConfig
 from oreal_megatron.config.schema import FixedKey, FreeKey, Key, Section
 from oreal_megatron.config.system import (
     CheckpointConfig,
@@ -57,6 +58,7 @@ class Config(Section):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -111,12 +113,7 @@ class Config(Section):
                 "weights.shuffle is true, but without a reward model there are no weights to permute; set "
                 "reward_model.enabled=true or weights.shuffle=false"
             )
-        if self.loss.ratio_cap and (self.sampling.top_p < 1 or self.sampling.min_p > 0):
-            yield (
-                f"loss.ratio_cap is {self.loss.ratio_cap:g}, sampling.top_p {self.sampling.top_p:g} and sampling.min_p "
-                f"{self.sampling.min_p:g}: the engine's log-probs are of the whole distribution, which top_p below 1 "
-                "and min_p above 0 do not sample from; set sampling.top_p=1.0 and sampling.min_p=0, or loss.ratio_cap=0"
-            )
+        yield from self._ratio_conflicts()
         if self.loss.reward_kl_coef and self.selection.keep == "pair":
             yield (
                 "loss.reward_kl_coef is above 0, which compares the KL divergences of all rollouts of a prompt, but "
@@ -137,6 +134,23 @@ class Config(Section):
             yield (
                 f"watchdog.verify_s is {limit_s:g}, but a step may wait {judge.all_down_wait_s:g} s for judges "
                 "(verify.judge.all_down_wait_s); set it above that"
+            )
+
+    def _ratio_conflicts(self) -> Iterator[str]:
+        """Yield messages about importance ratios that would correct nothing, and about missing ones."""
+        loss = self.loss
+        if loss.ratio_cap and loss.ratio_tokens == "all" and (self.sampling.top_p < 1 or self.sampling.min_p > 0):
+            yield (
+                f"loss.ratio_cap is {loss.ratio_cap:g}, sampling.top_p {self.sampling.top_p:g} and sampling.min_p "
+                f"{self.sampling.min_p:g}: the engine's log-probs are of the whole distribution, which top_p below 1 "
+                "and min_p above 0 do not sample from; set sampling.top_p=1.0 and sampling.min_p=0, loss.ratio_cap=0, "
+                "or loss.ratio_tokens=carried, which compares two versions of the policy"
+            )
+        if self.rollout.version_limit and not loss.ratio_cap:
+            yield (
+                "rollout.carry lets earlier versions of the policy write the first tokens of a response, and "
+                "loss.ratio_cap is 0: incorrect samples need their importance ratio; set loss.ratio_cap, e.g. to 2, or "
+                "rollout.carry=false"
             )
 
     def _warmup_conflicts(self) -> Iterator[str]:

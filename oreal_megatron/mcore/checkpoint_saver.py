@@ -28,6 +28,7 @@ from oreal_megatron.runtime import checkpoint_folders, disk_space, distributed, 
 
 SPARE_BYTES = 16 * 2**20  # of disk, for the files' indices beside the tensors
 Describe = Callable[[str, Path], None]
+Attachments = Callable[[], dict[str, bytes]]  # further files of a checkpoint, by name
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class CheckpointSaver:
         keep: int,
         keep_every: int = 0,
         describe: Describe = lambda name, path: None,
+        attachments: Attachments = dict,
     ):
         """Take `keep` and `keep_every` as in checkpoint_folders.prune.
 
-        `describe` is called on the first rank with each model's name and folder, to add a description for readers.
+        `describe` is called on the first rank with each model's name and folder, to add a description for readers;
+        `attachments` on the first rank too, when a save begins.
         """
-        self.folder, self.trainers, self.describe = folder, trainers, describe
+        self.folder, self.trainers, self.describe, self.attachments = folder, trainers, describe, attachments
         self.keep, self.keep_every = keep, keep_every
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: PendingSave | None = None
@@ -72,6 +75,8 @@ class CheckpointSaver:
         partial = self.folder / (checkpoint_folders.name(step) + checkpoint_folders.PARTIAL)
         if distributed.rank() == 0:
             checkpoint_folders.begin(partial, self.trainers)
+            for name, content in self.attachments().items():
+                files.write_when_space(self.folder, (partial / name).write_bytes, content)
         common = {"step": step, "layout": checkpoint_state.layout()}
         common["random"] = distributed.all_gather_object(random_state or checkpoint_state.random_state())
         requests = [_plan_files(trainer, partial / name, common) for name, trainer in self.trainers.items()]

@@ -68,6 +68,7 @@ def own_actions(micro_batch: MicroBatch, rows: Tensor) -> tuple[MicroBatch, Tens
         labels=micro_batch.labels[index],
         action_offsets=torch.cat([selected.new_zeros(1), selected])[micro_batch.action_offsets],
         engine_logprobs=micro_batch.engine_logprobs[index],
+        carried=micro_batch.carried[index],
     )
     return actions, index
 

@@ -97,7 +97,7 @@ class LanguageModelHead:
         metrics = loss.metrics(total, sums, counts, config)
         metrics["policy/entropy"] = entropy / max(counts.action_tokens, 1)
         if config.ratio_cap:
-            ratios = importance.metrics(result.logp, own, counts.incorrect_tokens, config.ratio_cap)
+            ratios = importance.metrics(result.logp, own, counts.incorrect_tokens, config)
             metrics |= {name: context_parallel.sum_over_ranks(value) for name, value in ratios.items()}
         return result.loss, metrics
 

@@ -195,5 +195,7 @@ def _share_file(folder: Path, share: int) -> Path:
 def _micro_batch(part: dict[str, Tensor]) -> MicroBatch:
     if "rollouts" not in part:  # dumps of version 0.1
         part = part | {"rollouts": torch.full((len(part["reward"]), 2), -1)}
+    if "carried" not in part:  # dumps before partial rollouts
+        part = part | {"carried": torch.zeros(len(part["labels"]), dtype=torch.bool)}
     fields = {field.name: part[field.name] for field in dataclasses.fields(MicroBatch)}
     return MicroBatch(**fields | {"sequence_offsets": tuple(part["sequence_offsets"].tolist())})  # type: ignore[arg-type]

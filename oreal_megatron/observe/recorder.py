@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron.algo import guard, reward_diagnostics
@@ -40,8 +40,9 @@ class Recorder:
         arch: Architecture | None = None,  # architecture of the policy, to count operations
         peak_flops: float | None = None,  # operations per second of one GPU, if known
         origin: Origin = NO_ORIGIN,  # command line and recipe
+        generation_metrics: Callable[[], Metrics] = dict,  # of the last step's generation
     ):
-        self.config, self.first_step = config, first_step
+        self.config, self.first_step, self.generation_metrics = config, first_step, generation_metrics
         self.writes = distributed.rank() == 0
         self.folder = RunFolder(config)
         if self.writes:
@@ -112,7 +113,7 @@ class Recorder:
         verdicts: Sequence[Sequence[Verdict]],
     ) -> None:
         """Write metrics, timings and rollouts of a finished step. Collective."""
-        metrics = metrics | self.timer.finish_step(metrics, rollouts)
+        metrics = metrics | self.timer.finish_step(metrics, rollouts) | self.generation_metrics()
         if self.writes:
             metrics |= self.user_hooks.metrics(rollouts, verdicts)
             self.folder.write_rollouts(step, rollouts, verdicts)

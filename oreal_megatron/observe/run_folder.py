@@ -156,7 +156,9 @@ def _has_content(path: Path) -> bool:
 
 def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
     """Return one rollout and its verdict as a JSON object."""
-    details = {name: text for name in ("reason", "penalty") if (text := getattr(verdict, name))}
+    details: Row = {name: text for name in ("reason", "penalty") if (text := getattr(verdict, name))}
+    if rollout.versions:
+        details["versions"] = [list(run) for run in rollout.versions]
     return {
         "question": rollout.prompt.question,
         "gold_answer": rollout.prompt.gold,

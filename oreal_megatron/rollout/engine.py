@@ -24,9 +24,8 @@ from oreal_megatron.algo import logprob_parity
 from oreal_megatron.config import Config, ConfigError, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.config.suggestions import suggest
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import requests, vllm_patches
+from oreal_megatron.rollout import growth, pool_schedule, requests, vllm_patches
 from oreal_megatron.rollout.device import EngineMemory, is_device_error
-from oreal_megatron.rollout.requests import Request
 from oreal_megatron.runtime import distributed, heartbeat, versions
 
 versions.check(versions.VLLM)
@@ -102,7 +101,21 @@ class VllmEngine:
         seed: tuple[int, int],
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[list[Rollout]]:
-        """Return the [P, K] rollouts of all prompts on every rank. Collective.
+        """Return the [P, K] rollouts of all prompts on every rank. Collective. Errors: see `extend`."""
+        per_prompt = sampling.rollouts_per_prompt
+        grown = self.extend(growth.blank_rollouts(prompts, per_prompt), sampling, seed, on_rollout)
+        return [grown[start : start + per_prompt] for start in range(0, len(grown), per_prompt)]
+
+    def extend(
+        self,
+        rollouts: Sequence[Rollout],
+        sampling: SamplingConfig,
+        seed: tuple[int, int],
+        on_rollout: Callable[[Rollout], None] | None = None,
+        round_tokens: int = 0,
+        round_number: int = 0,
+    ) -> list[Rollout]:
+        """Return rollouts after they have grown by `round_tokens`, or to their end with 0, on every rank. Collective.
 
         `on_rollout` receives each rollout as soon as it is complete, on one rank of the replica that generated it.
         Requests that an engine does not complete are repeated, with the same seeds, by all ranks of its replica. A rank
@@ -110,14 +123,20 @@ class VllmEngine:
 
         Raises EngineError, on all ranks, if the retries did not help, and Preempted if a rank was asked to stop.
         """
-        missing = requests.deal(len(prompts), sampling.rollouts_per_prompt, self.replica, self.replicas)
+        by_key = {rollout.key: rollout for rollout in rollouts}
+        missing = [key for key in by_key if growth.replica_of(key, self.replicas) == self.replica]
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
-            pending = {f"{attempt}.{slot}.{index}": Request(prompts[slot], slot, index) for slot, index in missing}
+            pending = {f"{attempt}.{slot}.{index}": by_key[slot, index] for slot, index in missing}
             error, can_retry = "", True
             try:
-                for rollout in self._run_requests(pending, sampling, seed):
-                    if on_rollout and self.reports and rollout.key not in finished:
+                for rollout in self._run_requests(pending, sampling, seed, round_tokens, round_number):
+                    if (
+                        on_rollout
+                        and self.reports
+                        and rollout.key not in finished
+                        and not self._grows(rollout, round_tokens)
+                    ):
                         on_rollout(rollout)
                     finished[rollout.key] = rollout
             except Exception as raised:  # vLLM's, perhaps on this rank only; the others learn of it below
@@ -134,7 +153,7 @@ class VllmEngine:
             self._retry_or_stop(can_retry, attempt, [(len(keys), error) for _, keys, error in gathered], seed[1])
             missing = sorted({key for replica, keys, _ in gathered if replica == self.replica for key in keys})
         own = list(finished.values()) if self.reports else []
-        return requests.gather_rollouts(own, prompts, sampling.rollouts_per_prompt)
+        return growth.gather_growth(own, rollouts, self.version)
 
     def _retry_or_stop(self, can_retry: bool, attempt: int, failures: list[tuple[int, str]], step: int) -> None:
         """Log the retry, or raise EngineError on all ranks alike. `failures`: unfinished requests and error by rank."""
@@ -153,26 +172,40 @@ class VllmEngine:
             log.warning("step %d: retrying unfinished requests: %s", step, faults)
 
     def _run_requests(
-        self, pending: dict[str, Request], sampling: SamplingConfig, seed: tuple[int, int]
+        self,
+        pending: dict[str, Rollout],
+        sampling: SamplingConfig,
+        seed: tuple[int, int],
+        round_tokens: int,
+        round_number: int,
     ) -> Iterator[Rollout]:
-        """Yield the rollouts of requests, by id, as they finish; without those that vLLM aborted or left empty."""
+        """Yield rollouts, given by request, as their requests finish; without those that vLLM aborted or left empty."""
         engine = self.llm.llm_engine
         try:
-            for request_id, request in pending.items():
-                parameters = self._sampling_params(sampling, seed, request.slot, request.index)
-                engine.add_request(request_id, {"prompt_token_ids": list(request.prompt.tokens)}, parameters)
+            for request_id, rollout in pending.items():
+                parameters = self._sampling_params(sampling, seed, rollout, round_tokens, round_number)
+                tokens = [*rollout.prompt.tokens, *rollout.tokens]
+                engine.add_request(request_id, {"prompt_token_ids": tokens}, parameters)
             steps = itertools.count()
             while engine.has_unfinished_requests() and not self.stopping:
                 for result in engine.step():
                     output = result.outputs[0]
                     if requests.is_complete(output):
-                        text = self.tokenizer.decode(tuple(output.token_ids), skip_special_tokens=True)
-                        yield requests.to_rollout(pending[result.request_id], output, text, self.version)
+                        rollout = requests.grow(pending[result.request_id], output, self.version)
+                        yield rollout if self._grows(rollout, round_tokens) else self._decode(rollout)
                 if next(steps) % STOP_CHECK_STEPS == 0:
                     self.stopping = self._replica_stop_requested()
                 heartbeat.beat()
         finally:
             engine.abort_request(list(pending))  # without effect on finished requests
+
+    def _grows(self, rollout: Rollout, round_tokens: int) -> bool:
+        """Return whether a rollout grows further in a later round."""
+        return round_tokens > 0 and pool_schedule.is_open(rollout, self.config)
+
+    def _decode(self, rollout: Rollout) -> Rollout:
+        """Return a rollout with its text."""
+        return dataclasses.replace(rollout, text=self.tokenizer.decode(rollout.tokens, skip_special_tokens=True))
 
     def live(self) -> tuple[dict[str, Tensor], str]:
         """Return this rank's parameters by vLLM's names, and why they cannot be written directly ("" if they can)."""
@@ -216,14 +249,28 @@ class VllmEngine:
         return bool(requested)
 
     def _sampling_params(
-        self, sampling: SamplingConfig, seed: tuple[int, int], slot: int, index: int
+        self,
+        sampling: SamplingConfig,
+        seed: tuple[int, int],
+        rollout: Rollout,
+        round_tokens: int,
+        round_number: int,
     ) -> SamplingParams:
         """Return the parameters of one request; log-probs are for the parity check, or for importance ratios."""
+        slot, index = rollout.key
         is_checked = logprob_parity.is_checked(slot, index, self.config.engine, self.replicas)
-        with_logprobs = is_checked or self.config.loss.ratio_cap > 0
-        seed_of_request = requests.request_seed(*seed, slot, index)
+        with_logprobs = is_checked or self.config.loss.ratio_cap > 0 or round_tokens > 0
+        seed_of_request = requests.request_seed(*seed, slot, index, round_number)
         temperature = sampling.temperature / self.temperature  # the model's logits are divided already
-        return requests.sampling_params(sampling, temperature, self.stop_tokens, seed_of_request, with_logprobs)
+        room = sampling.max_new_tokens - len(rollout.tokens)
+        return requests.sampling_params(
+            sampling,
+            temperature,
+            self.stop_tokens,
+            seed_of_request,
+            with_logprobs,
+            min(round_tokens or room, room),
+        )
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,7 @@ from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import NO_ORIGIN, model_note
 from oreal_megatron.plan import gpus
+from oreal_megatron.protocols import Dataset, GrowingEngine, RoundVerifier, Verifier
 from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
@@ -28,6 +30,9 @@ from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
 from oreal_megatron.training.resume import AUTO, Start
 from oreal_megatron.verify.penalised_verifier import PenalisedVerifier
+
+if TYPE_CHECKING:
+    from oreal_megatron.rollout.rollout_pool import RolloutPool
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +64,20 @@ def train(
         weight_sync = policy_weights.connect(policy, engine)
         first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
         start.set_aside_later_steps(first_step)
+        pool = _start_pool(config, dataset, engine, verifier, checkpoint, first_step)
         peak_flops, share = _peak_flops(config), parallel.replica_share()
-        run = Recorder(config, first_step, start.fingerprints, share, inputs.arch, peak_flops, origin)
-        retention = (config.checkpoint.keep, config.checkpoint.keep_every)
-        saver = CheckpointSaver(folder, trainers, *retention, describe=partial(policy_weights.describe, inputs))
+        generation_metrics = pool.metrics if pool else dict
+        run = Recorder(
+            config, first_step, start.fingerprints, share, inputs.arch, peak_flops, origin, generation_metrics
+        )
+        saver = CheckpointSaver(
+            folder,
+            trainers,
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            describe=partial(policy_weights.describe, inputs),
+            attachments=pool.attachments if pool else dict,
+        )
         evaluate = partial(score.evaluate, held_out, engine, verifier, config) if held_out else None
         save_policy = partial(policy_weights.save_model, inputs, "policy", policy)
         hooks = TrainingHooks(
@@ -79,11 +94,13 @@ def train(
         packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         models = (policy, reference, reward_model)
         penalties = config.selection.penalties
-        grader = PenalisedVerifier(verifier, penalties) if penalties.enabled else verifier
+        grader: Verifier = pool or verifier
+        if penalties.enabled:
+            grader = PenalisedVerifier(grader, penalties)
         with hooks.saving_on_stop_request():
             weight_sync.sync(policy.updates)
             hooks.start(first_step, saved=checkpoint is not None)
-            loop.train(config, dataset, engine, grader, *models, weight_sync, run, hooks, packing_spec)
+            loop.train(config, pool or dataset, pool or engine, grader, *models, weight_sync, run, hooks, packing_spec)
         with heartbeat.phase("checkpoint"):
             saver.finish()
             save_policy(run_path / "policy", model_note(config.steps))
@@ -91,6 +108,24 @@ def train(
             log.info(f"no evaluation was better than the starting policy's, so there is no {run_path / 'best'}")
         if distributed.rank() == 0:
             speed_report.write_and_print(run_report.read_run(run_path))
+
+
+def _start_pool(
+    config: Config,
+    dataset: Dataset,
+    engine: GrowingEngine,
+    verifier: RoundVerifier,
+    checkpoint: Path | None,
+    first_step: int,
+) -> RolloutPool | None:
+    """Return the pool of prompts in flight, as it was in the checkpoint; None where steps do not overlap."""
+    if not config.rollout.enabled:
+        return None
+    from oreal_megatron.rollout.rollout_pool import RolloutPool  # its package sets variables of the environment
+
+    pool = RolloutPool(config, dataset, engine, verifier)
+    pool.restore(checkpoint, first_step)
+    return pool
 
 
 def _peak_flops(config: Config) -> float | None:

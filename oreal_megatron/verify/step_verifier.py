@@ -42,13 +42,18 @@ class StepVerifier:
 
     def verdicts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[list[Verdict]]:
         """Return [P, K] verdicts on every rank; each rollout was submitted on one of them. Collective."""
+        flat = iter(self.collect([rollout for row in rollouts for rollout in row]))
+        table = [[next(flat) for _ in row] for row in rollouts]
+        self.refuse_too_many_unknown([verdict for row in table for verdict in row])
+        return table
+
+    def collect(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Return verdicts on every rank, of rollouts that were submitted on one of them. Collective."""
         shares = distributed.all_gather_object(self._collect())
         if failures := [failure for _, failure in shares if failure]:
             raise RunStopped(failures[0])
         known = {key: verdict for share, _ in shares for key, verdict in share.items()}
-        table = [[known[rollout.key] for rollout in row] for row in rollouts]
-        self._refuse_too_many_unknown([verdict for row in table for verdict in row])
-        return table
+        return [known[rollout.key] for rollout in rollouts]
 
     def _collect(self) -> tuple[dict[tuple[int, int], Verdict], str]:
         """Return this rank's verdicts, or an error text: a rank that raised alone would leave the others waiting."""
@@ -64,7 +69,8 @@ class StepVerifier:
             return {}, f"grading rollout {key} failed with {error!r} on rank {distributed.rank()}; please report it"
         return verdicts, ""
 
-    def _refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
+    def refuse_too_many_unknown(self, verdicts: Sequence[Verdict]) -> None:
+        """Raise TooManyUnknown where more of a step's verdicts are unknown than verify.unknown_limit allows."""
         unknown = [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]
         if len(unknown) > self.unknown_limit * len(verdicts):
             reasons = Counter(verdict.reason or verdict.method for verdict in unknown).most_common(SHOWN_REASONS)

@@ -8,6 +8,8 @@ four processes; with --full all of them.
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from functools import partial
 
 import pytest
@@ -73,7 +75,7 @@ def matrix(
             # A head of zeros passes no gradient.
             reward_model=c.RewardModelConfig(head_init="normal", objective=objective, optimizer=optimizer),
             weights=c.WeightsConfig(threshold_correct=0.3, threshold_incorrect=0.3),
-            loss=c.LossConfig(kl_coef=0.5),
+            loss=c.LossConfig(kl_coef=0.5, ratio_cap=1.2, ratio_tokens="carried"),
             tokens_per_micro_batch=budget,
             megatron=dict(*more),
         )
@@ -214,7 +216,7 @@ def folders(tied_model_folder, write_model, tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def rollouts(make_samples) -> list:
-    return make_samples(6, seed=11)
+    return carried_by_earlier_versions(make_samples(6, seed=11))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,7 @@ def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rol
         assert not torch.equal(value, value.bfloat16().float()), f"{name} was rounded before it was added"
 
 
-def loss_and_gradient_norm(folder: str, samples: list):
+def losses_and_gradient_norms(folder: str, cases: list[tuple]) -> list[tuple[float, float]]:
     """Through Megatron, with a clip that never bites and a learning rate that changes nothing."""
     from oreal_megatron import config as c
     from oreal_megatron.algo import packing
@@ -294,11 +296,14 @@ def loss_and_gradient_norm(folder: str, samples: list):
     parallel.start_process_group()
     parallel.start_megatron(config.parallel, seed=0)
     policy = trained_models.Policy(architecture.read(source.config), config, source.tensor)
-    batch = packing.batch(samples, PackingSpec(60))
-    objective = partial(_plain_objective, policy=policy, counts=batch.counts, config=config.loss)
-    metrics = policy.train(batch, objective, 0.0)
+    results = []
+    for samples, loss_config in cases:
+        batch = packing.batch(samples, PackingSpec(60))
+        objective = partial(_plain_objective, policy=policy, counts=batch.counts, config=loss_config)
+        metrics = policy.train(batch, objective, 0.0)
+        results.append((metrics["loss/total"], metrics["gradient_norm"]))
     parallel.stop()
-    return metrics["loss/total"], metrics["gradient_norm"]
+    return results
 
 
 def _plain_objective(number, micro_batch, hidden, policy, counts, config):
@@ -306,19 +311,43 @@ def _plain_objective(number, micro_batch, hidden, policy, counts, config):
     return policy.language_model.oreal_loss(hidden, micro_batch, reference, weight, counts, config)
 
 
+def carried_by_earlier_versions(samples: list) -> list:
+    """Let earlier versions of the policy have written the first half of most responses, with log-probs around -4."""
+    chance = random.Random(3)
+    result = []
+    for number, sample in enumerate(samples):
+        tokens = len(sample.response_tokens)
+        logprobs = tuple(-4.3 + chance.gauss(0, 0.7) for _ in range(tokens))
+        result.append(dataclasses.replace(sample, engine_logprobs=logprobs, carried=(tokens + 1) // 2 * (number > 1)))
+    return result
+
+
 def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_formula(
     model_folder, in_processes, make_samples
 ):
-    from transformers import Qwen2ForCausalLM
+    """Of responses that the policy wrote, and of some whose first tokens are of earlier versions, in fp64."""
+    from oreal_megatron import config as c
 
     samples = make_samples(4, seed=2)
-    total, norm = in_processes(1, loss_and_gradient_norm, str(model_folder), samples)[0]
+    carried = c.LossConfig(ratio_cap=1.2, ratio_tokens="carried")
+    cases = [(samples, c.LossConfig()), (carried_by_earlier_versions(samples), carried)]
+    results = in_processes(1, losses_and_gradient_norms, str(model_folder), cases)[0]
+    for (responses, config), (total, norm) in zip(cases, results, strict=True):
+        expected_total, expected_norm = formula_by_answers(str(model_folder), responses, config.ratio_cap)
+        assert total == pytest.approx(expected_total, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+    assert results[0] != pytest.approx(results[1], rel=0.01), "the ratio would not matter"
 
-    model = Qwen2ForCausalLM.from_pretrained(model_folder).double()
+
+def formula_by_answers(folder: str, samples: list, cap: float) -> tuple[float, float]:
+    """Return Eq. 11 and its gradient's norm: incorrect samples' carried tokens have the ratio min(pi / mu, cap)."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder).double()
     correct_tokens, incorrect_tokens = (
         sum(len(s.response_tokens) for s in samples if s.reward * sign > 0) for sign in (1, -1)
     )
-    expected = 0
+    ratios, expected = [], 0
     for sample in samples:
         ids = torch.tensor([sample.prompt_tokens + sample.response_tokens])
         logits = model(ids).logits[0, len(sample.prompt_tokens) - 1 : -1]
@@ -327,10 +356,13 @@ def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_for
             expected = expected - (0.7 * sample.advantage * logp).sum() / correct_tokens
         else:
             ratio = torch.exp(logp - logp.detach())
+            for token in range(sample.carried):
+                behaviour = float(torch.tensor(sample.engine_logprobs[token]))
+                ratios.append(min(math.exp(float(logp[token]) - behaviour), cap))
+                ratio = ratio * torch.where(torch.arange(len(ratio)) == token, ratios[-1], 1.0)
             expected = expected - 0.5 * (0.7 * sample.advantage * ratio).sum() / incorrect_tokens
         difference = -3.0 - logp
         expected = expected + 0.01 * (difference.exp() - difference - 1).sum() / (correct_tokens + incorrect_tokens)
+    assert not ratios or min(ratios) < 0.9 < cap == max(ratios), "ratios on both sides of 1, and truncated ones"
     expected.backward()
-    expected_norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    assert total == pytest.approx(expected.item(), rel=1e-5)
-    assert norm == pytest.approx(expected_norm, rel=1e-4)
+    return expected.item(), torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()

@@ -52,6 +52,7 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
         "again": table.tokens(0),
         "other": table.tokens(1),
     }
+    result["rounds"], carried = table.rounds_equal_one_go(), table.grow_by_5()
     table.update()
     result["missed"] = table.gap(0)
     engine.version = policy.updates
@@ -59,6 +60,7 @@ def story(folder: str, engine_tensor: int, tensor: int, pipeline: int, packed: b
     engine.version = 0
     result["metrics"] = weight_sync.sync(1)
     result["after"] = table.gap(0)
+    result["carried"] = table.gaps_of_carried(carried)
     if not packed:
         result["as vLLM loads"] = table.equals_what_vllm_loads()
         result["planted"] = table.mismatches_of_a_planted_error(weight_sync)
@@ -88,6 +90,46 @@ class Story:
             ]
         except LogprobMismatch as refusal:
             return str(refusal)
+
+    def rounds_equal_one_go(self) -> bool:
+        """Greedy responses in three rounds, whose requests begin with the tokens of the round before, and at once."""
+        from oreal_megatron.rollout import growth
+
+        blank = growth.blank_rollouts(self.prompts, 2)
+        greedy = dataclasses.replace(self.config.sampling, temperature=0.0)
+        grown = blank
+        for number in range(3):
+            grown = self.engine.extend(grown, greedy, (0, 0), None, 5, number)
+        whole = self.engine.extend(blank, greedy, (0, 0))
+        return [(r.tokens, r.text, r.finished) for r in grown] == [(r.tokens, r.text, r.finished) for r in whole]
+
+    def grow_by_5(self) -> list:
+        from oreal_megatron.rollout import growth
+
+        return self.engine.extend(growth.blank_rollouts(self.prompts, 2), self.config.sampling, (0, 8), None, 5, 0)
+
+    def gaps_of_carried(self, carried: list) -> dict[str, float]:
+        """The parity check of responses that the present version finishes; it with the bound or the versions off."""
+        from oreal_megatron import config as c
+        from oreal_megatron.algo.logprob_parity import LogprobMismatch
+        from oreal_megatron.loop import check_logprob_parity
+        from oreal_megatron.mcore import parallel
+
+        unfinished = [rollout for rollout in carried if not rollout.finished]
+        grown = self.engine.extend(unfinished, self.config.sampling, (0, 9), None, 7, 0)
+        rows = [[dataclasses.replace(rollout, carried=5)] for rollout in grown]
+        config = dataclasses.replace(self.config, rollout=c.RolloutConfig(7, pool=2.0))
+        forgotten = [[dataclasses.replace(r, carried=0) for r in row] for row in rows]
+        results = {"versions": {tuple(version for version, _ in rollout.versions) for rollout in grown}}
+        cases = {"check": (config, rows), "beyond": (self.config, rows), "forgotten": (config, forgotten)}
+        for name, (settings, table) in cases.items():
+            try:
+                spec = parallel.packing_spec(4096)
+                metrics = check_logprob_parity(settings, self.engine, self.policy, table, spec, 9)
+                results[name] = metrics["parity/logprob_gap"]
+            except LogprobMismatch as refusal:
+                results[name] = str(refusal)
+        return results
 
     def gap_at_temperature_1(self) -> str | float:
         """The parity check where the trainer leaves the temperature out."""
@@ -234,7 +276,7 @@ class Story:
         from oreal_megatron.rollout.engine import EngineError
 
         core = self.engine.llm.llm_engine
-        parameters = self.engine._sampling_params(self.config.sampling, (0, 0), 0, 0)
+        parameters = self.engine._sampling_params(self.config.sampling, (0, 0), self.grow_by_5()[0], 0, 0)
         core.add_request("left over", {"prompt_token_ids": list(self.prompts[0].tokens)}, parameters)
         core.step()
         self.engine.version = 0
@@ -260,6 +302,10 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
         assert result["nothing to do"] == {}
         assert result["before"] < 1e-5 and result["after"] < 1e-4, result  # a step this large makes large logits
         assert max(result["oracle"]) < 1e-5, result["oracle"]
+        assert result["rounds"] and result["carried"]["check"] < 1e-4, result["carried"]
+        assert result["carried"]["versions"] == {(0, 1)}
+        assert "not sampled from policy version 1" in result["carried"]["beyond"]
+        assert "differ by" in result["carried"]["forgotten"], "tokens of version 0 have other log-probs"
         assert "differ by" in result["at temperature 1"]
         assert "version 0, the trainer is at 1" in result["missed"]
         assert "differ by" in result["stale"] and "differ by" in result["swapped"]

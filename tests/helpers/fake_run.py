@@ -22,6 +22,7 @@ from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.mcore import checkpoint_state
 from oreal_megatron.observe.run_folder import NO_ORIGIN
 from oreal_megatron.records import Outcome, PackingSpec, Rollout, TokenWeights, Verdict
+from oreal_megatron.rollout import growth
 from oreal_megatron.runtime import checkpoint_folders
 from oreal_megatron.runtime.folder_lock import FolderLock
 from oreal_megatron.session.models import Models
@@ -62,7 +63,8 @@ class FakeTrainer:
 
     def step(self, batch, *shares: float) -> float:
         rate = learning_rate(self.updates, self.config.steps - self.frozen, self.optimizer)
-        content = sum(int(part.labels.sum()) * (number + 1) for number, part in enumerate(batch.micro_batches))
+        parts = enumerate(batch.micro_batches)
+        content = sum(int((part.labels + 7 * part.carried).sum()) * (number + 1) for number, part in parts)
         self.state = self.state * (1 - rate * self.optimizer.weight_decay) + rate * (content % 997) + sum(shares)
         self.updates += 1
         return rate
@@ -84,7 +86,7 @@ class FakeEngine:
     """Random responses that depend on the request and on the weights."""
 
     def __init__(self, job: FakeJob):
-        self.job, self.version, self.state = job, 0, 0.0
+        self.job, self.version, self.state, self.replicas = job, 0, 0.0, 1
 
     def sleep(self) -> None: ...
 
@@ -98,6 +100,21 @@ class FakeEngine:
         rows = range(sampling.rollouts_per_prompt)
         return [[rollout(prompt, slot, index) for index in rows] for slot, prompt in enumerate(prompts)]
 
+    def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0, round_number=0):
+        """Let responses grow to a length of 1 to 8 tokens that depends on problem and index."""
+        self.job.happens("round begins")
+
+        def grow(rollout: Rollout) -> Rollout:
+            chance = random.Random(f"{seed} {rollout.key} {round_number} {rollout.prompt.gold} {self.state}")
+            length = random.Random(f"{rollout.prompt.gold} {rollout.index}").choice((1, 1, 2, 2, 3, 5, 7, 8))
+            count = min(length - len(rollout.tokens), round_tokens)
+            tokens = tuple(chance.randrange(5, 50) for _ in range(count))
+            finished = count + len(rollout.tokens) == length < sampling.max_new_tokens
+            longer = growth.append(rollout, tokens, (-1.0,) * count, finished, self.version)
+            return dataclasses.replace(longer, text=str(longer.tokens[0]) if len(longer.tokens) == length else "")
+
+        return [grow(rollout) for rollout in rollouts]
+
 
 class FakeVerifier:
     def submit(self, rollout: Rollout) -> None: ...
@@ -107,6 +124,11 @@ class FakeVerifier:
             return Verdict(Outcome.CORRECT if rollout.tokens[0] % 2 else Outcome.INCORRECT, "exact", rollout.text)
 
         return [[judge(rollout) for rollout in row] for row in rollouts]
+
+    def collect(self, rollouts):
+        return self.verdicts([rollouts])[0]
+
+    def refuse_too_many_unknown(self, verdicts) -> None: ...
 
 
 class FakeSession:
@@ -144,8 +166,11 @@ class FakeSync:
 class FakeSaver:
     """Saver that ends a save at the next poll."""
 
-    def __init__(self, job: FakeJob, folder: Path, trainers, keep: int, keep_every: int = 0, describe=None):
+    def __init__(
+        self, job: FakeJob, folder: Path, trainers, keep: int, keep_every: int = 0, describe=None, attachments=dict
+    ):
         self.job, self.folder, self.trainers, self.keep, self.keep_every = job, folder, trainers, keep, keep_every
+        self.attachments = attachments
         self.pending: Path | None = None
 
     def start(self, step: int, random_state=None) -> None:
@@ -156,6 +181,8 @@ class FakeSaver:
         for name, trainer in self.trainers.items():
             state = {"step": step, "updates": trainer.updates, "state": trainer.state}
             (partial / name / "state.json").write_text(json.dumps(state))
+        for name, content in self.attachments().items():
+            (partial / name).write_bytes(content)
         self.pending = partial
         self.job.happens("save begins")
 

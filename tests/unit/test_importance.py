@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_weighted_tokens_on_incorrect_samples_only(make_samp
             slope -= config.negative_coef * ratio * weight[t].item() * sample.advantage / counts.incorrect_tokens
         expected.append(slope)
     torch.testing.assert_close(logp.grad, torch.tensor(expected, dtype=torch.float64), atol=1e-7, rtol=1e-5)
-    metrics = importance.metrics(logp, batch, counts.incorrect_tokens, 1.5)
+    metrics = importance.metrics(logp, batch, counts.incorrect_tokens, c.LossConfig(ratio_cap=1.5))
     ratios = [min(math.exp(v - e), 1.5) for s, v, e in zip(owners, logp.tolist(), engine, strict=True) if s.reward < 0]
     assert metrics["policy/ratio_mean"].item() == pytest.approx(sum(ratios) / len(ratios))
     assert metrics["policy/ratio_capped_share"].item() == pytest.approx(ratios.count(1.5) / len(ratios))
@@ -88,7 +88,8 @@ def test_metrics_of_ratios_add_up_over_micro_batches(make_samples):
     def metrics_of(some) -> dict[str, float]:
         batch = packing.micro_batch(some)
         logp_T = -1.5 + batch.labels.float().sin()
-        return {name: value.item() for name, value in importance.metrics(logp_T, batch, tokens, 1.2).items()}
+        config = c.LossConfig(ratio_cap=1.2)
+        return {name: value.item() for name, value in importance.metrics(logp_T, batch, tokens, config).items()}
 
     total, parts = metrics_of(samples), [metrics_of(samples[:2]), metrics_of([]), metrics_of(samples[2:])]
     assert {name: sum(part[name] for part in parts) for name in total} == pytest.approx(total)

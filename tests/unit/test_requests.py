@@ -6,16 +6,16 @@ from collections import Counter
 
 import pytest
 
-from oreal_megatron.rollout import requests
+from oreal_megatron.rollout import growth, requests
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize(("prompts", "per_prompt"), [(1, 1), (5, 3), (8, 16), (7, 8)])
 def test_every_rollout_has_one_replica_and_no_replica_gets_many_of_a_prompt(prompts, per_prompt, replicas):
-    shares = [requests.deal(prompts, per_prompt, replica, replicas) for replica in range(replicas)]
-    assert sorted(sum(shares, [])) == [(slot, index) for slot in range(prompts) for index in range(per_prompt)]
+    keys = [(slot, index) for slot in range(prompts) for index in range(per_prompt)]
+    shares = [[key for key in keys if growth.replica_of(key, replicas) == replica] for replica in range(replicas)]
     sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= max(1, replicas - 1)
+    assert sum(sizes) == len(keys) and max(sizes) - min(sizes) <= max(1, replicas - 1)
     for share in shares:
         of_prompt = Counter(slot for slot, _ in share).values()
         assert max(of_prompt, default=0) <= -(-per_prompt // replicas)
@@ -23,6 +23,7 @@ def test_every_rollout_has_one_replica_and_no_replica_gets_many_of_a_prompt(prom
 
 
 def test_seeds_are_31_bits_and_differ():
-    seeds = {requests.request_seed(run, step, slot, index) for run in (0, 1) for step in (0, 1) for slot in range(20)
-             for index in range(16)}  # fmt: skip
-    assert len(seeds) == 2 * 2 * 20 * 16 and all(0 <= seed < 2**31 for seed in seeds)
+    seeds = {requests.request_seed(run, step, slot, index, number) for run in (0, 1) for step in (0, 1)
+             for slot in range(20) for index in range(16) for number in (0, 1)}  # fmt: skip
+    assert len(seeds) == 2 * 2 * 20 * 16 * 2 and all(0 <= seed < 2**31 for seed in seeds)
+    assert requests.request_seed(1, 2, 3, 4) == 1435759579, "rollouts of runs without rounds would change"

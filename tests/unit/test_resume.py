@@ -61,7 +61,7 @@ def contents(run: Path) -> dict[str, object]:
         ]
 
     trees = [path for name in ("rollouts", "checkpoints", "policy", "best") for path in (run / name).rglob("*")]
-    texts = {str(path.relative_to(run)): path.read_text() for path in sorted(trees) if path.is_file()}
+    texts = {str(path.relative_to(run)): path.read_bytes() for path in sorted(trees) if path.is_file()}
     dumps = sorted(path.name for path in (run / "dumps").iterdir())
     return {"metrics": rows("metrics.jsonl"), "evaluations": rows("evaluations.jsonl"), "dumps": dumps} | texts
 
@@ -92,6 +92,25 @@ def test_a_run_killed_at_any_event_once_and_again_ends_as_the_unbroken_one(confi
     assert contents(Path(config.run)) == unbroken(config)
     known = {*run_folder.WRITTEN, "environment.json", "tensorboard"}
     assert {path.name for path in Path(config.run).iterdir() if "_before_step_" not in path.name} <= known
+
+
+POOL = ("rollout.round_tokens=2", "rollout.pool=2", "loss.ratio_cap=2", "loss.ratio_tokens=carried")
+
+
+@pytest.mark.parametrize(
+    ("event", "times", "further"),
+    [("round begins", (9, 4), ""), ("save begins", (1, 0), ""), ("save is complete", (1, 0), ""),
+     ("step is done", (4, 1), "rollout.enough=mixed"), ("round begins", (9, 4), "rollout.carry=false")],
+)  # fmt: skip
+def test_a_run_with_responses_in_flight_that_is_killed_ends_as_the_unbroken_one(config, event, times, further):
+    config = changed(config, *POOL, *further.split())
+    for number in times:
+        assert not fake_run.train(config, resume="auto", kill_at=(event, number))
+    assert fake_run.train(config, resume="auto")
+    expected = unbroken(config)
+    assert contents(Path(config.run)) == expected
+    in_flight = [row["rollout/carried_tokens"] for row in expected["metrics"]]
+    assert all(in_flight) if config.rollout.carry else not any(in_flight)
 
 
 def test_ends_at_an_epoch_s_boundary_are_exact(config):
