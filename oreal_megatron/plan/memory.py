@@ -85,9 +85,7 @@ def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
     phases |= {"generate": phase(awake, Bytes(), Bytes()), "parity": phase(awake, weights, scoring)}
     for name in ("reward_model", "reference", "policy"):
         if name in models:
-            temporary = (
-                scoring if name == "reference" else _training(scenario, stage, scenario.roles[name], models[name])
-            )
+            temporary = scoring if name == "reference" else _training(scenario, stage, scenario.roles[name])
             phases[name] = phase(asleep, models[name], temporary)
     phases["weight_sync"] = phase(waking, weights, _transfer(scenario))
     # The engine sleeps while a checkpoint is copied to the host.
@@ -99,16 +97,15 @@ def _last(scenario: Scenario, stage: int) -> bool:
     return stage == scenario.config.parallel.pipeline - 1
 
 
-def _training(scenario: Scenario, stage: int, head: str, model: Bytes) -> Bytes:
-    """Return what an update needs: the activations, or AdamW's temporary tensors after they are freed."""
+def _training(scenario: Scenario, stage: int, head: str) -> Bytes:
+    """Return what an update needs: the activations; after they are freed, torch's fused AdamW needs nothing more."""
     saved = activations.saved_bytes(scenario.arch, scenario.config, stage, scenario.longest, scenario.micro_batches)
     memory = Bytes(
         {"activations": saved + activations.temporary_bytes(scenario.arch, scenario.config, scenario.longest)}
     )
     if head == "lm" and _last(scenario, stage):
         memory["head"] = activations.head_bytes(scenario.arch, scenario.config, scenario.longest)  # type: ignore[assignment]  # floats, see Bytes
-    square_roots = model["optimizer"] / 3  # torch's AdamW makes one more tensor of each state's size
-    return memory if memory.total() > square_roots else Bytes({"buffers": square_roots})
+    return memory
 
 
 def _scoring(scenario: Scenario, stage: int) -> Bytes:
