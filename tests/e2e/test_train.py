@@ -15,6 +15,7 @@ import small_model
 
 from oreal_megatron.config import Config
 from oreal_megatron.doctor import checks
+from oreal_megatron.observe import metric_table
 
 RECIPE = """
 from oreal_megatron.config import *
@@ -105,8 +106,51 @@ def test_a_run_leaves_everything_behind(trained):
     assert len(list((run / "rollouts").iterdir())) == 4
     held = sum(file.stat().st_size for file in (run / "checkpoints/step_000004").rglob("*") if file.is_file())
     assert held == pytest.approx(checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
-    environment = json.loads((run / "environment.json").read_text())["imported"]
-    assert environment["megatron-core"].startswith("0.16.1") and environment["vllm"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["imported"]["megatron-core"].startswith("0.16.1") and environment["imported"]["vllm"]
+    assert environment["recipe"]["text"] == (trained / "recipes.py").read_text()
+    assert environment["command"].endswith(f"train {trained}/recipes.py:oreal")
+    logged = {name for line in (run / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+    assert not [name for name in sorted(logged - {"step"}) if metric_table.find(name) is None]
+
+
+OWN = """
+
+def reward(row, response):
+    return str(row["gold_answer"]) in response
+
+def metric(rollouts, verdicts):
+    return {"correct": sum(verdict.outcome.value == "correct" for row in verdicts for verdict in row)}
+
+def after_step(step, metrics, run):
+    open(f"{run}/hook.txt", "a").write(f"{step} {metrics['own/correct']}\\n")
+
+def own():
+    functions = RecordConfig(metric=f"{__file__}:metric", after_step=f"{__file__}:after_step")
+    verify = VerifyConfig(workers=1, function=f"{__file__}:reward")
+    return dataclasses.replace(oreal(), run=oreal().run + "_own", verify=verify, record=functions, steps=2)
+"""
+
+
+@pytest.mark.full
+def test_functions_of_the_recipe_run_and_a_changed_reward_is_refused_on_resume(trained):
+    recipe, run = trained / "own.py", trained / "oreal_own"
+    recipe.write_text("import dataclasses\n" + (trained / "recipes.py").read_text() + OWN)
+    oreal("train", f"{recipe}:own")
+    steps = rows(run)
+    assert (run / "hook.txt").read_text() == "".join(f"{row['step']} {row['own/correct']}\n" for row in steps)
+    for step in steps:
+        file = run / f"rollouts/step_{step['step']:06d}.jsonl"
+        rollouts = [json.loads(line) for line in file.read_text().splitlines()]
+        assert {row["method"] for row in rollouts} <= {"function", "truncated"}
+        decided = [row for row in rollouts if row["method"] == "function"]
+        assert decided and all(
+            (row["verdict"] == "correct") == (row["gold_answer"] in row["response"]) for row in decided
+        )
+        assert sum(row["verdict"] == "correct" for row in rollouts) == step["own/correct"]
+    recipe.write_text(recipe.read_text().replace(" in response", " == response"))
+    told = oreal("train", "--resume", str(run), "--set", "steps=4", expected=2)
+    assert "verify.function has other contents than when" in told
 
 
 def test_a_run_says_how_fast_it_was(trained):

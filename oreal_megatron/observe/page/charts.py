@@ -67,6 +67,7 @@ class Chart:
     title: str
     series: Sequence[Series]
     note: str = ""
+    meaning: str = ""  # of the metrics, shown with the title
     x_label: str = "step"
     bounds: tuple[float, float] | None = None
     x_bounds: tuple[float, float] | None = None
@@ -115,7 +116,7 @@ def draw_lines(chart: Chart) -> str:
     series = [(line, thin(finite(line.points))) for line in chart.series]
     series = [(line, points) for line, points in series if points]
     if not series:
-        return _figure(chart.title, '<p class="empty">not recorded</p>', "", chart.note)
+        return _figure(chart.title, '<p class="empty">not recorded</p>', "", chart.note, chart.meaning)
     axes = _axes(
         chart, [point for line, points in series for point in (*points, *finite(line.low), *finite(line.high))]
     )
@@ -127,7 +128,9 @@ def draw_lines(chart: Chart) -> str:
     legend = _legend([(line.label, line.colour, line.dash, points[-1][1]) for line, points in series])
     values = [{"label": line.label, "points": [[x, _short(y)] for x, y in points]} for line, points in series]
     spoken = "; ".join(f"{line.label}: last {format_value(points[-1][1])}" for line, points in series)
-    return _figure(chart.title, _svg(parts, f"{chart.title}. {spoken}", values, axes), legend, chart.note)
+    return _figure(
+        chart.title, _svg(parts, f"{chart.title}. {spoken}", values, axes), legend, chart.note, chart.meaning
+    )
 
 
 def _axes(chart: Chart, points: Sequence[Point]) -> Axes:
@@ -265,6 +268,7 @@ def _legend(entries: Sequence[tuple[str, int, int, float | None]]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _figure(title: str, drawing: str, legend: str, note: str) -> str:
+def _figure(title: str, drawing: str, legend: str, note: str, meaning: str = "") -> str:
     caption = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}{legend}{caption}</figure>"
+    hint = f' title="{escape(meaning, quote=True)}"' if meaning else ""
+    return f"<figure><figcaption{hint}>{escape(title)}</figcaption>{drawing}{legend}{caption}</figure>"

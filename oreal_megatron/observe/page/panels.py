@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from oreal_megatron.observe.metric_table import plain_meaning
 from oreal_megatron.observe.page.charts import Chart, Series, draw_histogram, draw_lines, draw_stack
 from oreal_megatron.observe.page.run_data import BINS, RunData
 
@@ -99,7 +100,10 @@ def draw_panel(panel: Panel, runs: Sequence[RunData]) -> str:
         for number, (metric, label) in enumerate(panel.metrics)
         if (points := run.points(metric))
     ]
-    return draw_lines(Chart(panel.title, series, panel.note, "step", panel.bounds, None, panel.logarithmic))
+    meanings = "\n".join(f"{metric}: {plain_meaning(metric)}" for metric, _ in panel.metrics)
+    return draw_lines(
+        Chart(panel.title, series, panel.note, meanings, bounds=panel.bounds, logarithmic=panel.logarithmic)
+    )
 
 
 def _style(several: bool, run: int, metric: int) -> tuple[int, int]:
@@ -136,7 +140,9 @@ def draw_calibration(runs: Sequence[RunData]) -> str:
         series.append(Series(run.name, points, order, dots=True))
     note = "last half of the run; a calibrated model lies on the diagonal"
     guides = (((0.0, 0.0), (1.0, 1.0)),)
-    return draw_lines(Chart("Calibration of the reward model", series, note, "belief", SHARES, SHARES, guides=guides))
+    return draw_lines(
+        Chart("Calibration of the reward model", series, note, "", "belief", SHARES, SHARES, guides=guides)
+    )
 
 
 def draw_prompts(run: RunData, heading: str) -> str:
