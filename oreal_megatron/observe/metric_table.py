@@ -68,6 +68,38 @@ SAMPLED = (
     ),
 )
 
+PARTIAL_ROLLOUTS = (
+    MetricInfo(("rollout/pool_prompts",), "prompts", "prompts in flight at the beginning of the step"),
+    MetricInfo(("rollout/rounds",), "", "rounds of generation in the step"),
+    MetricInfo(("rollout/carried_rollouts",), "rollouts", "begun responses that the next step continues"),
+    MetricInfo(
+        ("rollout/carried_tokens",), "tokens", "tokens of these", "a rise without end: the limits are too tight"
+    ),
+    MetricInfo(("rollout/generated_tokens",), "tokens", "tokens generated in the step, those of discarded ones too"),
+    MetricInfo(("rollout/aborted",), "rollouts", "responses that were begun and discarded before their end"),
+    MetricInfo(
+        ("rollout/discarded_token_share",), "", "tokens of discarded responses over those generated", "work for nothing"
+    ),
+    MetricInfo(("rollout/dropped_prompts",), "prompts", "prompts that left the pool without being trained on"),
+    MetricInfo(
+        ("rollout/earlier_version_share",),
+        "0 to 1",
+        "share of the trained rollouts' tokens that an earlier version of the policy sampled",
+        "growth: the samples are further from the policy",
+    ),
+    MetricInfo(
+        ("rollout/version_lag_mean", "rollout/version_lag_max"),
+        "updates",
+        "age of these tokens in versions of the policy",
+    ),
+    MetricInfo(
+        ("rollout/length_ratio",),
+        "",
+        "mean length of trained responses over that of trained and discarded ones",
+        "below 1: long responses are left out, a bias",
+    ),
+)
+
 LOSSES_AND_MODELS = (
     MetricInfo(("loss/total",), "", "the policy loss (paper, Eq. 11)", ""),
     MetricInfo(
@@ -268,6 +300,7 @@ OWN = (MetricInfo(("own/NAME",), "", "from `record.metric` ([Extend a run](../ho
 
 SECTIONS = {
     "What was sampled": SAMPLED,
+    "Partial rollouts": PARTIAL_ROLLOUTS,
     "Losses and models": LOSSES_AND_MODELS,
     "Engine and weights": ENGINE_AND_WEIGHTS,
     "Time": TIME,
