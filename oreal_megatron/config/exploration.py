@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from oreal_megatron.config.schema import Key, Section
+from oreal_megatron.config.schema import FixedKey, Key, Section
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ReferenceConfig(Section):
 
     decay: Annotated[
         float,
-        Key("a of reference <- a reference + (1 - a) policy; 1: a fixed reference, 0: a copy of the policy", 0.0, 1.0),
+        FixedKey("a of reference <- a reference + (1 - a) policy; 1: a fixed one, 0: a copy of the policy", 0.0, 1.0),
     ] = 1.0
     every: Annotated[int, Key("updates of the policy between two of the reference, for decay below 1", low=1)] = 1
 

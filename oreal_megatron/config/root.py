@@ -20,6 +20,7 @@ from oreal_megatron.config.algorithm import (
     WeightsConfig,
 )
 from oreal_megatron.config.errors import ConfigError
+from oreal_megatron.config.exploration import ReferenceConfig
 from oreal_megatron.config.generation import RolloutConfig
 from oreal_megatron.config.schema import FixedKey, FreeKey, Key, Section
 from oreal_megatron.config.system import (
@@ -64,6 +65,7 @@ class Config(Section):
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
@@ -93,6 +95,11 @@ class Config(Section):
         if self.engine.parity_tolerance_nats is not None:
             return self.engine.parity_tolerance_nats
         return 1e-4 if self.model.dtype == self.engine_dtype == "float32" else 0.1
+
+    @property
+    def wide_reference(self) -> bool:
+        """True if a moving reference needs an average in float32 beside its parameters."""
+        return 0 < self.reference.decay < 1 and self.model.dtype != "float32"
 
     @property
     def engine_dtype(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from oreal_megatron.config import RunStopped
 from oreal_megatron.mcore import adam, checkpoint_state, megatron_patches
 from oreal_megatron.mcore.megatron_patches import cpu_shim
-from oreal_megatron.mcore.trainer import MegatronTrainer
+from oreal_megatron.mcore.saved_model import SavedModel
 from oreal_megatron.runtime import checkpoint_folders, disk_space, distributed, files, heartbeat
 
 SPARE_BYTES = 16 * 2**20  # of disk, for the files' indices beside the tensors
@@ -46,7 +46,7 @@ class CheckpointSaver:
     def __init__(
         self,
         folder: Path,
-        trainers: dict[str, MegatronTrainer],
+        models: Mapping[str, SavedModel],
         keep: int,
         keep_every: int = 0,
         describe: Describe = lambda name, path: None,
@@ -57,7 +57,7 @@ class CheckpointSaver:
         `describe` is called on the first rank with each model's name and folder, to add a description for readers;
         `attachments` on the first rank too, when a save begins.
         """
-        self.folder, self.trainers, self.describe, self.attachments = folder, trainers, describe, attachments
+        self.folder, self.models, self.describe, self.attachments = folder, models, describe, attachments
         self.keep, self.keep_every = keep, keep_every
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: PendingSave | None = None
@@ -70,16 +70,16 @@ class CheckpointSaver:
         self.finish()
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(distributed.all_gather_object(sum(map(_bytes, self.trainers.values())))) + SPARE_BYTES
+        needed = sum(distributed.all_gather_object(sum(map(_bytes, self.models.values())))) + SPARE_BYTES
         disk_space.wait_for_room(self.folder, needed, "a checkpoint")
         partial = self.folder / (checkpoint_folders.name(step) + checkpoint_folders.PARTIAL)
         if distributed.rank() == 0:
-            checkpoint_folders.begin(partial, self.trainers)
+            checkpoint_folders.begin(partial, self.models)
             for name, content in self.attachments().items():
                 files.write_when_space(self.folder, (partial / name).write_bytes, content)
         common = {"step": step, "layout": checkpoint_state.layout()}
         common["random"] = distributed.all_gather_object(random_state or checkpoint_state.random_state())
-        requests = [_plan_files(trainer, partial / name, common) for name, trainer in self.trainers.items()]
+        requests = [_plan_files(model, partial / name, common) for name, model in self.models.items()]
         self.pending = PendingSave(partial, requests, self.thread.submit(_write_all, partial, requests))
 
     def save(self, step: int, random_state: dict[str, Any] | None = None) -> Path:
@@ -120,43 +120,41 @@ class CheckpointSaver:
 
     def _complete(self, partial: Path, digests: checkpoint_folders.Digests) -> None:
         if partial.exists():  # after a retry only the lines below are repeated
-            for name in self.trainers:
+            for name in self.models:
                 self.describe(name, partial / name)
             checkpoint_folders.finish(partial, digests)
         checkpoint_folders.prune(self.folder, self.keep, self.keep_every)
 
 
-def _bytes(trainer: MegatronTrainer) -> int:
+def _bytes(model: SavedModel) -> int:
     """Return the bytes of this rank's part: weights, and their main copy and two moments in float32, each once."""
-    parameters = (parameter for chunk in trainer.chunks for parameter in chunk.parameters())
-    total = sum(parameter.numel() * (parameter.element_size() + 12) for parameter in parameters)
+    parameters = (parameter for chunk in model.saved_chunks for parameter in chunk.parameters())
+    states = 12 if model.saved_optimizer else 0
+    total = sum(parameter.numel() * (parameter.element_size() + states) for parameter in parameters)
     return total // parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
-def _plan_files(trainer: MegatronTrainer, folder: Path, common: dict[str, Any]) -> AsyncRequest:
+def _plan_files(model: SavedModel, folder: Path, common: dict[str, Any]) -> AsyncRequest:
     """Return this rank's files as Megatron divides them, with their tensors copied to the host. Collective."""
     megatron_patches.use_local_results_queue()
-    state = common | {"updates": trainer.updates, "past": trainer.guard_state.to_checkpoint()}
-    read_only = trainer.reading_changes_nothing
-    with (
-        cpu_shim(),
-        trainer.parts.on_device(*checkpoint_state.SAVED_PARTS, read_only=read_only),
-        trainer.readable(),
-    ):
+    state = common | model.small_state()
+    read_only = model.reading_changes_nothing
+    with cpu_shim(), model.parts.on_device(*model.saved_parts, read_only=read_only), model.readable():
         request = dist_checkpointing.save(
-            state | checkpoint_state.sharded(trainer, loading=False), str(folder), async_sharded_save=True
+            state | checkpoint_state.sharded(model, loading=False), str(folder), async_sharded_save=True
         )
         if request.async_fn is not None:  # None: this rank has no part of it
             _, planned_files, _ = request.async_fn_args
             # In place, because Megatron's writer refers to the same list.
-            planned_files[:] = _copied(request.preload_fn(), _changing_storages(trainer))
+            planned_files[:] = _copied(request.preload_fn(), _changing_storages(model))
         return request
 
 
-def _changing_storages(trainer: MegatronTrainer) -> set[int]:
+def _changing_storages(model: SavedModel) -> set[int]:
     """Return the storages whose content changes when training continues."""
-    models = [tensor for chunk in trainer.chunks for tensor in (*chunk.module.parameters(), *chunk.module.buffers())]
-    return {tensor.untyped_storage()._cdata for tensor in [*models, *adam.state_tensors(trainer.optimizer)]}
+    weights = [tensor for chunk in model.saved_chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+    states = adam.state_tensors(model.saved_optimizer) if model.saved_optimizer else []
+    return {tensor.untyped_storage()._cdata for tensor in [*weights, *states]}
 
 
 def _copied(planned_files: list[Any], changing: set[int]) -> list[Any]:

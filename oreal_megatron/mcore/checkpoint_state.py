@@ -1,14 +1,14 @@
-"""Contents of a checkpoint of the trained models, and loading: weights, optimizers, guard history, random numbers.
+"""Contents of a checkpoint of the models that change, and loading: weights, optimizers, guard history, random numbers.
 
-A checkpoint is a folder `step_000010` with one Megatron distributed checkpoint for each trained model (`policy`,
-`reward_model`), which loads at other layouts too. The sampler's position, the learning rates and the choice of samples
-are functions of the step and the seed, so the step restores them. checkpoint_saver.py writes it.
+A checkpoint is a folder `step_000010` with one Megatron distributed checkpoint for each model that changes (`policy`,
+`reward_model`, a moving `reference`), which loads at other layouts too. The sampler's position, the learning rates and
+the choice of samples are functions of the step and the seed, so the step restores them. checkpoint_saver.py writes it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
 
-from oreal_megatron.algo import guard
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mcore import adam, megatron_patches
+from oreal_megatron.mcore import megatron_patches
 from oreal_megatron.mcore.megatron_patches import cpu_shim
-from oreal_megatron.mcore.trainer import MegatronTrainer
+from oreal_megatron.mcore.saved_model import SavedModel
 from oreal_megatron.runtime import checkpoint_folders, distributed, files, safe_load
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,15 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
-SAVED_PARTS = ("parameters", "optimizer")  # parts of a trainer's memory that a checkpoint contains
-COMMON_KEYS = ("step", "layout", "random", "updates", "past", "optimizer")  # values besides the tensors
+COMMON_KEYS = ("step", "layout", "random")  # values besides the tensors, beside each model's own
 
 
-def load(path: Path, trainers: dict[str, MegatronTrainer]) -> int:
-    """Restore all trainers in place and return the step to continue with. Collective."""
+def load(path: Path, models: Mapping[str, SavedModel]) -> int:
+    """Restore all models in place and return the step to continue with. Collective."""
     with cpu_shim(), megatron_patches.loadable_torch_adam():
-        for name, trainer in trainers.items():
-            with trainer.parts.on_device(*SAVED_PARTS):
-                state = _load(path / name, trainer)
+        for name, model in models.items():
+            with model.parts.on_device(*model.saved_parts):
+                state = _load(path / name, model)
         if len(state["random"]) == distributed.world_size():
             _restore_random_state(state["random"][distributed.rank()])
     if distributed.rank() == 0 and state["layout"] != layout():
@@ -106,21 +105,18 @@ def _layout_text(sizes: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
 
 
-def _load(path: Path, trainer: MegatronTrainer) -> dict[str, Any]:
+def _load(path: Path, model: SavedModel) -> dict[str, Any]:
     check(path)
-    template = sharded(trainer, loading=True)
-    _refuse_foreign(path, trainer, template)
+    template = sharded(model, loading=True)
+    _refuse_foreign(path, model, template)
     state = dist_checkpointing.load(template, str(path))
-    for key, chunk in _named_chunks(trainer).items():
+    for key, chunk in _named_chunks(model).items():
         chunk.load_state_dict(state[key])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    adam.separate_steps(trainer.optimizer)
-    adam.apply_settings(trainer.optimizer, trainer.optimizer_config)
-    trainer.updates, trainer.guard_state = state["updates"], guard.GuardState.from_checkpoint(state["past"])
+    model.restore_small_state(state)
     return state
 
 
-def _refuse_foreign(path: Path, trainer: MegatronTrainer, template: dict[str, Any]) -> None:
+def _refuse_foreign(path: Path, model: SavedModel, template: dict[str, Any]) -> None:
     """Raise ConfigError, on all ranks, for a checkpoint of another model or without a needed part. Collective."""
     stored = {key: tensor.global_shape for key, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()}
     expected = {tensor.key: tensor for tensor in _tensors(template)}
@@ -135,10 +131,11 @@ def _refuse_foreign(path: Path, trainer: MegatronTrainer, template: dict[str, An
     ]
     faults += [f"it has an unexpected {key}" for key in stored if key not in known]
     common = dist_checkpointing.load_common_state_dict(str(path))
-    faults += [f"it has no {part}" for part in COMMON_KEYS if part not in common]
+    needed = (*COMMON_KEYS, *model.small_state(), *(["optimizer"] if model.saved_optimizer else []))
+    faults += [f"it has no {part}" for part in needed if part not in common]
     if fault := next(filter(None, distributed.all_gather_object(faults[0] if faults else "")), ""):
         raise ConfigError(
-            f"{path} is not a checkpoint of {trainer.config.model.path}: {fault}. Set model.path to the model it was "
+            f"{path} is not a checkpoint of {model.config.model.path}: {fault}. Set model.path to the model it was "
             "trained from, or start a new run"
         )
 
@@ -152,18 +149,19 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def sharded(trainer: MegatronTrainer, loading: bool) -> dict[str, Any]:
+def sharded(model: SavedModel, loading: bool) -> dict[str, Any]:
     """Return weights and optimizer state with their positions in the full tensors, as Megatron expects them."""
-    models = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named_chunks(trainer).items()}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(models), is_loading=loading, metadata=dict(SHARDING))
-    return models | {"optimizer": optimizer}
+    chunks = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named_chunks(model).items()}
+    if model.saved_optimizer is None:
+        return chunks
+    optimizer = model.saved_optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=dict(SHARDING))
+    return chunks | {"optimizer": optimizer}
 
 
-def _named_chunks(trainer: MegatronTrainer) -> dict[str, Any]:
+def _named_chunks(model: SavedModel) -> dict[str, GPTModel]:
     """Return the chunks of this rank's stage by Megatron's names."""
-    if len(trainer.chunks) == 1:
-        return {"model": trainer.chunks[0].module}
-    return {f"model{number}": chunk.module for number, chunk in enumerate(trainer.chunks)}
+    chunks = model.saved_chunks
+    return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
 def random_state() -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import checkpoint_state, fake_world, parallel, trained_models
+from oreal_megatron.mcore.moving_reference import build_reference
+from oreal_megatron.mcore.saved_model import SavedModel
 from oreal_megatron.models import tensors
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, Sample
@@ -44,7 +46,7 @@ class RankRehearsal:
     groups: list[tuple[int, ...]]  # in the order of their creation
     calls: list[fake_world.Call]
     shapes: dict[str, tuple[int, ...]]  # of the policy's tensors, by their names in the mapping
-    shards: list[CheckpointShard]  # of all trained models
+    shards: list[CheckpointShard]  # of all models that checkpoints contain
     bytes: dict[str, dict[str, int]]  # by model and part
     activation_bytes: dict[str, int]  # peak of the bytes that autograd saves, by model; without parameters
     tokens: tuple[int, ...]  # of each micro-batch
@@ -59,8 +61,8 @@ def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples:
         models: dict[str, Any] = {"policy": trained_models.Policy(*arguments)}
         if config.reward_model.enabled:
             models["reward_model"] = trained_models.TokenRewardModel(*arguments)
-        trainers = dict(models)
-        models["reference"] = trained_models.Reference(*arguments)
+        models["reference"] = build_reference(*arguments, models["policy"])
+        saved = [name for name in models if name != "reference" or config.reference.moves]
         sizes = {name: {part: memory.bytes() for part, memory in model.parts.items()} for name, model in models.items()}
         batch, activation_bytes = None, {}
         if samples:
@@ -72,7 +74,7 @@ def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples:
             recorder.groups,
             recorder.calls,
             {entry.megatron: tuple(tensor.shape) for entry, tensor in models["policy"].named_shards()},
-            [shard for name, trainer in trainers.items() for shard in _shards(name, trainer)],
+            [shard for name in saved for shard in _shards(name, models[name])],
             sizes,
             activation_bytes,
             tuple(len(part.tokens) for part in batch.micro_batches) if batch else (),
@@ -147,10 +149,10 @@ class _Saved:
         self.counter.count(self.tensor.untyped_storage(), -1)
 
 
-def _shards(name: str, trainer: Any) -> list[CheckpointShard]:
+def _shards(name: str, model: SavedModel) -> list[CheckpointShard]:
     """Return the parts of a model's checkpoint that this rank holds, weights and optimizer."""
     shards = []
-    for value in nested_values(checkpoint_state.sharded(trainer, loading=False)):
+    for value in nested_values(checkpoint_state.sharded(model, loading=False)):
         built = value.build() if isinstance(value, ShardedTensorFactory) else value
         for part in nested_values(built) if isinstance(built, dict | list) else [built]:
             if isinstance(part, ShardedTensor):

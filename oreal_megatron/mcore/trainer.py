@@ -34,7 +34,12 @@ Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]
 
 
 class MegatronTrainer(MegatronScorer):
-    """A model with gradient buffers and a distributed AdamW. `updates` counts the optimizer steps taken."""
+    """A model with gradient buffers and a distributed AdamW. `updates` counts the optimizer steps taken.
+
+    Implements saved_model.SavedModel.
+    """
+
+    saved_parts: tuple[str, ...] = ("parameters", "optimizer")
 
     def __init__(self, chunks: list[GPTModel], head: Head, config: Config, optimizer: OptimizerConfig):
         ddp = DistributedDataParallelConfig(
@@ -120,6 +125,27 @@ class MegatronTrainer(MegatronScorer):
                 for chunk in self.chunks:
                     chunk.start_param_sync(force_sync=True)
             yield
+
+    @property
+    def saved_chunks(self) -> list[GPTModel]:
+        """Chunks of this rank's stage, without their gradient buffers."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
+    def saved_optimizer(self) -> MegatronOptimizer:
+        """The optimizer."""
+        return self.optimizer
+
+    def small_state(self) -> dict[str, Any]:
+        """Return the number of updates and the history of the guard."""
+        return {"updates": self.updates, "past": self.guard_state.to_checkpoint()}
+
+    def restore_small_state(self, state: dict[str, Any]) -> None:
+        """Take the values of a checkpoint and the states of its optimizer; settings stay those of the configuration."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        adam.separate_steps(self.optimizer)
+        adam.apply_settings(self.optimizer, self.optimizer_config)
+        self.updates, self.guard_state = state["updates"], guard.GuardState.from_checkpoint(state["past"])
 
     def _optimizer_tensors(self) -> list[Tensor]:
         """Return main weights and moments, except those in the parameters' own memory."""

@@ -49,6 +49,12 @@ def model_bytes(scenario: Scenario, stage: int, head: str) -> Bytes:
     )
 
 
+def reference_bytes(scenario: Scenario, stage: int) -> float:
+    """Return the parameters of the reference, and the float32 average of one that moves (mcore/moving_reference.py)."""
+    itemsize = ITEMSIZE[scenario.config.model.dtype] + (4 if scenario.config.wide_reference else 0)
+    return itemsize * scenario.elements(stage, "lm")
+
+
 def stages(scenario: Scenario) -> list[Stage]:
     """Return the memory of all pipeline stages."""
     return [Stage(stage, _phases(scenario, stage)) for stage in range(scenario.config.parallel.pipeline)]
@@ -72,7 +78,7 @@ def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
     asleep, waking = (resident, engine) if config.engine.sleep else (awake, awake)
     models = {name: model_bytes(scenario, stage, head) for name, head in scenario.roles.items()}
     weights = Bytes({"parameters": models["policy"]["parameters"]})
-    models["reference"] = weights  # only read
+    models["reference"] = Bytes({"parameters": reference_bytes(scenario, stage)})
     everything, largest = sum(models.values(), Bytes()), max(models.values(), key=Bytes.total)
 
     def phase(engine: Bytes, model: Bytes, temporary: Bytes) -> Bytes:
@@ -87,6 +93,8 @@ def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
         if name in models:
             temporary = scoring if name == "reference" else _training(scenario, stage, scenario.roles[name])
             phases[name] = phase(asleep, models[name], temporary)
+    if config.reference.moves:  # just before it scores, the policy's weights are read
+        phases["reference"] |= phase(asleep, models["reference"] + weights, Bytes())
     phases["weight_sync"] = phase(waking, weights, _transfer(scenario))
     # The engine sleeps while a checkpoint is copied to the host.
     phases["save"] = phase(asleep, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
@@ -195,5 +203,4 @@ def _gathering(scenario: Scenario, stage: int, first: bool) -> list[float]:
 def _offloaded(scenario: Scenario, stage: int) -> float:
     """Return the copies of a rank on the host; gradients are not copied."""
     parts = [model_bytes(scenario, stage, head) for name, head in scenario.roles.items() if name != "reference"]
-    reference = model_bytes(scenario, stage, "lm")["parameters"]
-    return sum(part["parameters"] + part["optimizer"] for part in parts) + reference
+    return sum(part["parameters"] + part["optimizer"] for part in parts) + reference_bytes(scenario, stage)

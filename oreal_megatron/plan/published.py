@@ -1,6 +1,7 @@
 """config.json of the models in the recipes, to plan without their folders.
 
-The authors' SFT models have the shapes of the Qwen2.5 bases they were trained from.
+The authors' SFT models have the shapes of the Qwen2.5 bases they were trained from; T1's 9B stands for a model of the
+Llama layout.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ def _qwen(layers: int, hidden: int, ffn: int, heads: int, groups: int, positions
     )
 
 
-SIZES = {"7B": (28, 3584, 18944, 28, 4), "32B": (64, 5120, 27648, 40, 8)}
+SIZES = {"7B": (28, 3584, 18944, 28, 4), "14B": (48, 5120, 13824, 40, 8), "32B": (64, 5120, 27648, 40, 8)}
+YI_9B = _qwen(48, 4096, 11008, 32, 4, 16384, 5e6) | dict(architectures=["LlamaForCausalLM"], vocab_size=64000)
 CONFIGS = {
     **{f"{name}": _qwen(*SIZES["7B"], 32768, 1e6) for name in ("Qwen2.5-7B", "Qwen2.5-7B-Instruct", "OREAL-7B-SFT")},
+    **{f"{name}": _qwen(*SIZES["14B"], 32768, 1e6) for name in ("Qwen2.5-14B", "Qwen2.5-14B-Instruct", "T1-SFT-14B")},
     **{
-        f"{name}": _qwen(*SIZES["32B"], 32768, 1e6) for name in ("Qwen2.5-32B", "Qwen2.5-32B-Instruct", "OREAL-32B-SFT")
+        f"{name}": _qwen(*SIZES["32B"], 32768, 1e6)
+        for name in ("Qwen2.5-32B", "Qwen2.5-32B-Instruct", "OREAL-32B-SFT", "T1-SFT-32B")
     },
+    **{f"{name}": YI_9B for name in ("Yi-1.5-9B-Chat-16K", "T1-SFT-9B")},
     "DeepSeek-R1-Distill-Qwen-7B": _qwen(*SIZES["7B"], 131072, 1e4),
 }
 

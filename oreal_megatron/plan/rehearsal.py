@@ -135,6 +135,7 @@ def _size_table(scenario: Scenario, ran: list[rehearse_rank.RankRehearsal]) -> T
         stage = rank.rank // (scenario.world // scenario.config.parallel.pipeline)
         for name, parts in rank.bytes.items():
             planned, pairs = memory.model_bytes(scenario, stage, scenario.roles[name]), []
+            planned["average"] = 4 * scenario.elements(stage, "lm")  # of a moving reference
             if rank.activation_bytes.get(name):
                 saved = activations.saved_bytes_for(scenario.arch, scenario.config, stage, rank.tokens)
                 pairs = [(saved, rank.activation_bytes[name])]

@@ -145,7 +145,8 @@ def phases(scenario: Scenario, moved: Transfer) -> dict[str, float]:
     if scenario.config.reward_model.enabled:
         seconds["reward_model"] = update + swap(scenario, "reward_model")
     seconds["reference"] = training(scenario, 1) + swap(scenario, "reference")
-    seconds["policy"] = update + swap(scenario, "policy")
+    scoring = training(scenario, 1) if scenario.config.loss.reward_kl_coef else 0.0
+    seconds["policy"] = scoring + update + swap(scenario, "policy")
     share = scenario.assumed.link_share
     within = (moved.received - moved.received_between) / (scenario.gpu.nvlink_bytes * share)
     seconds["weight_sync"] = max(within, moved.received_between / (scenario.gpu.network_bytes * share)) + swap(
@@ -178,16 +179,20 @@ def swap(scenario: Scenario, model: str) -> float:
     part = memory.model_bytes(scenario, 0, scenario.roles.get(model, "lm"))
     if model in ("policy", "reward_model"):
         moved = 2 * (part["parameters"] + part["optimizer"])
+    elif model == "reference" and scenario.config.reference.moves:  # with the policy's weights, which are only read
+        moved = 2 * memory.reference_bytes(scenario, 0) + part["parameters"]
     else:  # only read: the copy on the host stays valid
         moved = part["parameters"]
     return moved / (scenario.assumed.pcie_gb_s * 1e9)
 
 
 def checkpoint(scenario: Scenario) -> tuple[float, float]:
-    """Return bytes of a checkpoint of all trained models, and seconds to gather and write it."""
+    """Return bytes of a checkpoint of all models that change, and seconds to gather and write it."""
     states = 12  # main weights and moments; in fp32 the weights are written twice
     per_element = ITEMSIZE[scenario.config.model.dtype] + states
     trained = [head for name, head in scenario.roles.items() if name != "reference"]
     written = sum(scenario.all_elements(head) for head in trained) * per_element
+    if scenario.config.reference.moves:  # without optimizer
+        written += scenario.all_elements("lm") * (4 if scenario.config.wide_reference else per_element - states)
     gathered = sum(scenario.elements(0, head) for head in trained) * states
     return written, gathered / (scenario.assumed.gloo_gb_s * 1e9) + written / (scenario.assumed.storage_gb_s * 1e9)

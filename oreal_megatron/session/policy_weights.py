@@ -17,7 +17,7 @@ from oreal_megatron.runtime import disk_space, distributed, files, heartbeat
 from oreal_megatron.session.inputs import Inputs
 
 log = logging.getLogger(__name__)
-HEADS = {"policy": "lm", "reward_model": "scalar"}  # output layers of the models in checkpoints
+HEADS = {"policy": "lm", "reward_model": "scalar", "reference": "lm"}  # output layers of the models in checkpoints
 SPARE_BYTES = 8 * 2**20  # of disk, for tokenizer and description beside the tensors
 
 
@@ -29,7 +29,7 @@ def connect(policy: weight_sync.WeightSource, engine: WeightReceiver) -> weight_
 
 
 def describe(inputs: Inputs, name: str, checkpoint: Path) -> None:
-    """Write into a checkpoint of "policy" or "reward_model" which model it is, so that it can be converted alone."""
+    """Write into a checkpoint of a model in HEADS which model it is, so that it can be converted alone."""
     megatron_folder.describe(inputs.folder, checkpoint, HEADS[name], getattr(torch, inputs.config.model.dtype))
 
 

@@ -25,7 +25,7 @@ from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
-from oreal_megatron.session.models import build_models
+from oreal_megatron.session.models import build_models, saved_names
 from oreal_megatron.session.session import Session
 from oreal_megatron.training.hooks import TrainingHooks
 from oreal_megatron.training.resume import AUTO, Start
@@ -56,13 +56,13 @@ def train(
     with Session(config) as session:
         session.lock(run_path)
         start.check_and_announce()  # again, because another writer may have ended meanwhile
-        names = ["policy", "reward_model"] if config.reward_model.enabled else ["policy"]
+        names = saved_names(config)
         checkpoint = checkpoint_state.choose(folder, names, step, resume == AUTO) if resume else None
         engine, verifier = session.start_engine(inputs, stop_request)
         session.start_megatron()
-        policy, reference, reward_model, trainers = build_models(inputs)
+        policy, reference, reward_model, saved_models = build_models(inputs)
         weight_sync = policy_weights.connect(policy, engine)
-        first_step = checkpoint_state.load(checkpoint, trainers) if checkpoint else 0
+        first_step = checkpoint_state.load(checkpoint, saved_models) if checkpoint else 0
         start.set_aside_later_steps(first_step)
         pool = _start_pool(config, dataset, engine, verifier, checkpoint, first_step)
         peak_flops, share = _peak_flops(config), parallel.replica_share()
@@ -72,7 +72,7 @@ def train(
         )
         saver = CheckpointSaver(
             folder,
-            trainers,
+            saved_models,
             config.checkpoint.keep,
             config.checkpoint.keep_every,
             describe=partial(policy_weights.describe, inputs),

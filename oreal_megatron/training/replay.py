@@ -15,7 +15,7 @@ from oreal_megatron.observe.metric_comparison import MetricPair, compare_metrics
 from oreal_megatron.protocols import Metrics, PolicyTrainer, RewardModelTrainer, Scorer, TokenValues
 from oreal_megatron.runtime import checkpoint_folders, distributed
 from oreal_megatron.session.inputs import read_inputs
-from oreal_megatron.session.models import build_models
+from oreal_megatron.session.models import build_models, saved_names
 from oreal_megatron.session.session import Session
 
 
@@ -32,7 +32,7 @@ def replay_step(dump: Dump, run: str | None, tolerance: float) -> Replay:
     """Compute a dumped step again. `run`: folder with the checkpoints, if it has been moved. Collective."""
     config = dataclasses.replace(dump.config, run=run or dump.config.run)
     inputs = read_inputs(config)
-    names = ["policy"] + ["reward_model"] * config.reward_model.enabled
+    names = saved_names(config)
     folder = Path(config.run) / "checkpoints"
     first_step = _last_checkpoint_step(folder, dump.step)
     dumps = _dumps_from(dump, first_step or 0)
@@ -43,9 +43,9 @@ def replay_step(dump: Dump, run: str | None, tolerance: float) -> Replay:
         session.start_megatron()
         spec = parallel.packing_spec(config.tokens_per_micro_batch)
         shares = [step_dump.share(spec.rank, spec.ranks) for step_dump in dumps]  # refuses damaged files
-        policy, reference, reward_model, trainers = build_models(inputs)
+        policy, reference, reward_model, saved_models = build_models(inputs)
         if checkpoint:
-            checkpoint_state.load(checkpoint, trainers)
+            checkpoint_state.load(checkpoint, saved_models)
         metrics: Metrics = {}
         for step_dump, share in zip(dumps, shares, strict=True):
             metrics = _compute_step(step_dump, share.to(gpt_model.device()), policy, reference, reward_model)

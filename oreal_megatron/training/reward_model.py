@@ -96,12 +96,12 @@ def train_reward_model(
         if distributed.rank() == 0:
             _describe(rollouts, len(prompts), len(held_out))
         reward_model = build_reward_model(inputs)
-        trainers = {"reward_model": reward_model}
-        first_step = checkpoint_state.load(checkpoint, dict(trainers)) if checkpoint else 0
+        saved_models = {"reward_model": reward_model}
+        first_step = checkpoint_state.load(checkpoint, saved_models) if checkpoint else 0
         start.set_aside_later_steps(first_step)
         run = Recorder(config, first_step, fingerprints, parallel.replica_share(), inputs.arch, origin=origin)
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
-        saver = CheckpointSaver(folder, dict(trainers), *retention, describe=partial(policy_weights.describe, inputs))
+        saver = CheckpointSaver(folder, saved_models, *retention, describe=partial(policy_weights.describe, inputs))
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         samples = [sample for prompt in held_out for sample in (*prompt.correct, *prompt.incorrect)]
         evaluate = partial(held_out_figures, reward_model, packing.batch(samples, spec))
