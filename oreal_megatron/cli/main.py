@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train with a recipe, or continue a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
     "reward-model": "train the reward model on rollouts with verdicts, before reinforcement learning",
+    "data": "filter problems, or turn correct rollouts into demonstrations",
     "evaluate": "measure accuracy on benchmarks, or pass rates of training problems",
     "config": "list the configuration keys, or the settings of a recipe",
     "doctor": "check this machine, and the inputs that a recipe needs",
@@ -34,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code (runtime/exit_codes.py)."""
     logging_setup.set_up()
     argv = sys.argv[1:] if argv is None else argv
-    words = arguments.words() or argv
-    command = next((word for word in words if word in COMMANDS), None)
+    command = next((word for word in arguments.words() or argv if word in COMMANDS), None)
     command_line = parser(command)
     arguments.complete(command_line)
     args = command_line.parse_args(argv)

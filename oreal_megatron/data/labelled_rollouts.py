@@ -76,7 +76,8 @@ def load(
     retokenised = too_long = 0
     for file in files_of(path):
         for number, line in read_lines(str(file)):
-            reward = _reward(f"{file} line {number}", line)
+            check_rollout(f"{file} line {number}", line)
+            reward = REWARDS[line["verdict"]]
             if not reward:
                 continue
             slot = slots.setdefault(line["question"], len(slots))
@@ -94,15 +95,14 @@ def load(
     return LabelledRollouts(by_prompt, sum(map(len, prompts)), retokenised, too_long)
 
 
-def _reward(name: str, line: Line) -> float:
-    """Return the reward of a line, 0 without a verdict; ConfigError for a line that is not a rollout."""
+def check_rollout(name: str, line: Line) -> None:
+    """Raise ConfigError for a line that is not a rollout with a verdict."""
     question, response, verdict = (line.get(key) for key in ("question", "response", "verdict"))
     if verdict not in REWARDS or not isinstance(response, str) or not (isinstance(question, str) and question):
         raise ConfigError(
             f"{name} is not a rollout with a verdict: question is {question!r:.80}, response {response!r:.80}, verdict "
             f"{verdict!r:.80}; expected lines as `oreal evaluate --rate` keeps them"
         )
-    return REWARDS[verdict]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, line: Line) -> tuple[int, ...]:

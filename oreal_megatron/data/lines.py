@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import files
 
 Line = dict[str, Any]
 HUB = "hub:"  # hub:OWNER/DATASET:FILE
@@ -26,6 +27,16 @@ def read_lines(path: str) -> Iterator[tuple[int, Line]]:
         yield number, line
     if is_empty:
         raise ConfigError(f"data file {path} is empty")
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Write lines one by one under another name, then give the file its own; a former file is set aside."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    files.set_aside(path)
+    partial.rename(path)
 
 
 def local_file(path: str) -> Path:

@@ -57,7 +57,7 @@ def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool
     """
     lines, read = [], {}
     for number, raw in read_lines(path):
-        line = _read_problem(f"{path} line {number}", raw, keys, free_golds)
+        line = read_problem(f"{path} line {number}", raw, keys, free_golds)
         if free_golds:
             lines.append(line | {"row": json.dumps(line | raw, default=str)})
             continue
@@ -70,7 +70,8 @@ def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool
     return lines
 
 
-def _read_problem(name: str, line: Line, keys: Mapping[str, str], free_gold: bool = False) -> Line:
+def read_problem(name: str, line: Line, keys: Mapping[str, str], free_gold: bool = False) -> Line:
+    """Return a line with the fields of a problem under our names; ConfigError where one is missing or invalid."""
     question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
     rate = key_map.read_field(line, "pass_rate", keys)
     gold = key_map.read_field(line, "gold_answer", keys) if free_gold else _field(name, line, "gold_answer", keys)

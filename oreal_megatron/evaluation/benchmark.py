@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron.config import Config, ConfigError, SamplingConfig
-from oreal_megatron.data import problems
+from oreal_megatron.data import overlap, problems
 from oreal_megatron.data.lines import read_lines
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.model_settings import with_kv_cache, with_weights
@@ -196,4 +196,4 @@ def _overlap(
     if not training:
         return None
     texts = [line["question"] for line in problems.read_problems(training, keys)]
-    return {name: suites.find_overlap([prompt.question for prompt in suite], texts) for name, suite in prompts.items()}
+    return {name: overlap.find_overlap([prompt.question for prompt in suite], texts) for name, suite in prompts.items()}

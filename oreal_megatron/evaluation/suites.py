@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +46,6 @@ PAPER = {
     "o1-mini": (90.0, 56.6, 46.7, 74.4, 46.3),
 }
 FILE_ENDINGS = (".jsonl", ".parquet")
-OVERLAP_WORDS = 13  # consecutive words that two texts do not share by chance (Brown et al. 2020)
 
 
 def find(name: str, folder: Path) -> tuple[Suite, str]:
@@ -86,22 +84,3 @@ def problem_numbers(suite: Suite, path: str, keys: Mapping[str, str] = problems.
     """Return the problems of the file that belong to the suite, from 0."""
     numbered = enumerate(problems.read_problems(path, keys))
     return {number for number, line in numbered if suite.part is None or line.get(suite.part[0]) == suite.part[1]}
-
-
-def find_overlap(problems: Sequence[str], training: Sequence[str]) -> list[int]:
-    """Return the problems that occur in training prompts: equal words, or OVERLAP_WORDS consecutive ones."""
-    known: set[tuple[str, ...]] = set()
-    grams: set[tuple[str, ...]] = set()
-    for text in training:
-        words = _words(text)
-        known.add(words)
-        grams |= _grams(words)
-    return [n for n, text in enumerate(problems) if _words(text) in known or _grams(_words(text)) & grams]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[^\W_]+", text.lower()))
-
-
-def _grams(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    return {words[start : start + OVERLAP_WORDS] for start in range(len(words) - OVERLAP_WORDS + 1)}

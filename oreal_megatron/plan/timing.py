@@ -178,7 +178,7 @@ def swap(scenario: Scenario, model: str) -> float:
         return 0.0
     part = memory.model_bytes(scenario, 0, scenario.roles.get(model, "lm"))
     if model in ("policy", "reward_model"):
-        moved = 2 * (part["parameters"] + part["optimizer"])
+        moved: float = 2 * (part["parameters"] + part["optimizer"])
     elif model == "reference" and scenario.config.reference.moves:  # with the policy's weights, which are only read
         moved = 2 * memory.reference_bytes(scenario, 0) + part["parameters"]
     else:  # only read: the copy on the host stays valid
@@ -191,7 +191,7 @@ def checkpoint(scenario: Scenario) -> tuple[float, float]:
     states = 12  # main weights and moments; in fp32 the weights are written twice
     per_element = ITEMSIZE[scenario.config.model.dtype] + states
     trained = [head for name, head in scenario.roles.items() if name != "reference"]
-    written = sum(scenario.all_elements(head) for head in trained) * per_element
+    written: float = sum(scenario.all_elements(head) for head in trained) * per_element
     if scenario.config.reference.moves:  # without optimizer
         written += scenario.all_elements("lm") * (4 if scenario.config.wide_reference else per_element - states)
     gathered = sum(scenario.elements(0, head) for head in trained) * states

@@ -21,7 +21,7 @@ from oreal_megatron.config import (
     VerifyConfig,
 )
 from oreal_megatron.convert.hf_folder import HFFolder
-from oreal_megatron.data import problems
+from oreal_megatron.data import overlap, problems
 from oreal_megatron.evaluation import benchmark, model_settings, results, statistics, suites
 from oreal_megatron.evaluation.score import summarize
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
@@ -121,7 +121,7 @@ def test_a_problem_is_seen_with_its_words_or_thirteen_of_them_in_a_row():
     long = "Find the sum of all integer bases b greater than nine for which it divides"
     training = ["What is 2 + 2?", "Show first. " + long.upper() + ", please."]
     problems = ["what is $2+2$", "What is 2 + 3?", f"{long} seventeen.", "Find the sum of all integer bases b"]
-    assert suites.find_overlap(problems, training) == [0, 2]
+    assert overlap.find_overlap(problems, training) == [0, 2]
 
 
 def by_hand(k: int, correct: list[int]) -> float:
