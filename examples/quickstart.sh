@@ -32,5 +32,5 @@ $oreal evaluate "$recipes:oreal" --set seed="$seed" --set data.path="$folder/pro
 say "OREAL"
 $oreal train "$recipes:$recipe" --set seed="$seed" --set run="$folder/oreal"
 say "what it learned"
-.venv/bin/oreal report "$folder/oreal" --picture "$folder/learning_curve.png" \
+.venv/bin/oreal report "$folder/oreal" --html "$folder/report.html" --picture "$folder/learning_curve.png" \
     --summary "$folder/summary.json" --started "$started"
