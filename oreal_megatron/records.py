@@ -33,6 +33,7 @@ class Verdict:
     seconds: float = 0.0  # time spent on this rollout
     reason: str = ""  # of an UNKNOWN: what failed
     penalty: str = ""  # pattern that the response is penalised for (algo/response_penalties.py)
+    reward: float | None = None  # from verify.function, with the sign of the outcome; None: +1 or -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,11 @@ from oreal_megatron.records import Counts, Outcome, Rollout, Sample, Verdict
 REWARD = {Outcome.CORRECT: 1.0, Outcome.INCORRECT: -1.0}
 
 
+def reward_of(verdict: Verdict) -> float:
+    """Return the reward of a known verdict."""
+    return REWARD[verdict.outcome] if verdict.reward is None else verdict.reward
+
+
 def samples(
     rollouts: Sequence[Sequence[Rollout]],  # [P, K]
     verdicts: Sequence[Sequence[Verdict]],  # [P, K]
@@ -31,7 +36,7 @@ def samples(
     selected: list[Sample] = []
     for row, judged in zip(rollouts, verdicts, strict=True):
         known = [
-            (rollout, config.penalties.reward if verdict.penalty else REWARD[verdict.outcome])
+            (rollout, config.penalties.reward if verdict.penalty else reward_of(verdict))
             for rollout, verdict in zip(row, judged, strict=True)
             if verdict.outcome in REWARD
         ]
@@ -76,7 +81,7 @@ def summary(
     """Return metrics of a step's rollouts: pass rate, unknowns, lengths, truncation, penalties, selected samples."""
     outcomes = [verdict.outcome for row in verdicts for verdict in row]
     flat = [rollout for row in rollouts for rollout in row]
-    known = [REWARD[outcome] for outcome in outcomes if outcome in REWARD]
+    known = [reward_of(verdict) for row in verdicts for verdict in row if verdict.outcome in REWARD]
     lengths = [len(rollout.tokens) for rollout in flat]
     return {
         "reward/mean": sum(known) / max(len(known), 1),

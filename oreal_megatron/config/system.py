@@ -137,7 +137,7 @@ class VerifyConfig(Section):
     function: Annotated[
         str,
         FunctionKey(
-            "function file.py:NAME or module:NAME of (row, response) in place of the rules: True, False or None",
+            "function file.py:NAME or module:NAME of (row, response) in place of the rules: True, False, None, float",
             arguments=("row", "response"),
         ),
     ] = ""

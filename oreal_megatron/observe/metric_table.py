@@ -29,7 +29,12 @@ SAMPLED = (
         "share of correct rollouts among those with a known verdict",
         "the learning signal; prompts are repeated by difficulty, so it is below held-out accuracy",
     ),
-    MetricInfo(("reward/mean",), "", "mean of +1 and -1 over the same", "2 × pass rate - 1"),
+    MetricInfo(
+        ("reward/mean",),
+        "",
+        "mean reward over the same: +1 and -1, or the numbers of `verify.function`",
+        "2 × pass rate - 1",
+    ),
     MetricInfo(("reward/solvable_prompts",), "prompts", "prompts with at least one correct rollout", ""),
     MetricInfo(
         ("verify/unknown",), "rollouts", "rollouts without a verdict", "0; the run stops above `verify.unknown_limit`"

@@ -157,6 +157,8 @@ def _has_content(path: Path) -> bool:
 def rollout_row(rollout: Rollout, verdict: Verdict) -> Row:
     """Return one rollout and its verdict as a JSON object."""
     details: Row = {name: text for name in ("reason", "penalty") if (text := getattr(verdict, name))}
+    if verdict.reward is not None:
+        details["reward"] = verdict.reward
     if rollout.versions:
         details["versions"] = [list(run) for run in rollout.versions]
     return {

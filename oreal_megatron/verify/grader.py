@@ -111,7 +111,8 @@ class Grader:
     ) -> None:
         """Settle the verdict of the rules, or submit an answer that they call incorrect to the judge."""
         reason = result.reason or self._reason(result.method) if result.outcome == "unknown" else ""
-        verdict = Verdict(Outcome(result.outcome), result.method, result.extracted, result.seconds, reason)
+        outcome = Outcome(result.outcome)
+        verdict = Verdict(outcome, result.method, result.extracted, result.seconds, reason, reward=result.reward)
         answer = verdict.extracted
         if (
             self._judge is None

@@ -43,6 +43,7 @@ class Result:
     extracted: str | None
     seconds: float
     reason: str = ""  # of an "unknown", where the worker tells it
+    reward: float | None = None  # where the user's function returned a number
 
 
 @dataclass(slots=True)

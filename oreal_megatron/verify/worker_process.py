@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from oreal_megatron.config.user_functions import read_function
 from oreal_megatron.math_equality import rules
@@ -21,6 +21,15 @@ from oreal_megatron.math_equality import rules
 UserFunction = Callable[[dict[str, Any], str], object]
 ORPHAN_S = 60.0  # processor seconds on one answer after which the kernel ends a worker without a parent
 MAX_EXTRACTED = 2000  # characters of the answer that are returned
+
+
+class Decision(NamedTuple):
+    """Outcome with its method; the reason of an unknown one; the reward if it is a number."""
+
+    outcome: str
+    method: str
+    reason: str = ""
+    reward: float | None = None
 
 
 def grade(kind: str, gold: str, text: str, finished: bool, thinking_end: Sequence[str]) -> rules.Graded:
@@ -37,19 +46,22 @@ def grade(kind: str, gold: str, text: str, finished: bool, thinking_end: Sequenc
         return rules.Graded("unknown", "error", None)
 
 
-def call(function: UserFunction, row: str, response: str) -> tuple[str, str, None, str]:
-    """Return outcome, method, no answer, and a reason if the outcome is unknown."""
+def call(function: UserFunction, row: str, response: str) -> Decision:
+    """Return what a user's function decides: True, False, None for unknown, or a reward whose sign is the outcome."""
     try:
         returned = function(json.loads(row), response)
     except MemoryError:
         raise
     except Exception as error:  # the user's function may do anything: the rollout is unknown, and counted
-        return "unknown", "error", None, f"verify.function failed: {type(error).__name__}: {error}"[:MAX_EXTRACTED]
-    if returned is None or type(returned) is bool:
-        outcome = {True: "correct", False: "incorrect", None: "unknown"}[returned]
-        return outcome, "function", None, "verify.function returned None" if returned is None else ""
-    text = f"verify.function returned {returned!r:.200}; expected True, False, or None for unknown"
-    return "unknown", "error", None, text
+        return Decision("unknown", "error", f"verify.function failed: {type(error).__name__}: {error}"[:MAX_EXTRACTED])
+    if returned is None:
+        return Decision("unknown", "function", "verify.function returned None")
+    if isinstance(returned, bool):
+        return Decision("correct" if returned else "incorrect", "function")
+    if isinstance(returned, float) and 0 < abs(returned) <= 1:
+        return Decision("correct" if returned > 0 else "incorrect", "function", reward=returned)
+    expected = "expected True, False, None for unknown, or a float from -1 to 1 that is not 0"
+    return Decision("unknown", "error", f"verify.function returned {returned!r:.200}; {expected}")
 
 
 def main() -> None:
@@ -65,11 +77,13 @@ def main() -> None:
         start = time.perf_counter()
         kind, gold, text, finished, thinking_end = json.loads(line)
         if function:
-            outcome, method, extracted, reason = call(function, gold, text)
+            extracted, decision = None, call(function, gold, text)
         else:
-            (outcome, method, extracted), reason = grade(kind, gold, text, finished, thinking_end), ""
+            outcome, method, extracted = grade(kind, gold, text, finished, thinking_end)
+            decision = Decision(outcome, method)
         seconds = time.perf_counter() - start
-        result = [outcome, method, extracted and extracted[:MAX_EXTRACTED], seconds, reason]
+        short = extracted and extracted[:MAX_EXTRACTED]
+        result = [decision.outcome, decision.method, short, seconds, decision.reason, decision.reward]
         out.write(json.dumps(result).encode() + b"\n")
         out.flush()
 

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from oreal_megatron import config as c
+from oreal_megatron.algo import selection
 from oreal_megatron.config import Config, ConfigError, VerifyConfig
 from oreal_megatron.config.user_functions import check_functions
 from oreal_megatron.data import problems
-from oreal_megatron.records import Outcome, Prompt, Rollout
+from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.verify.grader import Grader
 from oreal_megatron.verify.step_verifier import StepVerifier
 from oreal_megatron.verify.worker_pool import PoolBroken
@@ -27,6 +28,10 @@ def reward(row, response):
         case "no": return False
         case "none": return None
         case "number": return 0.5
+        case "below": return -0.25
+        case "zero": return 0.0
+        case "large": return 1.5
+        case "nan": return float("nan")
         case "one": return 1
         case "raises": raise KeyError("of the user")
         case "sleeps": time.sleep(60)
@@ -38,8 +43,12 @@ CASES = {
     "yes": (Outcome.CORRECT, "function", ""),
     "no": (Outcome.INCORRECT, "function", ""),
     "none": (Outcome.UNKNOWN, "function", "returned None"),
-    "number": (Outcome.UNKNOWN, "error", "returned 0.5; expected True, False, or None"),
-    "one": (Outcome.UNKNOWN, "error", "returned 1; expected True, False, or None"),
+    "number": (Outcome.CORRECT, "function", ""),
+    "below": (Outcome.INCORRECT, "function", ""),
+    "zero": (Outcome.UNKNOWN, "error", "returned 0.0; expected True, False, None for unknown, or a float"),
+    "large": (Outcome.UNKNOWN, "error", "returned 1.5; expected"),
+    "nan": (Outcome.UNKNOWN, "error", "returned nan; expected"),
+    "one": (Outcome.UNKNOWN, "error", "returned 1; expected"),
     "raises": (Outcome.UNKNOWN, "error", "KeyError: 'of the user'"),
     "sleeps": (Outcome.UNKNOWN, "time-out", "verify.timeout_s"),
     "hogs": (Outcome.UNKNOWN, "error", "verify.memory_mib"),
@@ -71,6 +80,8 @@ def test_every_outcome_and_failure_of_a_function_is_a_verdict_of_its_rollout(fol
         outcome, method, reason = CASES[text]
         assert (verdict.outcome, verdict.method) == (outcome, method), text
         assert reason in verdict.reason and bool(reason) == bool(verdict.reason), (text, verdict.reason)
+    rewards = {text: verdict.reward for text, verdict in zip(CASES, verdicts, strict=False)}
+    assert {text: reward for text, reward in rewards.items() if reward is not None} == {"number": 0.5, "below": -0.25}
     assert (verdicts[-1].outcome, verdicts[-1].method) == (Outcome.INCORRECT, "truncated")
 
 
@@ -123,3 +134,21 @@ def test_the_function_sees_all_fields_and_gold_answers_are_free(tmp_path, model_
         problems.load_prompts(str(tmp_path / "data.jsonl"), tokenizer, "")
     (tmp_path / "data.jsonl").write_text(json.dumps(LINES[2]))
     assert not problems.load_prompts(str(tmp_path / "data.jsonl"), tokenizer, "")[0].row, "only where it is read"
+
+
+def test_numbers_are_the_rewards_that_advantages_compare():
+    prompt = Prompt(0, "q", "", None, (1,))
+    values = {0.5: Outcome.CORRECT, 0.25: Outcome.CORRECT, -1.0: Outcome.INCORRECT, None: Outcome.INCORRECT}
+    rollouts = [[Rollout(prompt, 0, index, (5,), "", True) for index in range(5)]]
+    verdicts = [[Verdict(outcome, "function", reward=reward) for reward, outcome in values.items()]]
+    verdicts[0].append(Verdict(Outcome.UNKNOWN, "function"))
+    samples = selection.samples(rollouts, verdicts, c.SelectionConfig(keep="all"), (0, 0))
+    rewards = [0.5, 0.25, -1.0, -1.0]
+    assert [sample.reward for sample in samples] == rewards
+    others = [(sum(rewards) - reward) / 3 for reward in rewards]
+    assert [sample.advantage for sample in samples] == pytest.approx(
+        [r - o for r, o in zip(rewards, others, strict=True)]
+    )
+    assert selection.summary(rollouts, verdicts, samples)["reward/mean"] == pytest.approx(sum(rewards) / 4)
+    pair = selection.samples(rollouts, verdicts, c.SelectionConfig(keep="pair"), (0, 0))
+    assert [sample.reward > 0 for sample in pair] == [True, False]
