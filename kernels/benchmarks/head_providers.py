@@ -133,10 +133,12 @@ def installed(head: HeadProviders) -> Iterator[tuple[str, Callable[[], Tensor]]]
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
-        for impl in ("cce", "cce_exact"):
+        for name, skipped in (("CCE", "high"), ("CCE exact", None)):  # gradients that it leaves out
             yield (
-                f"CCE {impl}",
-                lambda impl=impl: linear_cross_entropy(*head.leaves(), head.labels, reduction="sum", impl=impl),
+                name,
+                lambda skipped=skipped: linear_cross_entropy(
+                    *head.leaves(), head.labels, reduction="sum", filter_eps=skipped
+                ),
             )
     if importlib.util.find_spec("quack"):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
