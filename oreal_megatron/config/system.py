@@ -19,7 +19,7 @@ class ModelConfig(Section):
         Literal["local", "transformer_engine"],
         Key("modules of Megatron and of this project, or the fused ones of Transformer Engine (must be installed)"),
     ] = "local"
-    logits_mib: Annotated[int, Key("memory that the output layer may fill with logits", 1, 10**6, "MiB")] = 1024
+    logits_mib: Annotated[int, Key("memory that the output layer may fill with logits", 1, 10**6, "MiB")] = 1280
     trust_remote_code: Annotated[bool, FreeKey("run the Python code that a tokenizer brings with it")] = False
 
 
