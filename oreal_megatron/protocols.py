@@ -63,7 +63,6 @@ class GrowingEngine(RolloutEngine, Protocol):
         seed: tuple[int, int],
         on_rollout: Callable[[Rollout], None] | None = None,
         round_tokens: int = 0,
-        round_number: int = 0,
     ) -> list[Rollout]:
         """Return rollouts, on every rank, after they have grown by at most `round_tokens`; `on_rollout`: complete."""
         ...

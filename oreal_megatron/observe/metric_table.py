@@ -76,16 +76,21 @@ SAMPLED = (
 PARTIAL_ROLLOUTS = (
     MetricInfo(("rollout/pool_prompts",), "prompts", "prompts in flight at the beginning of the step"),
     MetricInfo(("rollout/rounds",), "", "rounds of generation in the step"),
-    MetricInfo(("rollout/carried_rollouts",), "rollouts", "begun responses that the next step continues"),
+    MetricInfo(("rollout/carried_rollouts",), "rollouts", "responses, begun or complete, that stay in the pool"),
     MetricInfo(
-        ("rollout/carried_tokens",), "tokens", "tokens of these", "a rise without end: the limits are too tight"
+        ("rollout/carried_tokens",),
+        "tokens",
+        "tokens of these",
+        "a rise without end: `rollout.pool` is too large for these lengths",
     ),
     MetricInfo(("rollout/generated_tokens",), "tokens", "tokens generated in the step, those of discarded ones too"),
     MetricInfo(("rollout/aborted",), "rollouts", "responses that were begun and discarded before their end"),
     MetricInfo(
-        ("rollout/discarded_token_share",), "", "tokens of discarded responses over those generated", "work for nothing"
+        ("rollout/discarded_token_share",), "", "tokens of discarded prompts over those generated", "work for nothing"
     ),
-    MetricInfo(("rollout/dropped_prompts",), "prompts", "prompts that left the pool without being trained on"),
+    MetricInfo(
+        ("rollout/dropped_prompts",), "prompts", "prompts dropped because they were older than `rollout.staleness`"
+    ),
     MetricInfo(
         ("rollout/earlier_version_share",),
         "0 to 1",
@@ -95,7 +100,7 @@ PARTIAL_ROLLOUTS = (
     MetricInfo(
         ("rollout/version_lag_mean", "rollout/version_lag_max"),
         "updates",
-        "age of these tokens in versions of the policy",
+        "versions between the trained rollouts' tokens and the policy",
     ),
     MetricInfo(
         ("rollout/length_ratio",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,6 +81,7 @@ class Replica:
 
     cost: DecodeCost
     prompt_tokens: float
+    prefills: bool = True  # False: the prefix cache holds what a started rollout has decoded
     now: float = 0.0
     busy: float = 0.0  # seconds with at least one rollout
     row_seconds: float = 0.0  # seconds x active rollouts
@@ -94,7 +96,8 @@ class Replica:
         """Start rollouts from `take`, which looks whether the next one `fits`, until it returns None."""
         while rollout := take(self):
             present = self.prompt_tokens + rollout.decoded
-            self._pass(present * self.cost.prefill_token_s)
+            if self.prefills:
+                self._pass(present * self.cost.prefill_token_s)
             heapq.heappush(self.active, (self.decoded + rollout.length - rollout.decoded, next(self.numbers), rollout))
             self.cached += present
             self.reserved += self.prompt_tokens + rollout.length
@@ -151,3 +154,12 @@ class Replica:
         self.now += seconds
         self.busy += seconds
         self.row_seconds += seconds * len(self.active)
+
+
+def take_from(queue: deque[SimulatedRollout]) -> Callable[[Replica], SimulatedRollout | None]:
+    """Return a function that takes the next rollout of a queue if the replica has room for it."""
+
+    def take(replica: Replica) -> SimulatedRollout | None:
+        return queue.popleft() if queue and replica.fits(queue[0]) else None
+
+    return take

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from oreal_megatron.plan.decode_replica import DecodeCost, Replica, SimulatedPrompt, SimulatedRollout
+from oreal_megatron.config import RolloutConfig
+from oreal_megatron.plan.decode_replica import DecodeCost, Replica, SimulatedPrompt, SimulatedRollout, take_from
 from oreal_megatron.plan.response_lengths import LengthSource
 from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.plan.simulated_rounds import run_round
 
 WARM_UP, STEPS = 6, 12  # steps simulated before the counted ones, so that carried rollouts are in balance; counted
 
@@ -29,6 +30,7 @@ class RolloutPolicy:
     carry: bool = False  # unfinished rollouts continue in the next step; else they are aborted
     separate: float = 0.0  # share of the GPUs that only generate, one step ahead of training; 0: colocated
     staleness: int = 4  # steps after which a carried prompt is waited for
+    round_tokens: int = 0  # tokens of a round, after which the step may end; 0: it ends with any response
 
     def __post_init__(self) -> None:
         """Refuse a pool whose prompts would wait longer than the bound even when they are complete."""
@@ -46,6 +48,8 @@ POLICIES = (
     RolloutPolicy("over-sampling 1.5, abort", pool=1.5),
     RolloutPolicy("partial rollouts, pool 1.5", pool=1.5, carry=True),
     RolloutPolicy("partial rollouts, pool 2", pool=2.0, carry=True),
+    RolloutPolicy("rollout.pool=1.5, staleness=1, round_tokens=512", "rollouts", 1.5, True, 0.0, 1, 512),
+    RolloutPolicy("rollout.pool=2, staleness=2, round_tokens=512", "rollouts", 2.0, True, 0.0, 2, 512),
 )
 SEPARATE = (0.5, 0.75, 0.875)  # shares of generating GPUs that are tried for one step ahead
 
@@ -67,9 +71,19 @@ class PolicyResult:
     timelines: list[list[tuple[float, int]]]  # of the last step: (seconds, active rollouts) of each replica
 
 
+def policy_of(config: RolloutConfig) -> RolloutPolicy | None:
+    """Return the policy of a recipe's section `rollout`; None where it is off, as in ROLLOUTS. `enough` is ignored."""
+    if not config.enabled:
+        return None
+    bound = config.staleness if config.carry else 0
+    return RolloutPolicy("the recipe's", "rollouts", config.pool, config.carry, 0.0, bound, config.round_tokens)
+
+
 def compare(scenario: Scenario, other_s: float, lengths: LengthSource, seed: int = 0) -> list[PolicyResult]:
     """Simulate every policy; `other_s`: seconds of a step beside generation, on all GPUs."""
-    outcomes = [simulate(scenario, other_s, policy, lengths, seed) for policy in POLICIES]
+    own = policy_of(scenario.config.rollout)
+    policies = POLICIES if own is None else (*POLICIES, own)
+    outcomes = [simulate(scenario, other_s, policy, lengths, seed) for policy in policies]
     best = max(outcomes, key=lambda outcome: outcome.tokens_per_gpu_second).policy
     ahead = [
         dataclasses.replace(best, name=f"one step ahead, {share:.1%} of the GPUs generate", separate=share)
@@ -145,8 +159,10 @@ class _Simulation:
             self.pool.append(prompt)
         before = sum(rollout.decoded for prompt in self.pool for rollout in prompt.rollouts)
         replicas = [Replica(self.cost, self.scenario.assumed.prompt_tokens) for _ in range(self.replicas)]
-        queues = self._queues()
-        end = self._run(replicas, queues, number)
+        if self.policy.round_tokens:
+            end = self._run_rounds(replicas, number)
+        else:
+            end = self._run(replicas, self._queues(), number)
         for replica in replicas:
             replica.stop(end)
         decoded = sum(rollout.decoded for prompt in self.pool for rollout in prompt.rollouts) - before
@@ -170,10 +186,10 @@ class _Simulation:
 
     def _run(self, replicas: list[Replica], queues: list[deque[SimulatedRollout]], number: int) -> float:
         """Advance the replicas from event to event; return the time at which the step ends."""
-        takers = [_taker(queue) for queue in queues]
+        takers = [take_from(queue) for queue in queues]
         first = _deal_evenly(queues[0], replicas) if self.policy.deal == "queue" else queues
         for replica, queue in zip(replicas, first, strict=True):
-            replica.start_all(_taker(queue))
+            replica.start_all(take_from(queue))
         events = [(replica.next_finish(), index) for index, replica in enumerate(replicas) if replica.active]
         heapq.heapify(events)
         left = self.prompts - sum(not p.unfinished for p in self.pool)
@@ -189,6 +205,17 @@ class _Simulation:
             replicas[index].start_all(takers[index])
             if replicas[index].active:
                 heapq.heappush(events, (replicas[index].next_finish(), index))
+        return end
+
+    def _run_rounds(self, replicas: list[Replica], number: int) -> float:
+        """Advance all replicas round by round; return the time at which the step ends."""
+        end, first = 0.0, True
+        while any(prompt.unfinished for prompt in self.pool):
+            end = run_round(replicas, self._queues(), self.policy.round_tokens, first, end)
+            first = False
+            overdue = [p for p in self.pool if p.unfinished and p.first_step <= number - self.policy.staleness]
+            if sum(not p.unfinished for p in self.pool) >= self.prompts and not (self.policy.carry and overdue):
+                break
         return end
 
     def _take_trained(self, number: int) -> tuple[list[SimulatedPrompt], float]:
@@ -218,12 +245,3 @@ def _deal_evenly(queue: deque[SimulatedRollout], replicas: list[Replica]) -> lis
             dealt[index].append(rollout)
             heapq.heappush(loads, (load + rollout.expected, index))
     return dealt
-
-
-def _taker(queue: deque[SimulatedRollout]) -> Callable[[Replica], SimulatedRollout | None]:
-    """Return a function that takes the next rollout of a queue if the replica has room for it."""
-
-    def take(replica: Replica) -> SimulatedRollout | None:
-        return queue.popleft() if queue and replica.fits(queue[0]) else None
-
-    return take

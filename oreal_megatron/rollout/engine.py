@@ -113,7 +113,6 @@ class VllmEngine:
         seed: tuple[int, int],
         on_rollout: Callable[[Rollout], None] | None = None,
         round_tokens: int = 0,
-        round_number: int = 0,
     ) -> list[Rollout]:
         """Return rollouts after they have grown by `round_tokens`, or to their end with 0, on every rank. Collective.
 
@@ -130,7 +129,7 @@ class VllmEngine:
             pending = {f"{attempt}.{slot}.{index}": by_key[slot, index] for slot, index in missing}
             error, can_retry = "", True
             try:
-                for rollout in self._run_requests(pending, sampling, seed, round_tokens, round_number):
+                for rollout in self._run_requests(pending, sampling, seed, round_tokens):
                     if (
                         on_rollout
                         and self.reports
@@ -177,13 +176,12 @@ class VllmEngine:
         sampling: SamplingConfig,
         seed: tuple[int, int],
         round_tokens: int,
-        round_number: int,
     ) -> Iterator[Rollout]:
         """Yield rollouts, given by request, as their requests finish; without those that vLLM aborted or left empty."""
         engine = self.llm.llm_engine
         try:
             for request_id, rollout in pending.items():
-                parameters = self._sampling_params(sampling, seed, rollout, round_tokens, round_number)
+                parameters = self._sampling_params(sampling, seed, rollout, round_tokens)
                 tokens = [*rollout.prompt.tokens, *rollout.tokens]
                 engine.add_request(request_id, {"prompt_token_ids": tokens}, parameters)
             steps = itertools.count()
@@ -254,13 +252,12 @@ class VllmEngine:
         seed: tuple[int, int],
         rollout: Rollout,
         round_tokens: int,
-        round_number: int,
     ) -> SamplingParams:
         """Return the parameters of one request; log-probs are for the parity check, or for importance ratios."""
         slot, index = rollout.key
         is_checked = logprob_parity.is_checked(slot, index, self.config.engine, self.replicas)
         with_logprobs = is_checked or self.config.loss.ratio_cap > 0 or round_tokens > 0
-        seed_of_request = requests.request_seed(*seed, slot, index, round_number)
+        seed_of_request = requests.request_seed(*seed, slot, index, len(rollout.tokens))
         temperature = sampling.temperature / self.temperature  # the model's logits are divided already
         room = sampling.max_new_tokens - len(rollout.tokens)
         return requests.sampling_params(

@@ -14,9 +14,9 @@ from oreal_megatron.records import Rollout
 from oreal_megatron.rollout import growth
 
 
-def request_seed(run_seed: int, step: int, slot: int, index: int, round_number: int = 0) -> int:
-    """Return the 31-bit seed of one request."""
-    later = f" {round_number}" if round_number else ""
+def request_seed(run_seed: int, step: int, slot: int, index: int, start: int = 0) -> int:
+    """Return the 31-bit seed of one request; `start`: tokens that its response has already."""
+    later = f" {start}" if start else ""
     digest = hashlib.blake2b(f"{run_seed} {step} {slot} {index}{later}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 33
 

@@ -75,7 +75,7 @@ class RolloutPool:
             growing = pool_schedule.next_round(pool, self.engine.replicas, self.config)
             if not growing or (round_number and pool_schedule.is_over(pool, step, self.config)):
                 break
-            grown = self.engine.extend(growing, sampling, seed, on_rollout, round_tokens, round_number)
+            grown = self.engine.extend(growing, sampling, seed, on_rollout, round_tokens)
             waited_s += time.monotonic() - heartbeat.progress.beat_at
             pool = pool_schedule.grow(pool, grown)
             if self.config.rollout.enough == "mixed":

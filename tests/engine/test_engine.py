@@ -98,15 +98,15 @@ class Story:
         blank = growth.blank_rollouts(self.prompts, 2)
         greedy = dataclasses.replace(self.config.sampling, temperature=0.0)
         grown = blank
-        for number in range(3):
-            grown = self.engine.extend(grown, greedy, (0, 0), None, 5, number)
+        for _ in range(3):
+            grown = self.engine.extend(grown, greedy, (0, 0), None, 5)
         whole = self.engine.extend(blank, greedy, (0, 0))
         return [(r.tokens, r.text, r.finished) for r in grown] == [(r.tokens, r.text, r.finished) for r in whole]
 
     def grow_by_5(self) -> list:
         from oreal_megatron.rollout import growth
 
-        return self.engine.extend(growth.blank_rollouts(self.prompts, 2), self.config.sampling, (0, 8), None, 5, 0)
+        return self.engine.extend(growth.blank_rollouts(self.prompts, 2), self.config.sampling, (0, 8), None, 5)
 
     def gaps_of_carried(self, carried: list) -> dict[str, float]:
         """The parity check of responses that the present version finishes; it with the bound or the versions off."""
@@ -116,7 +116,7 @@ class Story:
         from oreal_megatron.mcore import parallel
 
         unfinished = [rollout for rollout in carried if not rollout.finished]
-        grown = self.engine.extend(unfinished, self.config.sampling, (0, 9), None, 7, 0)
+        grown = self.engine.extend(unfinished, self.config.sampling, (0, 9), None, 7)
         rows = [[dataclasses.replace(rollout, carried=5)] for rollout in grown]
         config = dataclasses.replace(self.config, rollout=c.RolloutConfig(7, pool=2.0))
         forgotten = [[dataclasses.replace(r, carried=0) for r in row] for row in rows]
@@ -276,7 +276,7 @@ class Story:
         from oreal_megatron.rollout.engine import EngineError
 
         core = self.engine.llm.llm_engine
-        parameters = self.engine._sampling_params(self.config.sampling, (0, 0), self.grow_by_5()[0], 0, 0)
+        parameters = self.engine._sampling_params(self.config.sampling, (0, 0), self.grow_by_5()[0], 0)
         core.add_request("left over", {"prompt_token_ids": list(self.prompts[0].tokens)}, parameters)
         core.step()
         self.engine.version = 0

@@ -100,12 +100,12 @@ class FakeEngine:
         rows = range(sampling.rollouts_per_prompt)
         return [[rollout(prompt, slot, index) for index in rows] for slot, prompt in enumerate(prompts)]
 
-    def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0, round_number=0):
+    def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0):
         """Let responses grow to a length of 1 to 8 tokens that depends on problem and index."""
         self.job.happens("round begins")
 
         def grow(rollout: Rollout) -> Rollout:
-            chance = random.Random(f"{seed} {rollout.key} {round_number} {rollout.prompt.gold} {self.state}")
+            chance = random.Random(f"{seed} {rollout.key} {len(rollout.tokens)} {rollout.prompt.gold} {self.state}")
             length = random.Random(f"{rollout.prompt.gold} {rollout.index}").choice((1, 1, 2, 2, 3, 5, 7, 8))
             count = min(length - len(rollout.tokens), round_tokens)
             tokens = tuple(chance.randrange(5, 50) for _ in range(count))

@@ -21,7 +21,7 @@ class ScriptedDataset:
 
 
 class ScriptedEngine:
-    """Responses of `length(position, index)` tokens, drawn from seed, step, slot, index, round and version."""
+    """Responses of `length(position, index)` tokens, drawn from seed, step, slot, index, tokens so far and version."""
 
     def __init__(self, length: Callable[[int, int], int], limit: int, replicas: int = 1):
         self.length, self.limit, self.replicas, self.version = length, limit, replicas, 0
@@ -34,18 +34,18 @@ class ScriptedEngine:
         grown = self.extend(growth.blank_rollouts(prompts, per_prompt), sampling, seed, on_rollout)
         return [grown[start : start + per_prompt] for start in range(0, len(grown), per_prompt)]
 
-    def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0, round_number=0):
+    def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0):
         self.calls.append(list(rollouts))
-        grown = [self._grow(rollout, seed, round_tokens, round_number) for rollout in rollouts]
+        grown = [self._grow(rollout, seed, round_tokens) for rollout in rollouts]
         for rollout in grown:
             if on_rollout and (rollout.finished or len(rollout.tokens) >= self.limit):
                 on_rollout(rollout)
         return grown
 
-    def _grow(self, rollout: Rollout, seed, round_tokens: int, round_number: int) -> Rollout:
+    def _grow(self, rollout: Rollout, seed, round_tokens: int) -> Rollout:
         length = min(self.length(int(rollout.prompt.question), rollout.index), self.limit)
         count = min(round_tokens or length, length - len(rollout.tokens))
-        chance = random.Random(f"{seed} {rollout.key} {round_number} {self.version}")
+        chance = random.Random(f"{seed} {rollout.key} {len(rollout.tokens)} {self.version}")
         tokens = tuple(chance.randrange(5, 50) for _ in range(count))
         finished = len(rollout.tokens) + count == self.length(int(rollout.prompt.question), rollout.index)
         logprobs = tuple(-chance.random() for _ in tokens)

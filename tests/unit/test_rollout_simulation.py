@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from oreal_megatron import settings
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import Config, ConfigError, RolloutConfig
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import gpus, published
 from oreal_megatron.plan.decode_replica import DecodeCost, Replica, SimulatedPrompt, SimulatedRollout
 from oreal_megatron.plan.response_lengths import LogNormalLengths, RunLengths
-from oreal_megatron.plan.rollout_simulation import PROMPTS, ROLLOUTS, RolloutPolicy, simulate
+from oreal_megatron.plan.rollout_simulation import PROMPTS, ROLLOUTS, RolloutPolicy, compare, policy_of, simulate
 from oreal_megatron.plan.scenario import Scenario
 
 PROMPT = 50
@@ -127,6 +127,31 @@ def test_no_prompt_waits_longer_than_the_bound(scenario, tail):
     assert bounded.generation_s > free.generation_s, "waiting costs time"
     with pytest.raises(ValueError, match="cannot be trained within 1 steps"):
         dataclasses.replace(policy, pool=2.5)
+
+
+def test_rounds_cost_little_and_the_more_the_longer_they_are(scenario, tail):
+    engine = dataclasses.replace(scenario.config.engine, max_num_seqs=64)  # of a replica: all that are in flight
+    scenario = dataclasses.replace(scenario, config=dataclasses.replace(scenario.config, engine=engine))
+    dealt = simulate(scenario, 10.0, ROLLOUTS, tail, 0)
+    at_once = simulate(scenario, 10.0, dataclasses.replace(ROLLOUTS, carry=True, round_tokens=14000), tail, 0)
+    assert at_once.generation_s == pytest.approx(dealt.generation_s, rel=1e-3) and at_once.staleness == 0
+    carry = dataclasses.replace(ROLLOUTS, pool=2.0, carry=True, staleness=1)
+    free, short, long = (
+        simulate(scenario, 10.0, dataclasses.replace(carry, round_tokens=tokens), tail, 0) for tokens in (0, 32, 1024)
+    )
+    assert free.generation_s == pytest.approx(short.generation_s, rel=0.05) and short.generation_s < long.generation_s
+    assert long.generation_s < dealt.generation_s and long.oldest == 1
+    assert long.length_ratio == pytest.approx(1, abs=0.08) and long.aborted_share == 0
+
+
+def test_a_recipe_with_a_pool_is_simulated_too(scenario, tail):
+    assert policy_of(scenario.config.rollout) is None
+    rollout = RolloutConfig(256, 1.5, staleness=1)
+    config = dataclasses.replace(scenario.config, rollout=rollout)
+    own = policy_of(rollout)
+    assert own == RolloutPolicy("the recipe's", "rollouts", 1.5, True, 0.0, 1, 256)
+    names = [result.policy.name for result in compare(dataclasses.replace(scenario, config=config), 10.0, tail)]
+    assert "the recipe's" in names
 
 
 def test_one_step_ahead_takes_the_longer_of_both(scenario, tail):
