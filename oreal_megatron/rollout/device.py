@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -50,12 +49,6 @@ class EngineMemory:
             _return_unused_memory()  # of the transfer and of the trainer's weights
             self.llm.wake_up(["kv_cache"])
             self.awake = True
-
-    def close(self, shutdown: Callable[[], None]) -> None:
-        """Shut the engine down, awake: vLLM unmaps memory that it frees, and the process hung where it was unmapped."""
-        self.allocate_weights()
-        self.allocate_cache()
-        shutdown()
 
 
 def is_device_error(error: Exception) -> bool:

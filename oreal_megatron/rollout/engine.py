@@ -235,7 +235,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine. vLLM destroys torch's process group with it, so this comes last."""
-        self.memory.close(self.llm.llm_engine.engine_core.shutdown)
+        self.llm.llm_engine.engine_core.shutdown()
         self.sockets.cleanup()
 
     def _replica_stop_requested(self) -> bool:

@@ -54,19 +54,6 @@ def test_an_engine_wakes_up_beside_memory_that_the_trainer_freed(fault, monkeypa
             assert memory.awake and gpu.mapped == 59
 
 
-@pytest.mark.parametrize("asleep", [False, True])
-def test_a_sleeping_engine_is_complete_again_before_it_is_closed(asleep, monkeypatch):
-    """vLLM unmaps memory that it frees; on an H200 a process whose engine was asleep then did not end."""
-    gpu = FakeGpu()
-    monkeypatch.setattr(torch.cuda, "empty_cache", gpu.empty_cache)
-    memory = EngineMemory(gpu, can_sleep=True)
-    if asleep:
-        memory.release()
-    mapped: list[int] = []
-    memory.close(lambda: mapped.append(gpu.mapped))
-    assert mapped == [59]
-
-
 def test_an_engine_that_cannot_sleep_is_left_alone():
     memory = EngineMemory(SimpleNamespace(), can_sleep=False)  # any call of it would raise
     memory.release()

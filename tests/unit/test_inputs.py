@@ -352,7 +352,7 @@ def test_a_command_with_bad_input_ends_with_code_2_and_a_sentence(recipe, capsys
 
 def test_unsupported_versions_are_refused_with_a_sentence(monkeypatch):
     monkeypatch.setattr(versions, "installed", {"vllm": "0.40.1"}.get)
-    with pytest.raises(c.ConfigError, match="vllm 0.40.1 is installed; supported are versions from 0.28 to below 0.33"):
+    with pytest.raises(c.ConfigError, match="vllm 0.40.1 is installed; supported are versions from 0.26 to below 0.33"):
         versions.check(versions.VLLM)
     monkeypatch.setattr(versions, "installed", {"vllm": "0.32.0.post1"}.get)
     assert versions.check(versions.VLLM) == "0.32.0.post1"
