@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from oreal_megatron.config.exploration import PenaltyConfig
-from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, OnResume, Section
+from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, Section
 
 KEY_FIELDS = ("question", "gold_answer", "pass_rate", "response")  # that data.keys may name
 
@@ -262,12 +262,15 @@ class EvaluationConfig(Section):
 class SupervisedConfig(Section):
     """Supervised fine-tuning with `oreal sft`: cross entropy on JSONL with question and response."""
 
-    on_resume: ClassVar[OnResume] = "free"  # `oreal train` does not read the section
-
-    path: Annotated[str, Key("JSONL file of the demonstrations")] = ""
+    path: Annotated[str, InputKey("JSONL file of the demonstrations")] = ""
     steps: Annotated[int, Key("updates", low=1)] = 1000
-    samples_per_step: Annotated[int, Key("demonstrations of a step", low=1)] = 128
-    evaluate_every: Annotated[int, Key("steps between two evaluations; 0: none, and no engine is started", low=0)] = 0
+    samples_per_step: Annotated[int, FixedKey("demonstrations of a step", low=1)] = 128
+    evaluate_every: Annotated[
+        int, FreeKey("steps between two evaluations, also before the first step; 0: none, and no engine", low=0)
+    ] = 0
+    checkpoint_every: Annotated[
+        int, FreeKey("steps between two checkpoints; 0: after the last step, and when a signal stops the run", low=0)
+    ] = 0
     stop_at_accuracy: Annotated[
         float, Key("stop when greedy held-out accuracy reaches it; needs evaluate_every", 0.0, 1.0)
     ] = 1.0

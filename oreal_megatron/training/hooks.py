@@ -27,7 +27,7 @@ class TrainingHooks:
     evaluate: Callable[[], Metrics] | None  # held-out accuracy of the engine's weights; None: no problems
     stop_request: StopRequest
     save_model: Callable[[Path, Mapping[str, str]], None]  # writes a folder, with the text of further files by name
-    best: Path  # folder of the best model so far
+    best: Path | None  # folder of the best model so far; None: it is not saved
     figure: str = "accuracy"  # of an evaluation, which the best one has highest
     command: str = "oreal train"  # which continues the run folder with --resume
     # Parameters and optimizer come to the device for a checkpoint; an engine awake would need a smaller KV cache.
@@ -88,6 +88,8 @@ class TrainingHooks:
         if not metrics.is_evaluated(step):
             with self.run.phase("evaluate"):
                 metrics.log_evaluation(step, self.evaluate())
+        if self.best is None:
+            return
         value = metrics.value_if_best(step, self.figure, self.best)  # also where a former start could not save it
         if value is not None:
             with self.run.phase("checkpoint"):

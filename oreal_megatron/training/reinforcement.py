@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oreal_megatron.rollout.rollout_pool import RolloutPool
 
 log = logging.getLogger(__name__)
+UNREAD = ("reward_training.", "supervised.")  # sections of other commands
 
 
 def train(
@@ -50,7 +51,7 @@ def train(
     held_out = inputs.held_out()
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     run_path, folder = Path(config.run), Path(config.run) / "checkpoints"
-    start = Start(config, config.steps, resume, step, inputs.fingerprints(prompts), unread=("reward_training.",))
+    start = Start(config, config.steps, resume, step, inputs.fingerprints(prompts), unread=UNREAD)
     start.check()
     files.make_folder(run_path, "run")
     with Session(config) as session:

@@ -1,32 +1,43 @@
-"""`oreal sft`: supervised fine-tuning on demonstrations, before reinforcement learning."""
+"""`oreal sft`: supervised fine-tuning on demonstrations, before reinforcement learning.
+
+Checkpoints, evaluations and resumes are those of `oreal train`: the order of the demonstrations and the learning rates
+are functions of the step and the seed, so that a resumed run repeats the uninterrupted one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from oreal_megatron.algo import guard, packing
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.user_functions import Origin
-from oreal_megatron.data import problems
+from oreal_megatron.data import decisions, lines, problems
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
-from oreal_megatron.observe.rows import append_row
-from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder, model_note, refuse_existing
+from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe.run_folder import NO_ORIGIN, model_note
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
 from oreal_megatron.runtime import distributed, files, heartbeat
+from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
+from oreal_megatron.training.hooks import TrainingHooks, is_due
+from oreal_megatron.training.resume import AUTO, Start
 
 if TYPE_CHECKING:
     from oreal_megatron.mcore import trained_models
     from oreal_megatron.rollout.engine import VllmEngine
     from oreal_megatron.verify.step_verifier import StepVerifier
+
+FIGURE = "accuracy"  # of an evaluation, which supervised.stop_at_accuracy is compared with
 
 
 class Demonstrations(Protocol):
@@ -45,9 +56,22 @@ class ImitationTrainer(Protocol):
         ...
 
 
-def fine_tune(config: Config, origin: Origin = NO_ORIGIN) -> int:
-    """Fine-tune the policy of a recipe into RUN/policy; return the steps taken. Collective."""
-    inputs = read_inputs(config)
+class StepWork(Protocol):
+    """Work between two steps."""
+
+    def after_step(self, steps_done: int) -> None:
+        """Run what is due after `steps_done` steps. Collective."""
+        ...
+
+
+def fine_tune(
+    config: Config, resume: str | None, step: int | None, stop_request: StopRequest, origin: Origin = NO_ORIGIN
+) -> int:
+    """Fine-tune the policy of a recipe into RUN/policy; arguments as of `oreal train`. Collective.
+
+    Returns the steps that the entire run has taken.
+    """
+    inputs = read_inputs(with_supervised_settings(config))
     demonstrations = problems.load_demonstrations(
         config.supervised.path,
         inputs.tokenizer,
@@ -58,84 +82,112 @@ def fine_tune(config: Config, origin: Origin = NO_ORIGIN) -> int:
     held_out = inputs.held_out() if config.supervised.evaluate_every else []
     if config.supervised.evaluate_every and not held_out:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
-    refuse_existing(config)
+    digests = inputs.fingerprints() | {"supervised.path": decisions.digest(lines.local_file(config.supervised.path))}
+    start = Start(config, config.supervised.steps, resume, step, digests, unread=("reward_training.",))
+    start.check()
     files.make_folder(Path(config.run), "run")
     sampler = Sampler(demonstrations, config.supervised.samples_per_step, config.seed)
-    return _run(inputs, sampler, held_out, origin)
+    return _run(inputs, start, sampler, held_out, stop_request, origin)
 
 
-def _run(inputs: Inputs, demonstrations: Demonstrations, held_out: list[Prompt], origin: Origin) -> int:
-    from oreal_megatron.mcore import gpt_model, parallel, trained_models  # imports Megatron, which takes seconds
+def with_supervised_settings(config: Config) -> Config:
+    """Return the configuration with steps, optimizer, evaluations and checkpoints of supervised fine-tuning.
 
-    config = inputs.config
+    Demonstrations were not sampled from the policy: their likelihood is that of its own logits, at temperature 1.
+    """
+    supervised = config.supervised
+    return dataclasses.replace(
+        config,
+        steps=supervised.steps,
+        policy_freeze_steps=0,
+        optimizer=supervised.optimizer,
+        reward_model=dataclasses.replace(config.reward_model, enabled=False),
+        weights=dataclasses.replace(config.weights, shuffle=False),
+        sampling=dataclasses.replace(config.sampling, temperature=1.0),
+        evaluation=dataclasses.replace(config.evaluation, every=supervised.evaluate_every),
+        checkpoint=dataclasses.replace(config.checkpoint, every=supervised.checkpoint_every),
+    )
+
+
+def _run(
+    inputs: Inputs,
+    start: Start,
+    demonstrations: Demonstrations,
+    held_out: list[Prompt],
+    stop_request: StopRequest,
+    origin: Origin,
+) -> int:
+    # These import Megatron, which takes seconds.
+    from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+    from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+
+    config, run_path = inputs.config, start.run
     gpt_model.transformer_config(inputs.arch, config)  # raises for what Megatron would refuse after loading
     with Session(config) as session:
-        session.lock(Path(config.run))
-        refuse_existing(config)  # again: another writer may have ended meanwhile
-        engine_and_verifier = session.start_engine(inputs) if held_out else None
+        session.lock(run_path)
+        start.check_and_announce()  # again: another writer may have ended meanwhile
+        folder, skip_damaged = run_path / "checkpoints", start.resume == AUTO
+        checkpoint = checkpoint_state.choose(folder, ["policy"], start.step, skip_damaged) if start.resume else None
+        engine_and_verifier = session.start_engine(inputs, stop_request) if held_out else None
         session.start_megatron()
-        # Demonstrations were not sampled from the policy: their likelihood is that of its own logits.
-        plain = dataclasses.replace(config.sampling, temperature=1.0)
-        imitating = dataclasses.replace(config, optimizer=config.supervised.optimizer, sampling=plain)
-        policy = trained_models.Policy(inputs.arch, imitating, inputs.folder.tensor)
-        accuracy = _held_out_accuracy(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
-        if distributed.rank() == 0:
-            RunFolder(config).write_header(inputs.fingerprints(), origin=origin)
+        policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
+        first_step = checkpoint_state.load(checkpoint, {"policy": policy}) if checkpoint else 0
+        start.set_aside_later_steps(first_step)
+        evaluate = _held_out_evaluation(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
+        run = Recorder(start.config, first_step, start.fingerprints, None, inputs.arch, origin=origin)
+        retention = (config.checkpoint.keep, config.checkpoint.keep_every)
+        describe = partial(policy_weights.describe, inputs)
+        saver = CheckpointSaver(folder, {"policy": policy}, *retention, describe=describe)
+        save_policy = partial(policy_weights.save_model, inputs, "policy", policy)
+        hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_policy, best=None, command="oreal sft")
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
-        steps = imitate(config, demonstrations, policy, accuracy, _log_to(Path(config.run)), spec)
+        with hooks.saving_on_stop_request():
+            hooks.start(first_step, saved=checkpoint is not None)
+            steps = imitate(config, demonstrations, policy, run, hooks, spec)
         with heartbeat.phase("checkpoint"):
-            policy_weights.save_model(inputs, "policy", policy, Path(config.run) / "policy", model_note(steps))
+            saver.finish()
+            save_policy(run_path / "policy", model_note(steps))
     return steps
 
 
-def _held_out_accuracy(
+def _held_out_evaluation(
     config: Config, policy: trained_models.Policy, engine: VllmEngine, verifier: StepVerifier, held_out: list[Prompt]
-) -> Callable[[], float]:
-    """Return a function that measures the greedy accuracy of the policy's present weights. Collective."""
+) -> Callable[[], Metrics]:
+    """Return a function that evaluates the policy's present weights, after which the engine sleeps. Collective."""
     weight_sync = policy_weights.connect(policy, engine)
 
-    def accuracy() -> float:
+    def evaluate() -> Metrics:
         weight_sync.sync(policy.updates)
         result = score.evaluate(held_out, engine, verifier, config)
         engine.sleep()
-        return result["accuracy"]
+        return result
 
-    return accuracy
+    return evaluate
 
 
 def imitate(
     config: Config,
     demonstrations: Demonstrations,
     policy: ImitationTrainer,
-    accuracy: Callable[[], float] | None,  # greedy, on held-out problems, of the present weights
-    log: Callable[[int, Metrics], None],
+    run: Recorder,
+    hooks: StepWork,
     packing_spec: PackingSpec,
 ) -> int:
-    """Train for `supervised.steps`, or until the held-out accuracy is reached; return the steps taken. Collective."""
-    supervised = config.supervised
-    with Bar("sft", supervised.steps, distributed.rank() == 0) as bar:
-        for step in range(supervised.steps):
+    """Train until the last step, or until the held-out accuracy is reached; return the number of steps. Collective."""
+    supervised, highest = config.supervised, math.nan  # accuracy of the evaluations
+    with Bar("sft", supervised.steps, distributed.rank() == 0, run.first_step) as bar:
+        run.timer.start()
+        for step in range(run.first_step, supervised.steps):
+            if is_due(step, supervised.evaluate_every, supervised.steps):
+                highest = run.metrics.first_and_best(FIGURE)[1]
+                if highest >= supervised.stop_at_accuracy:
+                    return step
             heartbeat.step(step)
-            batch = packing.batch(demonstrations.take(step), packing_spec)
-            metrics = policy.imitate(batch)
+            with run.phase("policy"):
+                metrics = policy.imitate(packing.batch(demonstrations.take(step), packing_spec))
             guard.check(metrics, config.guard, step)
-            log(step, metrics)
-            note = f"loss {metrics['loss/total']:.3f}"
-            if accuracy and (step + 1) % supervised.evaluate_every == 0:
-                held_out_accuracy = accuracy()
-                note += f", held-out accuracy {held_out_accuracy:.3f}"
-                if held_out_accuracy >= supervised.stop_at_accuracy:
-                    bar.advance(1, note)
-                    return step + 1
-            bar.advance(1, note)
+            run.metrics.log_step(step, metrics | run.timer.finish_step(metrics, []))
+            hooks.after_step(step + 1)
+            accuracy = "" if math.isnan(highest) else f", highest held-out accuracy {highest:.3f}"
+            bar.advance(1, f"loss {metrics['loss/total']:.3f}{accuracy}")
     return supervised.steps
-
-
-def _log_to(run: Path) -> Callable[[int, Metrics], None]:
-    """Append metrics to the run folder, on the first rank."""
-
-    def log(step: int, metrics: Metrics) -> None:
-        if distributed.rank() == 0:
-            append_row(run / "metrics.jsonl", {"step": step, **metrics})
-
-    return log

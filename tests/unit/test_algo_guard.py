@@ -8,11 +8,13 @@ import math
 
 import pytest
 import torch
+from fake_pieces import FakeHooks
 
 from oreal_megatron import config as c
 from oreal_megatron.algo import guard, loss, packing
 from oreal_megatron.observe import dumps
 from oreal_megatron.observe.metric_comparison import compare_metrics
+from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import PackingSpec, TokenWeights
 from oreal_megatron.runtime import checkpoint_folders
 from oreal_megatron.training import supervised
@@ -81,7 +83,7 @@ def test_one_bad_score_is_seen(bad, reward, make_samples):
     assert not metrics["reward_model/score_mean"].isfinite()
 
 
-def test_supervised_steps_that_are_skipped_stop_it_too(make_samples):
+def test_supervised_steps_that_are_skipped_stop_it_too(make_samples, tmp_path):
     class Policy:
         def imitate(self, batch) -> dict[str, float]:
             return {"loss/total": math.nan} | row("policy", skipped=1, consecutive_skips=1)
@@ -90,9 +92,9 @@ def test_supervised_steps_that_are_skipped_stop_it_too(make_samples):
         def take(self, step: int) -> list:
             return make_samples(1)
 
-    config = c.Config(guard=c.GuardConfig(max_consecutive_skips=1))
+    config = c.Config(run=str(tmp_path / "run"), guard=c.GuardConfig(max_consecutive_skips=1))
     with pytest.raises(c.RunStopped, match="step 0: the policy has skipped 1 steps in a row.*loss/total is nan"):
-        supervised.imitate(config, Demonstrations(), Policy(), lambda: 0.0, lambda *row: None, PackingSpec(1000))
+        supervised.imitate(config, Demonstrations(), Policy(), Recorder(config), FakeHooks([]), PackingSpec(1000))
 
 
 def test_broken_weights_stop_the_run_at_once():
