@@ -54,6 +54,15 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return names for runs: their folders without the part that all share."""
+    parts = [path.resolve().parts for path in paths]
+    if len(parts) == 1:
+        return ["/".join(parts[0][-2:])]
+    shared = next((n for n, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
+    return ["/".join(own[shared:]) or own[-1] for own in parts]
+
+
 def summary(record: RunRecord) -> dict[str, Any]:
     """Return settings and held-out accuracy of a run as JSON values."""
     first, last = _first_and_last(record)
@@ -75,12 +84,8 @@ def print_table(records: Sequence[RunRecord]) -> None:
     """Print held-out accuracy before and after training, one line per run."""
     table = simple_table("\nheld-out accuracy with 95 % interval")
     add_columns(table, "run", "seed", "reward model", "mode", "before", "after", "gain (points)", "steps", "seconds")
-    for record in records:
-        settings = [
-            record.name,
-            str(record.config["seed"]),
-            record.reward_model,
-        ]
+    for record, name in zip(records, short_names([Path(record.name) for record in records]), strict=True):
+        settings = [name, str(record.config["seed"]), record.reward_model]
         length = [_steps(record), f"{record.seconds:.0f}" if record.seconds else ""]
         if not record.evaluations:
             table.add_row(*settings, "not evaluated", "", "", "", *length)

@@ -106,6 +106,7 @@ class Mlflow:
         self.mlflow.end_run()
 
 
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 KINDS: dict[str, Callable[[Config, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
 
 
@@ -116,7 +117,11 @@ class TrackerThread:
         self.name, self.waiting = name, queue.Queue[Values | None](MOST_WAITING)
         self.failed = False
         self.thread = threading.Thread(target=self._run, args=(config, first_step), name=f"tracker-{name}", daemon=True)
-        self.thread.start()
+        try:  # here: a process that is forked while another thread imports may hang
+            importlib.import_module(PACKAGES[name])
+            self.thread.start()
+        except Exception as error:  # a broken installation raises anything
+            self._fail(f"{type(error).__name__}: {error}")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the values of a step; never blocks."""
@@ -131,7 +136,8 @@ class TrackerThread:
         """Wait for the queued values, at most so long."""
         with contextlib.suppress(queue.Full):
             self.waiting.put_nowait(None)
-        self.thread.join(0.0 if self.failed else limit_s)
+        if not self.failed:
+            self.thread.join(limit_s)
         if self.thread.is_alive() and not self.failed:
             self._fail(f"it did not take the last values within {limit_s:g} s")
 

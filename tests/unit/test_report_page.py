@@ -118,6 +118,23 @@ def test_a_run_without_some_of_its_records_has_a_page_too(run, tmp_path, missing
     assert "</html>" in (tmp_path / "out.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda line: line[:40], "line 3 is damaged"),
+        (lambda line: "[]", "line 3 has no slot, index"),
+        (lambda line: "3", "line 3 is damaged"),
+        (lambda line: line.replace('"verdict"', '"outcome"'), "line 3 has no verdict"),
+    ],
+)
+def test_a_damaged_rollout_is_named_with_its_file_and_line(run, tmp_path, damage, says, capsys):
+    file = run / "rollouts/step_000002.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], damage(lines[2]), *lines[3:]]))
+    assert main.main(["report", str(run), "--html", str(tmp_path / "out.html")]) == 2
+    assert f"step_000002.jsonl {says}" in capsys.readouterr().err
+
+
 def test_charts_show_the_values_of_the_logs(run):
     record = run_report.read_run(run)
     data = run_data.read(record, "run")
@@ -163,8 +180,8 @@ def test_chosen_steps_are_spread_from_the_first_to_the_last(steps, most):
 
 def test_runs_are_named_by_the_folders_in_which_they_differ(tmp_path):
     paths = [tmp_path / name for name in ("arms/a/seed_0", "arms/b/seed_0")]
-    assert run_data.short_names(paths) == ["a/seed_0", "b/seed_0"]
-    assert run_data.short_names([tmp_path / "arms/a"]) == ["arms/a"]
+    assert run_report.short_names(paths) == ["a/seed_0", "b/seed_0"]
+    assert run_report.short_names([tmp_path / "arms/a"]) == ["arms/a"]
 
 
 def test_only_differing_settings_are_in_the_table_of_differences(run, tmp_path, model_folder):

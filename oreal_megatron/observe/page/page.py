@@ -14,9 +14,9 @@ from typing import Any
 from oreal_megatron.config import ConfigError
 from oreal_megatron.observe.page import panels, rollout_files, tables
 from oreal_megatron.observe.page.findings import findings
-from oreal_megatron.observe.page.run_data import RunData, read, short_names
+from oreal_megatron.observe.page.run_data import RunData, read
 from oreal_megatron.observe.page.token_values import Decode
-from oreal_megatron.observe.run_report import RunRecord
+from oreal_megatron.observe.run_report import RunRecord, short_names
 from oreal_megatron.observe.token_decoder import token_decoder
 
 SECTIONS = ("Overview", "Learning", "Rollouts", "Reward model", "Stability", "Time", "Settings", "Trajectories")
@@ -102,7 +102,7 @@ def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]]) -> str:
 
 def script_json(value: object) -> str:
     """Return JSON that may stand within a script element: no character of it ends the element."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _anchor(name: str) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oreal_megatron.config import ConfigError
 from oreal_megatron.observe.page.charts import Point
 from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.observe.run_report import RunRecord
 
 COUNTED_STEPS = 24  # of a run, whose rollouts are read for counts
 BINS = 10
+LEAVE_OUT = "remove the file to leave its step out"
+ROLLOUT_KEYS = ("slot", "index", "question", "gold_answer", "response", "tokens", "finished", "verdict", "method")
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,6 @@ def read(record: RunRecord, name: str) -> RunData:
     return RunData(name, path, record, read_rows(path / "calibration.jsonl"), counts)
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return names for runs: their folders without the part that all share."""
-    parts = [path.resolve().parts for path in paths]
-    if len(parts) == 1:
-        return ["/".join(parts[0][-2:])]
-    shared = next((n for n, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
-    return ["/".join(own[shared:]) or own[-1] for own in parts]
-
-
 def rollout_steps(run: Path) -> list[int]:
     """Return the steps whose rollouts are in the run folder."""
     names = (re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "rollouts").glob("step_*.jsonl"))
@@ -90,15 +84,20 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 def rows_by_prompt(run: Path, step: int) -> dict[int, list[dict[str, Any]]]:
     """Return the rollouts of a step by the slot of their prompt."""
     prompts: dict[int, list[dict[str, Any]]] = {}
-    for row in _rows(run / "rollouts" / f"step_{step:06d}.jsonl"):
-        prompts.setdefault(row["slot"], []).append(row)
+    file = run / "rollouts" / f"step_{step:06d}.jsonl"
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                missing = [key for key in ROLLOUT_KEYS if key not in row]
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"{file} line {number} is damaged ({error}); remove the file to leave it out"
+                ) from None
+            if missing:
+                raise ConfigError(f"{file} line {number} has no {', '.join(missing)}; remove the file to leave it out")
+            prompts.setdefault(row["slot"], []).append(row)
     return dict(sorted(prompts.items()))
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def count_step(step: int, prompts: dict[int, list[dict[str, Any]]]) -> StepCounts:
