@@ -6,7 +6,9 @@ outlive a killed rank and wait forever for a killed writer.
 
 from __future__ import annotations
 
+import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,8 @@ from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.saved_model import SavedModel
 from oreal_megatron.runtime import checkpoint_folders, disk_space, distributed, files, heartbeat
 
+log = logging.getLogger(__name__)
+ANNOUNCED_S = 10.0  # of waiting for the disk, until a message says so
 SPARE_BYTES = 16 * 2**20  # of disk, for the files' indices beside the tensors
 Describe = Callable[[str, Path], None]
 Attachments = Callable[[], dict[str, bytes]]  # further files of a checkpoint, by name
@@ -100,11 +104,12 @@ class CheckpointSaver:
         """
         if not self.pending:
             return
-        # Short collectives, none of which exceeds its time limit.
-        while not all(distributed.all_gather_object(self.pending.written.done())):
-            if self.pending.written.done():  # ranks without progress are then those that cannot write
-                heartbeat.beat()
-            time.sleep(0.01)
+        announced = threading.Timer(ANNOUNCED_S, log.info, [f"waiting until {self.pending.partial.name} is written"])
+        announced.start()
+        try:
+            self._wait(self.pending)
+        finally:
+            announced.cancel()
         pending, self.pending = self.pending, None
         digests = _gather_digests(pending)
         disk_space.wait_for_room(
@@ -117,6 +122,13 @@ class CheckpointSaver:
         if distributed.rank() == 0:
             files.write_when_space(self.folder, self._complete, pending.partial, digests)
         dist.barrier()
+
+    def _wait(self, pending: PendingSave) -> None:
+        """Wait until all ranks have written their files, in short collectives, none of which exceeds its time limit."""
+        while not all(distributed.all_gather_object(pending.written.done())):
+            if pending.written.done():  # ranks without progress are then those that cannot write
+                heartbeat.beat()
+            time.sleep(0.01)
 
     def _complete(self, partial: Path, digests: checkpoint_folders.Digests) -> None:
         if partial.exists():  # after a retry only the lines below are repeated
