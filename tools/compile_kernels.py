@@ -23,6 +23,7 @@ import triton
 from oreal_kernels import triton_launch
 from oreal_kernels.combine import combine_kernel
 from oreal_kernels.policy_loss import terms_kernel
+from oreal_kernels.rotary import rotary_kernel
 from oreal_kernels.row_gradient import gradient_kernel
 from oreal_kernels.row_statistics import statistics_kernel
 from oreal_kernels.scores_to_weights import BELIEFS, weights_kernel
@@ -41,7 +42,8 @@ SCALARS = {
         ("threshold_correct", "threshold_incorrect", "correct_scale", "incorrect_scale", "kl_scale"), "fp32"
     ),
     **dict.fromkeys(("rows", "columns", "all_columns", "tokens", "width"), "i32"),
-    **dict.fromkeys(("row_stride", "out_stride"), "i32"),
+    **dict.fromkeys(("row_stride", "out_stride", "heads"), "i32"),
+    **dict.fromkeys(("x_row_stride", "x_head_stride", "out_row_stride", "out_head_stride"), "i32"),
 }
 
 
@@ -63,6 +65,9 @@ def variants() -> Iterator[tuple[str, str, object, dict, dict]]:
     for belief in BELIEFS:
         constants = dict(PREFIX_MEAN=belief == "prefix_mean")
         yield f"token weights {belief}", "token_weights", weights_kernel, constants, {}
+    for name, sign in (("forward", 1.0), ("backward", -1.0)):
+        constants = dict(HALF=64, COLUMNS=64, SIGN=sign)
+        yield f"rotary {name}", "rotary", rotary_kernel, constants, dict(x="bf16", out="bf16")
     for name, kind in (("k1", 1), ("k3", 3)):
         yield (
             f"policy terms {name}",

@@ -20,10 +20,11 @@ _COMMON: dict[str, dict[str, int]] = {
     "combine": dict(BLOCK=256, num_warps=4),
     "token_weights": dict(BLOCK=1024, num_warps=4),
     "policy_terms": dict(BLOCK=1024, num_warps=4),
+    "rotary": dict(BLOCK=8, num_warps=4),
 }
 TABLES: dict[int, dict[str, dict[str, int]]] = {80: _COMMON, 90: _COMMON, 100: _COMMON}  # by compute capability
 # In the interpreter every block is a numpy call; small blocks make tests cross block boundaries.
-_INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON}
+_INTERPRETED: dict[str, dict[str, int]] = {name: dict(BLOCK=64) for name in _COMMON} | {"rotary": dict(BLOCK=4)}
 
 
 def options(kernel: str, device: torch.device) -> dict[str, Any]:

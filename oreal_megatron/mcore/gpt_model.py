@@ -93,21 +93,27 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
             raise ConfigError(
                 f"config.megatron: {key} is derived from the model and the other sections; set those instead"
             )
+    if config.model.layers == "local":
+        megatron_patches.use_own_rotary(layers.fused_rotary)
     if config.megatron.get("deterministic_mode"):
         _require_deterministic_libraries()
     try:
         with cpu_shim():
-            return TransformerConfig(**fixed, **{**_fusions(arch), **config.megatron})
+            return TransformerConfig(**fixed, **{**_fusions(arch, config), **config.megatron})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
-def _fusions(arch: Architecture) -> dict[str, bool]:
-    """Return which operations Megatron fuses by default: on GPUs SwiGLU, compiled by torch alone.
+def _fusions(arch: Architecture, config: Config) -> dict[str, bool]:
+    """Return which operations are fused by default: on GPUs SwiGLU, compiled by torch, and our rotary embedding.
 
-    On CPUs it would need a C++ compiler, and results would change in their last digits.
+    On CPUs the first would need a C++ compiler, and results would change in their last digits.
     """
-    return NEED_APEX_OR_TE | {"bias_activation_fusion": torch.cuda.is_available() and not arch.experts}
+    on_gpu = torch.cuda.is_available()
+    return NEED_APEX_OR_TE | {
+        "bias_activation_fusion": on_gpu and not arch.experts,
+        "apply_rope_fusion": on_gpu and config.model.layers == "local",
+    }
 
 
 def _require_deterministic_libraries() -> None:
@@ -148,7 +154,8 @@ def _chunk(arch: Architecture, config: Config, megatron: TransformerConfig, head
         share_embeddings_and_output_weights=arch.tied and head == "lm",
         vp_stage=chunk if config.parallel.virtual > 1 else None,
     )
-    model.rotary_pos_emb = layers.PackedRotary(arch.rope.frequencies(arch.head_dim).to(device()))
+    fused_rotary = megatron.apply_rope_fusion and config.model.layers == "local"
+    model.rotary_pos_emb = layers.PackedRotary(arch.rope.frequencies(arch.head_dim).to(device()), fused_rotary)
     if head == "scalar" and stage == stages - 1:
         model.output_layer = ScalarHead(arch.hidden, megatron.params_dtype, megatron.sequence_parallel)
     elif stage == stages - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import oreal_kernels
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
@@ -40,11 +41,15 @@ def mark_sequence_parallel(weight: nn.Parameter, enabled: bool) -> None:
 
 
 class PackedRotary(nn.Module):
-    """Rotary embedding by the positions of a packed micro-batch; Megatron's counts rows instead."""
+    """Rotary embedding by the positions of a packed micro-batch; Megatron's counts rows instead.
 
-    def __init__(self, frequencies: Tensor):
+    `fused`: for `fused_rotary`, which reads cosines and sines where Megatron computes them again in every layer.
+    """
+
+    def __init__(self, frequencies: Tensor, fused: bool):
         super().__init__()
         self.frequencies = frequencies  # [d / 2] float32, no buffer: a cast of the model must not round it
+        self.fused = fused
 
     def get_rotary_seq_len(
         self, inference: Any, block: Any, hidden: Any, config: Any, packed: PackedSequences
@@ -53,9 +58,17 @@ class PackedRotary(nn.Module):
         return packed.positions
 
     def forward(self, positions: Tensor, **other: Any) -> Tensor:
-        """Return [S, 1, 1, d] angles."""
+        """Return [S, 1, 1, d] angles, twice each, or their cosines and then their sines."""
         angles = torch.outer(positions.float(), self.frequencies.to(positions.device))
-        return torch.cat([angles, angles], -1)[:, None, None, :]
+        halves = [angles.cos(), angles.sin()] if self.fused else [angles, angles]
+        return torch.cat(halves, -1)[:, None, None, :]
+
+
+def fused_rotary(x: Tensor, cos_sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Return queries or keys [S, 1, heads, d] turned by [S, 1, 1, d] cosines and sines, as Megatron calls it."""
+    if interleaved or x.shape[1] != 1:
+        raise ValueError(f"fused_rotary is for halves and one pack; got interleaved={interleaved}, {list(x.shape)}")
+    return oreal_kernels.rotary(x.squeeze(1), cos_sin[:, 0, 0])[:, None]
 
 
 class PackedAttention(nn.Module):

@@ -6,6 +6,7 @@
 | `use_torch_adam` | with Transformer Engine or apex, FusedAdam is silently used | none | the caller can choose AdamW |
 | `loadable_torch_adam` | AdamW's `step` is expected in the checkpoint | [2] | loading skips `step` |
 | `use_own_weight_gradient` | fp32 gradient buffers need apex's extension | none | there is a fallback without apex |
+| `use_own_rotary` | fused rotary embedding needs Transformer Engine | none | the caller can pass a function |
 | `prepare_experts` | experts need a symbol of Transformer Engine, and CUDA streams | [1] | they run without both |
 | `use_local_results_queue` | a save starts a process only to hold a queue | none | the queue can be passed in |
 
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import megatron.core.optimizer
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers as linear_layers
@@ -157,6 +159,11 @@ def use_own_weight_gradient() -> None:
     if not linear_layers._grad_accum_fusion_available:
         linear_layers.fused_weight_gradient_mlp_cuda = Fp32WeightGradient
         linear_layers._grad_accum_fusion_available = True
+
+
+def use_own_rotary(rotate: Callable[..., Tensor]) -> None:
+    """Let `apply_rope_fusion` call this function; call it before a TransformerConfig is made."""
+    rope_utils.fused_apply_rotary_pos_emb = rotate
 
 
 def prepare_experts() -> None:

@@ -20,6 +20,7 @@ FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_
 CUTS = {
     "each sequence alone": ({}, 1),
     "many micro-batches": ({}, 40),
+    "fused rotary embedding": ({}, 60, dict(apply_rope_fusion=True)),
     "deterministic": ({}, 60, dict(deterministic_mode=True)),
 }  # the last, because the switch stays on
 PAIRS = {  # two processes
@@ -31,7 +32,7 @@ PAIRS = {  # two processes
     "context parallel": (dict(context=2), 60),
     "overlapping communication": (dict(overlap=True), 40),
     "full recomputation": (dict(), 60, FULL),
-    "selective recomputation": (dict(tensor=2), 60, dict(recompute_granularity="selective")),
+    "selective recomputation": (dict(tensor=2), 60, dict(recompute_granularity="selective", apply_rope_fusion=True)),
     "planted: each rank divides by its own tokens": ({}, 60),
 }
 FOURS = {  # four processes
