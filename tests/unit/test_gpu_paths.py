@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings import rope_utils
 from repository import ROOT
 
 from oreal_megatron import config as c
-from oreal_megatron.mcore import gpt_model, parallel, varlen_attention
+from oreal_megatron.mcore import gpt_model, layers, parallel, varlen_attention
 from oreal_megatron.models import architecture
 
 FAMILIES = json.loads((ROOT / "tests/families.json").read_text())
@@ -56,10 +57,38 @@ def test_swiglu_is_fused_on_gpus_unless_the_recipe_says_otherwise(family, fused,
     arch = architecture.read(FAMILIES[family])
     assert not gpt_model.transformer_config(arch, c.Config()).bias_activation_fusion
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpt_model._fusions(arch)["bias_activation_fusion"] is fused
+    assert gpt_model._fusions(arch, c.Config())["bias_activation_fusion"] is fused
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     allowed = c.Config(megatron={"bias_activation_fusion": True})
     assert gpt_model.transformer_config(arch, allowed).bias_activation_fusion
+
+
+def test_rotary_embedding_is_fused_on_gpus_for_local_layers_unless_the_recipe_says_otherwise(monkeypatch):
+    """Transformer Engine's layers leave Megatron's function in place, which reads angles."""
+    arch, fused = architecture.read(FAMILIES["Qwen2"]), c.Config(megatron={"apply_rope_fusion": True})
+    theirs = c.Config(model=c.ModelConfig(layers="transformer_engine"))
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
+    assert not gpt_model.transformer_config(arch, theirs).apply_rope_fusion
+    assert rope_utils.fused_apply_rotary_pos_emb is None
+    assert not gpt_model.transformer_config(arch, c.Config()).apply_rope_fusion, "on CPUs digits stay"
+    assert gpt_model.transformer_config(arch, fused).apply_rope_fusion
+    assert rope_utils.fused_apply_rotary_pos_emb is layers.fused_rotary
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpt_model._fusions(arch, c.Config())["apply_rope_fusion"]
+    assert not gpt_model._fusions(arch, theirs)["apply_rope_fusion"]
+
+
+def test_fused_rotary_embedding_equals_megatrons():
+    """Angles of positions up to 16384, queries as a slice of the projection; only roundings differ."""
+    generator = torch.Generator().manual_seed(0)
+    frequencies = 1 / 10_000 ** (torch.arange(0, 8) / 8)
+    positions = torch.randint(0, 16_384, (40,), generator=generator)
+    query = torch.randn(40, 1, 6, 24, generator=generator)[..., :16]
+    angles, cos_sin = (layers.PackedRotary(frequencies, fused)(positions) for fused in (False, True))
+    expected = rope_utils._apply_rotary_pos_emb_bshd(query, angles)
+    torch.testing.assert_close(layers.fused_rotary(query, cos_sin), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="interleaved=True"):
+        layers.fused_rotary(query, cos_sin, interleaved=True)
 
 
 @pytest.mark.parametrize(
