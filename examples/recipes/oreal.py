@@ -132,8 +132,8 @@ def _oreal(
         sampling=SamplingConfig(rollouts_per_prompt=16, temperature=1.0, top_p=0.9, max_new_tokens=14000),
         # [paper], [code] synchronous: every response is finished in its step, by the policy that is trained. [ours]
         # off as there, though the longest responses take most of a step: partial rollouts would train 1.2 to 1.4 times
-        # as many tokens per second by `oreal plan --rollouts`, but no run has shown yet that learning is unharmed. On
-        # with --set rollout.round_tokens=512 rollout.pool=1.5 loss.ratio_cap=2 loss.ratio_tokens=carried
+        # as many tokens per second by `oreal plan --rollouts`, but no run has shown yet that learning is unharmed.
+        # RolloutConfig(round_tokens=512, pool=1.5) with LossConfig(ratio_cap=2.0, ratio_tokens="carried") turns it on.
         rollout=RolloutConfig(round_tokens=0),
         data=DataConfig(
             path=_data("oreal_prompts.jsonl"),

@@ -48,8 +48,8 @@ POLICIES = (
     RolloutPolicy("over-sampling 1.5, abort", pool=1.5),
     RolloutPolicy("partial rollouts, pool 1.5", pool=1.5, carry=True),
     RolloutPolicy("partial rollouts, pool 2", pool=2.0, carry=True),
-    RolloutPolicy("rollout.pool=1.5, staleness=1, round_tokens=512", "rollouts", 1.5, True, 0.0, 1, 512),
-    RolloutPolicy("rollout.pool=2, staleness=2, round_tokens=512", "rollouts", 2.0, True, 0.0, 2, 512),
+    RolloutPolicy("pool=1.5 staleness=1 round_tokens=512", "rollouts", 1.5, True, 0.0, 1, 512),
+    RolloutPolicy("pool=2 staleness=2 round_tokens=512", "rollouts", 2.0, True, 0.0, 2, 512),
 )
 SEPARATE = (0.5, 0.75, 0.875)  # shares of generating GPUs that are tried for one step ahead
 
@@ -114,7 +114,7 @@ def simulate(
         policy,
         generation,
         step_s,
-        1 - sum(sum(step.busy) for step in steps) / (replicas * sum(step.seconds for step in steps)),
+        max(0.0, 1 - sum(sum(step.busy) for step in steps) / (replicas * sum(step.seconds for step in steps))),
         sum(step.row_seconds for step in steps) / (replicas * sum(step.seconds for step in steps)),
         sum(step.aborted for step in steps) / sum(step.decoded for step in steps),
         tokens / sum(len(prompt.rollouts) for prompt in trained) / simulation.mean_length,
