@@ -677,15 +677,6 @@ def test_no_chunk_size_is_modelled_faster_than_the_chosen_one_by_more_than_its_r
     assert chunk_plan.modelled_seconds(plan, *shape, speed) <= 1.02 * min(times)
 
 
-def test_a_last_wave_costs_as_much_as_a_full_one():
-    """The hidden states' gradient of 3520 rows takes 560 tiles: 5 waves of 132, the last of them a quarter full."""
-    shape, tile_seconds = (5120, 152064), 2 * 128 * 256 * 152064 / (chunk_plan.GPU.flops / 132)
-    for rows, waves in ((3520, 5), (3328, 4), (3329, 5), (128, 1), (1, 1)):
-        seconds = chunk_plan._product_seconds(rows, *shape, chunk_plan.GPU)
-        assert seconds == pytest.approx(waves * tile_seconds)
-    assert chunk_plan.choose(16384, *shape, 152064 * 2, 2**30, "recompute", chunk_plan.GPU).chunk_rows == 3328
-
-
 @pytest.mark.parametrize("rows", [1, 63, 65, 1000, 5000, 8192])
 def test_rows_that_fit_are_one_chunk(rows):
     """Not 4992 rows and a chunk of 8, which would read and write the weight's gradient once more."""
