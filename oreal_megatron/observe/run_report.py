@@ -86,7 +86,7 @@ def print_table(records: Sequence[RunRecord]) -> None:
     add_columns(table, "run", "seed", "reward model", "mode", "before", "after", "gain (points)", "steps", "seconds")
     for record, name in zip(records, short_names([Path(record.name) for record in records]), strict=True):
         settings = [name, str(record.config["seed"]), record.reward_model]
-        length = [_steps(record), f"{record.seconds:.0f}" if record.seconds else ""]
+        length = [steps_taken(record), f"{record.seconds:.0f}" if record.seconds else ""]
         if not record.evaluations:
             table.add_row(*settings, "not evaluated", "", "", "", *length)
             continue
@@ -96,7 +96,7 @@ def print_table(records: Sequence[RunRecord]) -> None:
     Console().print(table)
 
 
-def _steps(record: RunRecord) -> str:
+def steps_taken(record: RunRecord) -> str:
     """Return the steps of a run, with those that an unfinished one should have."""
     taken, planned = len(record.metrics), record.config.get("steps", 0)
     supervised = not any("reward/pass_rate" in row for row in record.metrics)

@@ -148,6 +148,15 @@ def test_charts_show_the_values_of_the_logs(run):
     assert all(step.pass_rates == [0, 0, 0, 5, 0, 0, 0, 0, 0, 0] for step in data.counts), "unknown is not incorrect"
 
 
+def test_what_was_not_recorded_has_no_empty_chart_and_metrics_of_the_user_have_one(run):
+    rows = [{"step": step, "loss/total": 1.0, "own/<b>count</b>": step} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = run_data.read(run_report.read_run(run), "run")
+    titles = re.findall(r"<figcaption[^>]*>([^<]*)</figcaption>", page.page([data], []))
+    assert {"Policy loss", "Held-out accuracy", "own/&lt;b&gt;count&lt;/b&gt;"} <= set(titles)
+    assert not {"Gradient norm", "Response length", "Seconds of a step"} & set(titles)
+
+
 def test_findings_name_what_is_out_of_range_and_nothing_else(run):
     data = run_data.read(run_report.read_run(run), "run")
     told = "\n".join(findings.findings(data))

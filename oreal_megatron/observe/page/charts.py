@@ -112,11 +112,11 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 
 def draw_lines(chart: Chart) -> str:
-    """Return a figure with one line per series; without values it says so."""
+    """Return a figure with one line per series, "" without values."""
     series = [(line, thin(finite(line.points))) for line in chart.series]
     series = [(line, points) for line, points in series if points]
     if not series:
-        return _figure(chart.title, '<p class="empty">not recorded</p>', "", chart.note, chart.meaning)
+        return ""
     axes = _axes(
         chart, [point for line, points in series for point in (*points, *finite(line.low), *finite(line.high))]
     )
@@ -190,7 +190,7 @@ def _text(kind: str, x: float, y: float, anchor: str, text: str) -> str:
 def draw_stack(title: str, labels: Sequence[str], rows: Sequence[tuple[float, Sequence[float]]], note: str = "") -> str:
     """Return a figure with a stacked bar for each row (x, line value per label)."""
     if not rows or not any(any(values) for _, values in rows):
-        return _figure(title, '<p class="empty">not recorded</p>', "", note)
+        return ""
     size = -(-len(rows) // 120)  # steps of line bar
     bars = [_mean_row(rows[start : start + size]) for start in range(0, len(rows), size)]
     top = max(sum(values) for _, values in bars)
@@ -229,10 +229,10 @@ def _bar(axes: Axes, xs: tuple[float, float], ys: tuple[float, float], colour: i
 
 
 def draw_histogram(title: str, groups: Sequence[tuple[str, Sequence[int]]], x_label: str, note: str = "") -> str:
-    """Return a figure with counts in equal bins of [0, 1], the groups beside each other."""
+    """Return a figure with counts in equal bins of [0, 1], the groups beside each other; "" without counts."""
     groups = [group for group in groups if any(group[1])]
     if not groups:
-        return _figure(title, '<p class="empty">not recorded</p>', "", note)
+        return ""
     bins = len(groups[0][1])
     shares = [[count / sum(counts) for count in counts] for _, counts in groups]
     axes = Axes((0.0, 1.0), (0.0, max(max(row) for row in shares) * 1.05))

@@ -110,7 +110,8 @@ def _anchor(name: str) -> str:
 
 
 def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
+    drawn = "".join(figures)
+    return f'<div class="grid">{drawn}</div>' if drawn else '<p class="empty">not recorded</p>'
 
 
 def _heading(run: RunData, runs: Sequence[RunData]) -> str:
@@ -128,7 +129,8 @@ def _overview(runs: Sequence[RunData]) -> str:
 
 
 def _learning(runs: Sequence[RunData]) -> str:
-    return _grid([panels.draw_accuracy(runs), *(panels.draw_panel(panel, runs) for panel in panels.LEARNING)])
+    drawn = [panels.draw_panel(panel, runs) for panel in (*panels.LEARNING, *panels.own(runs))]
+    return _grid([panels.draw_accuracy(runs), *drawn])
 
 
 def _rollouts(runs: Sequence[RunData]) -> str:

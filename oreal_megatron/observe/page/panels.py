@@ -91,6 +91,12 @@ SPEED = (
 )
 
 
+def own(runs: Sequence[RunData]) -> list[Panel]:
+    """Return a panel for each metric of the user's function."""
+    names = {name for run in runs for row in run.record.metrics for name in row if name.startswith("own/")}
+    return [Panel(name, ((name, name),)) for name in sorted(names)]
+
+
 def draw_panel(panel: Panel, runs: Sequence[RunData]) -> str:
     """Draw a panel: colours tell runs apart, or metrics if there is one run."""
     several = len(runs) > 1

@@ -10,6 +10,7 @@ from typing import Any
 from oreal_megatron.observe import speed_report
 from oreal_megatron.observe.page.charts import format_value
 from oreal_megatron.observe.page.run_data import RunData
+from oreal_megatron.observe.run_report import steps_taken
 
 LAST = ("reward/pass_rate", "policy/reference_kl", "rollout/truncated_share")
 LONGEST_CELL = 400  # characters
@@ -42,10 +43,8 @@ def overview(runs: Sequence[RunData]) -> str:
     for run in runs:
         accuracies = [_accuracy(run, number, prefix) for prefix in prefixes for number in (0, -1)]
         last = [run.mean_of_last(name) for name in LAST]
-        planned = run.record.config.get("steps", 0)
-        steps = f"{len(run.record.metrics)} of {planned}" if len(run.record.metrics) < planned else str(planned)
         figures = ["" if value is None else value for value in last]
-        rows.append((run.name, steps, *accuracies, *figures, f"{run.record.seconds:.0f}"))
+        rows.append((run.name, steps_taken(run.record), *accuracies, *figures, f"{run.record.seconds:.0f}"))
     modes = [f"held-out {when}{mode}" for mode in ("", ", sampled")[: len(prefixes)] for when in ("before", "after")]
     head = ("run", "steps", *modes, "pass rate", "KL", "truncated", "seconds")
     return table(head, rows, "pass rate, KL and truncated share: mean of the last ten steps")
