@@ -12,7 +12,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
 from oreal_kernels.policy_loss import MAX_DISTANCE
 from torch import Tensor
 
@@ -54,8 +53,8 @@ def with_kl_in_advantages(batch: Batch, centred: Mapping[RolloutKey, float], coe
 
     def lowered(micro_batch: MicroBatch) -> MicroBatch:
         kl_B = [centred.get((slot, index), 0.0) for slot, index in micro_batch.rollouts.tolist()]
-        penalty_B = coefficient * torch.tensor(kl_B, dtype=torch.float64)
-        advantage = (micro_batch.advantage.cpu().double() - penalty_B).float()
-        return dataclasses.replace(micro_batch, advantage=advantage.to(micro_batch.advantage.device))
+        advantage = micro_batch.advantage.double()
+        lowered_B = advantage - coefficient * advantage.new_tensor(kl_B)
+        return dataclasses.replace(micro_batch, advantage=lowered_B.float())
 
     return dataclasses.replace(batch, micro_batches=tuple(map(lowered, batch.micro_batches)))

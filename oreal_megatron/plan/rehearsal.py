@@ -18,6 +18,7 @@ from oreal_megatron.plan import activations, matching, memory, report_tables, sy
 from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.reshard.planner import BUFFERS
 
+PARTS = ("parameters", "gradients", "optimizer", "average")  # of a model's memory; the average of a moving reference
 FAULTS_SHOWN = 5
 
 
@@ -129,17 +130,19 @@ def _print_results(
 def _size_table(scenario: Scenario, ran: list[rehearse_rank.RankRehearsal]) -> Table:
     """Return a table of planned sizes beside those of the rehearsal."""
     table = simple_table("GiB, planned / built")
-    for column in ("rank", "model", "parameters", "gradients", "optimizer", "saved activations"):
+    for column in ("rank", "model", *PARTS, "saved activations"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for rank in ran:
         stage = rank.rank // (scenario.world // scenario.config.parallel.pipeline)
         for name, parts in rank.bytes.items():
-            planned, pairs = memory.model_bytes(scenario, stage, scenario.roles[name]), []
+            planned = memory.model_bytes(scenario, stage, scenario.roles[name])
             planned["average"] = 4 * scenario.elements(stage, "lm")  # of a moving reference
+            pairs: list[tuple[float, float]] = [
+                (planned[part], parts[part]) if part in parts else (0, 0) for part in PARTS
+            ]
             if rank.activation_bytes.get(name):
                 saved = activations.saved_bytes_for(scenario.arch, scenario.config, stage, rank.tokens)
-                pairs = [(saved, rank.activation_bytes[name])]
-            sizes = [(planned[part], size) for part, size in parts.items()]
-            cells = [f"{expected / 2**30:.2f} / {actual / 2**30:.2f}" for expected, actual in sizes + pairs]
+                pairs.append((saved, rank.activation_bytes[name]))
+            cells = [f"{expected / 2**30:.2f} / {actual / 2**30:.2f}" if actual else "" for expected, actual in pairs]
             table.add_row(str(rank.rank), name, *cells)
     return table

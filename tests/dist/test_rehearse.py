@@ -66,6 +66,29 @@ def every_layout() -> list[dict]:
     return results
 
 
+def with_every_part_of_t1() -> dict:
+    """A rehearsal with a moving reference, KL in the reward and the entropy bonus."""
+    from oreal_megatron import config as c
+    from oreal_megatron.plan import rehearsal, synthetic
+
+    plain = case(2, 1, 1, 1, {}, world=2)
+    config = dataclasses.replace(
+        plain.config, reference=c.ReferenceConfig(0.9), reward_model=c.RewardModelConfig(enabled=False),
+        selection=c.SelectionConfig(keep="all"), loss=c.LossConfig(reward_kl_coef=0.1, entropy_coef=0.1),
+    )  # fmt: skip
+    scenario = dataclasses.replace(plain, config=config)
+    done = rehearsal.play(scenario, synthetic.default_ranks(scenario))
+    sizes = {(name, part): size for name, parts in done.ran[0].bytes.items() for part, size in parts.items()}
+    return {"errors": done.errors, "faults": rehearsal.checks(scenario, done), "sizes": sizes}
+
+
+def test_t1_runs_without_data_and_its_average_is_float32(in_processes):
+    (result,) = in_processes(1, with_every_part_of_t1)
+    assert not result["errors"] and not any(result["faults"].values())
+    sizes = result["sizes"]
+    assert sizes["reference", "average"] == 2 * sizes["reference", "parameters"] > 0
+
+
 def planted() -> dict[str, dict]:
     """Faults that a rehearsal finds when one rank, the second of eight, is otherwise."""
     from oreal_megatron.mcore import rehearse_rank
