@@ -99,21 +99,19 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         _require_deterministic_libraries()
     try:
         with cpu_shim():
-            return TransformerConfig(**fixed, **{**_fusions(arch, config), **config.megatron})
+            return TransformerConfig(**fixed, **{**_fusions(arch), **config.megatron})
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses this configuration: {error}") from error
 
 
-def _fusions(arch: Architecture, config: Config) -> dict[str, bool]:
-    """Return which operations are fused by default: on GPUs SwiGLU, compiled by torch, and our rotary embedding.
+def _fusions(arch: Architecture) -> dict[str, bool]:
+    """Return which operations are fused by default: on GPUs SwiGLU, compiled by torch.
 
-    On CPUs the first would need a C++ compiler, and results would change in their last digits.
+    On CPUs it would need a C++ compiler, and results would change in their last digits. The fused rotary embedding
+    waits for a GPU to run it: a recipe sets `megatron={"apply_rope_fusion": True}`.
     """
     on_gpu = torch.cuda.is_available()
-    return NEED_APEX_OR_TE | {
-        "bias_activation_fusion": on_gpu and not arch.experts,
-        "apply_rope_fusion": on_gpu and config.model.layers == "local",
-    }
+    return NEED_APEX_OR_TE | {"bias_activation_fusion": on_gpu and not arch.experts, "apply_rope_fusion": False}
 
 
 def _require_deterministic_libraries() -> None:
