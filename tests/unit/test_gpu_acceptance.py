@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from unittest import mock
 
 import pytest
 import torch
 from repository import load_tool
 
 acceptance = load_tool("gpu_acceptance")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """The stage `training` is a job of one process, and leaves its variables."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def test_a_dry_run_reaches_every_stage_and_judges_results_but_no_speed(tmp_path, capsys):

