@@ -85,7 +85,8 @@ TENSORS = "load 51"  # of four layers
     ("command", "wanted"),
     [
         ("train", [*BUILT, *BUILT, *BUILT, "wake", TENSORS, "accept 0", "evaluate", "train"]),
-        ("sft", [*BUILT, *["wake", TENSORS, "accept 1", "evaluate", "sleep"],
+        ("sft", [*BUILT, *["wake", TENSORS, "accept 0", "evaluate", "sleep"],
+                 *["wake", TENSORS, "accept 1", "evaluate", "sleep"],
                  *["wake", TENSORS, "accept 2", "evaluate", "sleep"]]),
     ],
 )  # fmt: skip
