@@ -45,7 +45,7 @@ def verdicts_of_a_step(free_port: int) -> dict:
             return f"{type(error).__name__}: {error}"
 
     down = c.JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",), all_down_wait_s=0.3, retries=0, connect_timeout_s=0.2)
-    scripted = shows_all(c.VerifyConfig(), Pool(1, 0.5, command=SCRIPT))
+    scripted = shows_all(c.VerifyConfig(), Pool(1, 2.0, command=SCRIPT))
     broken = shows_all(c.VerifyConfig(), Pool(1, command=[*SCRIPT, "stillborn"])) if mine else scripted
     judged = Grader(c.VerifyConfig(judge=down)) if mine else scripted
     found = {
@@ -65,7 +65,7 @@ def shows_all(verify, pool):
     from oreal_megatron.verify.grader import Grader
 
     class Shown(Grader):
-        def submit(self, gold, text, finished, question):
+        def submit(self, gold, text, finished, question, row):
             return self.submit_text(gold, text, question)
 
     return Shown(verify, pool)
