@@ -2,7 +2,7 @@
 # Inputs and supervised policy of the checked task under runs/checked, unless they exist; used by the scripts beside it.
 #     bash examples/checked_policy.sh [SEED]
 # Running sums modulo 10 with a written check after each step (tools/checked_steps.py). Three stages of supervised
-# fine-tuning: sums, checks, then the careless demonstrations that the policy shall imitate.
+# fine-tuning: sums without errors, checks, then the careless demonstrations that the policy shall imitate.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seed=${1:-0} folder=runs/checked recipes=examples/recipes/checked.py

@@ -5,8 +5,8 @@
 writes runs/checked/start (a model folder), problems, held_out, demonstrations and checks.jsonl. checked_steps.py shows
 the text. The demonstrations are by a careless hand: a step is wrong with a probability of 15 %, the checks are right. A
 policy taught on them errs as often, and its states hold which steps were wrong, as those of a pretrained model may.
-checks.jsonl has demonstrations with 50 % wrong steps, from which checks are learnt in fewer updates. Held-out problems
-appear in no other file.
+sums.jsonl has demonstrations without wrong steps, from which sums are learnt with every seed tried, and checks.jsonl some
+with 50 % wrong steps, from which checks are learnt in fewer updates. Held-out problems appear in no other file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 import checked_steps
 from small_model import make_model, write_lines
 
-ERROR_RATES = {"demonstrations": 0.15, "checks": 0.5}  # file: probability that a step is wrong
+ERROR_RATES = {"sums": 0.0, "demonstrations": 0.15, "checks": 0.5}  # file: probability that a step is wrong
 
 
 def make_problems(path: Path, seed: int, training: int, held_out: int, demonstrations: int) -> None:
     """Write distinct problems to the files, so many demonstrations to each of theirs."""
     generator = random.Random(seed)
-    numbers = generator.sample(range(10**checked_steps.TERMS), training + held_out + 2 * demonstrations)
+    numbers = generator.sample(range(10**checked_steps.TERMS), training + held_out + len(ERROR_RATES) * demonstrations)
     sums = [[int(digit) for digit in f"{number:0{checked_steps.TERMS}d}"] for number in numbers]
     problems = [
         {"question": checked_steps.question(terms), "gold_answer": checked_steps.answer(terms), "pass_rate": None}
@@ -48,12 +48,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", type=int, default=20000)
     parser.add_argument("--held-out", type=int, default=2000)
-    parser.add_argument("--demonstrations", type=int, default=60000, help="lines of each of the two files")
+    parser.add_argument("--demonstrations", type=int, default=60000, help="lines of each of the three files")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder / "start", args.seed, layers=3, hidden=64, heads=(2, 2))
     make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations)
-    counts = f"{args.training} problems, {args.held_out} held-out problems, 2 x {args.demonstrations} demonstrations"
+    counts = f"{args.training} problems, {args.held_out} held-out problems, {len(ERROR_RATES)} x {args.demonstrations} demonstrations"
     print(f"{args.folder}: a model, {counts}")
 
 

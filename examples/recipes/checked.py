@@ -100,8 +100,8 @@ def token_reward_model() -> Config:
 
 
 def sft() -> Config:
-    """First stage of supervised fine-tuning: the random policy learns the sums from careless demonstrations."""
-    return _supervised("start", "sums", "demonstrations", steps=400, samples=128, rates=(2e-3, 2e-4))
+    """First stage of supervised fine-tuning: the random policy learns the sums from demonstrations without errors."""
+    return _supervised("start", "sums", "sums", steps=600, samples=128, rates=(2e-3, 2e-4))
 
 
 def sft_checks() -> Config:
