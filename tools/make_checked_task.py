@@ -5,8 +5,8 @@
 writes runs/checked/start (a model folder), problems, held_out, demonstrations and checks.jsonl. checked_steps.py shows
 the text. The demonstrations are by a careless hand: a step is wrong with a probability of 15 %, the checks are right. A
 policy taught on them errs as often, and its states hold which steps were wrong, as those of a pretrained model may.
-sums.jsonl has demonstrations without wrong steps, from which sums are learnt with every seed tried, and checks.jsonl some
-with 50 % wrong steps, from which checks are learnt in fewer updates. Held-out problems appear in no other file.
+sums.jsonl has demonstrations without wrong steps, from which sums are learnt with each of two seeds, and checks.jsonl
+some with 50 % wrong steps, from which checks are learnt in fewer updates. Held-out problems appear in no other file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder / "start", args.seed, layers=3, hidden=64, heads=(2, 2))
     make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations)
-    counts = f"{args.training} problems, {args.held_out} held-out problems, {len(ERROR_RATES)} x {args.demonstrations} demonstrations"
+    demonstrations = f"{len(ERROR_RATES)} x {args.demonstrations} demonstrations"
+    counts = f"{args.training} problems, {args.held_out} held-out problems, {demonstrations}"
     print(f"{args.folder}: a model, {counts}")
 
 
