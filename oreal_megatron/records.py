@@ -73,6 +73,14 @@ class Rollout:
         """Position of the rollout in the step: (slot, index)."""
         return self.slot, self.index
 
+    def replica(self, replicas: int) -> int:
+        """Return the replica that generates it: each has some of every prompt, whose lengths resemble each other.
+
+        Rollout 0 of a prompt belongs to replica slot % replicas. A rollout that grows in rounds stays with its replica,
+        which has its keys and values in the prefix cache.
+        """
+        return (self.slot + self.index) % replicas
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -95,7 +95,7 @@ def signature(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
 
 def compile_one(name: str, kernel, constants: dict, dtypes: dict, architecture: int) -> dict:
     """Compile a kernel for an architecture; return shared memory, registers, spills and instructions."""
-    options = dict(triton_launch.TABLES[architecture][name])
+    options = dict(triton_launch.ON_GPU[name])
     runtime = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
     constants = {**constants, **options}
     types = signature(kernel, constants, dtypes)
@@ -161,9 +161,7 @@ def faults(rows: list[dict]) -> list[str]:
 def main() -> int:
     """Compile all kernels and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--architectures", type=int, nargs="+", default=list(triton_launch.TABLES), choices=triton_launch.TABLES
-    )
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED_MEMORY), choices=SHARED_MEMORY)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":

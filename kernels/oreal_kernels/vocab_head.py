@@ -16,7 +16,7 @@ from oreal_kernels.row_gradient import row_gradient
 from oreal_kernels.row_statistics import row_statistics
 
 IGNORE_LABEL = -100  # label of a row that does not count; torch's ignore_index
-BUDGET_BYTES = 2**30  # default budget for logits
+BUDGET_BYTES = 1280 * 2**20  # default budget for logits; model.logits_mib has the same
 
 
 @dataclass(frozen=True, slots=True)

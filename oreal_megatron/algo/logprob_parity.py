@@ -26,7 +26,7 @@ class NonFiniteLogprobs(RunStopped):
 
 def is_checked(slot: int, index: int, config: EngineConfig, replicas: int) -> bool:
     """Choose the rollouts of the check: the first one of the first `parity_rollouts` prompts of every replica."""
-    return index == 0 and slot // replicas < config.parity_rollouts  # rollout 0 is from replica slot % replicas
+    return index == 0 and slot // replicas < config.parity_rollouts  # Rollout.replica
 
 
 def samples(rollouts: Sequence[Sequence[Rollout]], config: EngineConfig, replicas: int) -> list[Sample]:
@@ -38,7 +38,7 @@ def samples(rollouts: Sequence[Sequence[Rollout]], config: EngineConfig, replica
     room = dict.fromkeys(range(replicas), config.parity_rollouts)
     chosen = []
     for rollout in sorted((rollout for row in rollouts for rollout in row), key=lambda rollout: rollout.index):
-        replica, start = (rollout.slot + rollout.index) % replicas, rollout.carried  # requests.replica_of
+        replica, start = rollout.replica(replicas), rollout.carried
         compared = slice(start, start + config.parity_tokens)
         if rollout.logprobs and rollout.tokens[compared] and room[replica]:
             room[replica] -= 1

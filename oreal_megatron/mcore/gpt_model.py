@@ -110,8 +110,7 @@ def _fusions(arch: Architecture) -> dict[str, bool]:
     On CPUs it would need a C++ compiler, and results would change in their last digits. The fused rotary embedding
     waits for a GPU to run it: a recipe sets `megatron={"apply_rope_fusion": True}`.
     """
-    on_gpu = torch.cuda.is_available()
-    return NEED_APEX_OR_TE | {"bias_activation_fusion": on_gpu and not arch.experts, "apply_rope_fusion": False}
+    return NEED_APEX_OR_TE | {"bias_activation_fusion": torch.cuda.is_available() and not arch.experts}
 
 
 def _require_deterministic_libraries() -> None:

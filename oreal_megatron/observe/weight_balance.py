@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from oreal_megatron.protocols import Metrics
 
 LOWEST_RATIO = 0.1  # of the smaller mean weight to the larger
 RECOVERED_RATIO = 0.2  # at which a stretch of steps ends; above LOWEST_RATIO, or one near it would warn again and again
 SMALLEST_MEAN = 0.01  # both sides begin at weight 0; below it their ratio says nothing
 OPPOSITE = {"correct": "incorrect", "incorrect": "correct"}
+
+
+def mean_weights(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean token weight of each side; {} without a reward model, and where a side has no tokens.
+
+    The share of tokens with weight 0 is only logged with a reward model. If it and the mean are 0, there are no tokens.
+    """
+    means = {side: metrics[name] for side in OPPOSITE if (name := f"weights/{side}_mean") in metrics}
+    counted = [side for side in means if means[side] or metrics.get(f"weights/{side}_zero_share")]
+    has_reward_model = all(f"weights/{side}_zero_share" in metrics for side in OPPOSITE)
+    return means if has_reward_model and len(counted) == len(OPPOSITE) else {}
+
+
+def is_muted(lower: float, higher: float) -> bool:
+    """Return whether a side with the lower mean weight hardly counts beside the other."""
+    return higher >= SMALLEST_MEAN and lower < LOWEST_RATIO * higher
 
 
 class WeightBalance:
@@ -18,14 +36,14 @@ class WeightBalance:
 
     def warning(self, metrics: Metrics) -> str:
         """Return a warning if a step begins a stretch in which one side is muted; else ""."""
-        means = {side: metrics[name] for side in OPPOSITE if (name := f"weights/{side}_mean") in metrics}
-        if len(means) < len(OPPOSITE):  # no reward model, or one that skipped the step
+        means = mean_weights(metrics)
+        if not means:
             return ""
         low = min(means, key=means.__getitem__)
         lower, higher = means[low], means[OPPOSITE[low]]
         if lower >= RECOVERED_RATIO * higher:
             self.muted = ""
-        if higher < SMALLEST_MEAN or lower >= LOWEST_RATIO * higher or low == self.muted:
+        if not is_muted(lower, higher) or low == self.muted:
             return ""
         self.muted = low
         return (

@@ -123,7 +123,7 @@ class VllmEngine:
         Raises EngineError, on all ranks, if the retries did not help, and Preempted if a rank was asked to stop.
         """
         by_key = {rollout.key: rollout for rollout in rollouts}
-        missing = [key for key in by_key if growth.replica_of(key, self.replicas) == self.replica]
+        missing = [rollout.key for rollout in rollouts if rollout.replica(self.replicas) == self.replica]
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             pending = {f"{attempt}.{slot}.{index}": by_key[slot, index] for slot, index in missing}

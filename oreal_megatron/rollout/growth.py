@@ -18,16 +18,6 @@ def blank_rollouts(prompts: Sequence[Prompt], per_prompt: int) -> list[Rollout]:
     ]
 
 
-def replica_of(key: tuple[int, int], replicas: int) -> int:
-    """Return the replica of a rollout: each has some of every prompt, whose lengths resemble each other.
-
-    Rollout 0 of a prompt belongs to replica slot % replicas. A rollout that grows in rounds stays with its replica,
-    which has its keys and values in the prefix cache.
-    """
-    slot, index = key
-    return (slot + index) % replicas
-
-
 def append(
     rollout: Rollout, tokens: tuple[int, ...], logprobs: tuple[float, ...] | None, finished: bool, version: int
 ) -> Rollout:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from oreal_megatron.config import Config
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
-from oreal_megatron.rollout import growth
 
 Key = tuple[int, int]  # slot and index of a rollout
 
@@ -110,7 +109,7 @@ def next_round(pool: PromptPool, replicas: int, config: Config) -> list[Rollout]
     room = dict.fromkeys(range(replicas), config.engine.max_num_seqs)
     growing = []
     for rollout in pool.rollouts():
-        replica = growth.replica_of(rollout.key, replicas)
+        replica = rollout.replica(replicas)
         if is_open(rollout, config) and room[replica]:
             room[replica] -= 1
             growing.append(rollout)

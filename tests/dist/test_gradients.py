@@ -326,7 +326,7 @@ def carried_by_earlier_versions(samples: list) -> list:
 def test_loss_and_gradient_norm_equal_transformers_with_the_answer_by_answer_formula(
     model_folder, in_processes, make_samples
 ):
-    """Of responses that the policy wrote, and of some whose first tokens are of earlier versions, in fp64."""
+    """Compare responses that the policy wrote, and some whose first tokens are of earlier versions, in fp64."""
     from oreal_megatron import config as c
 
     samples = make_samples(4, seed=2)

@@ -55,10 +55,10 @@ def test_a_resumed_fine_tuning_repeats_the_uninterrupted_one_bit_by_bit(tmp_path
     assert [step for step, *_ in losses(run)] == list(range(6)) and losses(run)[-1][1] < losses(run)[0][1]
     shutil.copytree(run, again)
     assert sorted(path.name for path in (again / "checkpoints").iterdir())[-1] == "step_000006"
-    told = oreal("sft", "--resume", str(again), "--step", "4", "--set", "supervised.samples_per_step=9", expected=2)
-    assert "supervised.samples_per_step" in told and losses(again) == losses(run)
+    output = oreal("sft", "--resume", str(again), "--step", "4", "--set", "supervised.samples_per_step=9", expected=2)
+    assert "supervised.samples_per_step" in output and losses(again) == losses(run)
     oreal("sft", "--resume", str(again), "--step", "4")
     assert losses(again) == losses(run)
     assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
-    told = oreal("sft", "--resume", str(again), "--set", "supervised.steps=7")
-    assert "continues after step 6 with other settings: supervised.steps" in told and len(losses(again)) == 7
+    output = oreal("sft", "--resume", str(again), "--set", "supervised.steps=7")
+    assert "continues after step 6 with other settings: supervised.steps" in output and len(losses(again)) == 7

@@ -149,8 +149,8 @@ def test_functions_of_the_recipe_run_and_a_changed_reward_is_refused_on_resume(t
         )
         assert sum(row["verdict"] == "correct" for row in rollouts) == step["own/correct"]
     recipe.write_text(recipe.read_text().replace(" in response", " == response"))
-    told = oreal("train", "--resume", str(run), "--set", "steps=4", expected=2)
-    assert "verify.function has other contents than when" in told
+    output = oreal("train", "--resume", str(run), "--set", "steps=4", expected=2)
+    assert "verify.function has other contents than when" in output
 
 
 def test_a_run_says_how_fast_it_was(trained):

@@ -100,8 +100,8 @@ class Story:
         grown = blank
         for _ in range(3):
             grown = self.engine.extend(grown, greedy, (0, 0), None, 5)
-        whole = self.engine.extend(blank, greedy, (0, 0))
-        return [(r.tokens, r.text, r.finished) for r in grown] == [(r.tokens, r.text, r.finished) for r in whole]
+        at_once = self.engine.extend(blank, greedy, (0, 0))
+        return [(r.tokens, r.text, r.finished) for r in grown] == [(r.tokens, r.text, r.finished) for r in at_once]
 
     def grow_by_5(self) -> list:
         from oreal_megatron.rollout import growth

@@ -129,7 +129,7 @@ def test_weights_that_do_not_change_are_found_after_either_sync(run_parts, fault
 
 @pytest.mark.parametrize("faulty_version", [0, 1, 2])
 def test_an_engine_that_samples_from_other_weights_is_found_after_either_sync(run_parts, faulty_version):
-    """As CUDA graphs would that read the weights' former addresses."""
+    """CUDA graphs that read the weights' former addresses would do that."""
 
     class Stale(RecordingEngine):
         def generate(self, prompts, sampling, seed):

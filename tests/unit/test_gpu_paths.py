@@ -66,9 +66,9 @@ def test_swiglu_is_fused_on_gpus_unless_the_recipe_says_otherwise(family, fused,
 def test_rotary_embedding_is_fused_for_local_layers_where_the_recipe_says_so(monkeypatch):
     """Transformer Engine's layers leave Megatron's function in place, which reads angles."""
     arch, fused = architecture.read(FAMILIES["Qwen2"]), c.Config(megatron={"apply_rope_fusion": True})
-    theirs = c.Config(model=c.ModelConfig(layers="transformer_engine"))
+    transformer_engine = c.Config(model=c.ModelConfig(layers="transformer_engine"))
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
-    assert not gpt_model.transformer_config(arch, theirs).apply_rope_fusion
+    assert not gpt_model.transformer_config(arch, transformer_engine).apply_rope_fusion
     assert rope_utils.fused_apply_rotary_pos_emb is None
     assert not gpt_model.transformer_config(arch, c.Config()).apply_rope_fusion, "no GPU has run it"
     assert gpt_model.transformer_config(arch, fused).apply_rope_fusion

@@ -237,6 +237,7 @@ def test_the_policy_does_not_learn_from_a_reward_model_that_skipped_and_the_run_
 
 def test_a_muted_side_and_calibration_are_recorded_before_the_policy_moves(tmp_path, capsys):
     metrics = {"weights/correct_mean": 0.4, "weights/incorrect_mean": 0.01}
+    metrics |= {"weights/correct_zero_share": 0.3, "weights/incorrect_zero_share": 0.9}
     rollouts = (ScoredRollout(1, 0, True, 2.0), ScoredRollout(1, 1, False, 1.0))
     run_with_reward_model(tmp_path, metrics, TokenWeights([torch.ones(8)], rollouts=rollouts), [])
     printed = " ".join(capsys.readouterr().out.split())

@@ -77,8 +77,8 @@ def test_the_page_loads_nothing_and_other_scripts_are_forbidden(run, tmp_path):
 
 def test_step_files_are_one_call_with_json_in_ascii(run, tmp_path, capsys):
     assert main.main(["report", str(run), "--html", str(tmp_path / "out.html"), "--trajectories", "3"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "rollouts of 3 steps" in told and "the largest step" in told
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rollouts of 3 steps" in text and "the largest step" in text
     files = sorted((tmp_path / "out_rollouts").iterdir())
     assert [file.name for file in files] == [f"run_0_step_{step:06d}.js" for step in (0, 2, 5)]
     call = re.fullmatch(r"oreal_step\(0,5,(.*)\);\n", files[-1].read_bytes().decode("ascii"), re.DOTALL)
@@ -159,12 +159,17 @@ def test_what_was_not_recorded_has_no_empty_chart_and_metrics_of_the_user_have_o
 
 def test_findings_name_what_is_out_of_range_and_nothing_else(run):
     data = run_data.read(run_report.read_run(run), "run")
-    told = "\n".join(findings.findings(data))
-    assert "30% of the responses are truncated" in told and "6 verdicts of the run are unknown" in told
-    assert "mutes" not in told and "AUC" not in told and "mixed" not in told
+    text = "\n".join(findings.findings(data))
+    assert "30% of the responses are truncated" in text and "6 verdicts of the run are unknown" in text
+    assert "mutes" not in text and "AUC" not in text and "mixed" not in text
     quiet = [row | {"verify/unknown": 0, "rollout/truncated_share": 0.0} for row in data.record.metrics]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiet))
     assert not findings.findings(run_data.read(run_report.read_run(run), "run"))
+    weights = {"weights/correct_mean": 0.5, "weights/incorrect_mean": 0.01}
+    weights |= {"weights/correct_zero_share": 0.2, "weights/incorrect_zero_share": 0.9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | weights) + "\n" for row in quiet))
+    (finding,) = findings.findings(run_data.read(run_report.read_run(run), "run"))
+    assert "mutes incorrect samples" in finding
 
 
 numbers = st.floats(allow_nan=True, allow_infinity=True, width=64)

@@ -6,16 +6,17 @@ from collections import Counter
 
 import pytest
 
+from oreal_megatron.records import Prompt
 from oreal_megatron.rollout import growth, requests
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize(("prompts", "per_prompt"), [(1, 1), (5, 3), (8, 16), (7, 8)])
 def test_every_rollout_has_one_replica_and_no_replica_gets_many_of_a_prompt(prompts, per_prompt, replicas):
-    keys = [(slot, index) for slot in range(prompts) for index in range(per_prompt)]
-    shares = [[key for key in keys if growth.replica_of(key, replicas) == replica] for replica in range(replicas)]
+    rollouts = growth.blank_rollouts([Prompt(number, "", "", None, (1,)) for number in range(prompts)], per_prompt)
+    shares = [[r.key for r in rollouts if r.replica(replicas) == replica] for replica in range(replicas)]
     sizes = [len(share) for share in shares]
-    assert sum(sizes) == len(keys) and max(sizes) - min(sizes) <= max(1, replicas - 1)
+    assert sum(sizes) == len(rollouts) and max(sizes) - min(sizes) <= max(1, replicas - 1)
     for share in shares:
         of_prompt = Counter(slot for slot, _ in share).values()
         assert max(of_prompt, default=0) <= -(-per_prompt // replicas)

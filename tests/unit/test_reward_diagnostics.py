@@ -144,12 +144,17 @@ def test_weight_metrics_are_shares_of_the_step_s_tokens_of_each_side(make_sample
         assert totals[f"weights/{side}_zero_share"] == pytest.approx(own.count(0.0) / len(own))
 
 
+def weights_of(correct: float, incorrect: float, zero_shares: tuple[float, float] = (0.3, 0.3)) -> dict[str, float]:
+    means = {"weights/correct_mean": correct, "weights/incorrect_mean": incorrect}
+    return means | dict(zip(("weights/correct_zero_share", "weights/incorrect_zero_share"), zero_shares, strict=True))
+
+
 def warnings_of(pairs: list[tuple[float, float]]) -> list[int]:
     """Steps at which a warning is given, for these means of correct and incorrect weights."""
     balance = WeightBalance()
     steps = []
     for step, (correct, incorrect) in enumerate(pairs):
-        if balance.warning({"weights/correct_mean": correct, "weights/incorrect_mean": incorrect}):
+        if balance.warning(weights_of(correct, incorrect)):
             steps.append(step)
     return steps
 
@@ -162,9 +167,20 @@ def test_a_muted_side_is_reported_once_per_stretch(swap):
 
 def test_a_change_of_the_muted_side_is_a_stretch_of_its_own():
     assert warnings_of([(0.5, 0.01), (0.01, 0.5), (0.01, 0.5)]) == [0, 1]
-    message = WeightBalance().warning({"weights/correct_mean": 0.5, "weights/incorrect_mean": 0.01})
+    message = WeightBalance().warning(weights_of(0.5, 0.01))
     assert "mutes incorrect samples: their mean token weight is 0.01, that of correct ones 0.5" in message
-    assert WeightBalance().warning({}) == "", "a run without reward model has no weights to compare"
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"weights/correct_mean": 0.0, "weights/incorrect_mean": 1.0},  # no reward model, no correct sample
+        weights_of(0.0, 0.5, zero_shares=(0.0, 0.2)),  # no correct sample
+    ],
+)
+def test_a_side_without_tokens_and_a_run_without_reward_model_are_not_muted(metrics):
+    assert WeightBalance().warning(metrics) == ""
 
 
 def test_dumps_keep_scores_and_rollouts_and_older_ones_are_read(tmp_path, make_samples):

@@ -63,14 +63,14 @@ def advantages_of(samples: list[Sample], kls: dict[tuple[int, int], float], rank
 )
 def test_the_advantage_is_that_of_the_reward_minus_the_kl(counts, seed, ranks, budget):
     samples, kls = step_of(counts, seed)
-    found = advantages_of(samples, kls, ranks, budget)
+    advantages = advantages_of(samples, kls, ranks, budget)
     for slot, count in enumerate(counts):
         rewards = [sample.reward - COEFFICIENT * kls[sample.rollout] for sample in samples if sample.rollout[0] == slot]
         total = sum(rewards)
         for index, own in enumerate(rewards):
             expected = own - (total - own) / (count - 1) if count > 1 else 0.0
-            assert found[slot, index] == pytest.approx(expected, abs=1e-4)
-        assert sum(found[slot, index] for index in range(count)) == pytest.approx(0, abs=1e-3), "zero-centred"
+            assert advantages[slot, index] == pytest.approx(expected, abs=1e-4)
+        assert sum(advantages[slot, index] for index in range(count)) == pytest.approx(0, abs=1e-3), "zero-centred"
 
 
 def test_one_token_far_off_counts_as_in_the_loss():
@@ -90,5 +90,5 @@ def test_one_token_far_off_counts_as_in_the_loss():
 )
 def test_settings_under_which_it_would_mean_nothing_are_refused(changes, says):
     config = Config(selection=SelectionConfig(keep="all"), loss=LossConfig(reward_kl_coef=0.1))
-    found = problems(dataclasses.replace(config, **changes))
-    assert len(found) == bool(says) and all(says in message for message in found)
+    messages = problems(dataclasses.replace(config, **changes))
+    assert len(messages) == bool(says) and all(says in message for message in messages)

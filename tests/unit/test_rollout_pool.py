@@ -122,7 +122,9 @@ def test_a_pool_that_always_completes_gives_what_the_plain_engine_gives():
 
 
 def test_the_long_tail_costs_fewer_rounds_than_waiting_for_it():
-    length = lambda position, index: 20 if position % 4 == 0 and index == 0 else 3  # noqa: E731
+    def length(position: int, index: int) -> int:
+        return 20 if position % 4 == 0 and index == 0 else 3
+
     steps = 8
     rounds = {}
     for pool_size in (1.0, 2.0):
@@ -242,7 +244,10 @@ def test_settings_that_contradict_each_other_are_refused(changes, says):
 
 def test_a_stale_pool_is_waited_for_and_not_shortened():
     """A response of five rounds in a pool whose others take one is trained in the last step that the bound allows."""
-    length = lambda position, index: 20 if (position, index) == (0, 0) else 2  # noqa: E731
+
+    def length(position: int, index: int) -> int:
+        return 20 if (position, index) == (0, 0) else 2
+
     pool = build(configuration(2, staleness=2), length)
     steps = [[int(row[0].prompt.question) for row in run_step(pool, step)[0]] for step in range(4)]
     assert 0 in steps[2] and len(pool.engine.calls) == 1 + 1 + 3 + 1

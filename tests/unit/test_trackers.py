@@ -110,9 +110,9 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(breaks, tmp_path
     with caplog.at_level(logging.WARNING):
         give(config_of(tmp_path, "wandb", "mlflow"))
     assert len(mlflow.rows) == 3
-    told = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
-    assert len(told) == 1 and told[0].startswith("wandb is left out from now on (")
-    assert f"RuntimeError: {breaks} of the service" in told[0] or "ModuleNotFoundError: import" in told[0]
+    warnings = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    assert len(warnings) == 1 and warnings[0].startswith("wandb is left out from now on (")
+    assert f"RuntimeError: {breaks} of the service" in warnings[0] or "ModuleNotFoundError: import" in warnings[0]
 
 
 def test_a_tracker_that_hangs_delays_neither_the_run_nor_its_end(tmp_path, monkeypatch, caplog):
@@ -126,8 +126,8 @@ def test_a_tracker_that_hangs_delays_neither_the_run_nor_its_end(tmp_path, monke
             group.add(step, {"a": 1.0})
         group.close(limit_s=0.01)
     released.set()
-    told = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
-    assert told == ["wandb is left out from now on (it is 5 steps behind); metrics.jsonl has every value"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == trackers.__name__]
+    assert warnings == ["wandb is left out from now on (it is 5 steps behind); metrics.jsonl has every value"]
 
 
 def test_tensorboard_has_the_values(tmp_path):

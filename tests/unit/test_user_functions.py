@@ -89,7 +89,8 @@ def test_a_recipe_that_replaces_parts_of_the_package_is_refused_by_name(name, tm
     )
     (tmp_path / "recipe.py").write_text(RECIPE.format(patch=patch))
     assert main.main(["config", f"{tmp_path}/recipe.py:run"]) == 2
-    assert says in (told := capsys.readouterr().err) and "a resumed run would not do" in told
+    message = capsys.readouterr().err
+    assert says in message and "a resumed run would not do" in message
 
 
 def test_a_recipe_may_import_and_define_what_it_likes(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from oreal_megatron.observe import weight_balance
 from oreal_megatron.observe.page.run_data import RunData
 
 TRUNCATED_SHARE = 0.05
@@ -11,7 +12,6 @@ LOWEST_AUC = 0.55
 LOWEST_MIXED_SHARE = 0.2
 ENTROPY_RATIO = 0.1
 LENGTH_RATIO = 2.0
-MUTED_RATIO = 0.1
 
 
 def findings(run: RunData) -> list[str]:
@@ -49,7 +49,8 @@ def _of_reward_model(run: RunData) -> Iterator[str]:
     auc = run.mean_of_last("reward_model/auc", 20)
     if auc is not None and auc < LOWEST_AUC:
         yield f"the reward model's AUC is {auc:.2f}: its token weights are close to arbitrary"
-    means = {side: run.mean_of_last(f"weights/{side}_mean") or 0.0 for side in ("correct", "incorrect")}
-    low = min(means, key=means.__getitem__)
-    if means[low] < MUTED_RATIO * max(means.values()):
+    names = [f"weights/{side}_{figure}" for side in ("correct", "incorrect") for figure in ("mean", "zero_share")]
+    means = weight_balance.mean_weights({n: value for n in names if (value := run.mean_of_last(n)) is not None})
+    if means and weight_balance.is_muted(min(means.values()), max(means.values())):
+        low = min(means, key=means.__getitem__)
         yield f"the reward model mutes {low} samples: their mean token weight is {means[low]:.2g}"
