@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _filter(args: argparse.Namespace) -> int:
-    from oreal_megatron.math_equality import rules  # imports sympy, which takes a second
+    from oreal_megatron.math_equality import rules
 
     settings = filter_problems.ProblemFilter(args.min_rate, args.max_rate, tuple(args.against), _keys(args.key))
     counts = filter_problems.filter_file(args.input, args.output, settings, rules.equals_itself)

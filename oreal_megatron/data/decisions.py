@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,15 +48,6 @@ class Decisions:
         if first != json.loads(json.dumps(header)):
             raise ConfigError(f"{self.path} is of another input or other settings; remove it, or write to another file")
         return others
-
-
-def digest(path: Path) -> str:
-    """Return a digest of a file, read in blocks."""
-    result = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            result.update(block)
-    return result.hexdigest()
 
 
 def _complete_lines(path: Path) -> Iterator[Line]:

@@ -11,6 +11,7 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.data import decisions, problems
 from oreal_megatron.data.lines import Line, local_file, read_lines, write_lines
 from oreal_megatron.data.overlap import TextIndex, plain_form
+from oreal_megatron.runtime import files
 
 # Reasons for dropping a problem, in the order in which they are checked.
 NO_PROBLEM = "no question or gold answer"
@@ -57,8 +58,8 @@ def filter_file(
         raise ConfigError(f"{output} is the input itself; give another name")
     seen: set[str] = set()
     tests = TextIndex(_questions(settings))
-    header: dict[str, object] = {"input": decisions.digest(path), **asdict(settings)}
-    header["test_digests"] = [decisions.digest(local_file(test)) for test in settings.test_files]
+    header: dict[str, object] = {"input": files.digest([path]), **asdict(settings)}
+    header["test_digests"] = [files.digest([local_file(test)]) for test in settings.test_files]
     reasons: dict[int, str] = {}
     with decisions.Decisions(output, header) as journal:
         for number, line in read_lines(source):

@@ -8,7 +8,6 @@ several ways to write a text, the tokens may differ from the sampled ones.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import random
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data.lines import Line, read_lines
 from oreal_megatron.records import Outcome, Sample
+from oreal_megatron.runtime import files
 
 REWARDS = {Outcome.CORRECT.value: 1.0, Outcome.INCORRECT.value: -1.0, Outcome.UNKNOWN.value: 0.0}
 
@@ -58,10 +58,7 @@ def files_of(path: str) -> list[Path]:
 
 def digest(path: str) -> str:
     """Return a digest of the files of a path."""
-    result = hashlib.blake2b(digest_size=16)
-    for file in files_of(path):
-        result.update(file.read_bytes())
-    return result.hexdigest()
+    return files.digest(files_of(path))
 
 
 def load(

@@ -59,6 +59,16 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def digest(paths: Iterable[Path]) -> str:
+    """Return a digest of the contents of files, one after the other, read in blocks."""
+    result = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                result.update(block)
+    return result.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the contents of a file atomically: not even a crash of the machine leaves half of it."""
     new = path.with_name(path.name + ".new")

@@ -18,7 +18,7 @@ from oreal_megatron.data import chat_template, lines, problems
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Prompt
-from oreal_megatron.runtime import versions
+from oreal_megatron.runtime import files, versions
 from oreal_megatron.session import model_checks
 from oreal_megatron.verify import judge
 
@@ -81,7 +81,8 @@ class Inputs:
             path: source.digest for path, source in user_functions.sources(config).items() if path in FIXED_FUNCTIONS
         }
         rendered = json.dumps([self.stop_tokens, *(prompt.tokens for prompt in prompts)])
-        tokens = {"tokens of the prompts": _digest(rendered.encode())} if prompts else {}
+        digest = hashlib.blake2b(rendered.encode(), digest_size=16).hexdigest()
+        tokens = {"tokens of the prompts": digest} if prompts else {}
         reward = self.reward_folder.fingerprint() if self.reward_folder else ""
         return {"model.path": self.folder.fingerprint(), "reward_model.path": reward, **digests, **tokens}
 
@@ -136,8 +137,4 @@ def read_inputs(config: Config) -> Inputs:
 def _digest_file(path: str) -> str:
     """Return the digest of a file; "" for one that the present command does not read, so that it may be missing."""
     present = path.startswith(lines.HUB) or Path(path).is_file()
-    return _digest(lines.local_file(path).read_bytes()) if present else ""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return files.digest([lines.local_file(path)]) if present else ""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from oreal_megatron.algo import guard, packing
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.user_functions import Origin
-from oreal_megatron.data import decisions, lines, problems
+from oreal_megatron.data import lines, problems
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
@@ -82,7 +82,7 @@ def fine_tune(
     held_out = inputs.held_out() if config.supervised.evaluate_every else []
     if config.supervised.evaluate_every and not held_out:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
-    digests = inputs.fingerprints() | {"supervised.path": decisions.digest(lines.local_file(config.supervised.path))}
+    digests = inputs.fingerprints() | {"supervised.path": files.digest([lines.local_file(config.supervised.path)])}
     start = Start(config, config.supervised.steps, resume, step, digests, unread=("reward_training.",))
     start.check()
     files.make_folder(Path(config.run), "run")
