@@ -13,7 +13,14 @@ from oreal_megatron.observe.page import panels
 PARTS = ("loss", "reward", "rollout", "batch", "policy", "weights", "reward_model", "parity", "verify", "weight_sync",
          "penalty", "seconds", "speed")  # fmt: skip
 # Formatted names: what stands for the expression in braces.
-EXAMPLES = {"name": "policy", "phase": "policy", "part": "training", "kind": "repetition", "side": "correct"}
+EXAMPLES = {
+    "name": "policy",
+    "phase": "policy",
+    "part": "training",
+    "kind": "repetition",
+    "side": "correct",
+    "figure": "mean",
+}
 NO_METRICS = {"speed/{kind}/{name}", "weight_sync/{name}_bytes"}  # made of names that stand elsewhere in full
 
 
