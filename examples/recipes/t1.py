@@ -1,4 +1,4 @@
-"""T1's reinforcement learning (arXiv 2501.11651) at the paper's three sizes, and on two CPU processes.
+"""T1's reinforcement learning (arXiv 2501.11651) at the paper's three sizes; a small one is in t1_addition.py.
 
 Sources, named beside each block: [paper] is the paper, as far as it gives a number, [ours] is chosen by this project,
 for GPUs of 80 GB. T1 starts from models fine-tuned on chains with trial and error, which this project does not have:
@@ -57,29 +57,6 @@ def t1_32b() -> Config:
     """T1's 32B size on 64 GPUs."""
     layout = ParallelConfig(tensor=8, pipeline=2, sequence=True)
     return _t1("T1-SFT-32B", gpus=64, parallel=layout, engine_tensor=8, longest=16384)
-
-
-def quickstart() -> Config:
-    """Every part of T1 on the quickstart's addition task, from its supervised policy (examples/quickstart.sh)."""
-    folder = "runs/quickstart"
-    return Config(
-        run=f"{folder}/t1",
-        steps=60,
-        policy_freeze_steps=0,
-        tokens_per_micro_batch=4096,
-        model=ModelConfig(f"{folder}/sft/policy"),
-        engine=EngineConfig(max_model_len=64, max_num_seqs=512, kv_cache_gib=0.5, enforce_eager=True),
-        sampling=SamplingConfig(rollouts_per_prompt=32, temperature=1.2, top_p=1.0, min_p=0.02, max_new_tokens=16),
-        data=DataConfig(f"{folder}/rated.jsonl", f"{folder}/held_out.jsonl", prompts_per_step=32),
-        verify=VerifyConfig(workers=1),
-        selection=SELECTION,
-        loss=LOSS,
-        reference=ReferenceConfig(decay=0.9),
-        optimizer=OptimizerConfig(lr=3e-4, min_lr=5e-5, warmup_steps=10),
-        reward_model=RewardModelConfig(enabled=False),
-        checkpoint=CheckpointConfig(every=50, keep=2),
-        evaluation=EvaluationConfig(every=20, max_new_tokens=16, samples=4),
-    )
 
 
 def _t1(model: str, gpus: int, parallel: ParallelConfig, engine_tensor: int, longest: int) -> Config:

@@ -26,7 +26,7 @@ def scenario_of(config: Config) -> Scenario:
 def test_all_recipes_are_listed_here():
     with pytest.raises(ConfigError) as error:
         settings.from_recipe(f"{FILE}:?")
-    assert set(str(error.value).split("known are ")[1].split(", ")) == {*GPUS, "quickstart"}
+    assert set(str(error.value).split("known are ")[1].split(", ")) == set(GPUS)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -73,8 +73,13 @@ def test_the_plan_counts_the_average_of_a_moving_reference_and_the_pass_for_kl_i
     assert seconds[1] > 1.1 * seconds[0]
 
 
-def test_the_small_recipe_has_every_part():
-    config = settings.from_recipe(f"{FILE}:quickstart")
-    validate(config)
+def test_the_small_recipes_are_valid_and_have_every_part():
+    names = ("reinforce", "rate", "sft", "rft")
+    recipes = {name: settings.from_recipe(f"{FILE.with_name('t1_addition.py')}:{name}") for name in names}
+    for config in recipes.values():
+        validate(config)
+    config = recipes["reinforce"]
     assert config.loss.entropy_coef and config.loss.reward_kl_coef and config.reference.moves
     assert config.selection.penalties.enabled and config.sampling.min_p and config.sampling.temperature == 1.2
+    folders = {name: recipe.run for name, recipe in recipes.items()}
+    assert config.model.path == f"{folders['rft']}/policy" and recipes["rft"].model.path == f"{folders['sft']}/policy"

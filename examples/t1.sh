@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# T1 from nothing on two CPU cores: data construction, supervised fine-tuning, reinforcement learning with every part
+# of T1, evaluation and a report page.
+#     bash examples/t1.sh [--seed N]
+# A second start continues where the first ended. Everything is written under runs/t1/seed_N.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+started=$(date +%s)
+seed=0
+while [ $# -gt 0 ]; do
+    case $1 in
+        --seed) seed=${2:?"t1: --seed needs a number"}; shift 2 ;;
+        *) echo "t1: unknown option $1; known is --seed N" >&2; exit 2 ;;
+    esac
+done
+[[ $seed =~ ^[0-9]+$ ]] || { echo "t1: --seed is '$seed'; expected a whole number" >&2; exit 2; }
+
+bash tools/install_cpu.sh
+folder=runs/t1/seed_$seed recipes=examples/recipes/t1_addition.py
+export OMP_NUM_THREADS=1 OREAL_T1_FOLDER=$folder
+oreal=".venv/bin/oreal --processes 2"
+say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
+
+if [ ! -f "$folder/made" ]; then
+    say "a small policy with its own tokenizer, and problems"
+    .venv/bin/python tools/make_addition_task.py "$folder" --seed "$seed"
+    touch "$folder/made"
+fi
+if [ ! -f "$folder/sft/policy/config.json" ]; then
+    say "supervised fine-tuning"
+    $oreal sft $recipes:sft --set seed="$seed" --resume auto
+fi
+if [ ! -f "$folder/rated" ]; then
+    say "data: pass rate of each training problem, of 16 responses"
+    $oreal evaluate $recipes:rate --set seed="$seed" --samples 16 --rate "$folder/rated.jsonl"
+    touch "$folder/rated"
+fi
+if [ ! -f "$folder/rft.jsonl" ]; then
+    say "data: problems that are solved at most 3 times in 10, and demonstrations of correct responses"
+    .venv/bin/oreal data filter "$folder/rated.jsonl" "$folder/hard.jsonl" --max-rate 0.3 --against "$folder/held_out.jsonl"
+    .venv/bin/oreal data rft "$folder"/rated.jsonl.answers/*.rating.jsonl "$folder/rft.jsonl" --choose random --per-problem 2
+fi
+if [ ! -f "$folder/rft/policy/config.json" ]; then
+    say "supervised fine-tuning on the policy's own correct responses"
+    $oreal sft $recipes:rft --set seed="$seed" --resume auto
+fi
+say "reinforcement learning"
+$oreal train $recipes:reinforce --set seed="$seed" --resume auto
+for policy in rft reinforce; do
+    [ ! -f "$folder/evaluation_$policy/results.json" ] || continue
+    say "held-out problems, policy of $policy: greedy and 8 samples each"
+    $oreal evaluate "$folder/$policy/policy" --suite "$folder/held_out.jsonl" --samples 8 --out "$folder/evaluation_$policy"
+done
+say "report"
+.venv/bin/oreal report "$folder/reinforce" --html "$folder/report.html" --picture "$folder/learning_curve.png" \
+    --summary "$folder/summary.json" --started "$started"
