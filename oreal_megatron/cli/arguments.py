@@ -10,7 +10,14 @@ from pathlib import Path
 from oreal_megatron.config import Config
 from oreal_megatron.config.schema import config_keys
 
-SHARED = ("train", "sft", "evaluate", "replay", "reward-model")  # commands whose work several processes share
+SHARED = (
+    "train",
+    "sft",
+    "distill",
+    "evaluate",
+    "replay",
+    "reward-model",
+)  # commands whose work several processes share
 
 
 def at_least(low: int) -> Callable[[str], int]:

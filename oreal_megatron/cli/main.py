@@ -18,6 +18,7 @@ from oreal_megatron.runtime.exit_codes import BAD_INPUT, PREEMPTED, STOPPED
 COMMANDS = {
     "train": "train with a recipe, or continue a run folder",
     "sft": "fine-tune on demonstrations before reinforcement learning",
+    "distill": "fine-tune on demonstrations and on the features of a teacher",
     "reward-model": "train the reward model on rollouts with verdicts, before reinforcement learning",
     "data": "filter problems, or turn correct rollouts into demonstrations",
     "evaluate": "measure accuracy on benchmarks, or pass rates of training problems",
@@ -51,8 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def complain(command: str, error: Exception) -> None:
     """Print an error once: other ranks wait a moment, and print it only if they are not ended with the first."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
+    if rank := int(os.environ.get("RANK", 0)):
         time.sleep(3)
         command = f"{command} (rank {rank})"
     print(f"oreal {command}: {error}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from oreal_megatron.config.algorithm import (
     SupervisedConfig,
     WeightsConfig,
 )
+from oreal_megatron.config.distillation import DistillationConfig
 from oreal_megatron.config.errors import ConfigError, Preempted, RunStopped
 from oreal_megatron.config.exploration import PenaltyConfig, ReferenceConfig
 from oreal_megatron.config.generation import RolloutConfig
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistillationConfig",
     "EngineConfig",
     "EvaluationConfig",
     "GuardConfig",

@@ -19,6 +19,7 @@ from oreal_megatron.config.algorithm import (
     SupervisedConfig,
     WeightsConfig,
 )
+from oreal_megatron.config.distillation import DistillationConfig
 from oreal_megatron.config.errors import ConfigError
 from oreal_megatron.config.exploration import ReferenceConfig
 from oreal_megatron.config.generation import RolloutConfig
@@ -75,6 +76,7 @@ class Config(Section):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     megatron: Annotated[
         dict[str, Any], Key("further fields of Megatron's TransformerConfig, passed on as they are")
     ] = field(default_factory=dict)

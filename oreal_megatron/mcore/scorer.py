@@ -32,12 +32,16 @@ class MegatronScorer:
         self.parts = MemoryParts(parameters=MemoryPart(lambda: parameters(chunks)))
         self.reading_changes_nothing = True
 
-    @torch.no_grad()
     def score(self, batch: Batch) -> list[Tensor] | None:
         """Return one value per action token [T] for each micro-batch; None before the last pipeline stage."""
+        return self.read_outputs(batch, self.head)
+
+    @torch.no_grad()
+    def read_outputs(self, batch: Batch, read: Head) -> list[Tensor] | None:
+        """Return the tensor that `read` makes of the output for each micro-batch; None before the last stage."""
 
         def loss_function(number: int, micro_batch: MicroBatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            values = self.head(output, micro_batch)
+            values = read(output, micro_batch)
             return values.sum(), {"values": values}
 
         with self.parts.on_device("parameters", read_only=self.reading_changes_nothing):

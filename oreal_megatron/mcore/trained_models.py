@@ -40,8 +40,8 @@ class Reference(MegatronScorer):
     """The fixed reference policy of the KL term: the starting policy."""
 
     def __init__(self, arch: Architecture, config: Config, read: Reader):
-        chunks, head = _language_model(arch, config, read)
-        super().__init__([chunk.requires_grad_(False) for chunk in chunks], head.log_probs)
+        chunks, self.language_model = _language_model(arch, config, read)
+        super().__init__([chunk.requires_grad_(False) for chunk in chunks], self.language_model.log_probs)
         if config.offload:
             self.parts.offload()
 

@@ -64,14 +64,38 @@ class StepWork(Protocol):
         ...
 
 
+class CrossEntropy:
+    """Cross entropy on demonstrations: the method of `oreal sft`."""
+
+    command = "oreal sft"
+    unread: tuple[str, ...] = ("reward_training.", "distillation.")  # sections, each with its dot
+
+    def check(self, inputs: Inputs) -> dict[str, str]:
+        """Return digests of further inputs. Raises ConfigError."""
+        return {}
+
+    def build(self, inputs: Inputs) -> trained_models.Policy:
+        """Build the policy on this rank. Collective."""
+        from oreal_megatron.mcore import trained_models  # imports Megatron, which takes seconds
+
+        return trained_models.Policy(inputs.arch, inputs.config, inputs.folder.tensor)
+
+
 def fine_tune(
-    config: Config, resume: str | None, step: int | None, stop_request: StopRequest, origin: Origin = NO_ORIGIN
+    config: Config,
+    resume: str | None,
+    step: int | None,
+    stop_request: StopRequest,
+    origin: Origin = NO_ORIGIN,
+    method: CrossEntropy | None = None,
 ) -> int:
     """Fine-tune the policy of a recipe into RUN/policy; arguments as of `oreal train`. Collective.
 
     Returns the steps that the entire run has taken.
     """
+    method = method or CrossEntropy()
     inputs = read_inputs(with_supervised_settings(config))
+    further = method.check(inputs)
     demonstrations = problems.load_demonstrations(
         config.supervised.path,
         inputs.tokenizer,
@@ -82,12 +106,13 @@ def fine_tune(
     held_out = inputs.held_out() if config.supervised.evaluate_every else []
     if config.supervised.evaluate_every and not held_out:
         raise ConfigError("supervised.evaluate_every is set, but data.held_out names no problems to evaluate on")
-    digests = inputs.fingerprints() | {"supervised.path": files.digest([lines.local_file(config.supervised.path)])}
-    start = Start(config, config.supervised.steps, resume, step, digests, unread=("reward_training.",))
+    demonstrated = {"supervised.path": files.digest([lines.local_file(config.supervised.path)])}
+    digests = inputs.fingerprints() | demonstrated | further
+    start = Start(config, config.supervised.steps, resume, step, digests, unread=method.unread)
     start.check()
     files.make_folder(Path(config.run), "run")
     sampler = Sampler(demonstrations, config.supervised.samples_per_step, config.seed)
-    return _run(inputs, start, sampler, held_out, stop_request, origin)
+    return _run(inputs, start, method, sampler, held_out, stop_request, origin)
 
 
 def with_supervised_settings(config: Config) -> Config:
@@ -112,13 +137,14 @@ def with_supervised_settings(config: Config) -> Config:
 def _run(
     inputs: Inputs,
     start: Start,
+    method: CrossEntropy,
     demonstrations: Demonstrations,
     held_out: list[Prompt],
     stop_request: StopRequest,
     origin: Origin,
 ) -> int:
     # These import Megatron, which takes seconds.
-    from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel, trained_models
+    from oreal_megatron.mcore import checkpoint_state, gpt_model, parallel
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
 
     config, run_path = inputs.config, start.run
@@ -130,7 +156,7 @@ def _run(
         checkpoint = checkpoint_state.choose(folder, ["policy"], start.step, skip_damaged) if start.resume else None
         engine_and_verifier = session.start_engine(inputs, stop_request) if held_out else None
         session.start_megatron()
-        policy = trained_models.Policy(inputs.arch, config, inputs.folder.tensor)
+        policy = method.build(inputs)
         first_step = checkpoint_state.load(checkpoint, {"policy": policy}) if checkpoint else 0
         start.set_aside_later_steps(first_step)
         evaluate = _held_out_evaluation(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
@@ -139,7 +165,9 @@ def _run(
         describe = partial(policy_weights.describe, inputs)
         saver = CheckpointSaver(folder, {"policy": policy}, *retention, describe=describe)
         save_policy = partial(policy_weights.save_model, inputs, "policy", policy)
-        hooks = TrainingHooks(config, saver, run, evaluate, stop_request, save_policy, best=None, command="oreal sft")
+        hooks = TrainingHooks(
+            config, saver, run, evaluate, stop_request, save_policy, best=None, command=method.command
+        )
         spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         with hooks.saving_on_stop_request():
             hooks.start(first_step, saved=checkpoint is not None)
