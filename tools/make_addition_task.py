@@ -3,7 +3,8 @@
     python tools/make_addition_task.py runs/quickstart --seed 0
 
 writes runs/quickstart/start (model folder) and problems.jsonl, demonstrations.jsonl, held_out.jsonl. The problems are
-sums of two numbers below 1000; held-out sums appear in no other file.
+sums of two numbers below 1000 (--below); held-out sums appear in no other file. --student writes a model of two layers
+beside it, for examples/distill.sh.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ def main() -> None:
     parser.add_argument("--training", type=int, default=3000)
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--demonstrations", type=int, default=60000)
+    parser.add_argument("--below", type=int, default=1000)
+    parser.add_argument("--student", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder / "start", args.seed)
-    make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations)
+    if args.student:
+        make_model(args.folder / "student", args.seed + 1, layers=2)
+    make_problems(args.folder, args.seed, args.training, args.held_out, args.demonstrations, args.below)
     counts = f"{args.training} problems, {args.held_out} held-out problems, {args.demonstrations} demonstrations"
     print(f"{args.folder}: a model, {counts}")
 

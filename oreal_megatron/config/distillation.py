@@ -16,10 +16,7 @@ class DistillationConfig(Section):
     teacher: Annotated[str, InputKey("Hugging Face folder of the teacher, of the student's vocabulary")] = ""
     objective: Annotated[
         Literal["pearson", "mse", "pearson_logits", "kl_logits"],
-        Key(
-            "1 - Pearson correlation, or mean squared error, of hidden states; 1 - correlation, or KL(teacher || "
-            "student), of logits"
-        ),
+        Key("1 - Pearson correlation or squared error of hidden states; 1 - correlation or KL divergence of logits"),
     ] = "pearson"
     layers: Annotated[
         int, Key("layers that are compared, at equal fractions of the depth; the last is one", low=1)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from oreal_megatron.algo import feature_imitation as imitation
 from oreal_megatron.algo import loss
-from oreal_megatron.algo.schedule import learning_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import layer_hooks, logit_imitation
 from oreal_megatron.mcore.gpt_model import device
@@ -49,7 +48,7 @@ class Student(Policy):
 
     def imitate(self, batch: Batch) -> Metrics:
         """Take one step on demonstrations."""
-        config, supervised = self.config.distillation, self.config.supervised
+        config = self.config.distillation
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             cross_entropy, _ = loss.supervised(self.head(hidden, micro_batch), batch.counts)
@@ -59,10 +58,8 @@ class Student(Policy):
             parts["loss/total"] = sum((weight * parts[name] for name, weight in weights.items()), torch.zeros(()))
             return config.cross_entropy_coef * cross_entropy + config.coef * imitated, parts
 
-        rate = learning_rate(self.updates, supervised.steps, supervised.optimizer)
         with self._term(batch) as term:
-            metrics = self.train(batch, objective, rate)
-        return {name if "/" in name else f"policy/{name}": value for name, value in metrics.items()}
+            return self.train_supervised(batch, objective)
 
     def _term(self, batch: Batch) -> contextlib.AbstractContextManager[Term]:
         if self.config.distillation.on_logits:

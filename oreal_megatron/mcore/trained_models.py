@@ -16,7 +16,7 @@ from oreal_megatron.algo.schedule import learning_rate, policy_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
 from oreal_megatron.mcore.scorer import MegatronScorer
-from oreal_megatron.mcore.trainer import MegatronTrainer
+from oreal_megatron.mcore.trainer import MegatronTrainer, Objective
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
 from oreal_megatron.protocols import Metrics
@@ -96,11 +96,15 @@ class Policy(TrainedModel):
 
     def imitate(self, batch: Batch) -> Metrics:
         """Take one supervised step on demonstrations."""
-        config = self.config.supervised
 
         def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return loss.supervised(self.head(hidden, micro_batch), batch.counts)
 
+        return self.train_supervised(batch, objective)
+
+    def train_supervised(self, batch: Batch, objective: Objective) -> Metrics:
+        """Take one step of an objective with the optimizer of section `supervised`."""
+        config = self.config.supervised
         rate = learning_rate(self.updates, config.steps, config.optimizer)
         return _prefixed("policy", self.train(batch, objective, rate))
 

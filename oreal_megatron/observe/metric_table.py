@@ -126,6 +126,23 @@ LOSSES_AND_MODELS = (
         ("loss/kl",), "nats/token", "KL term of `loss.kl_kind` over all action tokens, before its coefficient", ""
     ),
     MetricInfo(
+        ("loss/cross_entropy", "loss/distillation"),
+        "",
+        "`oreal distill`: cross entropy of the demonstrations, and `distillation.objective`, before their coefficients",
+    ),
+    MetricInfo(
+        ("distillation/correlation",),
+        "-1 to 1",
+        "mean Pearson correlation of student and teacher over channels ([Distillation](../how_to/distillation.md))",
+        "a rise; 0: unrelated",
+    ),
+    MetricInfo(
+        ("distillation/constant_channels",),
+        "channels",
+        "channels without a correlation, because they are constant on one side",
+        "many: dead channels",
+    ),
+    MetricInfo(
         ("policy/reference_kl",), "nats/token", "mean of logp - reference logp, nats per token", "steady growth"
     ),
     MetricInfo(

@@ -1,4 +1,4 @@
-"""`oreal sft`, interrupted and continued, ends with the bytes of the uninterrupted run."""
+"""`oreal sft` and `oreal distill`, interrupted and continued, end with the bytes of the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def sft():
             path="{folder}/demonstrations.jsonl", steps=6, samples_per_step=250, checkpoint_every=2,
             optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2),
         ),
+        distillation=DistillationConfig("{folder}/teacher", layers=2),
     )
 """
 
@@ -45,20 +46,22 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 
 
 @pytest.mark.full
-def test_a_resumed_fine_tuning_repeats_the_uninterrupted_one_bit_by_bit(tmp_path):
+@pytest.mark.parametrize("command", ["sft", "distill"])
+def test_a_resumed_fine_tuning_repeats_the_uninterrupted_one_bit_by_bit(command, tmp_path):
     """Six steps of 250 demonstrations of 600: the order changes between epochs."""
     small_model.make_model(tmp_path / "start", seed=0, layers=2)
+    small_model.make_model(tmp_path / "teacher", seed=1, layers=3)
     make_addition_task.make_problems(tmp_path, 0, training=10, held_out=10, demonstrations=600, below=30)
     (tmp_path / "recipes.py").write_text(RECIPE.format(folder=tmp_path))
-    oreal("sft", f"{tmp_path}/recipes.py:sft")
+    oreal(command, f"{tmp_path}/recipes.py:sft")
     run, again = tmp_path / "sft", tmp_path / "again"
     assert [step for step, *_ in losses(run)] == list(range(6)) and losses(run)[-1][1] < losses(run)[0][1]
     shutil.copytree(run, again)
     assert sorted(path.name for path in (again / "checkpoints").iterdir())[-1] == "step_000006"
-    output = oreal("sft", "--resume", str(again), "--step", "4", "--set", "supervised.samples_per_step=9", expected=2)
+    output = oreal(command, "--resume", str(again), "--step", "4", "--set", "supervised.samples_per_step=9", expected=2)
     assert "supervised.samples_per_step" in output and losses(again) == losses(run)
-    oreal("sft", "--resume", str(again), "--step", "4")
+    oreal(command, "--resume", str(again), "--step", "4")
     assert losses(again) == losses(run)
     assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
-    output = oreal("sft", "--resume", str(again), "--set", "supervised.steps=7")
+    output = oreal(command, "--resume", str(again), "--set", "supervised.steps=7")
     assert "continues after step 6 with other settings: supervised.steps" in output and len(losses(again)) == 7

@@ -11,7 +11,7 @@ from oreal_megatron.observe import metric_table
 from oreal_megatron.observe.page import panels
 
 PARTS = ("loss", "reward", "rollout", "batch", "policy", "weights", "reward_model", "parity", "verify", "weight_sync",
-         "penalty", "seconds", "speed")  # fmt: skip
+         "penalty", "distillation", "seconds", "speed")  # fmt: skip
 # Formatted names: what stands for the expression in braces.
 EXAMPLES = {
     "name": "policy",
