@@ -33,11 +33,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    path: Path, seed: int, layers: int = 4, hidden: int = 128, tied: bool = False, heads: tuple[int, int] = (4, 2)
+    path: Path,
+    seed: int,
+    layers: int = 4,
+    hidden: int = 128,
+    tied: bool = False,
+    heads: tuple[int, int] = (4, 2),
+    deviation: float = 0.02,
 ) -> None:
     """Save a Qwen2 model with random weights, and its tokenizer, as a Hugging Face folder.
 
-    `heads`: attention heads and key-value groups. vLLM on CPUs takes no head size below 32.
+    `heads`: attention heads and key-value groups. vLLM on CPUs takes no head size below 32. `deviation`: standard
+    deviation of the weights; transformers' 0.02 suits hidden sizes of thousands, 1 / sqrt(hidden) a narrow model.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -53,6 +60,7 @@ def make_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=deviation,
     )
     Qwen2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
