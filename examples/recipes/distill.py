@@ -25,7 +25,7 @@ def teacher() -> Config:
     """The teacher's own training, on all demonstrations."""
     config = cross_entropy()
     supervised = dataclasses.replace(
-        config.supervised, path=f"{FOLDER}/demonstrations.jsonl", steps=600, evaluate_every=100, stop_at_accuracy=0.98
+        config.supervised, path=f"{FOLDER}/demonstrations.jsonl", steps=500, evaluate_every=50, stop_at_accuracy=0.98
     )
     return dataclasses.replace(
         config, run=f"{FOLDER}/teacher", model=ModelConfig(f"{FOLDER}/start"), supervised=supervised
@@ -43,7 +43,7 @@ def cross_entropy() -> Config:
         evaluation=EvaluationConfig(max_new_tokens=16),
         supervised=SupervisedConfig(
             path=f"{FOLDER}/demonstrations.jsonl",
-            steps=300,
+            steps=200,
             samples_per_step=128,
             evaluate_every=50,
             optimizer=OptimizerConfig(lr=2e-3, min_lr=2e-4, warmup_steps=20),

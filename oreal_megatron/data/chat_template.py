@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import ConfigError
 
 PROBES = ("1+2=", "3+4=")  # two questions that a template must tell apart
+Message = dict[str, str]  # role and content
 SHORTEST_ANSWER = r"\boxed{0}"
 
 
@@ -20,12 +22,13 @@ def render(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str
 def render_text(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> str:
     """Return the text of the chat template up to the start of the response; ConfigError where it fails."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return render_messages(tokenizer, [*system, {"role": "user", "content": question}])
+
+
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return the text of the chat template up to the start of the next response; ConfigError where it fails."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-            )
-        )
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(f"the chat template cannot render this prompt: {type(error).__name__}: {error}") from None
 

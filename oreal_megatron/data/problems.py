@@ -1,4 +1,4 @@
-"""Prompts and demonstrations from data files, rendered with the model's chat template.
+"""Prompts from data files, rendered with the model's chat template.
 
 Invalid lines are reported by number, before any model is loaded.
 """
@@ -18,7 +18,7 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.data import chat_template, golds, key_map
 from oreal_megatron.data.lines import Line, read_lines
 from oreal_megatron.math_equality import read_gold
-from oreal_megatron.records import Prompt, Sample
+from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files
 
 log = logging.getLogger(__name__)
@@ -72,18 +72,20 @@ def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool
 
 def read_problem(name: str, line: Line, keys: Mapping[str, str], free_gold: bool = False) -> Line:
     """Return a line with the fields of a problem under our names; ConfigError where one is missing or invalid."""
-    question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
+    question, system = key_map.question_and_system(f"{name}: question", require_field(name, line, "question", keys))
     rate = key_map.read_field(line, "pass_rate", keys)
-    gold = key_map.read_field(line, "gold_answer", keys) if free_gold else _field(name, line, "gold_answer", keys)
+    gold = (
+        key_map.read_field(line, "gold_answer", keys) if free_gold else require_field(name, line, "gold_answer", keys)
+    )
     if (
         isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold)
     ):  # AIME has numbers; bool is excluded
         gold = str(gold)
-    _require(name, "question", question)
+    require_text(name, "question", question)
     if free_gold:
         gold = gold if isinstance(gold, str) else ""  # the function reads it from the row
     else:
-        _require(name, "gold_answer", gold)
+        require_text(name, "gold_answer", gold)
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
         raise ConfigError(f"{name}: pass_rate is {rate!r}; expected a number from 0 to 1, or null")
     return line | {"question": question, "gold_answer": gold, "pass_rate": rate, "system_prompt": system}
@@ -150,50 +152,6 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(texts[:LISTED]) + more
 
 
-def load_demonstrations(
-    path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str,
-    max_tokens: int,
-    keys: Mapping[str, str] = NO_KEYS,
-) -> list[Sample]:
-    """Return lines with `question` and `response` as samples to imitate; the stop token is added to the response."""
-    return [
-        _read_demonstration(f"{path} line {number}", line, tokenizer, system_prompt, max_tokens, keys)
-        for number, line in read_lines(path)
-    ]
-
-
-def _read_demonstration(
-    name: str,
-    line: Line,
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str,
-    max_tokens: int,
-    keys: Mapping[str, str],
-) -> Sample:
-    question, system = key_map.question_and_system(f"{name}: question", _field(name, line, "question", keys))
-    text = _field(name, line, "response", keys)
-    _require(name, "question", question)
-    _require(name, "response", text)
-    try:
-        opening = chat_template.render_text(tokenizer, question, system or system_prompt)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    if tag := chat_template.repeated_opening(opening, text):
-        raise ConfigError(
-            f"{name}: the chat template opens {tag} already; remove it from the beginning of the response"
-        )
-    prompt = tuple(tokenizer.encode(opening, add_special_tokens=False))
-    response = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
-    if len(prompt) + len(response) > max_tokens:
-        raise ConfigError(
-            f"{name} has {len(prompt) + len(response)} tokens; the model was made for {max_tokens} positions. Shorten "
-            "or remove the line"
-        )
-    return Sample(prompt, response, reward=1.0, advantage=0.0)
-
-
 def check_golds(prompts: list[Prompt], path: str, equals_itself: Callable[[str], bool], drop: bool) -> list[Prompt]:
     """Return the prompts whose gold answer the verifier equates with itself.
 
@@ -210,7 +168,7 @@ def check_golds(prompts: list[Prompt], path: str, equals_itself: Callable[[str],
     return [prompt for prompt, ok in zip(prompts, readable, strict=True) if ok]
 
 
-def _field(name: str, line: Line, field: str, keys: Mapping[str, str]) -> Any:
+def require_field(name: str, line: Line, field: str, keys: Mapping[str, str]) -> Any:
     """Return a field of a line; ConfigError names the keys of a line that lacks it."""
     value = key_map.read_field(line, field, keys)
     if value is None:
@@ -218,7 +176,7 @@ def _field(name: str, line: Line, field: str, keys: Mapping[str, str]) -> Any:
     return value
 
 
-def _require(name: str, field: str, value: object) -> None:
+def require_text(name: str, field: str, value: object) -> None:
     """Raise ConfigError where a field is no text, or an empty one."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name}: {field!r} is {value!r}; expected a non-empty text")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from oreal_megatron.algo import guard, packing
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.user_functions import Origin
-from oreal_megatron.data import lines, problems
+from oreal_megatron.data import demonstration_lines, lines
 from oreal_megatron.data.sampler import Sampler
 from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
@@ -96,7 +96,7 @@ def fine_tune(
     method = method or CrossEntropy()
     inputs = read_inputs(with_supervised_settings(config))
     further = method.check(inputs)
-    demonstrations = problems.load_demonstrations(
+    demonstrations = demonstration_lines.load_demonstrations(
         config.supervised.path,
         inputs.tokenizer,
         config.data.system_prompt,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from oreal_megatron.config import Config, ConfigError, DataConfig, EngineConfig, ModelConfig, SamplingConfig
-from oreal_megatron.data import chat_template, problems
+from oreal_megatron.data import chat_template, demonstration_lines, problems
 from oreal_megatron.session.inputs import Inputs, read_inputs
 
 PLAIN = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -135,9 +135,56 @@ def test_a_demonstration_that_repeats_the_opening_of_the_template_is_refused(mod
     path = tmp_path / "sft.jsonl"
     lines = [{"question": "1+2=", "response": text} for text in ("hm</think>3", "<think>hm</think>3")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
-    (sample,) = problems.load_demonstrations(str(path), tokenizer, "", 512)
+    (sample,) = demonstration_lines.load_demonstrations(str(path), tokenizer, "", 512)
     text = tokenizer.decode((*sample.prompt_tokens, *sample.response_tokens))
     assert text == "<|user|>1+2=<|assistant|><think>hm</think>3<|end|>"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match="line 2: the chat template opens <think> already"):
-        problems.load_demonstrations(str(path), tokenizer, "", 512)
+        demonstration_lines.load_demonstrations(str(path), tokenizer, "", 512)
+
+
+def chat(*contents: str, system: str = "") -> dict:
+    """A line with a chat, the user first."""
+    roles = ["system"] * bool(system) + ["user", "assistant"] * len(contents)
+    texts = [system] * bool(system) + list(contents)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+
+
+def read_chats(folder: Path, tmp_path: Path, *lines: dict, system_prompt: str = "", longest: int = 512) -> list:
+    """The samples of a file, as texts of prompt and response."""
+    tokenizer, path = problems.load_tokenizer(str(folder)), tmp_path / "sft.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = demonstration_lines.load_demonstrations(str(path), tokenizer, system_prompt, longest)
+    return [(tokenizer.decode(sample.prompt_tokens), tokenizer.decode(sample.response_tokens)) for sample in samples]
+
+
+def test_every_message_of_the_assistant_is_a_sample_after_the_messages_before_it(model_folder, tmp_path):
+    lines = [chat("1+1=", "2", "4+1=", "3"), {"question": "5", "response": "6", "messages": "of another program"}]
+    plain = [
+        ("<|user|>1+1=<|assistant|>", "2<|end|>"),
+        ("<|user|>1+1=<|assistant|>2<|user|>4+1=<|assistant|>", "3<|end|>"),
+    ]
+    assert read_chats(model_folder, tmp_path, *lines) == [*plain, ("<|user|>5<|assistant|>", "6<|end|>")]
+    single = read_chats(model_folder, tmp_path, chat("1+1=", "2"), system_prompt="7")
+    assert single == read_chats(model_folder, tmp_path, {"question": "1+1=", "response": "2"}, system_prompt="7")
+    assert read_chats(model_folder, tmp_path, chat("1", "2", system="7"), system_prompt="8") == read_chats(
+        model_folder, tmp_path, chat("1", "2"), system_prompt="7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (chat("1"), "holds messages of user; expected user and assistant in turn"),
+        (chat("1", "2", "3"), "holds messages of user, assistant, user; expected"),
+        ({"messages": chat("1", "2")["messages"][::-1]}, "holds messages of assistant, user; expected"),
+        ({"messages": []}, "holds messages of nobody; expected"),
+        (chat("1", ""), "messages is no list of objects with a role and a non-empty text"),
+        ({"messages": "1"}, "messages is no list of objects with a role and a non-empty text"),
+        (chat("1", "2", "3" * 20, "4"), "line 2 has 28 tokens; the model was made for 20 positions"),
+        ({"question": "1"}, "has no value for 'response'"),
+    ],
+)
+def test_a_chat_that_cannot_be_imitated_is_refused(line, says, model_folder, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        read_chats(model_folder, tmp_path, chat("1", "2"), line, longest=20)
