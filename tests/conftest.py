@@ -15,8 +15,9 @@ import torch
 from cost_recorder import CostRecorder
 from gloo_processes import run_in_processes
 
-hypothesis.settings.register_profile("shared machine", deadline=None)  # a first call imports, a neighbour computes
-hypothesis.settings.load_profile("shared machine")
+EXAMPLES = {"default": 50, "full": 300}  # of a property that names no number
+for name, examples in EXAMPLES.items():  # without a deadline: a first call imports, a neighbour computes
+    hypothesis.settings.register_profile(name, deadline=None, max_examples=examples)
 
 ROOT = Path(__file__).parent.parent
 TIERS = ("unit", "dist", "engine", "e2e", "faults", "kernels", "gpu")  # folders of tests/, and markers
@@ -34,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "default")
     if file := os.environ.get("OREAL_TEST_COSTS"):
         config.pluginmanager.register(CostRecorder(Path(file)))
     if {tier_of(Path(arg.split("::")[0]).resolve()) for arg in config.args} == {"kernels"}:

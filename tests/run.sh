@@ -12,6 +12,7 @@ if [ "${1:-}" = --all ]; then
 fi
 bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE # each of the many processes would compile the project's modules again
 LOGS=$(mktemp -d)
 export LOGS OREAL_TEST_COSTS="$LOGS/costs.jsonl"
 trap 'rm -rf "$LOGS"' EXIT

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if distributed.rank() == 0:
             low, high = scores["interval"]
             responses = scores["problems"] * scores["answers_per_problem"]
-            print(f"accuracy {scores['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {responses} "
+            print(f"accuracy {scores['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) of {responses}\n"
                   f"responses, {scores['unknown']} unknown; responses: {out}")  # fmt: skip
         return 0
     names = args.suite.split(",") if args.suite else [config.data.held_out]

@@ -76,7 +76,10 @@ def write_results(
     text = markdown_table(model, {name: suites.named(name).title for name in merged}, merged)
     (out / "table.md").write_text("\n".join([text, *notes]) + "\n")
     _print_scores(model, merged)
-    print("\n".join(["", *notes, f"Responses, results.json and table.md: {out}"]))
+    console = Console()
+    for line in ("", *notes):
+        console.print(line, highlight=False, markup=False)
+    print(f"Responses, results.json and table.md: {out}")  # one line, to be copied
 
 
 def _overlap_notes(scores: Mapping[str, ScoresByMode], seen: Mapping[str, list[int]]) -> list[str]:

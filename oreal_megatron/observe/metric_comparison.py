@@ -48,12 +48,14 @@ def print_comparison(pairs: Sequence[MetricPair], title: str) -> None:
     for pair in pairs:
         difference = f"{pair.difference:.2g}" if pair.difference else "0"
         table.add_row(pair.name, f"{pair.before:.9g}", f"{pair.now:.9g}", difference)
-    Console().print(table)
+    console = Console()
+    console.print(table)
     largest = max(pairs, key=lambda pair: pair.difference)
-    if any(pair.difference and pair.name.endswith("/updates") for pair in pairs):
-        print("the weights are not those of the step: dumps of some steps since the checkpoint are missing")
-    if not largest.difference:
-        print("reproduced bit for bit")
-    else:
+    result = "reproduced bit for bit"
+    if largest.difference:
         verdict = "reproduced" if largest.same else "not reproduced"
-        print(f"{verdict}: the largest relative difference is {largest.difference:.3g}, in {largest.name}")
+        result = f"{verdict}: the largest relative difference is {largest.difference:.3g}, in {largest.name}"
+    if any(pair.difference and pair.name.endswith("/updates") for pair in pairs):
+        missing = "the weights are not those of the step: dumps of some steps since the checkpoint are missing"
+        console.print(missing, highlight=False)
+    console.print(result, highlight=False)

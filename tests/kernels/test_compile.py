@@ -1,4 +1,5 @@
-"""Every Triton kernel compiled for A100, H100 and B200 without a GPU: registers, spills and instructions."""
+"""Every Triton kernel compiled for an H100 without a GPU, and with --full for A100 and B200: registers, spills and
+instructions."""
 
 from __future__ import annotations
 
@@ -15,11 +16,15 @@ from oreal_megatron.runtime import versions
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Rows of tools/compile_kernels.py's table, in a process that does not interpret."""
+@pytest.fixture(
+    scope="module",
+    params=["90", pytest.param("80", marks=pytest.mark.full), pytest.param("100", marks=pytest.mark.full)],
+)
+def compiled(request, tmp_path_factory):
+    """Rows of tools/compile_kernels.py's table for an architecture, in a process that does not interpret."""
     out = tmp_path_factory.mktemp("compiled") / "kernels.json"
     command = [sys.executable, str(ROOT / "tools/compile_kernels.py"), "--json", str(out)]
+    command += ["--architectures", request.param]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text()), done.stdout
@@ -29,14 +34,14 @@ def test_no_kernel_spills_or_wants_too_much_shared_memory(compiled, capsys):
     rows, table = compiled
     with capsys.disabled():
         print("\n" + table)
-    assert {row["architecture"] for row in rows} == {80, 90, 100}
+    assert len({row["kernel"] for row in rows}) == len(rows) > 10
     for row in rows:
-        assert not row["spill_bytes"] and row["shared"] <= (163 if row["architecture"] == 80 else 227) * 1024, row
+        assert not row["spill_bytes"] and row["shared"] <= 163 * 1024, row  # what a block of the A100 may have
 
 
 def test_passes_over_logits_load_sixteen_bytes_at_a_time(compiled):
     passes = [row for row in compiled[0] if row["kernel"].startswith(("statistics", "gradient"))]
-    assert len(passes) == 21
+    assert len(passes) == 7
     for row in passes:
         assert row["instructions"].get("LDG.E.128"), row
 
@@ -54,12 +59,12 @@ MOST_INSTRUCTIONS = {  # per logit in the main loop; of 2 bytes read, an H100 ca
 
 def test_passes_over_logits_issue_few_instructions_and_never_wait_in_their_loop(compiled):
     """Entropy and label outside of the loop: 9 instructions a logit instead of 35, and no barrier per block."""
-    assert_loops_are_short(compiled[0])
+    assert_loops_are_short(compiled[0], 1)
 
 
-def assert_loops_are_short(rows: list[dict]) -> None:
+def assert_loops_are_short(rows: list[dict], architectures: int) -> None:
     passes = [row for row in rows if "per_element" in row]
-    assert len(passes) == 3 * len(MOST_INSTRUCTIONS)
+    assert len(passes) == architectures * len(MOST_INSTRUCTIONS)
     for row in passes:
         assert 0 < row["per_element"] <= MOST_INSTRUCTIONS[row["kernel"]] and not row["barriers_in_loop"], row
         assert row["registers"] <= 96, row
@@ -79,7 +84,7 @@ def test_every_triton_that_a_supported_torch_brings_compiles_the_kernels(release
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and f"Triton {release}, compiled" in done.stdout, done.stdout + done.stderr
-    assert_loops_are_short(json.loads(out.read_text()))
+    assert_loops_are_short(json.loads(out.read_text()), 3)
 
 
 def test_a_fault_is_reported():

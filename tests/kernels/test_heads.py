@@ -25,7 +25,7 @@ from oreal_kernels.logits_to_logprob import reference as from_logits_reference
 from oreal_kernels.row_gradient import row_gradient
 from torch.utils.checkpoint import checkpoint
 
-N, H, V = 19, 24, 179  # nothing is a multiple of a block
+N, H, V = 11, 24, 179  # two full blocks of the interpreter and a remainder
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -82,6 +82,7 @@ def close_enough(got: list, plain: list, exact: list) -> None:
         assert (value - expected).abs().max() <= room, f"output {place}: {(value - expected).abs().max()} > {room}"
 
 
+SOME_KEPT = "some kept, some computed again"
 CASES = {
     "plain": {},
     "temperature 0.01": dict(temperature=0.01),
@@ -92,11 +93,18 @@ CASES = {
     "all logits far below zero": dict(shift=-40.0),
     "peaked": dict(shift=30.0),
     "save": dict(mode="save"),
-    "recompute in small chunks": dict(mode="recompute", budget_bytes=8 * V * 4),
-    "some kept, some computed again": dict(budget_bytes=24 * V * 4),
+    "recompute in small chunks": dict(mode="recompute", budget_bytes=4 * V * 4),
+    SOME_KEPT: dict(budget_bytes=4 * V * 4),
     "fp32 logits": dict(logits_dtype=torch.float32),
     "some rows": dict(rows=torch.arange(N - 1, -1, -1)),
 }
+
+
+@pytest.fixture
+def products_cost_all(name, monkeypatch) -> None:
+    """Let the plan of SOME_KEPT keep what fits: on a real CPU, chunks this small cost more than a product again."""
+    if name == SOME_KEPT:
+        monkeypatch.setattr(chunk_plan, "CPU", chunk_plan.DeviceSpeed(flops=1.0, bytes_per_second=1e12))
 
 
 def case_of(options: dict, dtype: torch.dtype):
@@ -109,6 +117,7 @@ def case_of(options: dict, dtype: torch.dtype):
     return hidden, weight, labels_of(vocabulary=options.get("vocab_size", V)), options
 
 
+@pytest.mark.usefixtures("products_cost_all")
 @pytest.mark.parametrize("name", CASES)
 def test_linear_logprob_and_its_gradients(name, served_by):
     hidden, weight, labels, options = case_of(CASES[name], torch.float32)
@@ -125,6 +134,7 @@ def half_of(served_by: str) -> torch.dtype:
     return torch.float16 if served_by == "triton" else torch.bfloat16
 
 
+@pytest.mark.usefixtures("products_cost_all")
 @pytest.mark.parametrize("name", CASES)
 def test_linear_logprob_in_16_bits(name, served_by):
     dtype = half_of(served_by)
@@ -138,18 +148,21 @@ def test_linear_logprob_in_16_bits(name, served_by):
         assert (got[0] - exact[0]).abs().max() < 0.1 * (plain[0] - exact[0]).abs().max()
 
 
-@pytest.mark.parametrize("name", [name for name, options in CASES.items() if "rows" not in options])
+OF_LOGITS = {"temperature", "softcap", "vocab_size", "shift"}  # options that a function of given logits has
+
+
+@pytest.mark.parametrize("name", [name for name, options in CASES.items() if options.keys() <= OF_LOGITS])
 def test_logprob_from_logits(name, served_by):
     hidden, weight, labels, options = case_of(CASES[name], torch.float32)
-    options = {key: value for key, value in options.items() if key in ("temperature", "softcap", "vocab_size")}
 
     def through(function, **more):
         return lambda x, w: function(x @ w.t(), labels, **options, **more)
 
     exact = gradients(through(from_logits_reference), hidden, weight, torch.float64)
     plain = gradients(through(from_logits_reference), hidden, weight)
-    close_enough(gradients(through(logprob_from_logits), hidden, weight), plain, exact)
-    close_enough(gradients(through(logprob_from_logits, in_place_backward=True), hidden, weight), plain, exact)
+    for in_place in (False, True) if name in ("plain", "soft cap", "padded vocabulary") else (True,):
+        got = gradients(through(logprob_from_logits, in_place_backward=in_place), hidden, weight)
+        close_enough(got, plain, exact)
 
 
 def test_gradient_in_place_spoils_the_logits_and_torch_says_so():
@@ -161,28 +174,35 @@ def test_gradient_in_place_spoils_the_logits_and_torch_says_so():
         logp.sum().backward()
 
 
+IN_CHUNKS = [name for name, options in CASES.items() if "budget_bytes" not in options and "mode" not in options]
+AT_ONCE = ["plain", "peaked", "soft cap", "padded vocabulary", "some rows"]
+
+
 @pytest.mark.parametrize(
-    "name", [name for name, options in CASES.items() if "budget_bytes" not in options and "mode" not in options]
+    ("name", "budget", "entropy_coef"),
+    [*((name, 4 * V * 4, 0.7) for name in IN_CHUNKS), *((name, 2**30, 0.0) for name in AT_ONCE)],
 )
-@pytest.mark.parametrize(("budget", "entropy_coef"), [(8 * V * 4, 0.7), (2**30, 0.0)])
 def test_linear_oreal_loss_and_its_gradients(name, budget, entropy_coef, served_by):
     hidden, weight, labels, options = case_of(CASES[name], torch.float32)
     labels[[3, N - 1]] = -100
     shared = {key: value for key, value in options.items() if key in ("temperature", "softcap", "vocab_size", "rows")}
-    terms = replace(terms_of(), entropy_coef=entropy_coef)
+    terms, results = replace(terms_of(), entropy_coef=entropy_coef), []
 
     def loss_of(function, terms, **options):
-        return lambda x, w: [function(x, w, labels, terms, **options).loss]
+        def run(x, w):
+            results.append(function(x, w, labels, terms, **options))
+            return [results[-1].loss]
+
+        return run
 
     exact = gradients(loss_of(linear_oreal_reference, wide(terms), **shared), hidden, weight, torch.float64)
     plain = gradients(loss_of(linear_oreal_reference, terms, **shared), hidden, weight)
     got = gradients(loss_of(linear_oreal_loss, terms, budget_bytes=budget, **options), hidden, weight)
     close_enough(got, plain, exact)
-    expected = linear_oreal_reference(hidden.double(), weight.double(), labels, wide(terms), **shared)
-    found = linear_oreal_loss(hidden, weight, labels, terms, **options)
-    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.logp.double(), expected.logp, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-4)
+    expected, _, fused = results
+    torch.testing.assert_close(fused.sums, expected.sums, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused.logp.double(), expected.logp, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-4)
 
 
 def test_the_entropy_bonus_alone_raises_the_entropy_as_its_gradient_says(served_by):
@@ -214,7 +234,7 @@ def test_log_probs_alone_have_no_entropy():
         oreal_loss(random(N), replace(terms_of(), entropy_coef=0.1))
 
 
-@pytest.mark.parametrize("budget", [8 * V * 4, 2**30])
+@pytest.mark.parametrize("budget", [4 * V * 4, 2**30])
 def test_linear_oreal_loss_with_importance_ratios(budget, served_by):
     """In fp64 the truncated ratio is of each chunk's own log-probs; some tokens do not count, some have no ratio."""
     hidden, weight, labels, _ = case_of({}, torch.float32)
@@ -263,7 +283,7 @@ def test_the_scale_of_the_loss_is_not_rounded():
 def test_a_gradient_of_many_chunks_is_as_good_as_of_one(served_by):
     """Without main_grad too the weight's gradient is summed in fp32, and rounded once."""
     dtype = half_of(served_by)
-    hidden, weight, labels = random(256, H).to(dtype), random(V, H, seed=1).to(dtype), labels_of(256)
+    hidden, weight, labels = random(40, H).to(dtype), random(V, H, seed=1).to(dtype), labels_of(40)
 
     def gradient(budget: int) -> torch.Tensor:
         w = weight.clone().requires_grad_()
@@ -271,7 +291,7 @@ def test_a_gradient_of_many_chunks_is_as_good_as_of_one(served_by):
         return w.grad.double()
 
     one, many = gradient(2**20), gradient(4 * V * 2)
-    assert (many - one).abs().max() <= 2 * torch.finfo(dtype).eps * one.abs().max()
+    assert (many - one).norm() < 0.05 * torch.finfo(dtype).eps * one.norm()  # summed in 16 bits: 0.4
 
 
 def test_main_grad_and_loss_scale(served_by):
@@ -566,7 +586,7 @@ def test_any_strides_and_integer_dtypes(served_by):
 
 
 @pytest.mark.parametrize("labels, rows, sentence", [
-    (torch.zeros(5).long(), None, "for 19 rows of hidden"),
+    (torch.zeros(5).long(), None, f"for {N} rows of hidden"),
     (torch.zeros(5).long(), torch.arange(4), "for 4 entries of rows"),
 ])  # fmt: skip
 def test_labels_that_do_not_fit_are_rejected(labels, rows, sentence):

