@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from oreal_megatron.config import Config
+from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.config.schema import config_keys
+from oreal_megatron.runtime import files
 
 SHARED = (
     "train",
@@ -33,19 +34,17 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def output_file(text: str) -> Path:
     """Return an argparse type for a file that will be written; refused before anything is computed."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} of {path.name} does not exist; create it first")
-    is_new = not path.exists()
     try:
-        path.open("ab").close()  # permissions alone say little, to root for example
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror}); choose another name") from None
-    if is_new:
-        path.unlink()
-    return path
+        return files.require_writable(Path(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def refuse_alone(args: argparse.Namespace, **needed: str) -> None:
+    """Raise ConfigError for an option without the one that it belongs to, which would be ignored."""
+    for option, other in needed.items():
+        if getattr(args, option) and getattr(args, other) in (None, False):
+            raise ConfigError(f"--{option} needs --{other}; add that, or leave --{option} out")
 
 
 def works_alone(args: argparse.Namespace) -> bool:

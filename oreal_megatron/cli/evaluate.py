@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from oreal_megatron.cli.arguments import at_least
+from oreal_megatron.cli.arguments import at_least, output_file
 from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import results, suites
 from oreal_megatron.evaluation.model_settings import config_for
@@ -38,18 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: runs/evaluations/NAME, with --rate OUT.jsonl.answers; a second start continues there",
     )
     parser.add_argument("--training", metavar="FILE.jsonl", help="check the suites for contamination with these")
-    parser.add_argument("--rate", metavar="OUT.jsonl", help="sample the training prompts and write them with pass_rate")
+    parser.add_argument(
+        "--rate",
+        type=output_file,
+        metavar="OUT.jsonl",
+        help="sample the training prompts and write them with pass_rate",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate or rate; return the exit code."""
+    if args.rate and (args.suite or args.problems or args.training):
+        raise ConfigError("--rate rates the training prompts; leave --suite, --problems and --training out")
     config = config_for(args.model, args.set)
 
     from oreal_megatron.evaluation import benchmark  # imports torch's process groups, which takes a second
 
     if args.rate:
-        out = args.out or Path(args.rate + ".answers")
-        scores = benchmark.rate_prompts(config, args.samples or 16, Path(args.rate), out)
+        out = args.out or Path(f"{args.rate}.answers")
+        scores = benchmark.rate_prompts(config, args.samples or 16, args.rate, out)
         if distributed.rank() == 0:
             low, high = scores["interval"]
             responses = scores["problems"] * scores["answers_per_problem"]

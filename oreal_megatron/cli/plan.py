@@ -9,7 +9,7 @@ import textwrap
 from rich.console import Console
 
 from oreal_megatron import settings
-from oreal_megatron.cli.arguments import at_least, output_file
+from oreal_megatron.cli.arguments import at_least, output_file, refuse_alone
 from oreal_megatron.config import ConfigError
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, rollout_report, search
@@ -73,20 +73,20 @@ def run(args: argparse.Namespace) -> int:
         document["rollouts"] = [rollout_report.as_dict(outcome) for outcome in outcomes]
         if args.timeline:
             rollout_report.draw(outcomes, args.timeline)
-    fits = plan.fits
     if args.rehearse:
         from oreal_megatron.plan import rehearsal  # imports Megatron, which takes seconds
 
         document["rehearsal"] = rehearsal.run(scenario, args.ranks, console)
-        fits = fits and not document["rehearsal"]["faults"]
     if args.json:
         files.set_aside(args.json).write_text(json.dumps(document, indent=2, default=float) + "\n")
     if args.picture:
         report_tables.draw(plan, files.set_aside(args.picture))
-    return 0 if fits else UNFIT
+    return 0 if plan.fits and not document.get("rehearsal", {}).get("faults") else UNFIT
 
 
 def _read_scenario(args: argparse.Namespace, console: Console) -> Scenario:
+    refuse_alone(args, timeline="rollouts", ranks="rehearse")
+    files.refuse_same(args.json, args.picture, args.timeline)
     config = settings.load(args.recipe, args.set)
     world = args.gpus or config.gpus
     if world < 1:

@@ -44,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables; return the exit code."""
+    outputs = (args.html, args.picture, args.calibration, args.heat_map, args.summary)
+    files.refuse_same(*outputs)
     records = [run_report.read_run(path) for path in args.runs]
-    for output in filter(None, (args.html, args.picture, args.calibration, args.heat_map, args.summary)):
+    for output in filter(None, outputs):
         files.set_aside(output)
     speeds = [speed_report.summary(record) for record in records]
     for speed in filter(None, speeds):

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from oreal_megatron import config
 from oreal_megatron.runtime import files
 from oreal_megatron.runtime.exit_codes import BAD_INPUT
-from oreal_megatron.verify import graded_files
+from oreal_megatron.verify import graded_files, judge
 from oreal_megatron.verify.file_summary import FileSummary
 from oreal_megatron.verify.grade_file import grade_lines
 from oreal_megatron.verify.grader import Grader, JudgesDown
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ConfigError for bad arguments, RunStopped when no judge answers or no worker process starts.
     """
-    _check(args)
-    judge = config.JudgeConfig(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
-    settings = config.VerifyConfig(workers=args.workers, timeout_s=args.timeout, judge=judge)
+    judge_settings = config.JudgeConfig(urls=tuple(args.judge), model=args.judge_model, cache=args.judge_cache)
+    settings = config.VerifyConfig(workers=args.workers, timeout_s=args.timeout, judge=judge_settings)
+    _check(args, settings)
     summary = FileSummary()
     files.set_aside(args.output)
     try:
@@ -73,17 +73,15 @@ def run(args: argparse.Namespace) -> int:
     return BAD_INPUT if summary.unreadable else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, settings: config.VerifyConfig) -> None:
     """Refuse arguments that cannot be right, before any process starts."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise config.ConfigError("verify runs in one process; start it without --processes, and set --workers instead")
     graded_files.check(args.input, args.output)
-    if args.workers < 1 or args.timeout <= 0:
-        got = f"got {args.workers} and {args.timeout:g}"
-        raise config.ConfigError(f"--workers must be at least 1 and --timeout above 0, {got}")
-    for url in args.judge:
-        if not url.startswith(("http://", "https://")):
-            raise config.ConfigError(f"{url!r} is not the URL of a judge; write http://HOST:PORT")
+    config.validate(settings)
+    judge.check_settings(settings.judge)
+    if args.judge and args.judge_cache:
+        files.refuse_same(args.input, args.output, Path(args.judge_cache))
 
 
 def _report(console: Console, error: str) -> None:

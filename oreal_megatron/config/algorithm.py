@@ -205,7 +205,7 @@ class RewardModelConfig(Section):
     ] = "mean"
     head_init: Annotated[
         Literal["zeros", "normal"],
-        Key("first weights of the scalar head: zeros (authors' code), or normal with standard deviation 0.02"),
+        FixedKey("first weights of the scalar head: zeros (authors' code), or normal with standard deviation 0.02"),
     ] = "zeros"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
 

@@ -109,7 +109,9 @@ class Config(Section):
         return self.engine.dtype or self.model.dtype
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield messages about keys that contradict each other across sections."""
+        """Yield messages about a run folder that cannot be meant, and keys that contradict each other."""
+        if not self.run.strip() or self.run.startswith("~"):
+            yield f"run is {self.run!r}; expected the path of a folder, written out: only a shell replaces ~"
         if self.frozen_steps >= self.steps:
             yield (
                 f"policy_freeze_steps is {self.policy_freeze_steps} and steps is {self.steps}: the policy would never "
@@ -117,6 +119,7 @@ class Config(Section):
             )
             return
         yield from self._warmup_conflicts()
+        yield from self._idle_conflicts()
         if self.weights.shuffle and not self.reward_model.enabled:
             yield (
                 "weights.shuffle is true, but without a reward model there are no weights to permute; set "
@@ -144,6 +147,25 @@ class Config(Section):
                 f"watchdog.verify_s is {limit_s:g}, but a step may wait {judge.all_down_wait_s:g} s for judges "
                 "(verify.judge.all_down_wait_s); set it above that"
             )
+
+    def _idle_conflicts(self) -> Iterator[str]:
+        """Yield messages about a loss and learning rates with which no step would change a model."""
+        loss, reward_model = self.loss, self.reward_model
+        if not (loss.positive_coef or loss.negative_coef or loss.entropy_coef):
+            yield (
+                "loss.positive_coef, loss.negative_coef and loss.entropy_coef are 0: the KL divergence alone keeps the "
+                "policy where it starts; set one of them above 0"
+            )
+        if not self.optimizer.lr:
+            yield "optimizer.lr is 0: the policy would never change; set it above 0"
+        if reward_model.enabled and not reward_model.path and not reward_model.optimizer.lr:
+            yield (
+                "reward_model.optimizer.lr is 0: a new reward model would never learn; set it above 0, start from a "
+                "trained one with reward_model.path, or set reward_model.enabled=false"
+            )
+        for name, section in (("supervised", self.supervised), ("reward_training", self.reward_training)):
+            if section.path and not section.optimizer.lr:
+                yield f"{name}.optimizer.lr is 0: the model would never change; set it above 0"
 
     def _ratio_conflicts(self) -> Iterator[str]:
         """Yield messages about importance ratios that would correct nothing, and about missing ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
@@ -123,6 +124,12 @@ class JudgeConfig(Section):
     max_answer_chars: Annotated[int, Key("longest extracted answer shown to the judge", low=1, unit="characters")] = 500
     cache: Annotated[str, FreeKey("file of verdicts that survives a restart; empty: in memory only")] = ""
 
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message for each server that is no URL."""
+        for url in self.urls:
+            if not re.match(r"https?://[^/\s]", url):
+                yield f"{path}urls holds {url!r}; expected http://HOST:PORT or https://HOST"
+
 
 @dataclass(frozen=True)
 class VerifyConfig(Section):
@@ -147,7 +154,9 @@ class VerifyConfig(Section):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield a message if both a function and a judge would decide."""
+        """Yield a message if both a function and a judge would decide, or if an empty word ends the thinking."""
+        if not all(self.thinking_end):
+            yield f"{path}thinking_end is {self.thinking_end}, with an empty word; () means that nothing is thinking"
         if self.function and self.judge.urls:
             yield (
                 f"{path}function decides alone, but {path}judge.urls names a judge; unset one of them "

@@ -18,6 +18,7 @@ from oreal_megatron.runtime import files
 
 AHEAD_BYTES = 512 * 2**20  # read but not yet written; the item being read and the one being written are extra
 BLOCK_BYTES = 128 * 2**20  # rows of vocabulary tensors that are processed at once
+UNFINISHED = "unfinished_conversion"  # file in the folder of a conversion that has not finished
 SLACK_BYTES = 64 * 2**20  # beyond the tensors: headers, tokenizer, metadata
 
 Report = Callable[[str], None]  # receives messages to the user
@@ -67,16 +68,24 @@ def read_ahead(items: Iterator[tuple[int, Item]], budget: int = AHEAD_BYTES) -> 
 def write_atomically(path: Path, size: int, report: Report, replace: bool = False) -> Iterator[Path]:
     """Provide a folder to write `size` bytes into; it gets the name `path` when everything is on the disk.
 
-    An error removes the folder. Raises ConfigError where `path` exists (unless `replace`) or the disk is too small
-    (not checked for a size of 0).
+    An error removes the folder. Raises ConfigError where `path` exists or cannot be made (unless `replace`, for the
+    folders of a run) or the disk is too small (not checked for a size of 0).
     """
     partial = path.with_name(path.name + ".partial")
     if path.exists() and not replace:
         raise ConfigError(f"{path} exists already; delete it or name another output")
     if partial.exists():
+        if not replace and not (partial / UNFINISHED).is_file():
+            raise ConfigError(f"{partial}, under whose name {path.name} is written first, is something else; move it")
         report(f"{partial} remains of a conversion that did not finish; it is deleted")
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / UNFINISHED).touch()
+    except OSError as error:
+        if replace:
+            raise
+        raise ConfigError(f"{path} cannot be made ({error.strerror}); name another output") from None
     try:
         free, needed = shutil.disk_usage(partial).free, size + SLACK_BYTES if size else 0
         if free < needed:
@@ -84,6 +93,7 @@ def write_atomically(path: Path, size: int, report: Report, replace: bool = Fals
                 f"{path} needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; free some space"
             )
         yield partial
+        (partial / UNFINISHED).unlink()
         for file in [*partial.rglob("*"), partial]:
             files.sync(file)
     except BaseException:

@@ -86,7 +86,7 @@ def read_problem(name: str, line: Line, keys: Mapping[str, str], free_gold: bool
         gold = gold if isinstance(gold, str) else ""  # the function reads it from the row
     else:
         require_text(name, "gold_answer", gold)
-    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+    if rate is not None and not (isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1):
         raise ConfigError(f"{name}: pass_rate is {rate!r}; expected a number from 0 to 1, or null")
     return line | {"question": question, "gold_answer": gold, "pass_rate": rate, "system_prompt": system}
 
@@ -178,5 +178,5 @@ def require_field(name: str, line: Line, field: str, keys: Mapping[str, str]) ->
 
 def require_text(name: str, field: str, value: object) -> None:
     """Raise ConfigError where a field is no text, or an empty one."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{name}: {field!r} is {value!r}; expected a non-empty text")

@@ -13,9 +13,7 @@ from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed
 
 log = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
-log = logging.getLogger(__name__)
 
 
 class Sampler(Generic[Item]):
@@ -49,12 +47,6 @@ def balanced(prompts: Sequence[Prompt], config: DataConfig, seed: int) -> Sample
     if different < config.prompts_per_step and distributed.rank() == 0:
         log.warning(
             "data.prompts_per_step is %d, but %s has %d problems: every step uses some of them more than once",
-            config.prompts_per_step, config.path, different,
-        )  # fmt: skip
-    different = len({prompt.id for prompt in repeated})
-    if different < config.prompts_per_step:
-        log.warning(
-            "data.prompts_per_step is %d, but %s holds %d problems to train on: a step repeats some",
             config.prompts_per_step, config.path, different,
         )  # fmt: skip
     return Sampler(repeated, config.prompts_per_step, seed)

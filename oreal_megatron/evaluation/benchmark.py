@@ -39,8 +39,6 @@ BLOCK = 128  # problems that are generated, graded and written together
 def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> SuiteScores:
     """Write the training prompts with their pass rates to `rated`, and the responses to `out`. Collective."""
     inputs = read_inputs(config)
-    if not rated.resolve().parent.is_dir():
-        raise ConfigError(f"--rate {rated}: its folder does not exist")
     if rated.exists() and Path(config.data.path).exists() and rated.samefile(config.data.path):
         raise ConfigError(f"--rate {rated} is data.path, the problems themselves; give another name")
     prompts = inputs.training_prompts()
@@ -85,6 +83,8 @@ def run_benchmark(
         prompts = {name: first_problems(usable[name], suite, limit) for name, suite in suite_lists.items()}
         modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, responses)} if responses else {})
         results.check_settings(out, inputs, modes, usable)
+        training = training or (config.data.path if Path(config.data.path).is_file() else "")
+        training_questions = _questions(training, config)
         engine, verifier = session.start_engine(inputs)
         with heartbeat.phase("evaluate"):
             scores = {
@@ -99,13 +99,12 @@ def run_benchmark(
                 for name in suite_files
             }
         if distributed.rank() == 0:
-            training = training or (config.data.path if Path(config.data.path).is_file() else "")
-            results.write_results(out, model, scores, _overlap(prompts, training, config.data.keys))
+            results.write_results(out, model, scores, _overlap(prompts, training_questions))
 
 
 def suite_prompts(inputs: Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
     """Return the problems of a suite, rendered as in training."""
-    numbers = suites.problem_numbers(suite, path, inputs.config.data.keys)
+    numbers = suites.problem_numbers(suite, path, inputs.config.data.keys, bool(inputs.config.verify.function))
     return [prompt for prompt in inputs.rendered(path) if prompt.id in numbers]
 
 
@@ -117,7 +116,8 @@ def usable_prompts(inputs: Inputs, name: str, prompts: Sequence[Prompt]) -> list
     """
     longest = inputs.max_prompt_tokens
     too_long = [prompt for prompt in prompts if problems.is_overlong(prompt, longest)]
-    unreadable = [prompt for prompt in prompts if not rules.equals_itself(prompt.gold)]
+    by_rules = not inputs.config.verify.function  # a function reads golds as it likes
+    unreadable = [prompt for prompt in prompts if by_rules and not rules.equals_itself(prompt.gold)]
     texts = [
         f"suite {name}: {text}, problem {problems.number_ranges(prompt.id + 1 for prompt in faulty)}"
         for faulty, text in (
@@ -189,11 +189,17 @@ def read_complete_blocks(file: Path, problem_count: int, responses: int) -> list
     return distributed.all_gather_object(rows)[0]
 
 
-def _overlap(
-    prompts: Mapping[str, Sequence[Prompt]], training: str, keys: Mapping[str, str]
-) -> dict[str, list[int]] | None:
-    """Return the problems of each suite that occur in the training prompts; None without training prompts."""
-    if not training:
+def _questions(path: str, config: Config) -> list[str] | None:
+    """Return the questions of a file of training prompts; None without a file."""
+    if not path:
         return None
-    texts = [line["question"] for line in problems.read_problems(training, keys)]
-    return {name: overlap.find_overlap([prompt.question for prompt in suite], texts) for name, suite in prompts.items()}
+    lines = problems.read_problems(path, config.data.keys, free_golds=bool(config.verify.function))
+    return [line["question"] for line in lines]
+
+
+def _overlap(prompts: Mapping[str, Sequence[Prompt]], training: Sequence[str] | None) -> dict[str, list[int]] | None:
+    """Return the problems of each suite that occur in the training prompts; None without training prompts."""
+    if training is None:
+        return None
+    questions = {name: [prompt.question for prompt in suite] for name, suite in prompts.items()}
+    return {name: overlap.find_overlap(texts, training) for name, texts in questions.items()}

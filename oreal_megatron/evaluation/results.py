@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oreal_megatron.config import ConfigError, SamplingConfig
+from oreal_megatron.config.user_functions import read_source
 from oreal_megatron.evaluation import suites
 from oreal_megatron.evaluation.score import SuiteScores
 from oreal_megatron.observe.tables import add_columns, simple_table
@@ -40,6 +41,7 @@ def check_settings(
         "dtype": config.engine_dtype,
         "thinking_end": list(config.verify.thinking_end),
         "judge": config.verify.judge.model or bool(config.verify.judge.urls),
+        "verify.function": read_source(config.verify.function).digest if config.verify.function else "",
         **{f"suite {Path(name).stem}": _digest(prompts) for name, prompts in suite_prompts.items()},
         **{name: dataclasses.asdict(sampling) for name, sampling in modes.items()},
     }

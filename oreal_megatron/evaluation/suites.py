@@ -80,7 +80,9 @@ def named(name: str) -> Suite:
     return SUITES[name]
 
 
-def problem_numbers(suite: Suite, path: str, keys: Mapping[str, str] = problems.NO_KEYS) -> set[int]:
-    """Return the problems of the file that belong to the suite, from 0."""
-    numbered = enumerate(problems.read_problems(path, keys))
+def problem_numbers(
+    suite: Suite, path: str, keys: Mapping[str, str] = problems.NO_KEYS, free_golds: bool = False
+) -> set[int]:
+    """Return the problems of the file that belong to the suite, from 0; `free_golds`: a function of the user grades."""
+    numbered = enumerate(problems.read_problems(path, keys, free_golds))
     return {number for number, line in numbered if suite.part is None or line.get(suite.part[0]) == suite.part[1]}

@@ -28,7 +28,9 @@ _TIMES = re.compile(r"^\s*[xX]\s*(?=10\s*\^)")
 _LEADING = re.compile(r"(?:\s|[*/^_×·÷]|\\(?:times|cdot|ast|div)(?![A-Za-z]))*")
 _TRAILING = re.compile(rf"(?:\s|{_OPERATOR})*$")
 # a space between two operands; in prose the first of them is not part of the expression
-_GAP = re.compile(rf"(?<![-+*/^_−–×·÷\s])(?<!times)(?<!cdot)(?<!div)(?<!pm)\s+(?!\s|{_OPERATOR}|[!)}}\]]|$)")
+_GAP = re.compile(
+    rf"(?<![-+*/^_−–×·÷\s])(?<!times)(?<!cdot)(?<!div)(?<!pm)\s+(?!\s|{_OPERATOR}|[!)}}\]]|\\r(?:floor|ceil|ight)|$)"
+)
 _BEHIND_COMMAND = re.compile(r"(\\[A-Za-z]+)\s+")
 _NOTHING = re.compile(r"[\s({\[+]*")
 _NOTHING_BEHIND = re.compile(r"[\s)}\]]*")
@@ -55,8 +57,16 @@ _DENIED_BEHIND = re.compile(
     rf"{_BETWEEN_BEHIND}(?:(?:is|was|are|would\s+be|must\s+be|seems)\s+(?:clearly\s+|obviously\s+|also\s+)?"
     r"(?:wrong|incorrect|false|impossible|invalid|not\s+(?:the\b|correct|right|it\b|valid|possible|my\b|our\b|what\b|equal))|"
     r",?\s*(?:but|which)\s+(?:(?:that|this|it)\s*)?(?:'s|is|was)\s+(?:wrong|incorrect|not\s+(?:right|correct))|"
-    r"(?:is|was|ca)n't\s+(?:the\b|correct|right|it\b|valid|be\b|my\b)|不是|不对|是错)"
+    r"(?:is|was|ca)n't\s+(?:the\b|correct|right|it\b|valid|be\b|my\b)|不是|不对|是错|"
+    r"[?.!;,]*\s*(?:[Nn]o|[Nn]ope|[Ww]ait|[Ss]orry|[Hh]mm)[,.!\s]+(?:that|this|it)(?:\s+(?:is|was)|'s)\s+"
+    r"(?:wrong|incorrect|false|not\s+(?:right|correct)|a\s+mistake)|"
+    r"[?.!;,]*\s*(?:[Hh]owever|[Bb]ut|[Aa]ctually|[Nn]o|[Ss]orry)[,\s]+(?:the|my)\s+(?:correct|right|true|actual|real)\s+"
+    r"(?:answer|value|result)\s+(?:is|should\s+be|must\s+be))"
 )
+_BAR_BEFORE = re.compile(r"(?:\\left\s*)?(?:\||\\[lr]?vert(?![A-Za-z]))\s*$")
+_BAR_BEHIND = re.compile(r"\s*(?:\\right\s*)?(?:\||\\[lr]?vert(?![A-Za-z]))")
+_RATIO_BEFORE = re.compile(r"(?<![\w.])\d+(?:\.\d+)?\s*:\s*$")
+_RATIO_BEHIND = re.compile(r":\d+(?:\.\d+)?(?![\w.]*\w)")
 _SCALE_BEFORE = re.compile(
     r"\b(negative|minus|(?:opposite|reciprocal|inverse|negative)\s+of|twice|thrice|double|half(?:\s+of)?|triple|one\s+(?:half|third)\s+of|(?:square|cube)(?:\s+root)?\s+of|负)"
     rf"(\s+|(?<=负)){_BETWEEN}$",
@@ -87,9 +97,13 @@ def in_context(text: str, start: int, end: int, content: str) -> str:
     if content.strip().isalpha() and len(content.strip()) > 1:
         return content  # words
     before, behind = text[max(0, start - WINDOW) : start].rstrip("\\"), text[end : end + WINDOW]
+    if bars := _bars(text, start, before, behind):
+        return in_context(text, start - bars[0], end + bars[1], f"\\left|{content}\\right|")
     left, right = _balanced(_left_part(before), _right_part(behind))
     math = bool(left.strip() or right.strip()) and _in_formula(text, start)
     left, right = _CLEAR.sub(" ", left), _CLEAR.sub(" ", right)
+    if not left.strip() and (ratio := _RATIO_BEFORE.search(before)) is not None and _in_formula(text, start):
+        left, math = ratio.group(), True
     left, right = _left_operators(left, before, math), _right_operators(right, content, math)
     words = _words(before, behind) if not left and not right.strip(")}] ") else None
     if _NOTHING.fullmatch(left) and _NOTHING_BEHIND.fullmatch(right):
@@ -100,6 +114,16 @@ def in_context(text: str, start: int, end: int, content: str) -> str:
         return content
     simple = re.fullmatch(r"\d+|[A-Za-z]", content.strip()) and not re.search(r"[\d.A-Za-z]\s*$", left)
     return f"{left}{content.strip() if simple else f'{{{content}}}'}{right}".strip()
+
+
+def _bars(text: str, start: int, before: str, behind: str) -> tuple[int, int] | None:
+    """Return the lengths of the bars of an absolute value around a box; None without, and in a row of a table."""
+    left, right = _BAR_BEFORE.search(before), _BAR_BEHIND.match(behind)
+    if left is None or right is None:
+        return None
+    line = text[text.rfind("\n", 0, start) + 1 :].partition("\n")[0]
+    alone = line.count("|") <= 2 and not left.group()[-1].isspace()
+    return (len(left.group()), right.end()) if alone or _in_formula(text, start) else None
 
 
 def _left_part(before: str) -> str:
@@ -121,6 +145,8 @@ def _right_part(behind: str) -> str:
     """Return the text in front of the first stop; digits behind a thousands comma are part of it."""
     if thousands := re.match(r"(?:,\d{3})+(?!\d)", behind):
         return thousands.group()
+    if ratio := _RATIO_BEHIND.match(behind):
+        return ratio.group()
     behind = _TIMES.sub(r"\\times ", behind)
     stop = _STOP.search(behind)
     return behind[: stop.start()] if stop else behind

@@ -25,7 +25,18 @@ _SHORT_FRACTION = re.compile(r"\\([dt]?)f(?:r|ra|rc|ac)?(?=\s*\{[^{}]*\}\s*\{)")
 _LOST_BACKSLASH = re.compile(r"(?<![\\A-Za-z])(?:(?:[dt]?frac|rac|oxed|inom)(?=\s*[\d{])|ext(?=\{[^\d}]))")
 _WITH_BACKSLASH = {"rac": "frac", "oxed": "boxed", "ext": "text", "inom": "binom"}
 
-
+# placeholders and marks that are no answer; <, = and + may be one, and {} is a set
+_NOTHING = re.compile(
+    r"(?:[\s?!.,;:'\"`#&*_~|$…–—-]|\\[$#&_ ]|\\(?:boxed|fbox|text[a-z]*|mathrm|mbox)\s*\{\s*\})*|nan|null|n/a",
+    re.IGNORECASE,
+)
+_DANGLING = re.compile(
+    r"(?:[\w)}\]]\s*(?:[=/^_*×·÷]|\\(?:times|cdot|div))|\\(?:[dtc]?frac|sqrt|left|[dt]?binom))\s*\$?\s*$"
+)
+_EMPTY_OPERAND = re.compile(
+    r"(?:[\^_]|\\(?:[dtc]?frac|[dt]?binom)(?:\s*\{[^{}]*\})?|\\sqrt\s*(?:\[[^\]]*\])?)\s*\{\s*\}|"
+    r"\\(?:[dtc]?frac|[dt]?binom)\s*(?:\{[^{}]*\}|\w)\s*\$?\s*$"
+)
 _SUSPECT = re.compile(
     r"[\x00-\x1f\x7f]|[#<]|ox|answer|\\[dt]?f[rac]{0,2}\s*\{|(?<![\\dtc])frac|(?<!f)rac|(?<!t)ext\{|(?<!b)inom", re.I
 )
@@ -51,8 +62,29 @@ def read_gold(text: str) -> Gold:
 
 
 def is_unusable(text: str) -> bool:
-    """Return whether no response can match a gold: characters of lost escapes, or a solution without its answer."""
-    return bool(_CONTROL.search(text)) or len(text) > MAX_ANSWER and len(_WORD.findall(text)) > MAX_WORDS
+    """Return whether no response can match a gold: lost escapes, a part of an answer, a solution without its answer."""
+    return bool(
+        _CONTROL.search(text)
+        or _NOTHING.fullmatch(text)
+        or _is_cut_off(text)
+        or len(text) > MAX_ANSWER
+        and len(_WORD.findall(text)) > MAX_WORDS
+    )
+
+
+def _is_cut_off(text: str) -> bool:
+    """Return whether a text ends within an answer: an operator without its operand, a bracket that is never closed."""
+    if _DANGLING.search(text):
+        return True
+    closed = text + "}" * max(text.count("{") - text.count("}"), 0)
+    if closed != text and not closed.rstrip("}").strip("{ ") or _EMPTY_OPERAND.search(closed):
+        return True
+    if text.count("\\begin{") > text.count("\\end{"):
+        return True
+    if text.count("\\{") > text.count("\\}") and "\\right." not in text:  # which ends a definition by cases
+        return True
+    opening, closing = (sum(map(text.count, signs)) for signs in ("([", ")]"))
+    return opening > closing and (opening + closing) % 2 == 1  # [3,4[ is an interval
 
 
 def _answer_in_solution(text: str) -> str | None:

@@ -60,6 +60,12 @@ _PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![A-Za-z]))")
 _OLD_FRACTION = re.compile(r"\{([^{}\\]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 _EMPTY = re.compile(r"(?<=\w)\{\}|\{([-+])\}")
 _DOLLARS = re.compile(r"^(\s*-?\s*)\$(?=\s*\d)")  # $5, and no second sign that would make it a formula
+# 25^\circ C, 5 \Omega and 5\,\mathrm{k}\Omega as numbers with the name of their unit
+_TEMPERATURE = re.compile(
+    r"(?<=\d)\s*\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm|rm)\s*\{\s*([CF])\s*\}|([CF])(?![A-Za-z]))"
+)
+_OHM = re.compile(r"(\s*\$?\s*-?\d[\d.,]*)\s*(?:\\(?:text|mathrm)\s*\{\s*([kM]?)\s*\}|([kM]?))\s*\\Omega(?=[\s.$)}]*$)")
+_SCALES = {"C": "celsius", "F": "fahrenheit"}
 MAX_WRAPPERS = 8  # boxes within boxes that are removed
 _BOX = re.compile(r"^\\(?:boxed|fbox|framebox|mathbox)\s*\{")
 
@@ -152,6 +158,12 @@ def _old_fractions(text: str) -> str:
     return _OLD_FRACTION.sub(lambda m: f"\\{names[m.group(2)]}{{{m.group(1)}}}{{{m.group(3)}}}", text)
 
 
+def _ohms(text: str) -> str:
+    r"""Name the unit of a resistance: 5\,\Omega -> 5 \text{ ohm}; 1+2\Omega stays."""
+    match = _OHM.match(text)
+    return text if match is None else rf"{match[1]} \text{{ {match[2] or match[3] or ''}ohm}}{text[match.end() :]}"
+
+
 def normalise(text: str) -> str:
     """Return the spelling in which both sides are compared and parsed."""
     text = unicode_to_latex(_SPECIAL_TOKENS.sub("", text) if "<" in text else text)
@@ -170,6 +182,10 @@ def normalise(text: str) -> str:
         text = _replace_except_row_ends(_SIZE, _STYLE.sub("", text), "")
         text = text.replace(r"\$", " \\currency ").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
         text = _replace_except_row_ends(_SPACE, _THOUSANDS_GAP.sub(",", text), " ")
+        if "circ" in text:
+            text = _TEMPERATURE.sub(lambda match: rf" \text{{ {_SCALES[match[1] or match[2]]}}}", text)
+        if "Omega" in text:
+            text = _ohms(text)
     text = text.replace("~", " ")
     text = _EMPTY.sub(r"\1", text) if "{" in text else text
     if "mod" in text:

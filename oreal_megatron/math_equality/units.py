@@ -13,7 +13,7 @@ _MONEY = {"cent": "1/100", "dollar": "1"}
 _VOLUME = {"ml": "1/1000", "liter": "1"}
 _PREFIXES = {"G": ("giga", "1e9"), "M": ("mega", "1e6"), "k": ("kilo", "1e3"), "": ("", "1"), "m": ("milli", "1e-3")}
 _PHYSICAL = {"N": "newton", "J": "joule", "V": "volt", "W": "watt", "Hz": "hertz", "Pa": "pascal", "A": "ampere",
-             "C": "coulomb", "mol": "mol", "eV": "electronvolt"}  # fmt: skip
+             "C": "coulomb", "mol": "mol", "eV": "electronvolt", "ohm": "ohm"}  # fmt: skip
 # symbols whose capitals matter, with the names they stand for: kPa, MHz, mA
 SYMBOLS = {p + s: word + name for s, name in _PHYSICAL.items() for p, (word, _) in _PREFIXES.items()} | {
     "K": "kelvin", "T": "tesla", "F": "farad", "kWh": "kilowatthour", "hPa": "hectopascal", "m": "m", "g": "g",
@@ -43,13 +43,14 @@ _SYNONYMS = {
     "立方厘米": "cm^3", "立方米": "m^3", "小时": "hour", "分钟": "minute", "分": "minute", "秒": "second", "天": "day",
     "度": "degree", "千克": "kg", "克": "g", "元": "yuan", "个": "unit", "只": "unit", "人": "unit",
     "种": "unit", "次": "unit",
-    "amp": "ampere", "mole": "mol",
+    "amp": "ampere", "mole": "mol", "cal": "calorie", "kcal": "kilocalorie", "atm": "atmosphere", "ha": "hectare",
     "岁": "year", "cu": "cubic", "lbs": "pound", "lb": "pound", "oz": "ounce", "p.m": "pm", "a.m": "am",
 }  # fmt: skip
 _KNOWN = frozenset(_FACTORS) | frozenset(_SYNONYMS.values()) | frozenset(
     "unit percent degree radian euro yen rupee yuan pound ounce ton tonne gallon quart pint cup acre hectare year "
-    "month calorie kelvin tesla farad kilowatthour hectopascal decibel rpm celsius ohm person people men women "
-    "children child sheep fish mice geese feet way point minute am pm".split()
+    "month calorie kelvin tesla farad kilowatthour hectopascal decibel rpm celsius fahrenheit bar "
+    "psi lux lumen candela person people men women children child sheep fish mice geese feet way point "
+    "minute am pm".split()
 )  # fmt: skip
 _MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
                 "dozen": 12, "万": 10**4, "亿": 10**8}  # fmt: skip
@@ -118,6 +119,7 @@ def canonical(words: str) -> str | None:
     if nouns and not plural and not any(part.partition("^")[0] in _KNOWN for part in nouns):
         return None
     joined = " ".join(part for part in parts if part not in ("of", "the", "in", "total") or len(parts) == 1)
+    joined = re.sub(r"\bdegree (celsius|fahrenheit)\b", r"\1", joined)
     joined = re.sub(r"\bsquare (\S+)", r"\1^2", "unit" if joined in ("total", "each") else joined)
     return re.sub(r"\bcubic (\S+)", r"\1^3", joined)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+_POWER = r"(?:\s*\^\s*\{?\d\}?)?"
 _WORD = re.compile(
-    r"(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=\s)[A-Za-z](?:\^\d)?(?:[/ ][A-Za-z]{1,3}(?:\^\d)?){0,3}\s*$|"
+    rf"(?<![\\A-Za-z])[A-Za-z]{{2,}}|(?<=\s)[A-Za-z]{_POWER}(?:[/ ][A-Za-z]{{1,3}}{_POWER}){{0,3}}\s*$|"
     r"(?<=\d)\s*°|[^\x00-\x7f]"
 )
 _STARTS = re.compile(r"\\?[-+(.\d]|\\(?:frac|sqrt|currency|pi)|\\[dt]frac|\$")

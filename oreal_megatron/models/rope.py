@@ -57,7 +57,7 @@ def read(hf: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
 
     Raises ConfigError where the two forms are there and disagree: readers differ in which of them they follow.
     """
-    forms = {key: _form(key, hf[key]) for key in ("rope_parameters", "rope_scaling") if hf.get(key)}
+    forms = {key: _form(key, hf[key]) for key in ("rope_parameters", "rope_scaling") if hf.get(key) not in (None, {})}
     kinds = {key: (kind, fields) for key, (kind, fields, _) in forms.items()}
     thetas = {f"{key}.rope_theta": theta for key, (_, _, theta) in forms.items() if theta is not None}
     if hf.get("rope_theta") is not None:

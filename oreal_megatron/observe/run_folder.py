@@ -33,7 +33,11 @@ HEADERS = ("config", "environment")
 SAVED_MODEL = "saved_model.json"  # in the folder of a saved model: the step it is of
 MODELS = ("best", "policy", "reward_model")  # folders of saved models
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "calibration.jsonl")
-WRITTEN = ("config.json", *LOGS, "checkpoints", "rollouts", "dumps", *MODELS)
+WRITTEN = (
+    *(f"{name}.json" for name in HEADERS),
+    *(*LOGS, "speed.json", "mlflow_run.txt"),
+    *("tensorboard", "checkpoints", "rollouts", "dumps", "branches", *MODELS),
+)
 
 
 class RunFolder:

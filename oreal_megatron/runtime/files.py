@@ -35,15 +35,40 @@ def make_folder(path: Path, setting: str) -> None:
         ) from None
 
 
+def require_writable(path: Path) -> Path:
+    """Return a path at which a file can be written or replaced; ConfigError where it cannot. Creates nothing."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"the folder {path.parent} of {path.name} does not exist; create it first")
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()  # permissions alone say little, to root for example
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another name") from None
+    if is_new:
+        path.unlink()
+    return path
+
+
+def refuse_same(*paths: Path | None) -> None:
+    """Raise ConfigError if two paths, of outputs or of an output and an input, are one file."""
+    named: dict[Path, Path] = {}
+    for path in filter(None, paths):
+        if (other := named.setdefault(path.resolve(), path)) is not path:
+            raise ConfigError(f"{other} and {path} are one file, which would be written twice; give them two names")
+
+
 def set_aside(path: Path) -> Path:
-    """Return a path for writing; a file there that holds anything is renamed to the first free NAME.1, NAME.2."""
-    if not path.is_file() or not path.stat().st_size:
+    """Return a path for writing; a file or folder with content there is renamed to the first free NAME.1, NAME.2."""
+    has_content = any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
+    if not has_content:
         return path
     number = 1
     while (former := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(former)
-    log.info("%s existed already; the former file is now %s", path, former)
+    log.info("%s existed already; the former one is now %s", path, former)
     return path
 
 

@@ -112,7 +112,7 @@ def read_inputs(config: Config) -> Inputs:
     if config.reward_model.enabled and config.reward_model.path:
         reward_folder = HFFolder(config.reward_model.path, tokenizer=False)
         model_checks.check_reward_model(reward_folder, folder, arch)
-    judge.refuse_secrets(config.verify.judge.urls)
+    judge.check_settings(config.verify.judge)
     arch.check_layout(config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual)
     arch.check_training(config.parallel.tensor, config.parallel.sequence)
     model_checks.check_world(config, arch)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import files
 
 
 def check(source: Path, output: Path) -> None:
@@ -13,12 +14,9 @@ def check(source: Path, output: Path) -> None:
     if not source.is_file():
         needs = "give a JSONL file with `gold` and `pred` (or `response`) on each line"
         raise ConfigError(f"{source} is not a file; {needs}")
-    if output.is_dir():
-        raise ConfigError(f"the output {output} is a folder; name a file in it")
     if output.exists() and output.samefile(source):
         raise ConfigError(f"the output {output} is the input; give another name")
-    if not output.parent.is_dir():
-        raise ConfigError(f"the folder {output.parent} of the output does not exist; create it first")
+    files.require_writable(output)
 
 
 def open_output(path: Path) -> TextIO:

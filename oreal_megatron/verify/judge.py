@@ -25,7 +25,7 @@ import httpx
 
 from oreal_megatron import config
 from oreal_megatron.records import Outcome
-from oreal_megatron.verify import judge_prompt
+from oreal_megatron.verify import judge_prompt, verdict_cache
 from oreal_megatron.verify.futures import cancel, fail, settle
 from oreal_megatron.verify.verdict_cache import VerdictCache, cache_key
 
@@ -50,6 +50,13 @@ def refuse_secrets(urls: Sequence[str]) -> None:
                 f"the URL of judge {url.hostname} holds a user, a password or a query, which run folders and logs "
                 f"would show; give the bare URL, and the key in the environment as {API_KEY}"
             )
+
+
+def check_settings(settings: config.JudgeConfig) -> None:
+    """Raise ConfigError for servers and a cache that cannot be used, before anything starts."""
+    if settings.urls:
+        refuse_secrets(settings.urls)
+        verdict_cache.check_file(settings.cache)
 
 
 class Judgement(NamedTuple):

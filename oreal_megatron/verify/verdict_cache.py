@@ -7,10 +7,22 @@ import json
 import os
 from pathlib import Path
 
+from oreal_megatron.config import ConfigError
+
 
 def cache_key(*parts: str) -> str:
     """Return the key of (question, gold, answer, judge, prompt version); different parts have different keys."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_file(path: str) -> None:
+    """Raise ConfigError for a cache that cannot be written; "" is no file. Creates nothing."""
+    if not path:
+        return
+    file = Path(path).absolute()
+    folder = next(parent for parent in file.parents if parent.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise ConfigError(f"the judge's cache {path} cannot be written; name a file in a folder that can be")
 
 
 class VerdictCache:
@@ -21,9 +33,14 @@ class VerdictCache:
         self._known: dict[str, str] = {}
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            self._load(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._load(self._path)
+        except OSError as error:
+            raise ConfigError(
+                f"the judge's cache {path} cannot be used ({error.strerror}); name another file"
+            ) from None
 
     def _load(self, path: Path) -> None:
         with path.open("rb") as lines:

@@ -42,3 +42,39 @@ def test_an_output_that_cannot_be_written_is_refused_first(option, tmp_path, cap
             main(["report", "nowhere", option, str(name)])
         assert leaving.value.code == 2 and says in capsys.readouterr().err
     assert arguments.output_file(str(tmp_path / "x")) == tmp_path / "x"
+
+
+@pytest.mark.parametrize("second", ["x", "./x", "link"])
+@pytest.mark.parametrize(
+    "words",
+    [("report", "--html", "--picture"), ("report", "--summary", "--heat-map"), ("plan", "--json", "--timeline")],
+)
+def test_two_outputs_of_a_command_are_two_files(words, second, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("former")
+    (tmp_path / "link").symlink_to("x")
+    command, *options = words
+    assert main([command, "nowhere", options[0], "x", options[1], second]) == 2
+    assert "are one file, which would be written twice" in capsys.readouterr().err
+    assert (tmp_path / "x").read_text() == "former" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_evaluation_outputs_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    for name, says in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "does not exist"), ("/proc/x", "/proc/x")):
+        with pytest.raises(SystemExit) as leaving:
+            main(["evaluate", "recipe.py", "--rate", str(name)])
+        assert leaving.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("plan", "r.py", "--timeline", "x"), "--timeline needs --rollouts"),
+        (("plan", "r.py", "--ranks", "0"), "--ranks needs --rehearse"),
+        (("evaluate", "r.py", "--rate", "x", "--suite", "gsm8k"), "leave --suite, --problems and --training out"),
+        (("evaluate", "r.py", "--rate", "x", "--training", "y"), "leave --suite, --problems and --training out"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(list(words)) == 2 and says in capsys.readouterr().err

@@ -115,6 +115,18 @@ def test_choices_are_those_that_the_code_knows():
         (["steps=9", "policy_freeze_steps=0"], "reward_model.optimizer.warmup_steps is 10, but its schedule has"),
         (["weights.shuffle=true", "reward_model.enabled=false"], "there are no weights to permute"),
         (["supervised.path=x", "supervised.steps=9"], "supervised.optimizer.warmup_steps is 10, but only 9 updates"),
+        (["loss.positive_coef=0", "loss.negative_coef=0"], "the KL divergence alone keeps the policy where it starts"),
+        (["optimizer.lr=0", "optimizer.min_lr=0"], "optimizer.lr is 0: the policy would never change"),
+        (["reward_model.optimizer.lr=0", "reward_model.optimizer.min_lr=0"],
+         "reward_model.optimizer.lr is 0: a new reward model would never learn"),
+        (["supervised.path=x", "supervised.optimizer.lr=0", "supervised.optimizer.min_lr=0"],
+         "supervised.optimizer.lr is 0"),
+        (["reward_training.path=x", "reward_training.optimizer.lr=0", "reward_training.optimizer.min_lr=0"],
+         "reward_training.optimizer.lr is 0"),
+        (["verify.thinking_end=('</think>','')"], "verify.thinking_end is ('</think>', ''), with an empty word"),
+        (["run="], "run is ''; expected the path of a folder"),
+        (["run=~/runs/a"], "run is '~/runs/a'; expected the path of a folder, written out"),
+        (["verify.judge.urls=['ftp://h']"], "verify.judge.urls holds 'ftp://h'; expected http://HOST:PORT"),
         (["optimizer.lr=1e-8"], "optimizer.min_lr is 1e-07, above optimizer.lr"),
         (["seed=-1", "gpus=-1"], "the configuration has 2 problems:\n  gpus is -1"),
     ],
@@ -123,6 +135,20 @@ def test_settings_that_cannot_be_meant_are_refused(assignments, says):
     with pytest.raises(c.ConfigError) as error:
         c.validate(settings.override(c.Config(), assignments))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["loss.positive_coef=0", "loss.negative_coef=0", "loss.entropy_coef=0.1"],
+        ["reward_model.optimizer.lr=0", "reward_model.optimizer.min_lr=0", "reward_model.path=x"],  # stays as it is
+        ["reward_model.optimizer.lr=0", "reward_model.optimizer.min_lr=0", "reward_model.enabled=false"],
+        ["supervised.optimizer.lr=0", "supervised.optimizer.min_lr=0"],  # nothing is fine-tuned
+        ["verify.thinking_end=()", "verify.judge.urls=['https://h/v1']"],
+    ],
+)
+def test_zeros_that_mean_something_are_accepted(assignments):
+    c.validate(settings.override(c.Config(), assignments))
 
 
 def test_a_warm_up_as_long_as_the_run_is_accepted():

@@ -341,12 +341,36 @@ def test_metadata_that_would_run_code_is_refused(tmp_path, capsys):
 def test_an_existing_output_is_never_overwritten_and_a_leftover_is_started_over(tmp_path, capsys):
     source, out = make(tmp_path / "hf"), tmp_path / "out"
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "junk").write_text("")
+    for name in ("junk", stream.UNFINISHED):
+        (tmp_path / "out.partial" / name).touch()
     assert main(["convert", "to-megatron", str(source), str(out)]) == 0
     assert "out.partial remains of a conversion that did not finish; it is deleted" in capsys.readouterr().err
     assert not (out / "junk").exists() and not (tmp_path / "out.partial").exists()
     assert main(["convert", "to-megatron", str(source), str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+    assert stream.UNFINISHED not in {path.name for path in out.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", ["the source", "a folder", "a file"])
+def test_what_has_the_name_of_an_unfinished_output_is_not_deleted(kind, tmp_path, capsys):
+    source = make(tmp_path / ("out.partial" if kind == "the source" else "hf"))
+    if kind == "a folder":
+        (tmp_path / "out.partial").mkdir()
+    elif kind == "a file":
+        (tmp_path / "out.partial").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["convert", "to-megatron", str(source), str(tmp_path / "out")]) == 2
+    assert "out.partial, under whose name out is written first, is something else; move it" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
+    source = make(tmp_path / "hf")
+    (tmp_path / "file").touch()
+    for out in ("/proc/no/out", tmp_path / "file" / "out"):
+        assert main(["convert", "to-megatron", str(source), str(out)]) == 2
+        assert f"{out} cannot be made" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):

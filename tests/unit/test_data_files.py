@@ -45,6 +45,10 @@ def write(path: Path, *rows: object) -> str:
         ('{"question":"1+2=","gold_answer":-Infinity}', "-Infinity is no JSON value"),
         ('{"question":"1+2=","gold_answer":1e999}', "'gold_answer' is inf"),
         ('{"question":"1+2=","gold_answer":true}', "'gold_answer' is True"),
+        ('{"question":" \\t","gold_answer":"3"}', "'question' is ' .*'; expected a non-empty text"),
+        ('{"question":"1+2=","gold_answer":"\\u3000"}', "'gold_answer' is .*; expected a non-empty text"),
+        ('{"question":"1+2=","gold_answer":"3","pass_rate":true}', "pass_rate is True; expected a number from 0 to 1"),
+        ('{"question":"1+2=","gold_answer":"3","pass_rate":"0.5"}', "pass_rate is '0.5'"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ('{"question":"1+2=","gold_answer":"3","x":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
         ('{"question":"1+2=","gold_answer":' + "9" * 6000 + "}", "is not JSON"),
@@ -66,7 +70,10 @@ names = st.text(string.ascii_lowercase, min_size=1, max_size=6)
 
 
 @settings_of_hypothesis(max_examples=40)
-@given(path=st.lists(names, min_size=1, max_size=3), gold=st.text(min_size=1).filter(lambda t: t.isprintable()))
+@given(
+    path=st.lists(names, min_size=1, max_size=3),
+    gold=st.text(min_size=1).filter(lambda t: t.isprintable() and t.strip()),
+)
 def test_a_key_path_finds_the_value_wherever_it_is(path, gold):
     line = {"zz question": "q"}
     inner = line

@@ -102,6 +102,15 @@ def test_a_second_report_leaves_no_rollouts_of_the_first(run, tmp_path):
         assert len(list(folder.iterdir()) if folder.is_dir() else []) == int(steps)
 
 
+def test_a_folder_of_the_name_is_set_aside_and_not_deleted(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "out_rollouts").mkdir()
+    (tmp_path / "out_rollouts/thesis.tex").write_text("years of work")
+    assert main.main(["report", str(run), "--html", str(tmp_path / "out.html")]) == 0
+    assert (tmp_path / "out_rollouts.1/thesis.tex").read_text() == "years of work"
+    assert "out_rollouts existed already; the former one is now" in caplog.text
+
+
 @pytest.mark.parametrize("missing", ["rollouts", "dumps", "calibration.jsonl", "evaluations.jsonl", "metrics", "model"])
 def test_a_run_without_some_of_its_records_has_a_page_too(run, tmp_path, missing, monkeypatch):
     if missing == "metrics":

@@ -214,6 +214,7 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, model_folder):
         (Config(seed=3), "seed"),
         (Config(verify=VerifyConfig(thinking_end=("</s>",))), "thinking_end"),
         (Config(verify=VerifyConfig(judge=JudgeConfig(urls=("http://x",)))), "judge"),
+        (Config(verify=VerifyConfig(function=f"{__file__}:any_function")), "verify.function"),
     ):
         with pytest.raises(ConfigError, match=f"another {says}"):
             results.check_settings(tmp_path, SimpleNamespace(config=config, folder=inputs.folder), {}, {})
@@ -248,6 +249,51 @@ def test_results_of_several_calls_into_one_folder_are_kept(tmp_path, capsys):
     }
     assert "| 75.0 (40.0 to 60.0) | 50.0 (40.0 to 60.0) |" in table and "avg@1 | 50.0 (40.0 to 60.0) | – |" in table
     assert "math500: 1 of 4 problems occur in the training prompts" in table and "mine.jsonl: not checked" in table
+
+
+class SessionWithoutEngine:
+    """Session in which the checks of the input take place, and no engine starts."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error): ...
+
+    def lock(self, folder): ...
+
+    def start_engine(self, inputs):
+        pytest.fail("the engine starts first")
+
+
+@pytest.mark.parametrize("training", ["nowhere.jsonl", "no_question.jsonl", "."])
+def test_training_prompts_that_cannot_be_read_are_refused_before_the_engine(
+    training, tmp_path, model_folder, monkeypatch, capsys
+):
+    (tmp_path / "suite.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    (tmp_path / "no_question.jsonl").write_text('{"text": "1+1="}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "Session", SessionWithoutEngine)
+    words = ["--suite", "suite.jsonl", "--out", "out", "--training", training]
+    assert main(["evaluate", str(model_folder), *words]) == 2
+    assert f"data file {training}" in (text := capsys.readouterr().err) or f"{training} line 1" in text
+
+
+def test_problems_that_a_function_grades_need_no_gold_answer(tmp_path, model_folder):
+    """As in training: what the function takes from the row is its own affair."""
+    path = tmp_path / "suite.jsonl"
+    path.write_text('{"question": "1+1=", "tests": ["f() == 2"]}\n{"question": "1+2=", "answer": ["3"]}\n')
+    verify = VerifyConfig(function=f"{__file__}:any_function")
+    config = Config(model=ModelConfig(str(model_folder)), engine=EngineConfig(max_model_len=64), verify=verify)
+    inputs = read_inputs(config)
+    suite = benchmark.suite_prompts(inputs, suites.named(str(path)), str(path))
+    assert [prompt.id for prompt in benchmark.usable_prompts(inputs, "suite", suite)] == [0, 1]
+
+
+def any_function(row, response):
+    return True
 
 
 @pytest.mark.parametrize("text", ["", "[1]"])

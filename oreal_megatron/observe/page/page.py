@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import shutil
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ from oreal_megatron.observe.page.run_data import RunData, read
 from oreal_megatron.observe.page.token_values import Decode
 from oreal_megatron.observe.run_report import RunRecord, short_names
 from oreal_megatron.observe.token_decoder import token_decoder
+from oreal_megatron.runtime import files
 
 SECTIONS = ("Overview", "Learning", "Rollouts", "Reward model", "Stability", "Time", "Settings", "Trajectories")
 FILES = Path(__file__).parent
@@ -32,11 +32,10 @@ def write(records: Sequence[RunRecord], out: Path, most_steps: int) -> str:
     names = short_names([Path(record.name) for record in records])
     runs = [read(record, name) for record, name in zip(records, names, strict=True)]
     folder = out.with_name(f"{out.stem}_rollouts")
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    files.set_aside(folder)
     listing = []
     if most_steps and any((run.path / "rollouts").is_dir() for run in runs):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for number, run in enumerate(runs):
             steps = rollout_files.write_steps(run, number, folder, most_steps, _decoder(run))
             listing.append({"name": run.name, "steps": steps})

@@ -50,6 +50,10 @@ OPERATORS = {
     r"the reciprocal of \boxed{%n}": lambda n, k: None,
     r"\boxed{%n} or %k": lambda n, k: None,
     r"\boxed{%n} halves": lambda n, k: None,
+    r"\lfloor \boxed{%n}/%k \rfloor": lambda n, k: n // k,
+    r"$\left\lceil \boxed{%n}/%k \right\rceil$": lambda n, k: -(-n // k),
+    r"\boxed{%n}:%k": lambda n, k: None,
+    r"$%k:\boxed{%n}$": lambda n, k: None,
 }
 # text around the box in which its content is the answer
 NEUTRAL = [
@@ -96,6 +100,12 @@ NEUTRAL = [
     r"$(3, %b)$",
     r"I have a %b",
     r"A is not right, so %b",
+    "| step | value |\n|---|---|\n| 3 | %b |",
+    "|3|%b|",
+    r"Part 3:%b",
+    r"%b: 3 people",
+    r"%b. But this is not needed.",
+    r"%b. No, that is all.",
     "$$\n%b\n$$",
 ]
 DENIED = [
@@ -111,6 +121,10 @@ DENIED = [
     r"I had %b, but that is wrong",
     r"the wrong answer: %b",
     r"\cancel{%b}",
+    r"%b? No, that is wrong",
+    r"%b. Wait, this is not right",
+    r"%b; however, the correct answer is not this",
+    r"%b. But the right answer should be another",
 ]
 
 
@@ -122,6 +136,18 @@ def test_operators_around_a_box_are_part_of_the_answer(template, n, k, in_a_sent
     value = OPERATORS[template](n, k)
     assert value == n or grade(str(n), text).outcome == "incorrect"  # 2! is 2
     assert value is None or grade(str(value), text).outcome == "correct", (text, value)
+
+
+@given(
+    st.integers(2, 99),
+    st.sampled_from(["|%b|", r"\left|%b\right|", r"\left| %b \right|", r"\lvert%b\rvert", "|%b|+%k", "%k|%b|"]),
+    st.integers(2, 9),
+)
+def test_an_absolute_value_around_a_box_is_part_of_the_answer(n, template, k):
+    text = "$" + template.replace("%b", rf"\boxed{{-{n}}}").replace("%k", str(k)) + "$"
+    value = n + k if "+" in template else n * k if template.startswith("%k") else n
+    assert grade(str(value), text).outcome == "correct", extract.from_boxes(text)
+    assert grade(str(-n), text).outcome == "incorrect" == grade(str(-value), text).outcome
 
 
 @pytest.mark.parametrize(

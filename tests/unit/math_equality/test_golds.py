@@ -90,3 +90,32 @@ def test_damaged_fractions_are_fractions(top, bottom, command):
 )
 def test_what_cannot_be_repaired_is_no_gold(gold):
     assert not equals_itself(gold)
+
+
+STRUCTURED = [
+    r"\frac{1}{2}", r"\sqrt{2}", r"x^{2}+1", "(1,2)", r"\left[0,1\right)", r"\begin{pmatrix}1&2\end{pmatrix}", "2/3",
+    "f(x)=x^2", r"3\times4", r"\binom{5}{2}", r"\sqrt[3]{2}", r"\{(1,2),(3,4)\}", r"$\dfrac{a}{b}$", r"2\cdot3^{n}",
+]  # fmt: skip
+OPENED = ("{", "(", "[", "^", "/", "=", r"\times", r"\cdot", r"\frac", r"\sqrt", r"\binom", r"\left", "{1}")
+
+
+@pytest.mark.parametrize("gold", STRUCTURED)
+def test_a_gold_that_ends_within_an_operand_is_no_gold(gold):
+    cuts = [end for end in range(1, len(gold)) if gold[:end].endswith(OPENED) and gold[end : end + 1] != ""]
+    for cut in [
+        gold[:end] for end in cuts if r"\begin" in gold or not gold[:end].endswith("1}") or "frac" in gold[:end]
+    ]:
+        assert not equals_itself(cut), cut
+    assert cuts and equals_itself(gold)
+
+
+@pytest.mark.parametrize("gold", ["?", "??", "...", "-", "—", "* * *", "#", "&", '"', r"\text{ }", r"\boxed{}", "$$",
+                                  "nan", "NaN", "null", "N/A", r"\frac{}{}", "{", "x=", "2^"])  # fmt: skip
+def test_a_placeholder_is_no_gold(gold):
+    assert not equals_itself(gold)
+
+
+@pytest.mark.parametrize("gold", ["<", ">", "=", "+", "A+", "O-", "{}", "()", r"\{\}", "None", "[3,4[", "]3,4]", "a)",
+                                  "(0,1]", r"\frac{1}{2", r"\$5", "1,2,", r"{}^{14}C", r"\infty", r"5\%"])  # fmt: skip
+def test_a_short_or_untidy_gold_is_one(gold):
+    assert equals_itself(gold)

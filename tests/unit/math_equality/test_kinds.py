@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oreal_megatron.math_equality import equal, grade, grade_text
+from oreal_megatron.math_equality import equal, equals_itself, grade, grade_text
 
 POINTS = st.permutations("ABCDE").map(lambda points: "".join(points[:3]))
 MARKS = [r"\angle %s", r"m\angle %s", r"\angle{%s}", r"\widehat{%s}", r"\sin\angle %s", r"2\angle %s", r"\angle %s + 1"]
@@ -109,6 +109,35 @@ SYMBOLS = {
     "A": "amperes",
     "mol": "moles",
 }
+
+
+@given(st.integers(-40, 500), st.sampled_from("CF"))
+def test_degrees_of_a_temperature_are_a_unit(n, scale):
+    name, other = {"C": ("Celsius", "F"), "F": ("Fahrenheit", "C")}[scale]
+    gold = rf"{n}^\circ {scale}"
+    same = [
+        rf"{n}^{{\circ}}\text{{{scale}}}",
+        rf"{n}\,^\circ\mathrm{{{scale}}}",
+        f"{n}°{scale}",
+        f"{n} °{scale}.",
+        str(n),
+    ]
+    for answer in (*same, rf"{n}\text{{ degrees {name}}}"):
+        assert equal(gold, answer)[0] and equal(answer, gold)[0], answer
+    assert not equal(gold, rf"{n}^\circ {other}")[0] and not equal(gold, rf"{n + 1}^\circ {scale}")[0]
+
+
+@given(st.integers(1, 500))
+def test_a_resistance_has_a_unit_and_other_omegas_are_letters(n):
+    for answer in (rf"{n}\,\Omega", rf"{n} \Omega", f"{n}Ω", rf"{n}\text{{ ohms}}"):
+        assert equal(rf"{n}\ \Omega", answer)[0] and equal(str(n), answer)[0], answer
+    assert equal(rf"{n}\,k\Omega", rf"{n}000\,\Omega")[0] and not equal(rf"{n}\,k\Omega", rf"{n}\,\Omega")[0]
+    assert equal(rf"{n}+2\Omega", rf"2\Omega+{n}")[0] and not equal(rf"{n}+2\Omega", str(n + 2))[0]
+
+
+@pytest.mark.parametrize("text", [r"\text{12 cm$^2$}", r"\text{12 m$^{3}$}", r"\text{$12$ cm}", r"\text{12 cm}^2"])
+def test_a_formula_within_the_text_of_a_unit(text):
+    assert equal("12", text)[0] and equals_itself(text) and not equal("13", text)[0]
 
 
 @given(st.integers(1, 99), st.sampled_from(sorted(SYMBOLS)), st.sampled_from(sorted(SYMBOLS)))

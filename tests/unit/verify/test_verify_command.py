@@ -122,13 +122,24 @@ def test_an_empty_file_is_valid(oreal_verify):
 def test_bad_arguments_are_refused_before_anything_starts(oreal_verify, tmp_path):
     with pytest.raises(ConfigError, match="is not a file"):
         oreal_verify(None, source=tmp_path / "nowhere.jsonl")
-    with pytest.raises(ConfigError, match="--workers must be at least 1"):
+    with pytest.raises(ConfigError, match="workers is 0; expected 1 to 1024"):
         oreal_verify([{"gold": "1", "pred": "1"}], "--workers", "0")
-    with pytest.raises(ConfigError, match="is not the URL"):
-        oreal_verify([{"gold": "1", "pred": "1"}], "--judge", "localhost:8000")
+    for words, says in (
+        (("--workers", "100000"), "workers is 100000; expected 1 to 1024"),
+        (("--timeout", "nan"), "timeout_s is nan; expected a finite number"),
+        (("--judge", "localhost:8000"), "urls holds 'localhost:8000'; expected http://"),
+        (("--judge", "http://"), "urls holds 'http://'"),
+        (("--judge", "http://h:1", "--judge-cache", str(tmp_path)), "the judge's cache .* cannot be written"),
+        (("--judge", "http://h:1", "--judge-cache", str(tmp_path / "in.jsonl")), "are one file"),
+        (("--judge", "http://h:1", "--judge-cache", str(tmp_path / "out.jsonl")), "are one file"),
+        (("--judge", "http://h:1", "--judge-cache", "/proc/x/y"), "the judge's cache /proc/x/y cannot be"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            oreal_verify([{"gold": "1", "pred": "1"}], *words)
+        assert not (tmp_path / "out.jsonl").exists() or "/proc" in words[-1]
     with pytest.raises(ConfigError, match="is a folder; name a file in it"):
         run_on(tmp_path / "in.jsonl", tmp_path)
-    with pytest.raises(ConfigError, match="cannot be written: .*; give another file"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*\); choose another"):
         run_on(tmp_path / "in.jsonl", Path("/proc/out.jsonl"))
     (tmp_path / "out.jsonl").write_text("")
     with pytest.raises(ConfigError, match="is the input"):
