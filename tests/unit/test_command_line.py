@@ -47,7 +47,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(option, tmp_path, cap
 @pytest.mark.parametrize("second", ["x", "./x", "link"])
 @pytest.mark.parametrize(
     "words",
-    [("report", "--html", "--picture"), ("report", "--summary", "--heat-map"), ("plan", "--json", "--timeline")],
+    [("report", "--html", "--picture"), ("report", "--summary", "--heat-map"), ("plan", "--json", "--picture")],
 )
 def test_two_outputs_of_a_command_are_two_files(words, second, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
