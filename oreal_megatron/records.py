@@ -133,6 +133,20 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class ActionTokens:
+    """Values of a micro-batch's action tokens that a loss term reads beside log-probs; [T] each, without gradient."""
+
+    reward: torch.Tensor  # of the token's response
+    advantage: torch.Tensor  # likewise
+    weight: torch.Tensor  # token weight
+    reference_logp: torch.Tensor  # log-prob of the reference, nats
+    old_logp: torch.Tensor  # log-prob of the policy before the step's first update, nats
+    engine_logp: torch.Tensor  # log-prob of the engine, nats; nan where it returned none
+    sequence: torch.Tensor  # int64, number of the token's response in the micro-batch
+    length: torch.Tensor  # int64, tokens of that response
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredRollout:
     """Outcome of one rollout, and the reward model's belief in it."""
 

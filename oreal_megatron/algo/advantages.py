@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from oreal_megatron.config import RunStopped, SelectionConfig
+from oreal_megatron.config.user_functions import read_function
+
+# Rewards of a prompt's rollouts -> their advantages.
+AdvantageRule = Callable[[Sequence[float]], list[float]]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
@@ -35,3 +43,35 @@ def reward(rewards: Sequence[float]) -> list[float]:
 
 
 KINDS = {"leave_one_out": leave_one_out, "group_normalised": group_normalised, "reward": reward}
+
+
+def advantage_rule(config: SelectionConfig) -> AdvantageRule:
+    """Return `selection.advantage_rule`, or that of `selection.advantage` without one.
+
+    Raises ConfigError where `selection.advantage_rule` names no function of the rewards.
+    """
+    return _read_rule(config.advantage_rule) if config.advantage_rule else KINDS[config.advantage]
+
+
+@functools.lru_cache(maxsize=8)  # a function is read once, not once a step
+def _read_rule(name: str) -> AdvantageRule:
+    rule = read_function(name, "selection.advantage_rule", ("rewards",))
+
+    def checked_rule(rewards: Sequence[float]) -> list[float]:
+        return _check_advantages(rule(list(rewards)), len(rewards), name)
+
+    return checked_rule
+
+
+def _check_advantages(returned: Sequence[float], count: int, rule: str) -> list[float]:
+    """Return the advantages as numbers; raise RunStopped where there is not a finite one per reward."""
+    try:
+        advantages = [float(value) for value in returned]
+    except (TypeError, ValueError):
+        advantages = []
+    if len(advantages) != count or not all(map(math.isfinite, advantages)):
+        raise RunStopped(
+            f"selection.advantage_rule {rule} returned {returned!r:.200}; expected {count} finite numbers, one of each "
+            "reward"
+        )
+    return advantages

@@ -54,7 +54,7 @@ def _select_of_prompt(
         return []
     shaped = [
         Sample(rollout.prompt.tokens, rollout.tokens, reward, advantage, rollout.logprobs, rollout.key, rollout.carried)
-        for (rollout, reward), advantage in zip(known, advantages.KINDS[config.advantage](rewards), strict=True)
+        for (rollout, reward), advantage in zip(known, advantages.advantage_rule(config)(rewards), strict=True)
         if rollout.tokens
     ]
     if config.keep != "pair":

@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
                   f"responses, {scores['unknown']} unknown; responses: {out}")  # fmt: skip
         return 0
     names = args.suite.split(",") if args.suite else [config.data.held_out]
-    suite_files = {name: suites.find(name, args.data) for name in filter(None, names)}
+    own = {config.data.held_out: suites.of_reader(config.data.held_out)} if config.data.reader else {}
+    suite_files = {name: own.get(name) or suites.find(name, args.data) for name in filter(None, names)}
     if not suite_files:
         raise ConfigError("nothing to evaluate on; choose suites with --suite")
     out = args.out or results.default_folder(args.model)

@@ -58,6 +58,20 @@ class DataConfig(Section):
         tuple[tuple[float, float, int], ...],
         FixedKey("(low, high, times): a problem with low <= pass rate < high is used so many times in an epoch"),
     ] = ((0.0, 0.2, 6), (0.2, 0.4, 4), (0.4, 0.6, 4), (0.6, 0.8, 2))
+    reader: Annotated[
+        str,
+        FunctionKey(
+            "function path/to/file.py:NAME of (path) that returns rows of both files as dictionaries; empty: none",
+            arguments=("path",),
+        ),
+    ] = ""
+    template: Annotated[
+        str,
+        FunctionKey(
+            "function path/to/file.py:NAME of (question, system_prompt) that returns the prompt's text; empty: none",
+            arguments=("question", "system_prompt"),
+        ),
+    ] = ""
 
     def conflicts(self, path: str) -> Iterator[str]:
         """Yield messages about fields that do not exist, and buckets without a pass rate or a repetition."""
@@ -89,6 +103,13 @@ class SelectionConfig(Section):
         ),
     ] = "pair"
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
+    advantage_rule: Annotated[
+        str,
+        FunctionKey(
+            "function path/to/file.py:NAME of a prompt's (rewards), instead of selection.advantage; empty: none",
+            arguments=("rewards",),
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -156,13 +177,30 @@ class LossConfig(Section):
         Literal["all", "carried"],
         Key("tokens with a ratio: all, or those that earlier versions of the policy wrote (rollout.carry)"),
     ] = "all"
+    term: Annotated[
+        str,
+        FunctionKey(
+            "function path/to/file.py:NAME of (logp_T, tokens, counts) whose value is added to the loss; empty: none",
+            arguments=("logp_T", "tokens", "counts"),
+        ),
+    ] = ""
+    updates_per_step: Annotated[
+        int,
+        FixedKey("updates of the policy on the samples of a step; above 1 needs a loss.term", 1, 64),
+    ] = 1
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield a message about a cap that would scale tokens which need no correction."""
+        """Yield messages about a cap of tokens that need no correction, and about updates that nothing limits."""
         if 0 < self.ratio_cap < 1:
             yield (
                 f"{path}ratio_cap is {self.ratio_cap:g}; expected 0 (no ratio) or at least 1, e.g. 2: a ratio of 1 "
                 "must stay 1"
+            )
+        if self.updates_per_step > 1 and not self.term:
+            yield (
+                f"{path}updates_per_step is {self.updates_per_step}, and {path}term is empty: the samples of later "
+                "updates are not the policy's, and the built-in loss does not correct that; name a term with a clipped "
+                f"ratio (examples/recipes/grpo.py), or set {path}updates_per_step=1"
             )
 
 

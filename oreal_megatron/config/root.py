@@ -183,6 +183,12 @@ class Config(Section):
                 "loss.ratio_cap is 0: incorrect samples need their importance ratio; set loss.ratio_cap, e.g. to 2, or "
                 "rollout.carry=false"
             )
+        if self.rollout.version_limit and loss.updates_per_step > 1:
+            yield (
+                f"loss.updates_per_step is {loss.updates_per_step} and rollout.carry is true: rollout.staleness counts "
+                "versions of the policy, of which there is one a step; set loss.updates_per_step=1 or "
+                "rollout.carry=false"
+            )
 
     def _warmup_conflicts(self) -> Iterator[str]:
         """Yield a message for each warm-up that is longer than its schedule."""

@@ -101,6 +101,14 @@ class Section:
 
     on_resume: ClassVar[OnResume | None] = None  # of all keys of the section, whatever their own
 
+    def __post_init__(self) -> None:
+        """Replace functions that a recipe gives as objects by their names, which a resumed run reads."""
+        for name, value in vars(self).items():
+            if isinstance(value, types.FunctionType) and isinstance(
+                _declaration(hints(type(self))[name])[1], FunctionKey
+            ):
+                object.__setattr__(self, name, function_name(name, value))
+
     def conflicts(self, path: str) -> Iterator[str]:
         """Yield a message for each rule between several keys that is broken; `path` is the section's, with a dot."""
         return iter(())
@@ -135,6 +143,17 @@ class ConfigKey:
         if (low is None or low <= value) and (high is None or value <= high):
             return None
         return f"{self.path} is {format_number(value)}; expected {self.key.bounds} ({self.key.meaning})"
+
+
+def function_name(key: str, function: types.FunctionType) -> str:
+    """Return path/to/file.py:NAME of a function; raise ConfigError for one that cannot be read by its name."""
+    name = function.__name__
+    if function.__globals__.get(name) is not function:  # a lambda, a function inside of another, a decorated one
+        raise ConfigError(
+            f"{key} is the function {name!r}, which a resumed run cannot read by its name; define it with `def` at the "
+            "top level of a file"
+        )
+    return f"{function.__code__.co_filename}:{name}"
 
 
 def config_keys(

@@ -8,29 +8,55 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.data.user_functions import Template
 
 PROBES = ("1+2=", "3+4=")  # two questions that a template must tell apart
 Message = dict[str, str]  # role and content
 SHORTEST_ANSWER = r"\boxed{0}"
 
 
-def render(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> tuple[int, ...]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str, template: Template | None = None
+) -> tuple[int, ...]:
     """Return the tokens of the chat template up to the start of the response; ConfigError where it fails."""
-    return tuple(tokenizer.encode(render_text(tokenizer, question, system_prompt), add_special_tokens=False))
+    text = render_text(tokenizer, question, system_prompt, template)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def render_text(tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str) -> str:
-    """Return the text of the chat template up to the start of the response; ConfigError where it fails."""
+def render_text(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str, template: Template | None = None
+) -> str:
+    """Return the text of the chat template up to the start of the response; ConfigError where it fails.
+
+    `template`: function of the user that takes its place.
+    """
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return render_messages(tokenizer, [*system, {"role": "user", "content": question}])
+    return render_messages(tokenizer, [*system, {"role": "user", "content": question}], template)
 
 
-def render_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: Template | None = None
+) -> str:
     """Return the text of the chat template up to the start of the next response; ConfigError where it fails."""
+    if template:
+        *system, question = messages
+        if any(message["role"] != "system" for message in system):
+            raise ConfigError(
+                "data.template renders one question, but this chat has earlier turns; unset it, or split the chat"
+            )
+        return template(question["content"], system[0]["content"] if system else "")
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(f"the chat template cannot render this prompt: {type(error).__name__}: {error}") from None
+
+
+def check_user_template(tokenizer: PreTrainedTokenizerBase, template: Template, system_prompt: str) -> None:
+    """Raise ConfigError for a function of the user that fails, renders nothing, or ignores the question."""
+    prompts = {render(tokenizer, question, system_prompt, template) for question in PROBES}
+    if () in prompts or len(prompts) < len(PROBES):
+        fault = "an empty prompt" if () in prompts else "the same prompt for different questions"
+        raise ConfigError(f"data.template renders {fault}; expected a text that holds the question")
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, model_path: str, system_prompt: str) -> None:

@@ -16,6 +16,7 @@ from oreal_megatron.data import chat_template, key_map
 from oreal_megatron.data.chat_template import Message
 from oreal_megatron.data.lines import Line, read_lines
 from oreal_megatron.data.problems import NO_KEYS, require_field, require_text
+from oreal_megatron.data.user_functions import Template
 from oreal_megatron.records import Sample
 
 
@@ -32,6 +33,7 @@ def load_demonstrations(
     system_prompt: str,
     max_tokens: int,
     keys: Mapping[str, str] = NO_KEYS,
+    template: Template | None = None,
 ) -> list[Sample]:
     """Return the responses of a file as samples to imitate; the stop token is added to each."""
     samples = []
@@ -39,7 +41,7 @@ def load_demonstrations(
         name = f"{path} line {number}"
         is_chat = "messages" in line and key_map.read_field(line, "response", keys) is None
         turns = _chat_turns(name, line, system_prompt) if is_chat else _turns(name, line, system_prompt, keys)
-        samples += [_sample(name, turn, tokenizer, max_tokens) for turn in turns]
+        samples += [_sample(name, turn, tokenizer, max_tokens, template) for turn in turns]
     return samples
 
 
@@ -80,9 +82,11 @@ def _system_message(text: str) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _sample(name: str, turn: Turn, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Sample:
+def _sample(
+    name: str, turn: Turn, tokenizer: PreTrainedTokenizerBase, max_tokens: int, template: Template | None
+) -> Sample:
     try:
-        opening = chat_template.render_messages(tokenizer, turn.messages)
+        opening = chat_template.render_messages(tokenizer, turn.messages, template)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     if tag := chat_template.repeated_opening(opening, turn.response):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import chat_template, golds, key_map
 from oreal_megatron.data.lines import Line, read_lines
+from oreal_megatron.data.user_functions import Reader, Template
 from oreal_megatron.math_equality import read_gold
 from oreal_megatron.records import Prompt
 from oreal_megatron.runtime import distributed, files
@@ -47,16 +48,19 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model_path: str, vocabulary:
     return sorted({tokenizer.eos_token_id, *listed})
 
 
-def read_problems(path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool = False) -> list[Line]:
+def read_problems(
+    path: str, keys: Mapping[str, str] = NO_KEYS, free_golds: bool = False, reader: Reader | None = None
+) -> list[Line]:
     """Read lines with `question`, `gold_answer` and, optionally, `pass_rate` in [0, 1].
 
     Accepts benchmarks' names `problem` and `answer` for the first two, further names by `keys` (data.keys), chat
     messages as a question, whose system message becomes `system_prompt`, and a number as an answer. A gold answer that
     is a solution gives its answer, one damaged by JSON escapes is repaired; both are logged with their lines. With
     `free_golds` they stay as they are, and may be absent; `row` is the JSON of the line, whose own values stay.
+    `reader` is a function of the user that reads the file.
     """
     lines, read = [], {}
-    for number, raw in read_lines(path):
+    for number, raw in (reader or read_lines)(path):
         line = read_problem(f"{path} line {number}", raw, keys, free_golds)
         if free_golds:
             lines.append(line | {"row": json.dumps(line | raw, default=str)})
@@ -97,15 +101,20 @@ def load_prompts(
     system_prompt: str,
     keys: Mapping[str, str] = NO_KEYS,
     with_rows: bool = False,
+    reader: Reader | None = None,
+    template: Template | None = None,
 ) -> list[Prompt]:
-    """Return the problems of a file as prompts, in its order; `with_rows`: with all fields, for `verify.function`."""
+    """Return the problems of a file as prompts, in its order; `with_rows`: with all fields, for `verify.function`.
+
+    `reader` and `template`: functions of the user that read the file and render the prompts.
+    """
     prompts = []
-    for number, line in enumerate(read_problems(path, keys, free_golds=with_rows), 1):
+    for number, line in enumerate(read_problems(path, keys, with_rows, reader), 1):
         name, system = f"{path} problem {number}", line["system_prompt"]
         if system and system_prompt not in ("", system):
             raise ConfigError(f"{name} has a system message of its own, and data.system_prompt is another; unset that")
         try:
-            tokens = chat_template.render(tokenizer, line["question"], system or system_prompt)
+            tokens = chat_template.render(tokenizer, line["question"], system or system_prompt, template)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
         row = line["row"] if with_rows else ""

@@ -50,7 +50,8 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
         with heartbeat.phase("evaluate"):
             rows = answer_suite(config.data.path, prompts, "rating", sampling, config, out, engine, verifier)
         if distributed.rank() == 0:
-            lines, rates = [line for _, line in read_lines(config.data.path)], pass_rates(rows)
+            read = inputs.reader(config.data.path) or read_lines
+            lines, rates = [line for _, line in read(config.data.path)], pass_rates(rows)
             key = config.data.keys.get("pass_rate", "pass_rate")  # where a training run with these keys looks for it
             rated_lines = [lines[prompt.id] | {key: rates[number]} for number, prompt in enumerate(prompts)]
             files.set_aside(rated)
@@ -84,7 +85,7 @@ def run_benchmark(
         modes = {"greedy": greedy(config)} | ({"sampled": sampled(config, responses)} if responses else {})
         results.check_settings(out, inputs, modes, usable)
         training = training or (config.data.path if Path(config.data.path).is_file() else "")
-        training_questions = _questions(training, config)
+        training_questions = _questions(training, inputs)
         engine, verifier = session.start_engine(inputs)
         with heartbeat.phase("evaluate"):
             scores = {
@@ -104,7 +105,9 @@ def run_benchmark(
 
 def suite_prompts(inputs: Inputs, suite: suites.Suite, path: str) -> list[Prompt]:
     """Return the problems of a suite, rendered as in training."""
-    numbers = suites.problem_numbers(suite, path, inputs.config.data.keys, bool(inputs.config.verify.function))
+    config = inputs.config
+    functions = bool(config.verify.function), inputs.reader(path)
+    numbers = suites.problem_numbers(suite, path, config.data.keys, *functions)
     return [prompt for prompt in inputs.rendered(path) if prompt.id in numbers]
 
 
@@ -189,11 +192,12 @@ def read_complete_blocks(file: Path, problem_count: int, responses: int) -> list
     return distributed.all_gather_object(rows)[0]
 
 
-def _questions(path: str, config: Config) -> list[str] | None:
+def _questions(path: str, inputs: Inputs) -> list[str] | None:
     """Return the questions of a file of training prompts; None without a file."""
     if not path:
         return None
-    lines = problems.read_problems(path, config.data.keys, free_golds=bool(config.verify.function))
+    config = inputs.config
+    lines = problems.read_problems(path, config.data.keys, bool(config.verify.function), inputs.reader(path))
     return [line["question"] for line in lines]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import lines, problems
+from oreal_megatron.data.user_functions import Reader
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def find(name: str, folder: Path) -> tuple[Suite, str]:
     return dataclasses.replace(suite, part=None), str(lines.local_file(suite.hub))
 
 
+def of_reader(path: str) -> tuple[Suite, str]:
+    """Return the suite of a path that `data.reader` reads, which need not be a file."""
+    return Suite(Path(path).name, path), path
+
+
 def named(name: str) -> Suite:
     """Return the suite of a name, without its file."""
     if name.startswith(lines.HUB):
@@ -81,8 +87,12 @@ def named(name: str) -> Suite:
 
 
 def problem_numbers(
-    suite: Suite, path: str, keys: Mapping[str, str] = problems.NO_KEYS, free_golds: bool = False
+    suite: Suite,
+    path: str,
+    keys: Mapping[str, str] = problems.NO_KEYS,
+    free_golds: bool = False,
+    reader: Reader | None = None,
 ) -> set[int]:
     """Return the problems of the file that belong to the suite, from 0; `free_golds`: a function of the user grades."""
-    numbered = enumerate(problems.read_problems(path, keys, free_golds))
+    numbered = enumerate(problems.read_problems(path, keys, free_golds, reader))
     return {number for number, line in numbered if suite.part is None or line.get(suite.part[0]) == suite.part[1]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import oreal_kernels
@@ -100,6 +102,37 @@ class LanguageModelHead:
             ratios = importance.metrics(result.logp, own, counts.incorrect_tokens, config)
             metrics |= {name: context_parallel.sum_over_ranks(value) for name, value in ratios.items()}
         return result.loss, metrics
+
+    def loss_with_term(
+        self,
+        hidden: Tensor,
+        micro_batch: MicroBatch,
+        reference_logp_T: Tensor,
+        weight_T: Tensor,
+        counts: Counts,
+        config: LossConfig,
+        term: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return OREAL's loss plus `term` of the log-probs [T], and metrics, differentiated by torch.
+
+        Every context-parallel rank computes the loss of all tokens, and takes the gradient of its own.
+        """
+        own, index = context_parallel.own_actions(micro_batch, micro_batch.action_index)
+        values = oreal_kernels.linear_logprob(*self._inputs(hidden, own), **self._options(own))
+        logp_T, entropy_T = (context_parallel.combine_values(v, index, len(micro_batch.labels)) for v in values)
+        terms = loss.terms(reference_logp_T, weight_T, micro_batch, counts, config)
+        total, sums = oreal_kernels.oreal_loss(logp_T, dataclasses.replace(terms, entropy_coef=0.0))
+        if terms.entropy_coef:
+            total = total - terms.entropy_scale * entropy_T.sum()
+        metrics = loss.metrics(total, sums, counts, config)
+        metrics["policy/entropy"] = entropy_T.detach().sum(dtype=torch.float64) / max(counts.action_tokens, 1)
+        if config.ratio_cap:
+            metrics |= importance.metrics(logp_T, micro_batch, counts.incorrect_tokens, config)
+        if len(logp_T):  # means over no token would be nan
+            value, own_metrics = term(logp_T)
+            total = total + value
+            metrics |= own_metrics | {"loss/total": total.detach(), "loss/term": value.detach()}
+        return total, metrics
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [1, S, V/tp] logits of this rank's rows, padding included, not divided; for comparisons only."""

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from oreal_megatron.algo import guard, loss, reward_diagnostics, reward_kl, token_weighting
+from oreal_megatron.algo import guard, loss, loss_term, reward_diagnostics, reward_kl, token_weighting
 from oreal_megatron.algo.schedule import learning_rate, policy_rate
 from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
@@ -20,7 +20,7 @@ from oreal_megatron.mcore.trainer import MegatronTrainer, Objective
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
 from oreal_megatron.protocols import Metrics
-from oreal_megatron.records import Batch, MicroBatch, ScoredRollout, TokenWeights
+from oreal_megatron.records import Batch, Counts, MicroBatch, ScoredRollout, TokenWeights
 from oreal_megatron.runtime import distributed
 
 Reader = Callable[[str], Tensor]
@@ -68,22 +68,49 @@ class Policy(TrainedModel):
     def __init__(self, arch: Architecture, config: Config, read: Reader):
         chunks, self.language_model = _language_model(arch, config, read)
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
-        self.arch = arch
+        self.arch, self.loss_term = arch, loss_term.loss_term(config)
 
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, token_weights: TokenWeights) -> Metrics:
-        """Take one OREAL step on the batch (paper, Eq. 11); skip it where the token weights are not valid."""
+        """Take one OREAL step on the batch (paper, Eq. 11); skip it where the token weights are not valid.
+
+        With `loss.updates_per_step` further updates on the same samples follow; metrics are those of the last one.
+        """
         if not token_weights.valid:
             return _prefixed("policy", self.skip())
-        config, fused, weights = self.config, self.language_model.oreal_loss, token_weights.values
         reference = reference_logp or []  # empty before the last pipeline stage, where no objective is computed
         kl_metrics: Metrics = {}
-        if config.loss.reward_kl_coef:
+        if self.config.loss.reward_kl_coef:
             batch, kl_metrics = self._with_reward_kl(batch, reference)
+        objective = self._objective(batch.counts, reference, token_weights.values)
+        updates = self.config.loss.updates_per_step
+        rate = policy_rate(self.updates // updates, self.config)
+        for _ in range(updates):
+            metrics = self.train(batch, objective, rate)
+            if metrics["consecutive_skips"]:  # the next update would compute the same
+                break
+        return _prefixed("policy", metrics | kl_metrics)
 
-        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return fused(hidden, micro_batch, reference[number], weights[number], batch.counts, config.loss)
+    def _objective(self, counts: Counts, reference: list[Tensor], weights: list[Tensor]) -> Objective:
+        """Return OREAL's loss, with `loss.term` if there is one. The first update finds the old log-probs."""
+        config, model, term = self.config.loss, self.language_model, self.loss_term
+        old_logp: dict[int, Tensor] = {}
 
-        return _prefixed("policy", self.train(batch, objective, policy_rate(self.updates, config)) | kl_metrics)
+        def fused(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return model.oreal_loss(hidden, micro_batch, reference[number], weights[number], counts, config)
+
+        if term is None:
+            return fused
+
+        def with_term(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            values = reference[number], weights[number]
+
+            def of_log_probs(logp_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                old_logp_T = old_logp.setdefault(number, logp_T.detach())
+                return term(logp_T, loss_term.action_tokens(micro_batch, *values, old_logp_T), counts)
+
+            return model.loss_with_term(hidden, micro_batch, *values, counts, config, of_log_probs)
+
+        return with_term
 
     def _with_reward_kl(self, batch: Batch, reference_logp: list[Tensor]) -> tuple[Batch, Metrics]:
         """Return the batch with the KL divergence of each response in its advantage, and their mean. Collective."""

@@ -125,6 +125,7 @@ LOSSES_AND_MODELS = (
     MetricInfo(
         ("loss/kl",), "nats/token", "KL term of `loss.kl_kind` over all action tokens, before its coefficient", ""
     ),
+    MetricInfo(("loss/term",), "", "value of `loss.term`, with the sign it has in the loss", ""),
     MetricInfo(
         ("loss/cross_entropy", "loss/distillation"),
         "",
@@ -323,7 +324,7 @@ TIME = (
     ),
 )
 
-OWN = (MetricInfo(("own/NAME",), "", "from `record.metric` ([Extend a run](../how_to/extensions.md))"),)
+OWN = (MetricInfo(("own/NAME",), "", "from `record.metric` or `loss.term` ([Extend a run](../how_to/extensions.md))"),)
 
 SECTIONS = {
     "What was sampled": SAMPLED,

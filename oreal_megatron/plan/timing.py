@@ -146,7 +146,8 @@ def phases(scenario: Scenario, moved: Transfer) -> dict[str, float]:
         seconds["reward_model"] = update + swap(scenario, "reward_model")
     seconds["reference"] = training(scenario, 1) + swap(scenario, "reference")
     scoring = training(scenario, 1) if scenario.config.loss.reward_kl_coef else 0.0
-    seconds["policy"] = scoring + update + swap(scenario, "policy")
+    updates = update * scenario.config.loss.updates_per_step
+    seconds["policy"] = scoring + updates + swap(scenario, "policy")
     share = scenario.assumed.link_share
     within = (moved.received - moved.received_between) / (scenario.gpu.nvlink_bytes * share)
     seconds["weight_sync"] = max(within, moved.received_between / (scenario.gpu.network_bytes * share)) + swap(

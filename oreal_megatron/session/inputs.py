@@ -15,6 +15,7 @@ from oreal_megatron.config.schema import FunctionKey, ObserverKey, config_keys
 from oreal_megatron.convert import to_megatron
 from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.data import chat_template, lines, problems
+from oreal_megatron.data import user_functions as data_functions
 from oreal_megatron.math_equality import rules
 from oreal_megatron.models import architecture
 from oreal_megatron.records import Prompt
@@ -42,6 +43,16 @@ class Inputs:
     reward_folder: HFFolder | None = None  # of `reward_model.path`
 
     @property
+    def template(self) -> data_functions.Template | None:
+        """Function of `data.template` that renders prompts; None: the tokenizer's chat template."""
+        return data_functions.template(self.config.data.template)
+
+    def reader(self, path: str) -> data_functions.Reader | None:
+        """Return the function of `data.reader` for the recipe's own problems; None for other files."""
+        data = self.config.data
+        return data_functions.reader(data.reader) if path in (data.path, data.held_out) else None
+
+    @property
     def max_prompt_tokens(self) -> int:
         """Tokens of a prompt that leaves room for the shortest boxed answer."""
         return self.config.engine.max_model_len - chat_template.shortest_response(self.tokenizer)
@@ -61,7 +72,8 @@ class Inputs:
     def rendered(self, path: str) -> list[Prompt]:
         """Return the problems of a data file without checking their lengths and gold answers."""
         data, with_rows = self.config.data, bool(self.config.verify.function)
-        return problems.load_prompts(path, self.tokenizer, data.system_prompt, data.keys, with_rows)
+        functions = self.reader(path), self.template
+        return problems.load_prompts(path, self.tokenizer, data.system_prompt, data.keys, with_rows, *functions)
 
     def training_prompts(self) -> list[Prompt]:
         """Return the problems to train on, with a check of the room for their responses."""
@@ -76,7 +88,7 @@ class Inputs:
         """
         config = self.config
         paths = {"data.path": config.data.path, "data.held_out": config.data.held_out}
-        digests = {name: _digest_file(path) for name, path in paths.items()}
+        digests = {name: _digest_problems(path, self.reader(path)) for name, path in paths.items()}
         digests |= {path: "" for path in FIXED_FUNCTIONS} | {
             path: source.digest for path, source in user_functions.sources(config).items() if path in FIXED_FUNCTIONS
         }
@@ -129,12 +141,24 @@ def read_inputs(config: Config) -> Inputs:
         )
     if len(tokenizer) > arch.vocab:
         raise ConfigError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {arch.vocab}")
-    chat_template.check_template(tokenizer, config.model.path, config.data.system_prompt)
+    if template := data_functions.template(config.data.template):
+        chat_template.check_user_template(tokenizer, template, config.data.system_prompt)
+    else:
+        chat_template.check_template(tokenizer, config.model.path, config.data.system_prompt)
     stop_tokens = problems.stop_tokens(tokenizer, config.model.path, arch.vocab)
     return Inputs(config, folder, arch, tokenizer, stop_tokens, reward_folder)
 
 
-def _digest_file(path: str) -> str:
-    """Return the digest of a file; "" for one that the present command does not read, so that it may be missing."""
+def _digest_problems(path: str, reader: data_functions.Reader | None) -> str:
+    """Return the digest of problems; "" for those that the present command does not read, so that they may be missing.
+
+    What a function of the user reads need not be a file: its rows count.
+    """
+    if path and reader:
+        try:
+            rows = json.dumps([row for _, row in reader(path)], default=str)
+        except ConfigError:
+            return ""
+        return hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
     present = path.startswith(lines.HUB) or Path(path).is_file()
     return files.digest([lines.local_file(path)]) if present else ""

@@ -128,7 +128,9 @@ def prompt_renderer(inputs: Inputs) -> Callable[[str], tuple[int, ...]]:
     known = {prompt.question: prompt.tokens for prompt in inputs.rendered(data.path)} if data.path else {}
 
     def render(question: str) -> tuple[int, ...]:
-        return known.get(question) or chat_template.render(inputs.tokenizer, question, data.system_prompt)
+        return known.get(question) or chat_template.render(
+            inputs.tokenizer, question, data.system_prompt, inputs.template
+        )
 
     return render
 

@@ -102,6 +102,7 @@ def fine_tune(
         config.data.system_prompt,
         inputs.arch.max_positions,
         config.data.keys,
+        inputs.template,
     )
     held_out = inputs.held_out() if config.supervised.evaluate_every else []
     if config.supervised.evaluate_every and not held_out:

@@ -58,7 +58,12 @@ LEARNING_RATE = 1e-2
 
 
 def matrix(
-    folders: list[str], layouts: dict[str, tuple], samples: list, dtype: str = "float32", objective: str = "mean"
+    folders: list[str],
+    layouts: dict[str, tuple],
+    samples: list,
+    dtype: str = "float32",
+    objective: str = "mean",
+    loss: dict | None = None,
 ) -> dict:
     """For each layout and folder: metrics, gradients and updated weights of policy and reward model."""
     from megatron.core import parallel_state
@@ -77,7 +82,7 @@ def matrix(
             # A head of zeros passes no gradient.
             reward_model=c.RewardModelConfig(head_init="normal", objective=objective, optimizer=optimizer),
             weights=c.WeightsConfig(threshold_correct=0.3, threshold_incorrect=0.3),
-            loss=c.LossConfig(kl_coef=0.5, ratio_cap=1.2, ratio_tokens="carried"),
+            loss=c.LossConfig(**dict(kl_coef=0.5, ratio_cap=1.2, ratio_tokens="carried") | (loss or {})),
             tokens_per_micro_batch=budget,
             megatron=dict(*more),
         )
@@ -210,6 +215,33 @@ def test_the_prefix_objective_gives_the_same_gradient(folders, alone, rollouts, 
     assert distance(mean[1], reference[1]) > 0.1, "it would be the objective of the mean"
     for rank in in_processes(2, matrix, [folder], {name: PAIRS[name] for name in pairs}, rollouts, "float32", "prefix"):
         check(rank, {folder: reference})
+
+
+TERM = """
+def k2(logp_T, tokens, counts):
+    gap_T = logp_T - tokens.reference_logp
+    moved = (logp_T - tokens.old_logp).detach().abs().sum() / counts.action_tokens
+    return 0.5 * (gap_T * gap_T / 2).sum() / counts.action_tokens, {"moved": moved}
+"""
+
+
+def test_a_loss_term_of_the_user_gives_the_gradient_of_the_fused_loss(folders, rollouts, in_processes, tmp_path):
+    """The same loss twice: with the built-in k2 and the entropy in the kernel, and with k2 as a term of the user."""
+    (tmp_path / "own.py").write_text(TERM)
+    term, folder = dict(kl_coef=0.0, kl_kind="k2", term=f"{tmp_path}/own.py:k2", entropy_coef=0.1), folders[0]
+    one = {"one micro-batch": ({}, 10_000)}
+    fused = dict(kl_coef=0.5, kl_kind="k2", entropy_coef=0.1)
+    reference = in_processes(1, matrix, [folder], one, rollouts, "float32", "mean", fused)[0]["one micro-batch", folder]
+    layouts = {"sequence parallel": PAIRS["sequence parallel"], "context parallel": PAIRS["context parallel"],
+               "interleaved pipeline": PAIRS["interleaved pipeline"]}  # fmt: skip
+    for rank in in_processes(2, matrix, [folder], layouts, rollouts, "float32", "mean", term):
+        for metrics, *_ in rank.values():
+            assert metrics.pop("own/moved") == 0.0, "before the first update the policy is the old one"
+            assert metrics.pop("loss/term") == pytest.approx(0.5 * reference[0]["loss/kl"], rel=1e-5)
+        check(rank, {folder: reference})
+    twice = in_processes(1, matrix, [folder], one, rollouts, "float32", "mean", term | dict(updates_per_step=2))[0]
+    metrics = twice["one micro-batch", folder][0]
+    assert metrics["own/moved"] > 1e-4 and metrics["policy/updates"] == 2 and metrics["reward_model/updates"] == 1
 
 
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):
