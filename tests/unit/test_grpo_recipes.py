@@ -1,4 +1,4 @@
-"""GRPO and DAPO, made of extension points: their advantages and loss terms against plain formulas, and their settings."""
+"""GRPO and DAPO, made of extension points: advantages and loss terms against plain formulas, and their settings."""
 
 from __future__ import annotations
 
