@@ -87,14 +87,14 @@ class Browser:
         return message
 
     def open(self, page: Path | str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Open a file in a window of this size."""
+        """Open a file, or a URL, in a window of this size."""
         self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.command("Emulation.setEmulatedMedia", features=[scheme])
         self.is_loaded = False
-        self.command("Page.navigate", url=Path(page).resolve().as_uri())
+        self.command("Page.navigate", url=str(page) if "://" in str(page) else Path(page).resolve().as_uri())
         while not self.is_loaded:
             self._receive()
 

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from oreal_megatron.cli.arguments import at_least, output_file
+from oreal_megatron.config import ConfigError
 from oreal_megatron.evaluation import calibration_picture
 from oreal_megatron.observe import run_report, speed_report, token_heat_map
-from oreal_megatron.observe.page import page
+from oreal_megatron.observe.page import page, server
 from oreal_megatron.observe.token_decoder import token_decoder
 from oreal_megatron.runtime import files
 
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --html: rollouts of N steps of each run, evenly spread, in the folder FILE_rollouts (default 20)",
     )
+    parser.add_argument(
+        "--serve", action="store_true", help="with --html: serve the page, and build it again while the runs train"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address of --serve; others than this need its token")
+    parser.add_argument("--port", type=at_least(0), default=8000, help="port of --serve (default 8000); 0: a free one")
     parser.add_argument("--picture", type=output_file, metavar="FILE", help="draw the learning curves (PNG)")
     parser.add_argument(
         "--calibration", type=output_file, metavar="FILE", help="draw the reward model's calibration (PNG)"
@@ -46,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables; return the exit code."""
     outputs = (args.html, args.picture, args.calibration, args.heat_map, args.summary)
     files.refuse_same(*outputs)
+    if args.serve and not args.html:
+        raise ConfigError("--serve needs --html FILE: the page that it builds and serves")
     records = [run_report.read_run(path) for path in args.runs]
     for output in filter(None, outputs):
         files.set_aside(output)
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for speed in filter(None, speeds):
         speed_report.print_table(speed)
     run_report.print_table(records)
-    if args.html:
+    if args.html and not args.serve:
         print(page.write(records, args.html, args.trajectories))
     if args.picture:
         run_report.draw(records, args.picture)
@@ -70,4 +78,6 @@ def run(args: argparse.Namespace) -> int:
         result = run_report.summary(records[0]) | {"seconds": round(seconds, 1), "speed": speeds[0]}
         args.summary.write_text(json.dumps(result, indent=2) + "\n")
         print(f"summary: {args.summary}")
+    if args.serve:
+        server.serve(args.runs, args.html, args.trajectories, args.host, args.port)
     return 0

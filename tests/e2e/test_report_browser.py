@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+
 import browser
 import pytest
 import report_run
 
 from oreal_megatron.cli import main
+from oreal_megatron.observe.page import server
 
 pytestmark = [
     pytest.mark.full,
@@ -191,3 +196,31 @@ def test_texts_have_enough_contrast(tab, page):
             })()"""
         )
         assert all(ratio >= 4.5 for _, ratio in ratios), ratios
+
+
+def test_a_served_page_is_loaded_again_when_the_logs_grow_unless_rollouts_are_read(
+    tab, tmp_path, model_folder, monkeypatch
+):
+    monkeypatch.setattr(server, "SHORTEST_POLL_S", 1.0)
+    monkeypatch.setattr(server, "BUILD_SHARE", 10.0)
+    run = report_run.write(tmp_path / "run", model_folder, with_dumps=False)
+    tab.messages.clear(), tab.requests.clear()
+    with server.PageServer("127.0.0.1", 0, server.LivePage([run], tmp_path / "out.html", 2)) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        tab.open(running.url)
+        ready(tab)
+        tab.evaluate("window.marked = true, document.querySelector('.list button').focus()")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 6, "reward/pass_rate": 0.987654}) + "\n")
+        before = len([url for url in tab.requests if url.endswith("/version")])
+        tab.evaluate("new Promise((resolve) => setTimeout(resolve, 2500))")
+        assert len([url for url in tab.requests if url.endswith("/version")]) > before, "it looks for news"
+        assert tab.evaluate("window.marked") is True, "the reader is at the rollouts"
+        tab.evaluate("document.activeElement.blur()")
+        reloaded = False
+        while not reloaded:  # pytest's limit of time ends it
+            with contextlib.suppress(RuntimeError):  # of an expression that the reload ended
+                reloaded = tab.evaluate("window.marked === undefined && document.body.textContent.includes('0.9877')")
+        ready(tab)
+        assert not tab.messages and all(url.startswith((running.url, "data:")) for url in tab.requests)
+        running.shutdown()

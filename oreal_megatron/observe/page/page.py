@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ FILES = Path(__file__).parent
 log = logging.getLogger(__name__)
 
 
-def write(records: Sequence[RunRecord], out: Path, most_steps: int) -> str:
+@dataclass(frozen=True)
+class Refresh:
+    """Reload of a served page: the version that it shows, and the seconds between two looks at the server's."""
+
+    version: str
+    poll_s: float
+
+
+def write(records: Sequence[RunRecord], out: Path, most_steps: int, refresh: Refresh | None = None) -> str:
     """Write the page, and the rollouts of at most `most_steps` steps of each run into the folder OUT_rollouts.
 
     Return what was written in words.
@@ -39,7 +48,7 @@ def write(records: Sequence[RunRecord], out: Path, most_steps: int) -> str:
         for number, run in enumerate(runs):
             steps = rollout_files.write_steps(run, number, folder, most_steps, _decoder(run))
             listing.append({"name": run.name, "steps": steps})
-    out.write_text(page(runs, listing), encoding="utf-8")
+    out.write_text(page(runs, listing, refresh), encoding="utf-8")
     return _describe(out, folder, [step["bytes"] for run in listing for step in run["steps"]])
 
 
@@ -66,10 +75,14 @@ def _describe(out: Path, folder: Path, sizes: Sequence[int]) -> str:
     return text
 
 
-def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]]) -> str:
+def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]], refresh: Refresh | None = None) -> str:
     """Return the text of the page; `listing`: the steps of each run with rollouts beside it."""
     nonce = secrets.token_hex(16)  # no other script runs, whatever a text of a run holds
     policy = f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:"
+    live = ""
+    if refresh:
+        policy += "; connect-src 'self'"
+        live = f' data-version="{escape(refresh.version)}" data-poll="{refresh.poll_s:.0f}"'
     title = ", ".join(run.name for run in runs)
     contents = (
         _overview(runs),
@@ -87,7 +100,7 @@ def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]]) -> str:
         for name, content in zip(SECTIONS, contents, strict=True)
     )
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"{live}><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
