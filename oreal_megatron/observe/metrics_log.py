@@ -49,6 +49,11 @@ class MetricsLog:
             append_row(self.evaluations, {"step": step, **result})
             self._track(step, {f"evaluation/{name}": value for name, value in result.items()})
 
+    def last_evaluation(self, figure: str) -> float | None:
+        """Return a figure of the last evaluation, None before the first. Not collective."""
+        values = [row[figure] for row in read_rows(self.evaluations) if figure in row]
+        return values[-1] if values else None
+
     def is_evaluated(self, step: int) -> bool:
         """Return whether there is an evaluation after `step` steps. Collective."""
         rows = read_rows(self.evaluations) if self.writes else []

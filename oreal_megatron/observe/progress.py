@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
+# Metric of a step -> its text in a progress line.
+STEP_TEXTS = {
+    "reward/pass_rate": "pass rate {:.3f}",
+    "policy/reference_kl": "KL {:.3g}",
+    "rollout/response_tokens_mean": "{:.0f} tokens/response",
+    "speed/tokens_per_second_per_gpu/step": "{:.0f} tokens/s/GPU",
+    "batch/samples": "{:.0f} samples",
+}
+
+
+def step_note(metrics: Mapping[str, float], accuracy: float | None) -> str:
+    """Return the end of a step's progress line; `accuracy`: of the last evaluation on held-out problems."""
+    texts = [text.format(metrics[name]) for name, text in STEP_TEXTS.items() if name in metrics]
+    if accuracy is not None:
+        texts.insert(1, f"held-out {accuracy:.1%}")
+    return ", ".join(texts)
 
 
 class Bar:

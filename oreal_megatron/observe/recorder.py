@@ -14,7 +14,7 @@ from oreal_megatron.observe.dumps import StepDumps
 from oreal_megatron.observe.idle_steps import IdleSteps
 from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
-from oreal_megatron.observe.progress import Bar
+from oreal_megatron.observe.progress import Bar, step_note
 from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder
 from oreal_megatron.observe.trackers import Trackers
 from oreal_megatron.observe.user_hooks import UserHooks
@@ -122,4 +122,4 @@ class Recorder:
             self.metrics.log_step(step, metrics)
             self.user_hooks.step_done(step, metrics, self.config.run)
             self._report(self.idle_steps.report(metrics))
-            self.bar.advance(1, f"pass rate {metrics['reward/pass_rate']:.3f}, samples {metrics['batch/samples']}")
+            self.bar.advance(1, step_note(metrics, self.metrics.last_evaluation("accuracy")))

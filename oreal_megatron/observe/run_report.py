@@ -80,6 +80,26 @@ def summary(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def closing(record: RunRecord) -> str:
+    """Return what a finished run says last: where its policies are, how good they are, and what to look at next."""
+    run = Path(record.name)
+    lines = [f"policy: {run / 'policy'}{_accuracy_note(record)}"]
+    if (run / "best").is_dir():
+        best = max(record.evaluations, key=lambda row: row["accuracy"], default=None)
+        figures = f" (held-out accuracy {best['accuracy']:.1%} after step {best['step']})" if best else ""
+        lines.append(f"best policy: {run / 'best'}{figures}")
+    lines.append(f"next: oreal report {run} --html {run / 'report.html'}    # learning curves, rollouts, findings")
+    return "\n".join(lines)
+
+
+def _accuracy_note(record: RunRecord) -> str:
+    """Return held-out accuracy after and before training in brackets; "" without evaluations."""
+    if not record.evaluations:
+        return ""
+    first, last = _first_and_last(record)
+    return f" (held-out accuracy {last['accuracy']:.1%}, {first['accuracy']:.1%} before training)"
+
+
 def print_table(records: Sequence[RunRecord]) -> None:
     """Print held-out accuracy before and after training, one line per run."""
     table = simple_table("\nheld-out accuracy with 95 % interval")

@@ -108,7 +108,9 @@ def train(
         if held_out and not (run_path / "best").is_dir():
             log.info(f"no evaluation was better than the starting policy's, so there is no {run_path / 'best'}")
         if distributed.rank() == 0:
-            speed_report.write_and_print(run_report.read_run(run_path))
+            record = run_report.read_run(run_path)
+            speed_report.write_and_print(record)
+            print(run_report.closing(record))
 
 
 def _start_pool(
