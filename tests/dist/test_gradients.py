@@ -217,6 +217,7 @@ def test_the_prefix_objective_gives_the_same_gradient(folders, alone, rollouts, 
         check(rank, {folder: reference})
 
 
+ONE = {"one micro-batch": ({}, 10_000)}
 TERM = """
 def k2(logp_T, tokens, counts):
     gap_T = logp_T - tokens.reference_logp
@@ -225,23 +226,42 @@ def k2(logp_T, tokens, counts):
 """
 
 
-def test_a_loss_term_of_the_user_gives_the_gradient_of_the_fused_loss(folders, rollouts, in_processes, tmp_path):
-    """The same loss twice: with the built-in k2 and the entropy in the kernel, and with k2 as a term of the user."""
+@pytest.fixture
+def term(tmp_path) -> dict:
+    """Settings of a loss with k2 as a term of the user, in place of the built-in one."""
     (tmp_path / "own.py").write_text(TERM)
-    term, folder = dict(kl_coef=0.0, kl_kind="k2", term=f"{tmp_path}/own.py:k2", entropy_coef=0.1), folders[0]
-    one = {"one micro-batch": ({}, 10_000)}
-    fused = dict(kl_coef=0.5, kl_kind="k2", entropy_coef=0.1)
-    reference = in_processes(1, matrix, [folder], one, rollouts, "float32", "mean", fused)[0]["one micro-batch", folder]
-    layouts = {"sequence parallel": PAIRS["sequence parallel"], "context parallel": PAIRS["context parallel"],
-               "interleaved pipeline": PAIRS["interleaved pipeline"]}  # fmt: skip
-    for rank in in_processes(2, matrix, [folder], layouts, rollouts, "float32", "mean", term):
-        for metrics, *_ in rank.values():
-            assert metrics.pop("own/moved") == 0.0, "before the first update the policy is the old one"
-            assert metrics.pop("loss/term") == pytest.approx(0.5 * reference[0]["loss/kl"], rel=1e-5)
-        check(rank, {folder: reference})
-    twice = in_processes(1, matrix, [folder], one, rollouts, "float32", "mean", term | dict(updates_per_step=2))[0]
-    metrics = twice["one micro-batch", folder][0]
-    assert metrics["own/moved"] > 1e-4 and metrics["policy/updates"] == 2 and metrics["reward_model/updates"] == 1
+    return dict(kl_coef=0.0, kl_kind="k2", term=f"{tmp_path}/own.py:k2", entropy_coef=0.1)
+
+
+@pytest.fixture
+def fused(folders, rollouts, in_processes) -> dict:
+    """Results of the same loss in the kernel, of one micro-batch and one process."""
+    loss = dict(kl_coef=0.5, kl_kind="k2", entropy_coef=0.1)
+    return in_processes(1, matrix, folders[:1], ONE, rollouts, "float32", "mean", loss)[0][
+        "one micro-batch", folders[0]
+    ]
+
+
+def check_term(results: dict, reference: tuple, folder: str) -> None:
+    for metrics, *_ in results.values():
+        assert metrics.pop("own/moved") == 0.0, "before the first update the policy is the old one"
+        assert metrics.pop("loss/term") == pytest.approx(0.5 * reference[0]["loss/kl"], rel=1e-5)
+    check(results, {folder: reference})
+
+
+def test_a_loss_term_of_the_user_gives_the_gradient_of_the_fused_loss(folders, rollouts, in_processes, term, fused):
+    cuts = ONE | {"many micro-batches": CUTS["many micro-batches"]}
+    check_term(in_processes(1, matrix, folders[:1], cuts, rollouts, "float32", "mean", term)[0], fused, folders[0])
+    twice = in_processes(1, matrix, folders[:1], cuts, rollouts, "float32", "mean", term | dict(updates_per_step=2))[0]
+    for metrics, *_ in twice.values():
+        assert metrics["own/moved"] > 1e-4 and metrics["policy/updates"] == 2 and metrics["reward_model/updates"] == 1
+
+
+@pytest.mark.full
+def test_a_loss_term_gives_the_same_gradient_at_every_layout(folders, rollouts, in_processes, term, fused):
+    layouts = {name: PAIRS[name] for name in ("sequence parallel", "context parallel", "interleaved pipeline")}
+    for rank in in_processes(2, matrix, folders[:1], layouts, rollouts, "float32", "mean", term):
+        check_term(rank, fused, folders[0])
 
 
 def test_bfloat16_with_fp32_gradients_stays_close_to_float32(folders, alone, rollouts, in_processes):
