@@ -198,6 +198,19 @@ def test_texts_have_enough_contrast(tab, page):
         assert all(ratio >= 4.5 for _, ratio in ratios), ratios
 
 
+def test_one_prompt_over_the_steps(tab, page):
+    tab.messages.clear()
+    tab.open(page)
+    ready(tab)
+    tab.evaluate(f"document.querySelectorAll('.list button')[{report_run.PER_PROMPT * 2}].click()")
+    question, chips = text(tab, ".detail .question"), "[aria-label='this prompt over the steps'] button"
+    assert count(tab, chips) == report_run.STEPS and text(tab, f"{chips}[aria-current='true']") == "step 5: 1 of 3"
+    tab.evaluate(f"document.querySelectorAll({chips!r})[1].click()")
+    tab.wait_for(f"document.querySelector({chips + '[aria-current=true]'!r})?.textContent === 'step 1: 1 of 3'")
+    assert text(tab, ".detail .question") == question and "step 1 (2 of 6" in text(tab, ".controls")
+    assert not tab.messages
+
+
 def test_a_served_page_is_loaded_again_when_the_logs_grow_unless_rollouts_are_read(
     tab, tmp_path, model_folder, monkeypatch
 ):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from oreal_megatron.cli import main
 from oreal_megatron.observe import run_report
-from oreal_megatron.observe.page import charts, findings, page, run_data, tables
+from oreal_megatron.observe.page import charts, findings, page, rollout_files, run_data, tables
 
 ALLOWED = set(
     "html head meta title link style body header h1 h2 h3 nav a main section div table caption thead tbody tr th td ul "
@@ -215,3 +215,21 @@ def test_only_differing_settings_are_in_the_table_of_differences(run, tmp_path, 
     runs = [run_data.read(run_report.read_run(path), path.name) for path in (run, other)]
     rows = re.findall(r'<th scope="row">([^<]*)</th>', tables.differences(runs))
     assert rows == ["loss.kl_coef", "run"]
+
+
+def test_a_prompt_has_its_results_in_the_other_steps_that_are_shown(tmp_path):
+    def row(question: str, slot: int, index: int, verdict: str) -> str:
+        keys = dict.fromkeys(run_data.ROLLOUT_KEYS, "") | {"question": question, "slot": slot, "index": index}
+        return json.dumps(keys | {"verdict": verdict, "tokens": 1, "finished": True})
+
+    (tmp_path / "rollouts").mkdir()
+    outcomes = {3: ("<b>", "correct", "incorrect"), 7: ("<b>", "unknown", "correct"), 9: ("once", "correct", "correct")}
+    for step, (question, *verdicts) in outcomes.items():
+        rows = [row(question, step % 4, index, verdict) for index, verdict in enumerate(verdicts)]
+        (tmp_path / f"rollouts/step_{step:06d}.jsonl").write_text("\n".join(rows) + "\n")
+    histories = rollout_files.prompt_histories(tmp_path, [3, 7, 9])
+    assert histories == {"<b>": [(3, 3, 1, 2), (7, 3, 1, 1)]}
+    (prompt,) = rollout_files.step_content(tmp_path, 7, None, histories)
+    assert list(prompt["history"]) == [(3, 3, 1, 2), (7, 3, 1, 1)]
+    (prompt,) = rollout_files.step_content(tmp_path, 9, None, histories)
+    assert not prompt["history"]

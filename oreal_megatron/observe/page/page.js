@@ -160,6 +160,25 @@ function sides(row) {
   return row.verdict === "correct" ? [row, other] : [other, row];
 }
 
+function history_of(prompt) {
+  if (!prompt.history.length) return "";
+  const present = listing[state.run].steps[state.step].step;
+  const chips = prompt.history.map(([step, slot, correct, known]) => {
+    const current = String(step === present && slot === prompt.slot);
+    return make("button", { "aria-current": current, onclick: () => open_prompt(step, slot) }, `step ${step}: ${correct} of ${known}`);
+  });
+  return make("div", { class: "chips", role: "group", "aria-label": "this prompt over the steps" }, "this prompt over the steps, correct rollouts: ", ...chips);
+}
+
+async function open_prompt(step, slot) {
+  state.step = listing[state.run].steps.findIndex((entry) => entry.step === step);
+  controls.slider.value = state.step;
+  await show_step();
+  const own = (row) => row.prompt.slot === slot;
+  const row = visible.matching.find(own) ?? visible.rows.find(own);
+  if (row) show_rollout(row);
+}
+
 function show_rollout(row) {
   state.rollout = row;
   if (!row) return detail.replaceChildren(make("p", { class: "empty" }, "no rollout matches"));
@@ -173,6 +192,7 @@ function show_rollout(row) {
     make("div", { class: "question" }, ...marked(row.prompt.question)),
     make("div", { class: "chips", role: "group", "aria-label": "rollouts of the prompt; * trained on" }, ...chips),
     make("div", { class: "sides" }, ...sides(row).map(side_of)),
+    history_of(row.prompt),
   );
   for (const button of list.querySelectorAll("button")) button.setAttribute("aria-current", String(button.row === row));
 }

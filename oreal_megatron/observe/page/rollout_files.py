@@ -7,30 +7,59 @@ A page opened from disk may load scripts of its folder, but may not read files; 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oreal_megatron.observe.page import token_values
 from oreal_megatron.observe.page.run_data import RunData, rollout_steps, rows_by_prompt, spread
 from oreal_megatron.runtime import checkpoint_folders
 
+
+class PromptResult(NamedTuple):
+    """Result of a prompt in one step."""
+
+    step: int
+    slot: int
+    correct: int  # rollouts
+    known: int  # rollouts with a known verdict
+
+
+NO_HISTORIES: Mapping[str, Sequence[PromptResult]] = {}
 LONGEST_TEXT = 100_000  # characters of a response that are shown
 
 
 def write_steps(run: RunData, number: int, folder: Path, most: int, decode: token_values.Decode | None) -> list[Any]:
     """Write at most so many steps of a run, evenly spread; return their numbers with file names and bytes."""
     listing = []
-    for step in spread(rollout_steps(run.path), most):
+    steps = spread(rollout_steps(run.path), most)
+    histories = prompt_histories(run.path, steps)
+    for step in steps:
         file = folder / f"run_{number}_step_{step:06d}.js"
-        text = json.dumps(step_content(run.path, step, decode), separators=(",", ":"))
+        text = json.dumps(step_content(run.path, step, decode, histories), separators=(",", ":"))
         file.write_text(f"oreal_step({number},{step},{text});\n", encoding="ascii")
         listing.append({"step": step, "file": f"{folder.name}/{file.name}", "bytes": file.stat().st_size})
     return listing
 
 
-def step_content(run: Path, step: int, decode: token_values.Decode | None) -> list[dict[str, Any]]:
-    """Return the prompts of a step with their rollouts."""
+def prompt_histories(run: Path, steps: Sequence[int]) -> dict[str, list[PromptResult]]:
+    """Return the results of each question in these steps, for those that occur several times."""
+    histories: dict[str, list[PromptResult]] = {}
+    for step in steps:
+        for slot, rows in rows_by_prompt(run, step).items():
+            verdicts = [row["verdict"] for row in rows if row["verdict"] != "unknown"]
+            result = PromptResult(step, slot, verdicts.count("correct"), len(verdicts))
+            histories.setdefault(rows[0]["question"], []).append(result)
+    return {question: results for question, results in histories.items() if len(results) > 1}
+
+
+def step_content(
+    run: Path,
+    step: int,
+    decode: token_values.Decode | None,
+    histories: Mapping[str, Sequence[PromptResult]] = NO_HISTORIES,
+) -> list[dict[str, Any]]:
+    """Return the prompts of a step with their rollouts, and their results in other steps."""
     folder = run / "dumps" / checkpoint_folders.name(step)
     chosen = token_values.of_step(folder, decode) if decode else {}
     return [
@@ -39,6 +68,7 @@ def step_content(run: Path, step: int, decode: token_values.Decode | None) -> li
             "question": rows[0]["question"],
             "gold": rows[0]["gold_answer"],
             "rollouts": _rollouts(rows, chosen),
+            "history": histories.get(rows[0]["question"], ()),
         }
         for slot, rows in rows_by_prompt(run, step).items()
     ]
