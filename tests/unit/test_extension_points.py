@@ -16,6 +16,8 @@ from oreal_megatron import settings
 from oreal_megatron.algo import advantages, loss_term, packing, selection
 from oreal_megatron.config import ConfigError, RunStopped
 from oreal_megatron.config.user_functions import check_functions
+from oreal_megatron.data import demonstration_lines, problems
+from oreal_megatron.data import user_functions as data_functions
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.session.inputs import read_inputs
 
@@ -238,3 +240,19 @@ def test_an_object_that_no_resumed_run_can_find_is_refused(term, tmp_path):
 def test_other_objects_are_no_names():
     with pytest.raises(ConfigError, match="loss.term is functools.partial"):
         c.validate(c.Config(loss=c.LossConfig(term=functools.partial(print))))
+
+
+def test_demonstrations_use_the_template_and_a_chat_of_several_turns_is_refused(model_folder, own, tmp_path):
+    tokenizer, template = problems.load_tokenizer(str(model_folder)), data_functions.template(f"{own}:template")
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant", "user", "assistant")]
+
+    def load(line: dict) -> list:
+        file.write_text(json.dumps(line) + "\n")
+        return demonstration_lines.load_demonstrations(str(file), tokenizer, "s", 64, template=template)
+
+    (sample,) = load({"question": "1+1=", "response": "2"})
+    assert tokenizer.decode(sample.prompt_tokens) == tokenizer.decode(tokenizer.encode("sQ:1+1=A:"))
+    assert load({"messages": turns[:2]})[0].prompt_tokens == tuple(tokenizer.encode("sQ:1A:"))
+    with pytest.raises(ConfigError, match="line 1: data.template renders one question, but this chat has earlier"):
+        load({"messages": turns})
