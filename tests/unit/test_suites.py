@@ -147,7 +147,7 @@ def test_the_row_of_pass_at_k_holds_that_of_k_itself(k):
 
 def test_problems_that_cannot_be_answered_or_graded_are_skipped_named_and_counted(model_folder, tmp_path, caplog):
     file = tmp_path / "mine.jsonl"
-    rows = [("1+1=", "2"), ("1+2=", " "), ("1+" * 20, "1"), ("1+3=", "4"), ("1+" * 21, " ")]
+    rows = [("1+1=", "2"), ("1+2=", "?"), ("1+" * 20, "1"), ("1+3=", "4"), ("1+" * 21, "?")]
     file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
     config = Config(model=ModelConfig(str(model_folder)), engine=EngineConfig(max_model_len=48))
     inputs = read_inputs(config)
