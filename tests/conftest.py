@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 from cost_recorder import CostRecorder
-from gloo_processes import run_in_processes
+from gloo_processes import preload_engine, run_in_processes
 
 EXAMPLES = {"default": 50, "full": 300}  # of a property that names no number
 for name, examples in EXAMPLES.items():  # without a deadline: a first call imports, a neighbour computes
@@ -138,6 +138,8 @@ def make_samples() -> Callable[..., list]:
 
 
 @pytest.fixture(scope="session")
-def in_processes() -> Callable[..., list[Any]]:
+def in_processes(pytestconfig: pytest.Config) -> Callable[..., list[Any]]:
     """Run a module-level function in `world` gloo processes and return each rank's result."""
+    if any(pytestconfig.stash[CHOSEN][tier] for tier in ("engine", "e2e", "faults")):
+        preload_engine()
     return run_in_processes

@@ -1,4 +1,8 @@
-"""The real commands under torchrun: fine-tune, rate, train, stop and resume; what they leave behind."""
+"""Fine-tune, train, stop and resume, replay, convert, evaluate; what the commands leave behind.
+
+Training runs under torchrun as a user starts it. The other commands run in processes that are forked with all libraries
+imported, because importing them costs a process 20 CPU seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import make_addition_task
 import pytest
 import small_model
+from gloo_processes import run_command
 
 from oreal_megatron.config import Config
 from oreal_megatron.doctor import checks
@@ -60,6 +66,19 @@ def oreal(*arguments: str, processes: int = 2, expected: int = 0) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.fixture(scope="module")
+def forked_oreal(in_processes) -> Callable[..., str]:
+    """Run the command in forked processes; what the ranks printed."""
+
+    def run(*arguments: str, processes: int = 2, expected: int = 0) -> str:
+        ranks = in_processes(processes, run_command, *arguments)
+        printed = "".join(text for _, text in ranks)
+        assert {code for code, _ in ranks} == {expected}, printed
+        return printed
+
+    return run
+
+
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
     """Lines of a run, without what a clock wrote."""
     read = [json.loads(line) for line in (run / name).read_text().splitlines()]
@@ -69,12 +88,12 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 @pytest.fixture(
     scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)], ids=["data parallel", "tensor parallel"]
 )
-def trained(request, tmp_path_factory) -> Path:
+def trained(request, tmp_path_factory, forked_oreal) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
     small_model.make_model(folder / "start", seed=0, layers=2)
     make_addition_task.make_problems(folder, 0, training=200, held_out=60, demonstrations=600, below=30)
     (folder / "recipes.py").write_text(RECIPE.format(folder=folder, tensor=request.param))
-    oreal("sft", f"{folder}/recipes.py:sft")
+    forked_oreal("sft", f"{folder}/recipes.py:sft")
     oreal("train", f"{folder}/recipes.py:oreal")
     return folder
 
@@ -174,14 +193,14 @@ def test_the_policy_is_a_hugging_face_folder_that_moved(trained):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained, forked_oreal):
     run, again = trained / "oreal", trained / "again"
     shutil.copytree(run, again)
     damaged = next((again / "checkpoints/step_000004/policy").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    refused = oreal("train", "--resume", str(again), expected=2)
+    refused = forked_oreal("train", "--resume", str(again), expected=2)
     assert f"policy/{damaged.name} has" in refused and "resume from step_000002 with --step 2" in refused
-    oreal("train", f"{trained}/recipes.py:oreal", "--resume", "auto", "--set", f"run={again}")
+    forked_oreal("train", f"{trained}/recipes.py:oreal", "--resume", "auto", "--set", f"run={again}")
     assert rows(again) == rows(run)
     for step in range(4):
         name = f"rollouts/step_{step:06d}.jsonl"
@@ -189,12 +208,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained):
     assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
 
 
-def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(trained, tmp_path):
+def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(trained, tmp_path, forked_oreal):
     from transformers import AutoModelForTokenClassification
 
     run = trained / "oreal"
     for name in ("policy", "reward_model"):
-        oreal("convert", "to-hf", str(run / "checkpoints/step_000004" / name), str(tmp_path / name), processes=1)
+        forked_oreal("convert", "to-hf", str(run / "checkpoints/step_000004" / name), str(tmp_path / name), processes=1)
     policy = (tmp_path / "policy/model.safetensors").read_bytes()
     assert policy == (run / "policy/model.safetensors").read_bytes()
     judge, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "reward_model", output_loading_info=True)
@@ -202,13 +221,13 @@ def test_the_last_checkpoint_converts_to_the_policy_and_to_a_token_classifier(tr
 
 
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
-def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(trained):
+def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(trained, forked_oreal):
     dump = trained / "oreal/dumps/step_000003"
-    assert "reproduced bit for bit" in oreal("replay", str(dump))
+    assert "reproduced bit for bit" in forked_oreal("replay", str(dump))
     changed = json.loads((dump / "step.json").read_text())
     changed["metrics"]["loss/kl"] *= 1.001
     (dump / "step.json").write_text(json.dumps(changed))
-    told = oreal("replay", str(dump), processes=1, expected=1)
+    told = forked_oreal("replay", str(dump), processes=1, expected=1)
     assert "not reproduced: the largest relative difference is 0.000999, in loss/kl" in told
 
 
@@ -228,9 +247,9 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
 
 
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
-def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path):
+def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path, forked_oreal):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
-    told = oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
+    told = forked_oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
                  "--training", str(trained / "problems.jsonl"), "--samples", "2",
                  processes=json.loads((run / "config.json").read_text())["engine"]["tensor"])  # fmt: skip
     scores = json.loads((out / "results.json").read_text())["suites"][suite]

@@ -17,7 +17,7 @@ def test_a_crash_of_a_real_run_is_reported_with_the_part_it_was_in(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PET_NNODES", "4")  # as Kubeflow sets it; the runs are of this machine alone
     monkeypatch.setattr(real_run_launcher, "TIMEOUT_S", 250)
-    found = list(real_run_launcher.launch_real_runs())
+    found = list(real_run_launcher.launch_real_runs(processes=1))
     assert [(one.name, one.state) for one in found] == [("run: collective", OK), ("run: generate", FAILED)]
     assert "vllm" in found[1].fix and "vllm" not in sys.modules
 

@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
-LAYOUTS = {1: {"alone": {}}, 2: {"data parallel": {}, "pipeline parallel": dict(pipeline=2), "tensor": dict(tensor=2)}}
+# Processes: layout and dtype of its weights.
+LAYOUTS = {
+    1: {"alone": ({}, "float32")},
+    2: {
+        "data parallel": ({}, "bfloat16"),
+        "pipeline parallel": (dict(pipeline=2), "float32"),
+        "tensor": (dict(tensor=2), "bfloat16"),
+    },
+}
 
 
-def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
+def stories(folder: str, layouts: dict[str, tuple], samples: list) -> dict:
     from megatron.core import parallel_state
 
     from oreal_megatron import config as c
@@ -18,19 +26,18 @@ def stories(folder: str, layouts: dict[str, dict], samples: list) -> dict:
 
     found = {}
     parallel.start_process_group()
-    for name, layout in layouts.items():
-        for dtype in ("float32", "bfloat16"):
-            optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=1)
-            config = c.Config(
-                model=c.ModelConfig(folder, dtype=dtype),
-                parallel=c.ParallelConfig(**layout),
-                optimizer=optimizer,
-                reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),
-                guard=c.GuardConfig(spike_factor=1e-3, spike_window=3),
-            )
-            parallel.start_megatron(config.parallel, seed=0)
-            found[name, dtype] = story(folder, config, samples)
-            parallel_state.destroy_model_parallel()
+    for name, (layout, dtype) in layouts.items():
+        optimizer = c.OptimizerConfig(lr=1e-2, warmup_steps=1)
+        config = c.Config(
+            model=c.ModelConfig(folder, dtype=dtype),
+            parallel=c.ParallelConfig(**layout),
+            optimizer=optimizer,
+            reward_model=c.RewardModelConfig(head_init="normal", optimizer=optimizer),
+            guard=c.GuardConfig(spike_factor=1e-3, spike_window=3),
+        )
+        parallel.start_megatron(config.parallel, seed=0)
+        found[name] = story(folder, config, samples)
+        parallel_state.destroy_model_parallel()
     parallel.start_megatron(c.ParallelConfig(), seed=0)
     parallel.stop()
     return found

@@ -1,10 +1,12 @@
 """Run a function on every rank of a small gloo world.
 
-The processes are forked from a server that has imported torch, transformers and Megatron, which takes 10 CPU seconds.
+The processes are forked from a server that has imported torch, transformers and Megatron, which takes 10 CPU seconds,
+and for the tiers that generate vLLM, which takes as long again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -24,6 +26,13 @@ PRELOADED = [
     "oreal_megatron.mcore.trained_models",
     "oreal_megatron.observe.recorder",
 ]
+ENGINE = "oreal_megatron.rollout.engine"
+
+
+def preload_engine() -> None:
+    """Let the server import vLLM too, if it has not started yet."""
+    if ENGINE not in PRELOADED:
+        PRELOADED.append(ENGINE)
 
 
 def fork_context() -> multiprocessing.context.ForkServerContext:
@@ -56,6 +65,14 @@ def run_in_processes(world: int, function: Callable[..., Any], *args: Any, timeo
     failures = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(gathered.items()) if error]
     assert not failures, "\n".join(failures)
     return [torch.load(io.BytesIO(gathered[rank][0]), weights_only=False) for rank in range(world)]
+
+
+def run_command(*words: str) -> tuple[int, str]:
+    """Run a command of `oreal` in this process; return its exit code and what it printed."""
+    from oreal_megatron.cli.main import main
+
+    with io.StringIO() as printed, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        return main(list(words)), printed.getvalue()
 
 
 def _run_rank(
