@@ -71,7 +71,7 @@ def forked_oreal(in_processes) -> Callable[..., str]:
     """Run the command in forked processes; what the ranks printed."""
 
     def run(*arguments: str, processes: int = 2, expected: int = 0) -> str:
-        ranks = in_processes(processes, run_command, *arguments)
+        ranks = in_processes(processes, run_command, *arguments, timeout_s=600)
         printed = "".join(text for _, text in ranks)
         assert {code for code, _ in ranks} == {expected}, printed
         return printed

@@ -136,7 +136,7 @@ def test_ctrl_c_saves_the_last_step_and_says_how_to_continue(job, in_processes):
     step = int(checkpoint.name.removeprefix("step_"))
     assert step == (job.folder / "run/metrics.jsonl").read_text().count("\n")
     resume = ("train", "--resume", f"{job.folder}/run", "--set", f"steps={step + 1}")
-    ((code, output),) = in_processes(1, run_command, *resume)
+    ((code, output),) = in_processes(1, run_command, *resume, timeout_s=600)
     assert code == 0, output
     job.check_shared_memory()
     rows = [json.loads(line) for line in (job.folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -71,8 +72,11 @@ def run_command(*words: str) -> tuple[int, str]:
     """Run a command of `oreal` in this process; return its exit code and what it printed."""
     from oreal_megatron.cli.main import main
 
-    with io.StringIO() as printed, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        return main(list(words)), printed.getvalue()
+    with tempfile.TemporaryFile("w+") as printed:  # a real file, because vLLM asks for its descriptor
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main(list(words))
+        printed.seek(0)
+        return code, printed.read()
 
 
 def _run_rank(
