@@ -227,8 +227,8 @@ def test_a_step_can_be_replayed_and_a_difference_is_found_at_another_layout_too(
     changed = json.loads((dump / "step.json").read_text())
     changed["metrics"]["loss/kl"] *= 1.001
     (dump / "step.json").write_text(json.dumps(changed))
-    told = forked_oreal("replay", str(dump), processes=1, expected=1)
-    assert "not reproduced: the largest relative difference is 0.000999, in loss/kl" in told
+    printed = forked_oreal("replay", str(dump), processes=1, expected=1)
+    assert "not reproduced: the largest relative difference is 0.000999, in loss/kl" in printed
 
 
 @pytest.mark.full
@@ -238,8 +238,8 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
     changes = ("guard.max_consecutive_skips=2", "policy_freeze_steps=0", "data.held_out=", f"run={run}",
                f"reward_model.optimizer.lr={huge}", f"reward_model.optimizer.min_lr={huge}")  # fmt: skip
     assignments = [word for change in changes for word in ("--set", change)]
-    told = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)
-    assert "step 2: the reward model has skipped 2 steps in a row" in told
+    printed = oreal("train", f"{trained}/recipes.py:oreal", *assignments, expected=3)
+    assert "step 2: the reward model has skipped 2 steps in a row" in printed
     first, second = rows(run)
     assert (first["policy/skipped"], second["policy/skipped"], second["reward_model/skipped"]) == (0, 1, 1)
     assert second["reward_model/updates"] == first["policy/updates"] == 1
@@ -249,14 +249,14 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 def test_a_checkpoint_is_evaluated_as_it_was_during_training(trained, tmp_path, forked_oreal):
     run, out, suite = trained / "oreal", tmp_path / "evaluation", str(trained / "held_out.jsonl")
-    told = forked_oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
+    printed = forked_oreal("evaluate", str(run / "checkpoints/step_000004"), "--suite", suite, "--out", str(out),
                  "--training", str(trained / "problems.jsonl"), "--samples", "2",
                  processes=json.loads((run / "config.json").read_text())["engine"]["tensor"])  # fmt: skip
     scores = json.loads((out / "results.json").read_text())["suites"][suite]
     assert scores["greedy"]["accuracy"] == pytest.approx(rows(run, "evaluations.jsonl")[-1]["accuracy"], abs=1e-9)
     assert scores["sampled"][
         "answers_per_problem"
-    ] == 2 and "0 of 60 problems occur in the training prompts" in " ".join(told.split())
+    ] == 2 and "0 of 60 problems occur in the training prompts" in " ".join(printed.split())
     assert len((out / "held_out.sampled.jsonl").read_text().splitlines()) == 120
 
 

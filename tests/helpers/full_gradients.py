@@ -6,31 +6,31 @@ import torch
 
 
 def completed(trainer) -> None:
-    """The distributed optimizer leaves each replica its share of the summed gradient: give every one the whole."""
+    """Gather the summed gradient on every replica; the distributed optimizer leaves each only its share."""
     import torch.distributed as dist
 
     for buffer in (buffer for chunk in trainer.chunks for buffer in chunk.buffers):
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
-            mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+            share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
-    """Full tensors by head and Megatron's name, from what tensor-parallel ranks and pipeline stages hold."""
+    """Return full tensors by head and Megatron's name, from those of tensor-parallel ranks and pipeline stages."""
     from oreal_megatron.mcore import parallel
     from oreal_megatron.models import tensors
 
-    def everyone(mine: dict, group) -> list[dict]:
-        """Each rank's tensors, as one flat message: pickling them would take most of the test's time."""
+    def gather(own: dict, group) -> list[dict]:
+        """Return each rank's tensors, sent as one flat message; pickling them would take most of the test's time."""
         import torch.distributed as dist
 
         if group.size() == 1:
-            return [mine]
+            return [own]
         shapes = [None] * group.size()
-        dist.all_gather_object(shapes, {name: value.shape for name, value in mine.items()}, group=group)
+        dist.all_gather_object(shapes, {name: value.shape for name, value in own.items()}, group=group)
         sizes = [sum(shape.numel() for shape in rank.values()) for rank in shapes]
-        flat = torch.cat([value.float().flatten() for value in mine.values()])
+        flat = torch.cat([value.float().flatten() for value in own.values()])
         buffers = [flat.new_empty(max(sizes)) for _ in sizes]
         dist.all_gather(buffers, torch.nn.functional.pad(flat, (0, max(sizes) - len(flat))), group=group)
         return [
@@ -44,7 +44,7 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
         ]
 
     tensor_group, pipeline_group = parallel.tensor_and_pipeline_groups()
-    ranks, full = everyone({entry: value.float() for entry, value in held.items()}, tensor_group), {}
+    ranks, full = gather({entry: value.float() for entry, value in held.items()}, tensor_group), {}
     for entry in (entry for entry in held if entry.exported):
         shards = [rank[entry] for rank in ranks]
         if entry.sharding is tensors.Sharding.REPLICATED:
@@ -53,7 +53,7 @@ def whole(held: dict, head: str) -> dict[tuple[str, str], torch.Tensor]:
         full[head, entry.megatron] = tensors.unshard(entry, shards)[
             : 80 if entry.sharding is tensors.Sharding.VOCABULARY else None
         ]
-    return {name: value for stage in everyone(full, pipeline_group) for name, value in stage.items()}
+    return {name: value for stage in gather(full, pipeline_group) for name, value in stage.items()}
 
 
 def distance(wanted: dict, got: dict) -> float:

@@ -34,7 +34,7 @@ def draw(seed: int, tokens: int, channels: int, dtype=torch.float64) -> tuple[to
 
 
 def loss_and_gradient(name: str, x: torch.Tensor, y: torch.Tensor, cuts: list[int] = ()):
-    """As the trainer computes them: moments of parts of the tokens, then each part's gradient."""
+    """Return loss and gradient in the trainer's two passes: moments of the parts, then the gradient of each."""
     edges = sorted({0, len(x), *(cut for cut in cuts if cut < len(x))})
     parts = [slice(*pair) for pair in zip(edges, edges[1:], strict=False)]
     sums = sum(imitation.moments(x[part], y[part]) for part in parts)

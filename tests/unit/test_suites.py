@@ -282,7 +282,7 @@ def test_training_prompts_that_cannot_be_read_are_refused_before_the_engine(
 
 
 def test_problems_that_a_function_grades_need_no_gold_answer(tmp_path, model_folder):
-    """As in training: what the function takes from the row is its own affair."""
+    """A function may take what it needs from the row, as in training."""
     path = tmp_path / "suite.jsonl"
     path.write_text('{"question": "1+1=", "tests": ["f() == 2"]}\n{"question": "1+2=", "answer": ["3"]}\n')
     verify = VerifyConfig(function=f"{__file__}:any_function")
