@@ -49,6 +49,6 @@ class WeightBalance:
         return (
             f"the reward model mutes {low} samples: their mean token weight is {lower:.2g}, that of {OPPOSITE[low]} "
             f"ones {higher:.2g}. The policy learns mostly from the other side while this lasts. If weights.belief is "
-            f"'prefix_mean', try 'token'; lower weights.threshold_{low} or reward_model.optimizer.lr, or warm-start the "
-            "reward model"
+            f"'prefix_mean', try 'token'; lower weights.threshold_{low} or reward_model.optimizer.lr, or warm-start "
+            "the reward model"
         )
