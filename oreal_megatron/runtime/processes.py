@@ -58,7 +58,8 @@ def _is_collective(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
     if file.endswith("torch/distributed/distributed_c10d.py") or "/vllm/distributed/" in file:
         return True
-    return "megatron" in file and ".wait(" in linecache.getline(file, frame.f_lineno)
+    line = frame.f_lineno or 0  # None while a frame is at an instruction that belongs to no line
+    return "megatron" in file and ".wait(" in linecache.getline(file, line)
 
 
 def _waits_for_gpu(innermost: FrameType) -> bool:

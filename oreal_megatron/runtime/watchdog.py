@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ from oreal_megatron import config
 from oreal_megatron.runtime import distributed, hang_diagnosis, heartbeat, processes
 from oreal_megatron.runtime.exit_codes import LOST
 from oreal_megatron.runtime.hang_diagnosis import Diagnosis, ProgressReport, diagnose
+
+log = logging.getLogger(__name__)
 
 WRITE_S = 10.0  # to write the stacks: the file system may be what hangs
 PEERS_WRITE_S = 5.0  # for the other ranks to write theirs: torchrun ends them after the first exit
@@ -94,14 +97,24 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             while not self.stopping.wait(self.limits.every_s):
-                self._ignore_suspension()
-                self._send()
-                agreed = self._receive() or self._propose(diagnose(self.reports, self.limits.silent_s))
-                if agreed:
-                    self._end(hang_diagnosis.decode_diagnosis(agreed))
+                self._exchange_or_log()
             self._send()
-        except Exception as error:  # the store ended with its host or with the first rank
+        except RuntimeError as error:  # of the store (torch's DistError): it ended with its host or the first rank
             self._end_without_store(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _exchange_or_log(self) -> None:
+        """Do one round; log an error of the watchdog's own, which is no reason to end a job, and go on."""
+        try:
+            self._ignore_suspension()
+            self._send()
+            agreed = self._receive() or self._propose(diagnose(self.reports, self.limits.silent_s))
+        except RuntimeError:
+            raise
+        except Exception:
+            log.exception("the watchdog failed in this round; the job goes on, please report this error")
+            return
+        if agreed:
+            self._end(hang_diagnosis.decode_diagnosis(agreed))
 
     def _ignore_suspension(self) -> None:
         """Restart all clocks after the whole job was suspended, as Slurm does."""
