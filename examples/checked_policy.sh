@@ -6,11 +6,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seed=${1:-0} folder=runs/checked recipes=examples/recipes/checked.py
+say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 export OMP_NUM_THREADS=1
 bash tools/install_cpu.sh
-[ -f "$folder/sft/policy/config.json" ] && exit 0
+if [ -f "$folder/sft/policy/config.json" ] && [ "$(cat "$folder/seed" 2> /dev/null)" = "$seed" ]; then
+    echo "the supervised policy of seed $seed is there: $folder/sft/policy"
+    exit 0
+fi
 rm -rf "$folder"
+say "a small policy with its own tokenizer, and problems"
 .venv/bin/python tools/make_checked_task.py "$folder" --seed "$seed"
+echo "$seed" > "$folder/seed"
 for stage in sft sft_checks sft_care; do
+    say "supervised fine-tuning: $stage"
     .venv/bin/oreal --processes 2 sft "$recipes:$stage" --set seed="$seed"
 done

@@ -8,12 +8,12 @@ export OMP_NUM_THREADS=1
 runs=()
 for seed in 0 1 2; do
     folder=runs/learning/seed_$seed
-    bash examples/quickstart.sh --seed "$seed"
+    bash examples/addition.sh --seed "$seed"
     .venv/bin/oreal --processes 2 train \
-        examples/recipes/quickstart.py:oreal_without_reward_model --set seed="$seed"
+        examples/recipes/addition.py:oreal_without_reward_model --set seed="$seed"
     mkdir -p runs/learning
     rm -rf "$folder"
-    mv runs/quickstart "$folder"
+    mv runs/addition "$folder"
     runs+=("$folder/oreal" "$folder/without_reward_model")
 done
 .venv/bin/oreal report "${runs[@]}" --picture runs/learning/learning_curves.png

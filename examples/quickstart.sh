@@ -1,36 +1,34 @@
 #!/usr/bin/env bash
 # OREAL from nothing on two CPU cores: real Megatron-core, real vLLM, a real verifier and a token-level reward model.
 #     bash examples/quickstart.sh [--seed N] [--without-reward-model]
-# Builds .venv, makes a small policy and addition problems, teaches it by supervised fine-tuning until it solves
-# about a third of the problems, runs OREAL, and draws the learning curve. Everything is written under runs/quickstart.
+# Builds .venv, teaches a small policy running sums in which it errs in every seventh step, runs OREAL, and shows that
+# the policy improves and that the reward model finds the wrong steps. Everything is written under runs/checked; a
+# second start with the same seed keeps the supervised policy.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
-seed=0 recipe=oreal
+seed=0 recipe=quickstart
 while [ $# -gt 0 ]; do
     case $1 in
         --seed) seed=${2:?"quickstart: --seed needs a number"}; shift 2 ;;
-        --without-reward-model) recipe=oreal_without_reward_model; shift ;;
+        --without-reward-model) recipe=without_reward_model; shift ;;
         *) echo "quickstart: unknown option $1; known are --seed N and --without-reward-model" >&2; exit 2 ;;
     esac
 done
 [[ $seed =~ ^[0-9]+$ ]] || { echo "quickstart: --seed is '$seed'; expected a whole number" >&2; exit 2; }
 
-bash tools/install_cpu.sh
 export OMP_NUM_THREADS=1
-folder=runs/quickstart recipes=examples/recipes/quickstart.py
-python=.venv/bin/python oreal=".venv/bin/oreal --processes 2"
+folder=runs/checked
+run=$folder/$recipe
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
-rm -rf "$folder"
-say "a small policy with its own tokenizer, and problems"
-$python tools/make_addition_task.py "$folder" --seed "$seed"
-say "supervised fine-tuning"
-$oreal sft "$recipes:sft" --set seed="$seed"
-say "pass rate of each training problem (8 responses each)"
-$oreal evaluate "$recipes:oreal" --set seed="$seed" --set data.path="$folder/problems.jsonl" --samples 8 --rate "$folder/rated.jsonl"
+bash examples/checked_policy.sh "$seed"
 say "OREAL"
-$oreal train "$recipes:$recipe" --set seed="$seed" --set run="$folder/oreal"
+rm -rf "$run"
+.venv/bin/oreal --processes 2 train "examples/recipes/checked.py:$recipe" --set seed="$seed" --set run="$run"
 say "what it learned"
-.venv/bin/oreal report "$folder/oreal" --html "$folder/report.html" --picture "$folder/learning_curve.png" \
-    --summary "$folder/summary.json" --started "$started"
+pictures=()
+[ $recipe = quickstart ] && pictures=(--calibration "$run/calibration.png" --heat-map "$run/heat_map.png")
+.venv/bin/oreal report "$run" --html "$run/report.html" --picture "$run/learning_curve.png" "${pictures[@]}" \
+    --summary "$run/summary.json" --started "$started"
+.venv/bin/python tools/step_localisation.py "$run"

@@ -2,7 +2,7 @@
 
     python tools/fault_campaign.py --runs 20 --seed 0
 
-The job is the quickstart's, shortened, with a judge; its inputs are made first (a minute). Faults take turns: one rank
+The job is that of examples/addition.sh, shortened, with a judge; its inputs are made first (a minute). Faults take turns: one rank
 or all processes killed, one killed under a torchrun that restarts them, SIGTERM to the launcher, a disk filled under
 the checkpoints (a mounted tmpfs, which needs root), the newest checkpoint damaged after a kill, the judge killed and
 back after a while. A job that ends with another exit code than 0 is started again with `--resume auto`. Prints a
@@ -276,13 +276,13 @@ def read(file: Path) -> bytes:
 
 
 def prepare(folder: Path, steps: int) -> list[str]:
-    """The quickstart's policy and problems; the settings that name them."""
+    """The addition task's policy and problems; the settings that name them."""
     if not (folder / "sft/policy/model.safetensors").is_file():
         subprocess.run([sys.executable, ROOT / "tools/make_addition_task.py", folder, "--seed", "0"], check=True)
         places = [f"run={folder}/sft", f"model.path={folder}/start", f"data.held_out={folder}/problems.jsonl",
                   f"supervised.path={folder}/demonstrations.jsonl", "seed=0"]  # fmt: skip
         changes = [part for place in places for part in ("--set", place)]
-        recipe = f"{ROOT}/examples/recipes/quickstart.py:sft"
+        recipe = f"{ROOT}/examples/recipes/addition.py:sft"
         subprocess.run([*PYTHON, "--processes", "2", "sft", recipe, *changes], check=True)
     return [
         f"model.path={folder}/sft/policy",
@@ -333,7 +333,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to keep the table")
     args = parser.parse_args()
     chance, judge = random.Random(args.seed), Judge()
-    recipe = f"{ROOT}/examples/recipes/quickstart.py:oreal"
+    recipe = f"{ROOT}/examples/recipes/addition.py:oreal"
     try:
         settings = [*prepare(args.folder, args.steps), f"verify.judge.urls=('http://127.0.0.1:{judge.port}',)"]
         shutil.rmtree(args.folder / "undisturbed", ignore_errors=True)

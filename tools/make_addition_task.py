@@ -1,8 +1,8 @@
 """Make the addition task: a small Qwen2 policy with random weights and its tokenizer, and addition problems.
 
-    python tools/make_addition_task.py runs/quickstart --seed 0
+    python tools/make_addition_task.py runs/addition --seed 0
 
-writes runs/quickstart/start (model folder) and problems.jsonl, demonstrations.jsonl, held_out.jsonl. The problems are
+writes runs/addition/start (model folder) and problems.jsonl, demonstrations.jsonl, held_out.jsonl. The problems are
 sums of two numbers below 1000 (--below); held-out sums appear in no other file. --student writes a model of two layers
 beside it, for examples/distill.sh.
 """

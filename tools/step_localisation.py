@@ -1,6 +1,6 @@
 """Measure how well scores and weights of the reward model point at wrong steps, in runs on the checked task.
 
-    python tools/step_localisation.py runs/checked/oreal
+    python tools/step_localisation.py runs/checked/quickstart
 
 reads the rollouts and dumps of each step. In incorrect rollouts, the digit of the first wrong step is compared with the
 digits of the right steps before it: `score` is the chance (ROC AUC) that it has the lower score, `weight` that it has
@@ -11,9 +11,8 @@ figures are means over steps.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +80,17 @@ def of_run(run: Path, first_step: int = 10) -> dict[str, float | None]:
     return {name: statistics.fmean(numbers) if numbers else None for name, numbers in values.items()}
 
 
+def describe(figures: Mapping[str, float | None]) -> str:
+    """Return the figures of a run as a sentence."""
+    if figures["score"] is None:
+        return "no scores at wrong steps; it has no reward model, or no dumps"
+    values = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}
+    return (
+        f"wrong steps found (ROC AUC, 0.5 is chance): {values['score']} by the score of the first wrong step, "
+        f"{values['weight']} by its weight; incorrect rollouts found: {values['rollout']} by their mean score"
+    )
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +98,7 @@ def main() -> None:
     parser.add_argument("--first-step", type=int, default=10)
     args = parser.parse_args()
     for run in args.runs:
-        print(json.dumps({"run": str(run), **of_run(run, args.first_step)}))
+        print(f"{run}: {describe(of_run(run, args.first_step))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Recipes of the checked task: running sums modulo 10 with a written check after each step, on CPU processes.
 
-tools/make_checked_task.py makes the inputs, tools/checked_steps.py shows the text. The functions below `oreal` are the
-arms that tools/compare_arms.py compares.
+tools/make_checked_task.py makes the inputs, tools/checked_steps.py shows the text. `quickstart` is the run of
+examples/quickstart.sh; the other functions below `oreal` are the arms that tools/compare_arms.py compares.
 """
 
 import dataclasses
@@ -55,6 +55,17 @@ def without_reward_model() -> Config:
 def belief_of_token() -> Config:
     """OREAL with token weights from the score of the token itself, Eq. 10 as printed."""
     return dataclasses.replace(oreal(), weights=WeightsConfig(belief="token"))
+
+
+def quickstart() -> Config:
+    """OREAL with Eq. 10 as printed, with checkpoints and evaluations on the way: the run of examples/quickstart.sh."""
+    config = belief_of_token()
+    return dataclasses.replace(
+        config,
+        run=f"{FOLDER}/quickstart",
+        checkpoint=CheckpointConfig(every=40),
+        evaluation=dataclasses.replace(config.evaluation, every=20),
+    )
 
 
 def prefix_objective() -> Config:

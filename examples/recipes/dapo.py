@@ -1,16 +1,16 @@
-"""DAPO (arXiv 2503.14476) from extension points, on the quickstart's addition task: a baseline beside OREAL.
+"""DAPO (arXiv 2503.14476) from extension points, on the addition task: a baseline beside OREAL.
 
     oreal --processes 2 train examples/recipes/dapo.py:dapo
 
 Beside GRPO: a higher upper clip, a mean over all tokens of the step, no KL divergence, prompts with equal rewards are
 left out, and generation continues until enough prompts have both outcomes (dynamic sampling). Truncated responses get
-a lower reward. Needs the inputs of examples/quickstart.sh. See docs/how_to/own_loss.md.
+a lower reward. Needs the inputs of examples/addition.sh. See docs/how_to/own_loss.md.
 """
 
 import dataclasses
 
 from grpo import advantage, clipped, grpo
-from quickstart import FOLDER
+from addition import FOLDER
 
 from oreal_megatron.config import Config, LossConfig, PenaltyConfig, RolloutConfig, SelectionConfig
 

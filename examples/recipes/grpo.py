@@ -1,16 +1,16 @@
-"""GRPO (arXiv 2402.03300) from extension points, on the quickstart's addition task: a baseline beside OREAL.
+"""GRPO (arXiv 2402.03300) from extension points, on the addition task: a baseline beside OREAL.
 
     oreal --processes 2 train examples/recipes/grpo.py:grpo
 
 All rollouts of a prompt are trained on, with their normalised advantage, a clipped ratio to the policy before the
-step, and a KL divergence from the reference. Needs the inputs of examples/quickstart.sh. See docs/how_to/own_loss.md.
+step, and a KL divergence from the reference. Needs the inputs of examples/addition.sh. See docs/how_to/own_loss.md.
 """
 
 import dataclasses
 import statistics
 
 import torch
-from quickstart import FOLDER, oreal
+from addition import FOLDER, oreal
 
 from oreal_megatron.config import Config, LossConfig, RewardModelConfig, SelectionConfig
 

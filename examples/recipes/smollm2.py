@@ -46,7 +46,7 @@ def oreal() -> Config:
         verify=VerifyConfig(workers=1),
         weights=WeightsConfig(
             threshold_correct=0.25, threshold_incorrect=0.25
-        ),  # as in the quickstart, and for the same reason
+        ),  # as in addition.py, and for the same reason
         optimizer=OptimizerConfig(lr=3e-5, min_lr=3e-6, warmup_steps=3),
         reward_model=RewardModelConfig(optimizer=OptimizerConfig(lr=5e-5, min_lr=5e-6, warmup_steps=3)),
         checkpoint=CheckpointConfig(every=8, keep=1),

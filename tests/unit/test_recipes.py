@@ -138,8 +138,8 @@ def test_missing_prompts_are_told_with_their_name(monkeypatch, model_folder):
         read_inputs(config).prompts(config.data.path)
 
 
-@pytest.mark.parametrize("name", ["quickstart.py:oreal", "quickstart.py:oreal_without_reward_model",
-                                  "quickstart.py:sft", "smollm2.py:oreal", "smollm2.py:sft",
+@pytest.mark.parametrize("name", ["addition.py:oreal", "addition.py:oreal_without_reward_model",
+                                  "addition.py:sft", "smollm2.py:oreal", "smollm2.py:sft",
                                   "checked.py:oreal", "checked.py:sft"])  # fmt: skip
 def test_small_recipes_leave_room_for_their_answers(name):
     config = settings.from_recipe(str(FILE.parent / name))

@@ -1,4 +1,4 @@
-"""The quickstart's recipes: three-digit addition with a 0.8 M-parameter policy, on two CPU processes."""
+"""Recipes of examples/addition.sh: three-digit addition with a 0.8 M-parameter policy, on two CPU processes."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from oreal_megatron.config import (
     WeightsConfig,
 )
 
-FOLDER = "runs/quickstart"
+FOLDER = "runs/addition"
 
 
 def oreal() -> Config:
