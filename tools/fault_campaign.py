@@ -2,11 +2,11 @@
 
     python tools/fault_campaign.py --runs 20 --seed 0
 
-The job is that of examples/addition.sh, shortened, with a judge; its inputs are made first (a minute). Faults take turns: one rank
-or all processes killed, one killed under a torchrun that restarts them, SIGTERM to the launcher, a disk filled under
-the checkpoints (a mounted tmpfs, which needs root), the newest checkpoint damaged after a kill, the judge killed and
-back after a while. A job that ends with another exit code than 0 is started again with `--resume auto`. Prints a
-table; `--out FOLDER` keeps it as table.md.
+The job is that of examples/addition.sh, shortened, with a judge; its inputs are made first (a minute). Faults take
+turns: one rank or all processes killed, one killed under a torchrun that restarts them, SIGTERM to the launcher, a disk
+filled under the checkpoints (a mounted tmpfs, which needs root), the newest checkpoint damaged after a kill, the judge
+killed and back after a while. A job that ends with another exit code than 0 is started again with `--resume auto`.
+Prints a table; `--out FOLDER` keeps it as table.md.
 """
 
 from __future__ import annotations

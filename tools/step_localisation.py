@@ -81,7 +81,7 @@ def of_run(run: Path, first_step: int = 10) -> dict[str, float | None]:
 
 
 def describe(figures: Mapping[str, float | None]) -> str:
-    """Return the figures of a run as a sentence."""
+    """Return the figures of a run as text."""
     if figures["score"] is None:
         return "no scores at wrong steps; it has no reward model, or no dumps"
     values = {name: "none" if value is None else f"{value:.3f}" for name, value in figures.items()}

@@ -9,8 +9,8 @@ a lower reward. Needs the inputs of examples/addition.sh. See docs/how_to/own_lo
 
 import dataclasses
 
-from grpo import advantage, clipped, grpo
 from addition import FOLDER
+from grpo import advantage, clipped, grpo
 
 from oreal_megatron.config import Config, LossConfig, PenaltyConfig, RolloutConfig, SelectionConfig
 

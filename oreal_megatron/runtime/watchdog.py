@@ -111,7 +111,7 @@ class Watchdog:
         except RuntimeError:
             raise
         except Exception:
-            log.exception("the watchdog failed in this round; the job goes on, please report this error")
+            log.exception("the watchdog failed in this round and tries again; please report this error")
             return
         if agreed:
             self._end(hang_diagnosis.decode_diagnosis(agreed))
