@@ -33,7 +33,7 @@ LEVELS = (
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-LIBRARY_OWNERS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"verify"}}
+LIBRARY_OWNERS = {"megatron": {"mcore"}, "vllm": {"rollout"}, "httpx": {"runtime"}}
 ROOT_MODULES = {"records", "protocols", "config", "settings", "loop", "__init__", "__main__"}
 TYPED = ("loop.py", "session/", "reshard/", "evaluation/", "training/")  # no Any in their public signatures
 CLI_LINES = 100

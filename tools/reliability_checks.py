@@ -185,15 +185,16 @@ class _OnlyModels(http.server.BaseHTTPRequestHandler):
 @case("R12-judge-that-completes-nothing")
 def judge_down(given: Case, workshop: Workshop) -> str | None:
     from oreal_megatron.config import JudgeConfig
-    from oreal_megatron.verify.judge import JudgeClient, JudgesDown
+    from oreal_megatron.runtime.chat_client import ServersDown
+    from oreal_megatron.verify.judge import JudgeClient
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _OnlyModels)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     client = JudgeClient(JudgeConfig((f"http://127.0.0.1:{server.server_port}",), retries=1, all_down_wait_s=2.0))
     try:
-        judgement = client.submit("1+1=", "2", "2.0").result(timeout=60)
+        judgement = client.judge("1+1=", "2", "2.0").result(timeout=60)
         return f"it counted as up: {judgement}"
-    except JudgesDown as error:
+    except ServersDown as error:
         return None if "HTTP status 500" in str(error) else f"the message has no reason: {error}"
     finally:
         client.close()

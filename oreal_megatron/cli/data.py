@@ -1,4 +1,4 @@
-"""`oreal data filter IN OUT` and `oreal data rft IN ... OUT`: problems to train on, and demonstrations."""
+"""`oreal data filter`, `rft`, `merge` and `skills`: problems to train on, and demonstrations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from oreal_megatron.cli import data_replies
 from oreal_megatron.cli.arguments import at_least, output_file
 from oreal_megatron.config import ConfigError
 from oreal_megatron.config.algorithm import KEY_FIELDS
-from oreal_megatron.data import demonstrations, filter_problems
+from oreal_megatron.data import demonstrations, filter_problems, merge_attempts, skills
 from oreal_megatron.data.decisions import SUFFIX
 
 
@@ -34,29 +35,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--choose", choices=("shortest", "random"), default="shortest", help="default %(default)s")
     chosen.add_argument("--per-problem", type=at_least(1), default=1, metavar="N", help="most of a problem (default 1)")
     chosen.add_argument("--seed", type=int, default=0, help="of --choose random (default 0)")
+    data_replies.add_arguments(actions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Filter or choose; return the exit code."""
-    return _filter(args) if args.action == "filter" else _choose(args)
+    """Run the sub-command; return the exit code."""
+    if args.action == "filter":
+        _filter(args)
+    elif args.action == "rft":
+        _choose(args)
+    elif args.action == "merge":
+        _print_counts(data_replies.merge(args), merge_attempts.REASONS, "problems")
+    elif args.server:
+        _print_counts(data_replies.annotate(args), skills.REASONS, "problems")
+    else:
+        data_replies.draw(args)
+    return 0
 
 
-def _filter(args: argparse.Namespace) -> int:
+def _filter(args: argparse.Namespace) -> None:
     from oreal_megatron.math_equality import rules
 
     settings = filter_problems.ProblemFilter(args.min_rate, args.max_rate, tuple(args.against), _keys(args.key))
     counts = filter_problems.filter_file(args.input, args.output, settings, rules.equals_itself)
     _print_counts(counts, filter_problems.REASONS, "problems")
     print(f"{args.output}{SUFFIX} names the reason for each line of the input")
-    return 0
 
 
-def _choose(args: argparse.Namespace) -> int:
+def _choose(args: argparse.Namespace) -> None:
     choice = demonstrations.DemonstrationChoice(args.choose, args.per_problem, args.seed)
     counts, covered, uncovered = demonstrations.write_demonstrations(args.inputs, Path(args.output), choice)
     _print_counts(counts, demonstrations.REASONS, "rollouts")
     print(f"{covered} problems have demonstrations, {uncovered} have no correct rollout")
-    return 0
 
 
 def _print_counts(counts: Mapping[str, int], reasons: tuple[str, ...], noun: str) -> None:

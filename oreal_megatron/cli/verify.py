@@ -12,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from oreal_megatron import config
 from oreal_megatron.runtime import files
+from oreal_megatron.runtime.chat_client import ServersDown
 from oreal_megatron.runtime.exit_codes import BAD_INPUT
 from oreal_megatron.verify import graded_files, judge
 from oreal_megatron.verify.file_summary import FileSummary
 from oreal_megatron.verify.grade_file import grade_lines
-from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.verify.grader import Grader
 from oreal_megatron.verify.worker_pool import PoolBroken
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 out.write(json.dumps(line.output()) + "\n")
                 summary.add(line)
                 bar.advance(task)
-    except (JudgesDown, PoolBroken) as error:
+    except (ServersDown, PoolBroken) as error:
         raise config.RunStopped(f"{error}. {args.output} holds the answers graded so far") from error
     summary.print(Console())
     if summary.unreadable:

@@ -212,13 +212,14 @@ def judges(config: JudgeConfig) -> list[CheckResult]:
 
 
 def _check_judge(config: JudgeConfig, url: str) -> CheckResult:
-    from oreal_megatron.verify import judge
+    from oreal_megatron.runtime.chat_client import ServersDown
+    from oreal_megatron.verify.judge import JudgeClient
 
     once = dataclasses.replace(config, urls=(url,), retries=0, all_down_wait_s=2.0, read_timeout_s=30.0, cache="")
-    client = judge.JudgeClient(once)
+    client = JudgeClient(once)
     try:
-        outcome, seconds, _ = client.submit("What is 1 + 1?", "2", "2.0").result()
-    except judge.JudgesDown:
+        outcome, seconds, _ = client.judge("What is 1 + 1?", "2", "2.0").result()
+    except ServersDown:
         return CheckResult(f"judge {url}", FAILED, client.health()[url], f"is it up? curl {url}/v1/models")
     finally:
         client.close()

@@ -10,11 +10,10 @@ from concurrent.futures import Future
 from oreal_megatron import config
 from oreal_megatron.math_equality import extract, rules
 from oreal_megatron.records import Outcome, Verdict
-from oreal_megatron.verify.futures import copy_failure, fail, settle
-from oreal_megatron.verify.judge import JudgeClient, Judgement, JudgesDown
+from oreal_megatron.runtime.futures import copy_failure, fail, settle
+from oreal_megatron.verify.judge import JudgeClient, Judgement
 from oreal_megatron.verify.worker_pool import Pool, Result
 
-__all__ = ["Grader", "JudgesDown"]
 _EASY_RESPONSE = 200_000  # characters of a response up to which this process itself searches for a box
 
 
@@ -31,7 +30,7 @@ class Grader:
     ) -> Future[Verdict]:
         """Return the future verdict of a response; never blocks. `row`: JSON for `verify.function`, if there is one.
 
-        The future fails with JudgesDown when no judge host replies for `judge.all_down_wait_s`, and with PoolBroken
+        The future fails with ServersDown when no judge host replies for `judge.all_down_wait_s`, and with PoolBroken
         when no worker process can be started.
         """
         future: Future[Verdict] = Future()
@@ -123,7 +122,7 @@ class Grader:
         ):
             settle(future, verdict)
             return
-        reply = self._judge.submit(question, gold, answer)
+        reply = self._judge.judge(question, gold, answer)
         reply.add_done_callback(lambda answered: self._judged(future, answered, verdict))
 
     def _reason(self, method: str) -> str:

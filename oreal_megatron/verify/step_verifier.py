@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Outcome, Rollout, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
-from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.runtime.chat_client import ServersDown
+from oreal_megatron.verify.grader import Grader
 from oreal_megatron.verify.worker_pool import PoolBroken
 
 SHOWN_REASONS = 3  # most frequent ones of a step's unknown verdicts
@@ -63,7 +64,7 @@ class StepVerifier:
             for key, future in pending.items():
                 verdicts[key] = future.result()
                 heartbeat.beat()
-        except (JudgesDown, PoolBroken) as error:
+        except (ServersDown, PoolBroken) as error:
             return {}, str(error)
         except Exception as error:  # a bug of the verifier
             return {}, f"grading rollout {key} failed with {error!r} on rank {distributed.rank()}; please report it"

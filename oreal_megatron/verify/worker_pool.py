@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from oreal_megatron.verify.futures import cancel, fail, settle
-from oreal_megatron.verify.judge import API_KEY
+from oreal_megatron.runtime.chat_client import API_KEY
+from oreal_megatron.runtime.futures import cancel, fail, settle
 
 IN_FLIGHT = 16  # answers written ahead to one worker; it grades them in turn, each with its own clock
 START_S = 60.0  # a worker that is not ready by then counts as dead

@@ -15,7 +15,8 @@ import pytest
 
 from oreal_megatron import config
 from oreal_megatron.records import Outcome
-from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.runtime.chat_client import ServersDown
+from oreal_megatron.verify.grader import Grader
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed: the judge client is not tried against its server", allow_module_level=True)
@@ -111,5 +112,5 @@ def test_a_real_server_decides_what_the_rules_cannot(server):
         assert grader.submit("5", order).result(timeout=60).outcome is Outcome.INCORRECT  # this judge would have obeyed
         process.terminate()
         process.wait(timeout=60)
-        with pytest.raises(JudgesDown, match="bring one up and resume"):
+        with pytest.raises(ServersDown, match="bring one up and resume"):
             grader.submit("\\text{two lines}", "\\boxed{\\text{a plane}}").result(timeout=60)

@@ -10,8 +10,8 @@ import os
 import sys
 
 
-def reply(text):
-    return {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+def reply(text, reason="stop"):
+    return {"choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}]}
 
 
 def obedient(user):
@@ -82,6 +82,8 @@ class Script:
             return await self.send(writer, 200, reply("CORRECT" + " " * 3_000_000))
         if name == "obedient":
             return await self.send(writer, 200, reply(obedient(user)))
+        if name == "overlong":
+            return await self.send(writer, 200, reply(value, "length"))
         return await self.send(writer, 200, reply(value if name == "say" else name))
 
     async def drip(self, writer):

@@ -21,8 +21,9 @@ from oreal_megatron.data import problems
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.records import Outcome
 from oreal_megatron.runtime import safe_load
+from oreal_megatron.runtime.chat_client import API_KEY
 from oreal_megatron.verify.grader import Grader
-from oreal_megatron.verify.judge import API_KEY, JudgeClient
+from oreal_megatron.verify.judge import JudgeClient
 from oreal_megatron.verify.worker_pool import Pool
 
 KEY = "sk-never-written-down"

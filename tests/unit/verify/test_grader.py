@@ -10,7 +10,8 @@ import pytest
 
 from oreal_megatron import config
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
-from oreal_megatron.verify.grader import Grader, JudgesDown
+from oreal_megatron.runtime.chat_client import ServersDown
+from oreal_megatron.verify.grader import Grader
 from oreal_megatron.verify.step_verifier import StepVerifier, TooManyUnknown
 
 
@@ -126,5 +127,5 @@ def test_a_run_that_ends_for_unknown_verdicts_gives_the_most_frequent_reasons():
 
 def test_judges_that_stay_away_reach_whoever_waits(free_port):
     judge = config.JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",), all_down_wait_s=0.5, retries=0)
-    with Grader(config.VerifyConfig(workers=1, judge=judge)) as grader, pytest.raises(JudgesDown):
+    with Grader(config.VerifyConfig(workers=1, judge=judge)) as grader, pytest.raises(ServersDown):
         verdict(grader, "5", "\\boxed{6}")

@@ -1,4 +1,4 @@
-"""The judge client against a scripted server process: every fault ends in a verdict, UNKNOWN, or JudgesDown, never
+"""The judge client against a scripted server process: every fault ends in a verdict, UNKNOWN, or ServersDown, never
 in a guess."""
 
 import logging
@@ -9,8 +9,9 @@ import pytest
 
 from oreal_megatron.config import JudgeConfig as Config
 from oreal_megatron.records import Outcome
-from oreal_megatron.verify import judge as module
-from oreal_megatron.verify.judge import JudgeClient, JudgesDown
+from oreal_megatron.runtime import chat_client as module
+from oreal_megatron.runtime.chat_client import ServersDown
+from oreal_megatron.verify.judge import JudgeClient
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def judge():
 
 
 def outcome(judge, answer="5.0", gold="5", question="How many?"):
-    return judge.submit(question, gold, answer).result(timeout=20)[0]
+    return judge.judge(question, gold, answer).result(timeout=20)[0]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ REASONS = {
 
 @pytest.mark.parametrize("fault", REASONS)
 def test_a_host_that_lists_its_models_and_completes_nothing_is_down(judge_server, judge, fault):
-    with pytest.raises(JudgesDown, match=rf"no judge host replied for .*{REASONS[fault]}"):
+    with pytest.raises(ServersDown, match=rf"no judge host replied for .*{REASONS[fault]}"):
         outcome(judge(judge_server(fault), **TIMES.get(fault, {})))
 
 
@@ -75,14 +76,14 @@ def test_a_host_that_lists_its_models_and_completes_nothing_is_down(judge_server
 def test_a_request_that_fails_alone_is_unknown_with_its_reason(judge_server, judge, fault):
     """The host completes the chat of a probe: it is this exchange that fails, and nothing is guessed of it."""
     client = judge(judge_server(*[fault] * 3, "CORRECT"), **TIMES.get(fault, {}))
-    judgement = client.submit("How many?", "5", "5.0").result(timeout=20)
+    judgement = client.judge("How many?", "5", "5.0").result(timeout=20)
     assert judgement.outcome is Outcome.UNKNOWN and client.hosts[0].url in judgement.reason
     assert REASONS[fault] in judgement.reason and set(client.health().values()) == {"up"}
 
 
 def test_a_busy_host_is_not_down_and_a_reply_without_a_verdict_is_quoted(judge_server, judge):
-    assert "HTTP status 429" in judge(judge_server("429")).submit("q", "5", "5.0").result(timeout=20).reason
-    unclear = judge(judge_server("say=Hmm, hard to say.")).submit("q", "5", "5.0").result(timeout=20)
+    assert "HTTP status 429" in judge(judge_server("429")).judge("q", "5", "5.0").result(timeout=20).reason
+    unclear = judge(judge_server("say=Hmm, hard to say.")).judge("q", "5", "5.0").result(timeout=20)
     assert unclear.reason.endswith("the reply holds no verdict ('Hmm, hard to say.')")
 
 
@@ -104,7 +105,7 @@ def test_retry_after_is_waited_for(judge_server, judge, monkeypatch):
 def test_death_in_the_middle_of_a_reply_moves_to_the_other_host(judge_server, judge):
     dying, living = judge_server("die"), judge_server("WRONG")
     client = judge(dying, living)
-    outcomes = [client.submit("q", "5", f"{n}.5") for n in range(40)]
+    outcomes = [client.judge("q", "5", f"{n}.5") for n in range(40)]
     assert {future.result(timeout=20)[0] for future in outcomes} == {Outcome.INCORRECT}
 
 
@@ -112,7 +113,7 @@ def test_a_dead_host_is_left_alone_and_comes_back(judge_server, judge, free_port
     living = judge_server("WRONG")
     dead = f"http://127.0.0.1:{free_port}"
     client = judge(dead, living)
-    futures = [client.submit("q", "5", f"{n}.5") for n in range(30)]
+    futures = [client.judge("q", "5", f"{n}.5") for n in range(30)]
     assert {future.result(timeout=20)[0] for future in futures} == {Outcome.INCORRECT}
     assert client.health()[living.url] == "up" and client.health()[dead].startswith("down: ConnectError")
     sent = client.requests
@@ -129,7 +130,7 @@ def test_a_dead_host_is_left_alone_and_comes_back(judge_server, judge, free_port
 def test_all_hosts_down_waits_says_so_and_stops(judge, free_port, caplog):
     client = judge(f"http://127.0.0.1:{free_port}")
     start = time.monotonic()
-    with caplog.at_level(logging.WARNING), pytest.raises(JudgesDown, match="bring one up and resume"):
+    with caplog.at_level(logging.WARNING), pytest.raises(ServersDown, match="bring one up and resume"):
         outcome(client)
     assert time.monotonic() - start >= 1.0
     assert "all judge hosts are down" in caplog.text
@@ -137,7 +138,7 @@ def test_all_hosts_down_waits_says_so_and_stops(judge, free_port, caplog):
 
 def test_a_host_that_returns_in_time_is_used_and_nothing_is_lost(judge_server, judge, free_port):
     client = judge(f"http://127.0.0.1:{free_port}", all_down_wait_s=20.0)
-    futures = [client.submit("q", "5", f"{n}.5") for n in range(30)]
+    futures = [client.judge("q", "5", f"{n}.5") for n in range(30)]
     time.sleep(0.7)
     assert not any(future.done() for future in futures)
     judge_server("WRONG", port=free_port)
@@ -145,7 +146,7 @@ def test_a_host_that_returns_in_time_is_used_and_nothing_is_lost(judge_server, j
 
 
 def test_a_server_that_says_it_is_unavailable_counts_as_down(judge_server, judge):
-    with pytest.raises(JudgesDown):
+    with pytest.raises(ServersDown):
         outcome(judge(judge_server("down")))
 
 
@@ -164,14 +165,14 @@ def test_verdicts_survive_a_restart_and_unknown_is_asked_again(judge_server, jud
 
 def test_the_same_question_under_way_is_asked_once(judge_server, judge):
     client = judge(judge_server("slow=0.2"))
-    futures = [client.submit("q", "5", "5.0") for _ in range(20)]
+    futures = [client.judge("q", "5", "5.0") for _ in range(20)]
     assert {future.result(timeout=20)[0] for future in futures} == {Outcome.CORRECT} and client.requests == 1
 
 
 def test_concurrency_is_bounded(judge_server, judge):
     client = judge(judge_server("slow=0.1"), concurrency=2, read_timeout_s=5.0)
     start = time.monotonic()
-    futures = [client.submit("q", "5", f"{n}.5") for n in range(10)]
+    futures = [client.judge("q", "5", f"{n}.5") for n in range(10)]
     assert [future.result(timeout=20)[0] for future in futures] == [Outcome.CORRECT] * 10
     assert time.monotonic() - start >= 0.5  # 10 requests of 0.1 s, two at a time
 
@@ -217,7 +218,7 @@ def test_asked_from_many_threads(judge_server, judge):
 
 def test_close_cancels_what_is_under_way(judge_server, judge):
     client = judge(judge_server("slow=30"), read_timeout_s=60.0)
-    future = client.submit("q", "5", "5.5")
+    future = client.judge("q", "5", "5.5")
     time.sleep(0.1)
     client.close()
     assert future.cancelled()
