@@ -11,6 +11,8 @@ import torch
 from oreal_megatron.algo.selection import counts
 from oreal_megatron.records import Batch, MicroBatch, PackingSpec, Sample
 
+RolloutKey = tuple[int, int]  # slot and index
+
 
 def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
     """Pack this data-parallel rank's share of the samples; the counts are those of the whole step.
@@ -24,6 +26,17 @@ def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
     number = -(-largest // spec.micro_batch_multiple) * spec.micro_batch_multiple
     groups = groups_by_rank[spec.rank] + [[]] * (number - len(groups_by_rank[spec.rank]))
     return Batch(tuple(micro_batch(group, spec.token_multiple) for group in groups), counts(samples))
+
+
+def sums_by_rollout(values: Sequence[torch.Tensor], micro_batches: Sequence[MicroBatch]) -> dict[RolloutKey, float]:
+    """Return the sum of values [T] of each sequence, by its rollout; {} before the last pipeline stage."""
+    sums: dict[RolloutKey, float] = {}
+    for values_T, packed in zip(values, micro_batches if values else (), strict=True):
+        lengths = packed.action_offsets.diff().tolist()
+        parts = [part.sum().item() for part in values_T.double().cpu().split(lengths)]
+        sums |= dict(zip(map(tuple, packed.rollouts.tolist()), parts, strict=True))
+    sums.pop((-1, -1), None)  # the padding of an empty micro-batch
+    return sums
 
 
 def cost(tokens: int, even_tokens: float) -> float:

@@ -1,11 +1,12 @@
-"""Patterns of a response that T1 penalises (arXiv 2501.11651): repetition, overlong and gibberish.
+"""Patterns of a response that T1 penalises (arXiv 2501.11651): repetition, overlong, gibberish, high perplexity.
 
-Pure functions of one rollout; the thresholds are settings (selection.penalties). tools/penalty_rates.py measures how
+Pure functions; the thresholds are settings (selection.penalties). tools/penalty_rates.py measures how
 many correct solutions they hit and how many degenerate responses they miss.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +19,7 @@ from torch import Tensor
 from oreal_megatron.config import PenaltyConfig
 from oreal_megatron.records import Rollout
 
-KINDS = ("gibberish", "repetition", "overlong")  # in the order in which they are tried
+KINDS = ("gibberish", "repetition", "overlong", "perplexity")  # in the order in which they are tried
 # First words of the Unicode names of letters, and the script that each belongs to.
 SCRIPTS = {
     "CYRILLIC": "Cyrillic", "CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana", "HANGUL": "Hangul",
@@ -39,12 +40,17 @@ HASH_BASE = 0x5851F42D4C957F2D  # odd: multiplication is invertible modulo 2^64
 
 
 def find_penalty(rollout: Rollout, config: PenaltyConfig) -> str:
-    """Return the first of KINDS that a rollout is to be penalised for; "" if there is none."""
+    """Return the first of KINDS but perplexity that a rollout is to be penalised for; "" if there is none."""
     if config.gibberish and is_gibberish(rollout.text, rollout.prompt.question, config):
         return "gibberish"
     if config.repetition and is_repetitive(rollout.tokens, config):
         return "repetition"
     return "overlong" if config.overlong and not rollout.finished else ""
+
+
+def is_improbable(logp_sum: float, tokens: int, limit: float) -> bool:
+    """Return whether exp(-mean log-prob), the perplexity of a response, is above a limit."""
+    return -logp_sum / tokens > math.log(limit)
 
 
 def is_repetitive(tokens: tuple[int, ...], config: PenaltyConfig) -> bool:

@@ -15,26 +15,21 @@ from collections.abc import Mapping, Sequence
 from oreal_kernels.policy_loss import MAX_DISTANCE
 from torch import Tensor
 
+from oreal_megatron.algo import packing
 from oreal_megatron.algo.advantages import leave_one_out
+from oreal_megatron.algo.packing import RolloutKey
 from oreal_megatron.records import Batch, MicroBatch
-
-RolloutKey = tuple[int, int]  # slot and index
 
 
 def response_kls(
     logp: Sequence[Tensor], reference_logp: Sequence[Tensor], micro_batches: Sequence[MicroBatch]
 ) -> dict[RolloutKey, float]:
     """Return the KL estimate of each sequence in nats, by its rollout; a token counts for at most MAX_DISTANCE."""
-    kls: dict[RolloutKey, float] = {}
-    if not logp:  # before the last pipeline stage
-        return {}
-    for logp_T, reference_T, micro_batch in zip(logp, reference_logp, micro_batches, strict=True):
-        gap_T = (logp_T - reference_T).double().clamp(-MAX_DISTANCE, MAX_DISTANCE).cpu()
-        lengths = micro_batch.action_offsets.diff().cpu()
-        sums = [part.sum().item() for part in gap_T.split(lengths.tolist())]
-        kls |= dict(zip(map(tuple, micro_batch.rollouts.tolist()), sums, strict=True))
-    kls.pop((-1, -1), None)  # the padding of an empty micro-batch
-    return kls
+    gaps = [
+        (logp_T - reference_T).double().clamp(-MAX_DISTANCE, MAX_DISTANCE)
+        for logp_T, reference_T in zip(logp, reference_logp, strict=bool(logp))
+    ]
+    return packing.sums_by_rollout(gaps, micro_batches)
 
 
 def centre(kls: Mapping[RolloutKey, float]) -> dict[RolloutKey, float]:

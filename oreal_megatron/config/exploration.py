@@ -34,10 +34,19 @@ class PenaltyConfig(Section):
         int, Key("replacement, control and private characters, and misread UTF-8, that are gibberish", low=1)
     ] = 3
 
+    perplexity: Annotated[
+        float, Key("perplexity under the reference above which a response is penalised; 0: no limit", 0.0, 1e9)
+    ] = 0.0
+
     @property
     def enabled(self) -> bool:
         """True if any pattern is penalised."""
-        return self.repetition or self.overlong or self.gibberish
+        return self.repetition or self.overlong or self.gibberish or self.perplexity > 0
+
+    def conflicts(self, path: str) -> Iterator[str]:
+        """Yield a message about a limit that every response exceeds."""
+        if 0 < self.perplexity <= 1:
+            yield f"{path}perplexity is {self.perplexity:g}, but every text has at least 1; set it to 0 or above 1"
 
 
 @dataclass(frozen=True)

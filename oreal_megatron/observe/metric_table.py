@@ -54,7 +54,7 @@ SAMPLED = (
         "above a few per cent: raise `sampling.max_new_tokens`",
     ),
     MetricInfo(
-        ("penalty/repetition", "penalty/overlong", "penalty/gibberish"),
+        ("penalty/repetition", "penalty/overlong", "penalty/gibberish", "penalty/perplexity"),
         "rollouts",
         "rollouts with a penalty (`selection.penalties`; [T1](../how_to/t1.md)); `RUN/rollouts` names it at each",
         "a rise: the policy degenerates",

@@ -97,7 +97,7 @@ def train(
         penalties = config.selection.penalties
         grader: Verifier = pool or verifier
         if penalties.enabled:
-            grader = PenalisedVerifier(grader, penalties)
+            grader = PenalisedVerifier(grader, penalties, reference, packing_spec)
         with hooks.saving_on_stop_request():
             weight_sync.sync(policy.updates)
             hooks.start(first_step, saved=checkpoint is not None)

@@ -1,4 +1,7 @@
-"""Verdicts with penalties: each rank checks its share of the rollouts once they are graded."""
+"""Verdicts with penalties: each rank checks its share of the rollouts once they are graded.
+
+The perplexity needs log-probs of the reference, one more forward pass over the responses that are not penalised yet.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from oreal_megatron.algo import response_penalties
+from oreal_megatron.algo import packing, response_penalties
+from oreal_megatron.algo.packing import RolloutKey
 from oreal_megatron.config import PenaltyConfig
-from oreal_megatron.protocols import Verifier
-from oreal_megatron.records import Rollout, Verdict
-from oreal_megatron.runtime import distributed
+from oreal_megatron.protocols import Scorer, Verifier
+from oreal_megatron.records import Outcome, PackingSpec, Rollout, Sample, Verdict
+from oreal_megatron.runtime import distributed, heartbeat
 
 log = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 200  # of the first example of each kind
@@ -19,8 +23,9 @@ SHOWN_CHARACTERS = 200  # of the first example of each kind
 class PenalisedVerifier:
     """A Verifier of the loop whose verdicts name the penalty of each response (algo/response_penalties.py)."""
 
-    def __init__(self, verifier: Verifier, config: PenaltyConfig) -> None:
+    def __init__(self, verifier: Verifier, config: PenaltyConfig, reference: Scorer, packing_spec: PackingSpec) -> None:
         self.verifier, self.config = verifier, config
+        self.reference, self.packing_spec = reference, packing_spec
         self.shown: set[str] = set()  # kinds with an example in the log
 
     def submit(self, rollout: Rollout) -> None:
@@ -34,6 +39,9 @@ class PenalisedVerifier:
         share = flat[distributed.rank() :: distributed.world_size()]
         penalties = {rollout.key: response_penalties.find_penalty(rollout, self.config) for rollout in share}
         named = {key: name for part in distributed.all_gather_object(penalties) for key, name in part.items()}
+        if self.config.perplexity:
+            judged = [verdict for row in table for verdict in row]
+            named |= dict.fromkeys(self._improbable(flat, judged, named), "perplexity")
         self._show_examples(flat, named)
         return [
             [
@@ -41,6 +49,28 @@ class PenalisedVerifier:
                 for rollout, verdict in zip(row, judged, strict=True)
             ]
             for row, judged in zip(rollouts, table, strict=True)
+        ]
+
+    def _improbable(
+        self, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], named: dict[RolloutKey, str]
+    ) -> list[RolloutKey]:
+        """Return the rollouts with a known verdict and no penalty whose perplexity is above the limit. Collective."""
+        samples = [
+            Sample(rollout.prompt.tokens, rollout.tokens, 0.0, 0.0, rollout=rollout.key)
+            for rollout, verdict in zip(rollouts, verdicts, strict=True)
+            if verdict.outcome is not Outcome.UNKNOWN and not named[rollout.key] and rollout.tokens
+        ]
+        if not samples:
+            return []
+        batch = packing.batch(samples, self.packing_spec)
+        with heartbeat.phase("reference"):
+            sums = packing.sums_by_rollout(self.reference.score(batch) or (), batch.micro_batches)
+        logp_sum = {key: value for part in distributed.all_gather_object(sums) for key, value in part.items()}
+        limit = self.config.perplexity
+        return [
+            sample.rollout
+            for sample in samples
+            if response_penalties.is_improbable(logp_sum[sample.rollout], len(sample.response_tokens), limit)
         ]
 
     def _show_examples(self, rollouts: Sequence[Rollout], penalties: dict[tuple[int, int], str]) -> None:

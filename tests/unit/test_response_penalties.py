@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oreal_megatron.algo import response_penalties, selection
-from oreal_megatron.config import PenaltyConfig, SelectionConfig
-from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
+from oreal_megatron.config import Config, ConfigError, PenaltyConfig, SelectionConfig, validate
+from oreal_megatron.records import Outcome, PackingSpec, Prompt, Rollout, Verdict
 from oreal_megatron.verify.penalised_verifier import PenalisedVerifier
 
 ALL = PenaltyConfig(repetition=True, overlong=True, gibberish=True)
@@ -108,6 +109,65 @@ def test_penalties_enter_the_advantages_of_all_and_unknown_stays_unknown(outcome
     assert len(pair) == (2 if 1.0 in expected and min(expected) < 0 else 0)
 
 
+class UnusedReference:
+    """A reference that no penalty needs."""
+
+    def score(self, batch):
+        raise AssertionError("without a limit of the perplexity there is no forward pass")
+
+
+class TokenReference:
+    """A reference whose log-prob of a token is minus a tenth of its number."""
+
+    def __init__(self):
+        self.scored = []
+
+    def score(self, batch):
+        self.scored += [tuple(key) for micro_batch in batch.micro_batches for key in micro_batch.rollouts.tolist()]
+        return [-micro_batch.labels / 10 for micro_batch in batch.micro_batches]
+
+
+class GivenVerdicts:
+    """A verifier with the verdicts of the test."""
+
+    def __init__(self, outcomes):
+        self.outcomes = outcomes
+
+    def verdicts(self, rollouts):
+        return [[Verdict(outcome, "exact") for outcome in self.outcomes]]
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 60), max_size=9), st.sampled_from(list(Outcome)), st.booleans())),
+    st.floats(1.01, 400.0),
+    st.integers(1, 40),
+)
+def test_perplexity_above_the_limit_is_penalised_however_it_is_packed(responses, limit, budget):
+    prompt, config = Prompt(0, "q", "1", None, (1, 2)), PenaltyConfig(overlong=True, perplexity=limit)
+    rollouts = [[Rollout(prompt, 0, k, tuple(row), "", done) for k, (row, _, done) in enumerate(responses)]]
+    reference = TokenReference()
+    verifier = PenalisedVerifier(
+        GivenVerdicts([outcome for _, outcome, _ in responses]), config, reference, PackingSpec(budget)
+    )
+    (verdicts,) = verifier.verdicts(rollouts)
+    scored = set()
+    for k, ((tokens, outcome, done), verdict) in enumerate(zip(responses, verdicts, strict=True)):
+        if done and tokens and outcome is not Outcome.UNKNOWN:
+            scored.add((0, k))
+            perplexity = math.prod(math.exp(token / 10) for token in tokens) ** (1 / len(tokens))
+            if perplexity != pytest.approx(limit):
+                assert verdict.penalty == ("perplexity" if perplexity > limit else "")
+        else:
+            assert verdict.penalty == ("" if done else "overlong")
+        assert verdict.outcome is outcome
+    assert set(reference.scored) - {(-1, -1)} == scored, "penalised, empty and unknown ones are not scored"
+
+
+def test_a_limit_that_every_text_exceeds_is_refused():
+    with pytest.raises(ConfigError, match="every text has at least 1"):
+        validate(Config(selection=SelectionConfig(penalties=PenaltyConfig(perplexity=1.0))))
+
+
 def test_the_verifier_names_penalties_and_changes_no_outcome(caplog):
     class Looping(FakeEngine):
         def rollout(self, prompt, slot, index):
@@ -115,7 +175,7 @@ def test_the_verifier_names_penalties_and_changes_no_outcome(caplog):
             return dataclasses.replace(rollout, tokens=(3,) * 999, text="ha " * 99) if index == 2 else rollout
 
     rollouts = Looping([]).generate(FakePrompts().take(0), None, (0, 0), lambda rollout: None)
-    verifier = PenalisedVerifier(FakeVerifier(), ALL)
+    verifier = PenalisedVerifier(FakeVerifier(), ALL, UnusedReference(), PackingSpec(64))
     verifier.submit(rollouts[0][0])
     with caplog.at_level("INFO"):
         verdicts = [verifier.verdicts(rollouts) for _ in range(2)][1]
