@@ -106,6 +106,16 @@ def test_a_constant_channel_has_no_correlation_and_no_gradient(constant, dtype):
         assert not imitation.statistics(torch.zeros(5, 4).double(), tokens).varies.any()
 
 
+@given(st.floats(-1e6, 1e6, width=32), st.integers(2, 300), st.integers(1, 5))
+def test_rounding_of_a_constant_channel_is_no_variation(constant, tokens, ranks):
+    """The sums of a step come from several ranks, and their variance is seldom exactly zero."""
+    x = torch.full((tokens, 1), constant)
+    sums = torch.stack([imitation.moments(part, part) for part in x.chunk(ranks)]).sum(0)
+    channels = imitation.statistics(sums, tokens)
+    assert not channels.varies.any() and channels.correlation.item() == 0
+    assert imitation.pearson_gradient(x, x, channels, tokens).abs().sum() == 0
+
+
 @given(st.integers(1, 80), st.integers(1, 80), st.data())
 def test_layers_are_matched_by_depth(student, teacher, data):
     number = data.draw(st.integers(1, min(student, teacher)))
