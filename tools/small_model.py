@@ -40,11 +40,13 @@ def make_model(
     tied: bool = False,
     heads: tuple[int, int] = (4, 2),
     deviation: float = 0.02,
+    rope_theta: float = 10000.0,
 ) -> None:
     """Save a Qwen2 model with random weights, and its tokenizer, as a Hugging Face folder.
 
     `heads`: attention heads and key-value groups. vLLM on CPUs takes no head size below 32. `deviation`: standard
     deviation of the weights; transformers' 0.02 suits hidden sizes of thousands, 1 / sqrt(hidden) a narrow model.
+    `rope_theta`: base of the rotary embedding; a small one spends all frequencies on the distances of short texts.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -61,6 +63,7 @@ def make_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=deviation,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )
     Qwen2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)

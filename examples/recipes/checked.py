@@ -112,17 +112,17 @@ def token_reward_model() -> Config:
 
 def sft() -> Config:
     """First stage of supervised fine-tuning: the random policy learns the sums from demonstrations without errors."""
-    return _supervised("start", "sums", "sums", steps=400, rates=(2e-3, 2e-4))
+    return _supervised("start", "sums", "sums", steps=500, rates=(1e-3, 1e-4))
 
 
 def sft_checks() -> Config:
     """Second stage: checks, from demonstrations in which every second step is wrong."""
-    return _supervised("sums/policy", "checks", "checks", steps=500, rates=(2e-3, 2e-4))
+    return _supervised("sums/policy", "checks", "checks", steps=700, rates=(1e-3, 1e-4))
 
 
 def sft_care() -> Config:
     """Third stage: the careless demonstrations, so that the policy errs in every seventh step."""
-    return _supervised("checks/policy", "sft", "demonstrations", steps=100, rates=(5e-4, 5e-5))
+    return _supervised("checks/policy", "sft", "demonstrations", steps=150, rates=(3e-4, 3e-5))
 
 
 def _supervised(start: str, run: str, data: str, steps: int, rates: tuple[float, float]) -> Config:
@@ -134,7 +134,7 @@ def _supervised(start: str, run: str, data: str, steps: int, rates: tuple[float,
         supervised=SupervisedConfig(
             path=f"{FOLDER}/{data}.jsonl",
             steps=steps,
-            samples_per_step=128,
-            optimizer=OptimizerConfig(lr=rates[0], min_lr=rates[1], warmup_steps=20),
+            samples_per_step=32,
+            optimizer=OptimizerConfig(lr=rates[0], min_lr=rates[1], warmup_steps=50),
         ),
     )
