@@ -19,6 +19,7 @@ from oreal_megatron.config.exploration import PenaltyConfig, ReferenceConfig
 from oreal_megatron.config.generation import RolloutConfig
 from oreal_megatron.config.root import Config, require_judge
 from oreal_megatron.config.schema import Key, Section, problems, validate
+from oreal_megatron.config.speculative import SpeculativeConfig
 from oreal_megatron.config.system import (
     CheckpointConfig,
     EngineConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SelectionConfig",
+    "SpeculativeConfig",
     "SupervisedConfig",
     "VerifyConfig",
     "WatchdogConfig",

@@ -141,6 +141,11 @@ class Config(Section):
                 "engine.batch_invariant is true, but the trainer's kernels may sum in any order; set "
                 "megatron.deterministic_mode=true as well, or engine.batch_invariant=false"
             )
+        if self.engine.speculative.enabled and self.sampling.min_p > 0:
+            yield (
+                f"sampling.min_p is {self.sampling.min_p:g} and engine.speculative.method "
+                f"{self.engine.speculative.method}: vLLM takes no min_p with speculative decoding; unset one of them"
+            )
         judge, limit_s = self.verify.judge, self.watchdog.verify_s
         if judge.urls and limit_s <= judge.all_down_wait_s:
             yield (

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from oreal_megatron.config.schema import FixedKey, FreeKey, FunctionKey, InputKey, Key, ObserverKey, Section
+from oreal_megatron.config.speculative import DRAFT_MODELS, SpeculativeConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ VLLM_ARGUMENTS = {
     "kv_cache_memory_bytes": "engine.kv_cache_gib",
     "enforce_eager": "engine.enforce_eager",
     "logprobs_mode": "",
+    "speculative_config": "engine.speculative.method",
 }
 
 
@@ -86,6 +88,7 @@ class EngineConfig(Section):
     batch_invariant: Annotated[
         bool, Key("log-probs that do not depend on the batch (vLLM's mode, slower; H100 or newer)")
     ] = False
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     vllm: Annotated[
         dict[str, Any], Key("further arguments of vLLM's engine, passed on as they are")
     ] = field(default_factory=dict)  # fmt: skip
@@ -100,11 +103,16 @@ class EngineConfig(Section):
     ] = None
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield a message for each argument of vLLM that has a setting of its own, or that must not change."""
+        """Yield messages about arguments of vLLM that have a setting of their own, and a draft model that sleeps."""
         for name in self.vllm.keys() & VLLM_ARGUMENTS.keys():
             setting = VLLM_ARGUMENTS[name]
             fix = f"set {setting} instead" if setting else "remove it: this project depends on its value"
             yield f"{path}vllm gives {name}, which is not free; {fix}"
+        if self.sleep and self.speculative.method in DRAFT_MODELS:
+            yield (
+                f"{path}speculative.method is {self.speculative.method}, whose weights a sleeping engine loses: "
+                f"weight sync restores only the policy's; set {path}sleep=false, or {path}speculative.method=ngram"
+            )
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,16 @@ SAMPLED = (
     ),
 )
 
+SPECULATION = (
+    MetricInfo(("rollout/drafted_tokens",), "tokens", "tokens drafted since the last step, in evaluations too"),
+    MetricInfo(
+        ("rollout/draft_accepted_share",),
+        "0 to 1",
+        "share of these that sampling accepted",
+        "low: drafts cost more than they save; fewer `engine.speculative.tokens`, a longer `ngram_min`, or off",
+    ),
+)
+
 PARTIAL_ROLLOUTS = (
     MetricInfo(("rollout/pool_prompts",), "prompts", "prompts in flight at the beginning of the step"),
     MetricInfo(("rollout/rounds",), "", "rounds of generation in the step"),
@@ -328,6 +338,7 @@ OWN = (MetricInfo(("own/NAME",), "", "from `record.metric` or `loss.term` ([Exte
 
 SECTIONS = {
     "What was sampled": SAMPLED,
+    "Speculative decoding": SPECULATION,
     "Partial rollouts": PARTIAL_ROLLOUTS,
     "Losses and models": LOSSES_AND_MODELS,
     "Engine and weights": ENGINE_AND_WEIGHTS,

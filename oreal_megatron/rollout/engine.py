@@ -23,8 +23,9 @@ from vllm.platforms import current_platform
 from oreal_megatron.algo import logprob_parity
 from oreal_megatron.config import Config, ConfigError, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.config.suggestions import suggest
+from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import growth, pool_schedule, requests, vllm_patches
+from oreal_megatron.rollout import growth, pool_schedule, requests, speculation, vllm_patches
 from oreal_megatron.rollout.device import EngineMemory, is_device_error
 from oreal_megatron.runtime import distributed, heartbeat, versions
 
@@ -69,6 +70,7 @@ class VllmEngine:
         self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
         _check_arguments(config.engine.vllm)
+        speculation.prepare(config.engine.speculative)
         self.llm = LLM(
             config.model.path,
             dtype=config.engine_dtype,
@@ -84,9 +86,10 @@ class VllmEngine:
             logprobs_mode="raw_logprobs",  # of all tokens: processed ones are of those within top_p
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **_platform_arguments(config) | config.engine.vllm,
+            **_platform_arguments(config) | _speculative_arguments(config) | config.engine.vllm,
         )
         vllm_patches.divide_logits(self.llm.collective_rpc("get_model")[0], self.temperature)
+        self.drafts = speculation.install(self.llm) if config.engine.speculative.enabled else None
         self.memory = EngineMemory(self.llm, can_sleep)
 
     @property
@@ -205,6 +208,14 @@ class VllmEngine:
         """Return a rollout with its text."""
         return dataclasses.replace(rollout, text=self.tokenizer.decode(rollout.tokens, skip_special_tokens=True))
 
+    def metrics(self) -> Metrics:
+        """Return the share of drafted tokens that were accepted since the last call, on all replicas. Collective."""
+        if self.drafts is None:
+            return {}
+        counts = distributed.all_gather_object(self.drafts.take_counts() if self.reports else (0, 0))
+        drafted, accepted = (sum(column) for column in zip(*counts, strict=True))
+        return {"rollout/drafted_tokens": drafted, "rollout/draft_accepted_share": accepted / max(drafted, 1)}
+
     def live(self) -> tuple[dict[str, Tensor], str]:
         """Return this rank's parameters by vLLM's names, and why they cannot be written directly ("" if they can)."""
         model = self.llm.collective_rpc("get_model")[0]
@@ -276,6 +287,12 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name not in known:
             raise ConfigError(f"engine.vllm: vLLM has no argument {name!r}{suggest(name, known)}")
+
+
+def _speculative_arguments(config: Config) -> dict[str, Any]:
+    """Return vLLM's arguments of drafting. Sampling waits for the drafts' verdict, so nothing is scheduled ahead."""
+    speculative = config.engine.speculative
+    return {"speculative_config": speculative.arguments(), "async_scheduling": False} if speculative.enabled else {}
 
 
 def _platform_arguments(config: Config) -> dict[str, Any]:

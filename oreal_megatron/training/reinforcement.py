@@ -20,7 +20,7 @@ from oreal_megatron.observe import run_report, speed_report
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import NO_ORIGIN, model_note
 from oreal_megatron.plan import gpus
-from oreal_megatron.protocols import Dataset, GrowingEngine, RoundVerifier, Verifier
+from oreal_megatron.protocols import Dataset, GrowingEngine, Metrics, RoundVerifier, Verifier
 from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
 from oreal_megatron.session import policy_weights
@@ -32,6 +32,7 @@ from oreal_megatron.training.resume import AUTO, Start
 from oreal_megatron.verify.penalised_verifier import PenalisedVerifier
 
 if TYPE_CHECKING:
+    from oreal_megatron.rollout.engine import VllmEngine
     from oreal_megatron.rollout.rollout_pool import RolloutPool
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def train(
         start.set_aside_later_steps(first_step)
         pool = _start_pool(config, dataset, engine, verifier, checkpoint, first_step)
         peak_flops, share = _peak_flops(config), parallel.replica_share()
-        generation_metrics = pool.metrics if pool else dict
+        generation_metrics = partial(_generation_metrics, engine, pool)
         run = Recorder(
             config, first_step, start.fingerprints, share, inputs.arch, peak_flops, origin, generation_metrics
         )
@@ -129,6 +130,11 @@ def _start_pool(
     pool = RolloutPool(config, dataset, engine, verifier)
     pool.restore(checkpoint, first_step)
     return pool
+
+
+def _generation_metrics(engine: VllmEngine, pool: RolloutPool | None) -> Metrics:
+    """Return the metrics of the last step's generation. Collective."""
+    return engine.metrics() | (pool.metrics() if pool else {})
 
 
 def _peak_flops(config: Config) -> float | None:
