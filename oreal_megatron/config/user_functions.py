@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -98,10 +99,16 @@ def read_function(name: str, key: str, arguments: tuple[str, ...]) -> Callable[.
     return value
 
 
+@functools.cache
+def _execute_once(path: str, content: bytes) -> types.ModuleType:
+    """Execute a file; settings that name functions of one file share its module, until its content changes."""
+    with importable_folder(Path(path).parent):
+        return execute(path)
+
+
 def _load(path: str, expected: str) -> types.ModuleType:
     if path.endswith(".py"):
-        with importable_folder(Path(path).resolve().parent):
-            return execute(path)
+        return _execute_once(str(Path(path).resolve()), Path(path).read_bytes())
     try:
         return importlib.import_module(path)
     except Exception as error:  # a module of the user may do anything

@@ -61,7 +61,7 @@ class Recorder:
     @contextlib.contextmanager
     def steps(self) -> Iterator[Iterator[int]]:
         """Iterate over the steps that remain, under a progress bar."""
-        with Bar(f"oreal {self.folder.path.name}", self.config.steps, self.writes, self.first_step) as self.bar:
+        with Bar(f"train {self.folder.path.name}", self.config.steps, self.writes, self.first_step) as self.bar:
             self.timer.start()
             yield self._step_numbers()
             self._report(self.idle_steps.summary())

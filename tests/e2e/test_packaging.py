@@ -62,7 +62,7 @@ def test_a_wheel_contains_exactly_the_two_packages_and_runs_the_extension_exampl
     assert tops == {"oreal_megatron", "oreal_kernels"}
     assert {"oreal_megatron/mcore/scorer.py", "oreal_kernels/hidden_to_logprob.py"} <= {*names}
     assert {"oreal_megatron/py.typed", "oreal_kernels/py.typed"} <= {*names}
-    assert {"oreal_megatron/observe/page/page.css", "oreal_megatron/observe/page/page.js"} <= {*names}
+    assert {"oreal_megatron/observe/page/page.css", "oreal_megatron/observe/page/viewer.js"} <= {*names}
     archive.extractall(tmp_path / "installed")
     recipe = shutil.copy(ROOT / "examples/recipes/own_reward.py", tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}

@@ -123,7 +123,7 @@ def test_tokens_are_coloured_and_both_outcomes_stand_side_by_side(tab, page):
     tab.open(page)
     ready(tab)
     choose(tab, "trained on", "")
-    colours = "[...document.querySelectorAll('.response span')].map((s) => s.style.backgroundColor)"
+    colours = "[...document.querySelectorAll('.response span')].map((s) => s.style.backgroundColor).filter(Boolean)"
     by_weight = tab.evaluate(colours)
     assert len(by_weight) == 4 and len(set(by_weight)) == 4
     choose(tab, "colour tokens by", "score")
@@ -135,6 +135,29 @@ def test_tokens_are_coloured_and_both_outcomes_stand_side_by_side(tab, page):
     choose(tab, "correct and incorrect", "")
     outcomes = tab.evaluate("[...document.querySelectorAll('.sides .outcome')].map((s) => s.textContent)")
     assert outcomes == ["correct", "incorrect"]
+
+
+def test_mathematics_is_drawn_and_its_text_is_a_click_away(tab, page):
+    tab.messages.clear()
+    tab.open(page)
+    ready(tab)
+    tab.evaluate(f"document.querySelectorAll('.list button')[{report_run.PER_PROMPT * 3}].click()")
+    assert count(tab, ".question math msup") == 1 and count(tab, ".response math menclose mfrac") == 1
+    namespaces = "[...new Set([...document.querySelectorAll('.response math *')].map((e) => e.namespaceURI))]"
+    assert tab.evaluate(namespaces) == ["http://www.w3.org/1998/Math/MathML"]
+    over = "[...document.querySelector('mfrac').children].map((part) => part.getBoundingClientRect().top)"
+    above, below = tab.evaluate(over)
+    assert above < below, "a fraction is drawn as one"
+    choose(tab, "mathematics", "")
+    assert (
+        count(tab, "math") == 0 and r"\boxed{\frac{0}7}" in text(tab, ".response") and "$x^3$" in text(tab, ".question")
+    )
+    choose(tab, "mathematics", "")
+    choose(tab, "search", r"boxed{\frac{0}")
+    assert count(tab, ".response mark.formula math") == 1 and not tab.messages
+    choose(tab, "search", "")
+    choose(tab, "trained on", "")
+    assert count(tab, ".response math") == 0 < count(tab, ".response span"), "colours are those of the tokens"
 
 
 def test_steps_and_runs_load_when_they_are_chosen(tab, page):

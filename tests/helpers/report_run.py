@@ -80,11 +80,11 @@ def _rollouts(slot: int) -> list[dict]:
     methods = ("exact", "judge", "error", "truncated")
     return [
         {
-            "question": f"Question {slot}: {HOSTILE[slot]}",
+            "question": f"Question {slot}: {HOSTILE[slot]} $x^{slot}$",
             "gold_answer": HOSTILE[slot + 5],
             "slot": slot,
             "index": index,
-            "response": f"needle{slot}{index} {HOSTILE[(slot + index) % len(HOSTILE)]}",
+            "response": f"needle{slot}{index} {HOSTILE[(slot + index) % len(HOSTILE)]} \\boxed{{\\frac{{{index}}}7}}",
             "tokens": 10 * (index + 1),
             "finished": index != 3,
             "verdict": outcomes[index],

@@ -81,8 +81,10 @@ def test_step_files_are_one_call_with_json_in_ascii(run, tmp_path, capsys):
     assert "rollouts of 3 steps" in text and "the largest step" in text
     files = sorted((tmp_path / "out_rollouts").iterdir())
     assert [file.name for file in files] == [f"run_0_step_{step:06d}.js" for step in (0, 2, 5)]
-    call = re.fullmatch(r"oreal_step\(0,5,(.*)\);\n", files[-1].read_bytes().decode("ascii"), re.DOTALL)
-    prompts = json.loads(call[1])
+    call = re.fullmatch(r"oreal_step\((0,5,.*)\);\n", files[-1].read_bytes().decode("ascii"), re.DOTALL)
+    *_, prompts, drawn = json.loads(f"[{call[1]}]")
+    assert {prompt["question"].partition(": ")[0] for prompt in prompts} == {f"Question {n}" for n in range(5)}
+    assert isinstance(drawn, list)
     rollouts = [rollout for prompt in prompts for rollout in prompt["rollouts"]]
     rows = [json.loads(line) for line in (run / "rollouts/step_000005.jsonl").read_text().splitlines()]
     assert [rollout["response"] for rollout in rollouts] == [row["response"] for row in rows]

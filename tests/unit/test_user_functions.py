@@ -13,7 +13,7 @@ from oreal_megatron import config as c
 from oreal_megatron import settings
 from oreal_megatron.cli import main
 from oreal_megatron.config import Config, ConfigError, WeightsConfig
-from oreal_megatron.config.user_functions import Origin, check_functions, read_source
+from oreal_megatron.config.user_functions import Origin, check_functions, read_function, read_source
 
 RULE = "def rule(score_T, micro_batch, config):\n    return score_T * 0 + 1\n"
 RECIPE = """
@@ -160,3 +160,18 @@ def test_a_function_of_a_module_is_read_and_its_file_recorded(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     check_functions(Config(weights=WeightsConfig(rule="rules_of_a_module:rule")))
     assert read_source("rules_of_a_module:rule").text == RULE
+
+
+def test_functions_of_one_file_share_its_state_until_the_file_changes(tmp_path, monkeypatch):
+    file = tmp_path / "own.py"
+    text = (
+        "seen = []\ndef rule(rewards):\n    seen.append(rewards)\n    return rewards\ndef metric(rollouts, verdicts):\n"
+    )
+    file.write_text(f"{text}    return {{'seen': len(seen)}}\n")
+    monkeypatch.chdir(tmp_path)
+    rule = read_function("own.py:rule", "selection.advantage_rule", ("rewards",))
+    metric = read_function(f"{file}:metric", "record.metric", ("rollouts", "verdicts"))
+    rule([1.0])
+    assert metric([], []) == {"seen": 1}
+    file.write_text(f"{text}    return {{'seen': -1}}\n")
+    assert read_function("own.py:metric", "record.metric", ("rollouts", "verdicts"))([], []) == {"seen": -1}

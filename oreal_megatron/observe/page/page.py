@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.observe.page import panels, rollout_files, tables
+from oreal_megatron.observe.page import formulas, panels, rollout_files, tables
 from oreal_megatron.observe.page.findings import findings
 from oreal_megatron.observe.page.run_data import RunData, read
 from oreal_megatron.observe.page.token_values import Decode
@@ -22,6 +22,7 @@ from oreal_megatron.runtime import files
 
 SECTIONS = ("Overview", "Learning", "Rollouts", "Reward model", "Stability", "Time", "Settings", "Trajectories")
 FILES = Path(__file__).parent
+SCRIPTS = ("charts.js", "texts.js", "viewer.js", "refresh.js")
 log = logging.getLogger(__name__)
 
 
@@ -45,8 +46,9 @@ def write(records: Sequence[RunRecord], out: Path, most_steps: int, refresh: Ref
     listing = []
     if most_steps and any((run.path / "rollouts").is_dir() for run in runs):
         folder.mkdir(exist_ok=True)
+        translate = formulas.translator()
         for number, run in enumerate(runs):
-            steps = rollout_files.write_steps(run, number, folder, most_steps, _decoder(run))
+            steps = rollout_files.write_steps(run, number, folder, most_steps, _decoder(run), translate)
             listing.append({"name": run.name, "steps": steps})
     out.write_text(page(runs, listing, refresh), encoding="utf-8")
     return _describe(out, folder, [step["bytes"] for run in listing for step in run["steps"]])
@@ -94,6 +96,7 @@ def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]], refresh: Re
         _settings(runs),
         _trajectories(listing),
     )
+    scripts = "".join((FILES / name).read_text() for name in SCRIPTS)
     links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in SECTIONS)
     body = "".join(
         f'<section id="{_anchor(name)}"><h2>{name}</h2>{content}</section>'
@@ -108,7 +111,7 @@ def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]], refresh: Re
         f'<style nonce="{nonce}">{(FILES / "page.css").read_text()}</style></head><body>'
         f"<header><h1>{escape(title)}</h1><nav>{links}</nav></header><main>{body}</main>"
         f'<script type="application/json" id="listing">{script_json(listing)}</script>'
-        f'<script nonce="{nonce}">{(FILES / "page.js").read_text()}</script></body></html>\n'
+        f'<script nonce="{nonce}">{scripts}</script></body></html>\n'
     )
 
 

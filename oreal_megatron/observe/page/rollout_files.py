@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oreal_megatron.observe.page import token_values
+from oreal_megatron.observe.page import formulas, token_values
 from oreal_megatron.observe.page.run_data import RunData, rollout_steps, rows_by_prompt, spread
 from oreal_megatron.runtime import checkpoint_folders
 
@@ -29,15 +29,24 @@ NO_HISTORIES: Mapping[str, Sequence[PromptResult]] = {}
 LONGEST_TEXT = 100_000  # characters of a response that are shown
 
 
-def write_steps(run: RunData, number: int, folder: Path, most: int, decode: token_values.Decode | None) -> list[Any]:
+def write_steps(
+    run: RunData,
+    number: int,
+    folder: Path,
+    most: int,
+    decode: token_values.Decode | None,
+    translate: formulas.Translate | None,
+) -> list[Any]:
     """Write at most so many steps of a run, evenly spread; return their numbers with file names and bytes."""
     listing = []
     steps = spread(rollout_steps(run.path), most)
     histories = prompt_histories(run.path, steps)
     for step in steps:
         file = folder / f"run_{number}_step_{step:06d}.js"
-        text = json.dumps(step_content(run.path, step, decode, histories), separators=(",", ":"))
-        file.write_text(f"oreal_step({number},{step},{text});\n", encoding="ascii")
+        prompts = step_content(run.path, step, decode, histories)
+        drawn = formulas.add_formulas(prompts, translate) if translate else []
+        text = json.dumps([number, step, prompts, drawn], separators=(",", ":"))
+        file.write_text(f"oreal_step({text[1:-1]});\n", encoding="ascii")
         listing.append({"step": step, "file": f"{folder.name}/{file.name}", "bytes": file.stat().st_size})
     return listing
 

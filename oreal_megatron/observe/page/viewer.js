@@ -1,72 +1,18 @@
-"use strict";
-/* Values under the pointer, and the viewer of rollouts. Texts of a run enter the document as text nodes only. */
-
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name in node && typeof value === "boolean") node[name] = value;
-    else node.setAttribute(name, value);
-  }
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-
-/* ---- charts: the values at the step under the pointer stand in the legend ---- */
-const [LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT] = [52, 10, 10, 30, 440, 230];
-
-function show_number(value) {
-  return Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(2) : String(+value.toPrecision(4));
-}
-
-function watch_chart(svg) {
-  const series = JSON.parse(svg.dataset.values);
-  const [first, last] = svg.dataset.x.split(" ").map(Number);
-  const shown = [...svg.parentElement.querySelectorAll(".legend .value")];
-  if (!series.length || shown.length !== series.length) return;
-  const [usual, cursor] = [shown.map((node) => node.textContent), svg.querySelector(".cursor")];
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const across = (((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT);
-    const x = first + Math.min(Math.max(across, 0), 1) * (last - first);
-    let step = x;
-    series.forEach((one, number) => {
-      const nearest = one.points.reduce((best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best));
-      shown[number].textContent = `${show_number(nearest[1])} at ${show_number(nearest[0])}`;
-      step = nearest[0];
-    });
-    const place = LEFT + ((step - first) / (last - first || 1)) * (WIDTH - LEFT - RIGHT);
-    cursor.setAttribute("d", `M${place} ${TOP}V${HEIGHT - BOTTOM}`);
-  });
-  svg.addEventListener("pointerleave", () => {
-    cursor.setAttribute("d", "");
-    shown.forEach((node, number) => (node.textContent = usual[number]));
-  });
-}
-document.querySelectorAll("figure > svg").forEach(watch_chart);
-
-/* ---- rollouts ---- */
+/* ---- viewer of rollouts ---- */
 const listing = JSON.parse(document.getElementById("listing").textContent);
 const nonce = document.currentScript.nonce;
 const loaded = new Map();
 const waiting = new Map();
 const SHOWN = 300;
-const COLOURINGS = {
-  none: "no colours",
-  weight: "token weight",
-  score: "reward model's score",
-  logp: "log-prob (engine)",
-  reference: "log-prob (reference)",
-  difference: "log-prob: engine - reference",
-};
-const state = { run: 0, step: 0, rollout: null, compare: false, colouring: "weight", limit: SHOWN };
+const state = { run: 0, step: 0, rollout: null, compare: false, colouring: "weight", mathematics: true, formulas: [], limit: SHOWN };
 
-function oreal_step(run, step, prompts) {
+function oreal_step(run, step, prompts, formulas) {
   const rows = prompts.flatMap((prompt) => prompt.rollouts.map((rollout) => ({ prompt, ...rollout })));
   for (const row of rows) {
     row.text = `${row.response}\n${row.prompt.question}\n${row.extracted ?? ""}\n${row.prompt.gold}`.toLowerCase();
   }
   loaded.clear(); /* one step in memory at a time */
+  state.formulas = formulas;
   loaded.set(`${run} ${step}`, rows);
   waiting.get(`${run} ${step}`)?.(rows);
 }
@@ -85,68 +31,15 @@ function load_step(run, entry) {
   });
 }
 
-function colour_of(kind, value, scale) {
-  if (value === null || value === undefined) return "";
-  const strength = 0.8 * Math.min(Math.abs(value) / scale, 1);
-  if (kind === "weight") return `rgba(230, 120, 0, ${strength})`;
-  if (kind === "logp" || kind === "reference") return `rgba(120, 70, 200, ${strength})`;
-  return value > 0 ? `rgba(0, 130, 200, ${strength})` : `rgba(215, 70, 40, ${strength})`;
-}
-
-function token_values(chosen, kind) {
-  if (kind !== "difference") return chosen[kind];
-  if (!chosen.logp || !chosen.reference) return undefined;
-  return chosen.logp.map((value, place) => (value === null || chosen.reference[place] === null ? null : value - chosen.reference[place]));
-}
-
-function response_of(row) {
-  const box = make("div", { class: "response", tabindex: "0", role: "group", "aria-label": "response" });
-  const values = row.chosen && state.colouring !== "none" ? token_values(row.chosen, state.colouring) : undefined;
-  if (!values) {
-    box.append(...marked(row.response));
-    return box;
-  }
-  const scale = Math.max(...values.map((value) => Math.abs(value ?? 0)), 1e-6);
-  row.chosen.tokens.forEach((token, place) => {
-    const value = values[place];
-    const title = `${COLOURINGS[state.colouring]}: ${value === null ? "none" : show_number(value)}`;
-    const part = make("span", { title }, token);
-    part.style.backgroundColor = colour_of(state.colouring, value, scale);
-    box.append(part);
-  });
-  return box;
-}
-
-function colour_note(row) {
-  if (!row.chosen) return "";
-  if (state.colouring === "none") return "";
-  const values = token_values(row.chosen, state.colouring);
-  if (!values) return `${COLOURINGS[state.colouring]}: not recorded`;
-  const numbers = values.filter((value) => value !== null);
-  const range = `${show_number(Math.min(...numbers))} to ${show_number(Math.max(...numbers))}`;
-  const signs = ["score", "difference"].includes(state.colouring) ? "; blue above 0, red below" : "";
-  return `${COLOURINGS[state.colouring]}: ${range}; the largest has the full colour${signs}`;
-}
-
-function marked(text) {
-  const word = controls.search.value.toLowerCase();
-  if (!word) return [text];
-  const [parts, lower] = [[], text.toLowerCase()];
-  let start = 0;
-  for (let place = lower.indexOf(word); place >= 0 && parts.length < 2000; place = lower.indexOf(word, start)) {
-    parts.push(text.slice(start, place), make("mark", {}, text.slice(place, place + word.length)));
-    start = place + word.length;
-  }
-  return [...parts, text.slice(start)];
-}
-
 function side_of(row) {
   const ended = row.finished ? "" : ", truncated";
   const chosen = row.chosen ? `, trained on, advantage ${show_number(row.chosen.advantage)}` : "";
   const head = make("p", { class: "trail" }, make("span", { class: `outcome ${row.verdict}` }, row.verdict), ` rollout ${row.index}, ${row.tokens} tokens${ended}${chosen}`);
-  const answer = row.extracted === null || row.extracted === undefined ? "no answer found" : `answer ${row.extracted}`;
+  const { extracted } = row;
+  const answer = extracted === null || extracted === undefined ? ["no answer found"] : ["answer ", ...typeset(String(extracted), row.formulas?.extracted)];
+  const gold = ["; gold ", ...typeset(String(row.prompt.gold), row.prompt.formulas?.gold)];
   const reason = row.reason ? `; ${row.reason}` : "";
-  const trail = make("p", { class: "trail" }, `${answer}; gold ${row.prompt.gold}; decided by: ${row.method}${reason}`);
+  const trail = make("p", { class: "trail" }, ...answer, ...gold, `; decided by: ${row.method}${reason}`);
   return make("div", {}, head, trail, response_of(row), make("p", { class: "note" }, colour_note(row)));
 }
 
@@ -189,7 +82,7 @@ function show_rollout(row) {
   const rated = own.filter((other) => other.verdict === "correct").length;
   detail.replaceChildren(
     make("h3", {}, `Prompt ${row.prompt.slot}: ${rated} of ${own.length} correct`),
-    make("div", { class: "question" }, ...marked(row.prompt.question)),
+    make("div", { class: "question" }, ...typeset(row.prompt.question, row.prompt.formulas?.question)),
     make("div", { class: "chips", role: "group", "aria-label": "rollouts of the prompt; * trained on" }, ...chips),
     make("div", { class: "sides" }, ...sides(row).map(side_of)),
     history_of(row.prompt),
@@ -294,7 +187,7 @@ function build_viewer(viewer) {
     show_step();
   };
   const refilter = () => { state.limit = SHOWN; list_rollouts(); };
-  const redraw = () => { state.colouring = controls.colouring.value; state.compare = controls.compare.checked; show_rollout(state.rollout); };
+  const redraw = () => { state.colouring = controls.colouring.value; state.compare = controls.compare.checked; state.mathematics = controls.mathematics.checked; show_rollout(state.rollout); };
   const box = (name, onchange) => field(name, make("input", { type: "checkbox", onchange }));
   const input = (name, type) => field(name, make("input", { type, oninput: refilter, ...(type === "number" ? { min: "0" } : {}) }));
   controls.number = make("span", {});
@@ -315,12 +208,14 @@ function build_viewer(viewer) {
       labelled("truncated", box("truncated", refilter), "check"),
       labelled("trained on", box("chosen", refilter), "check"),
       labelled("colour tokens by", select_of("colouring", Object.entries(COLOURINGS), redraw)),
+      labelled("mathematics", box("mathematics", redraw), "check"),
       labelled("correct and incorrect side by side", box("compare", redraw), "check"),
     ),
     status,
     make("div", { class: "columns" }, list, detail),
   );
   controls.colouring.value = state.colouring;
+  controls.mathematics.checked = state.mathematics;
   list.addEventListener("keydown", (event) => {
     const move = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
     const target = move && document.activeElement[move];
@@ -334,14 +229,3 @@ function build_viewer(viewer) {
 
 const viewer = document.getElementById("viewer");
 if (viewer) build_viewer(viewer);
-
-/* ---- a served page is loaded again when the logs have grown, unless the reader is at the rollouts ---- */
-const { version, poll } = document.documentElement.dataset;
-async function look_for_news() {
-  try {
-    const answer = await fetch("version", { cache: "no-store" });
-    const news = answer.ok && (await answer.text()) !== version;
-    if (news && !viewer?.contains(document.activeElement)) location.reload();
-  } catch { /* the server has stopped: the page stays as it is */ }
-}
-if (version) setInterval(look_for_news, Number(poll) * 1000);
