@@ -19,7 +19,7 @@ import checked_steps
 from small_model import make_model, write_lines
 
 ERROR_RATES = {"sums": 0.0, "demonstrations": 0.15, "checks": 0.5}  # file: probability that a step is wrong
-# With 64 channels, a deviation of 0.02 or a rotary base of 10000 the sums were learnt late, or not, depending on the seed.
+# With 64 channels, a deviation of 0.02 or a rotary base of 10000 sums were learnt late or never, depending on the seed.
 SHAPE = {"layers": 2, "hidden": 128, "heads": (4, 4), "deviation": 0.1, "rope_theta": 100.0}
 
 
