@@ -295,6 +295,11 @@ class EvaluationConfig(Section):
         int, Key("responses sampled per held-out problem beside the greedy one; 0: greedy only", 0, 1024)
     ] = 0
 
+    @property
+    def figure(self) -> str:
+        """Key of evaluations.jsonl that tells which policy is best: that of samples if there are any."""
+        return "sampled_accuracy" if self.samples else "accuracy"
+
 
 @dataclass(frozen=True)
 class SupervisedConfig(Section):

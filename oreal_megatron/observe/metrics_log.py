@@ -68,13 +68,14 @@ class MetricsLog:
         return distributed.all_gather_object(value)[0]
 
     def _value_if_best(self, step: int, figure: str, model: Path) -> float | None:
-        values = {row["step"]: row[figure] for row in read_rows(self.evaluations)}
+        values = {row["step"]: row[figure] for row in read_rows(self.evaluations) if figure in row}
         if step not in values or not step:
             return None
         first = values.get(0, -math.inf)
-        if record := saved_model(model):
+        record = saved_model(model)
+        if figure in record:
             to_beat = max(record[figure], first)
-        else:  # a folder of 0.1.0 has no record
+        else:  # a folder of 0.1.0 has no record, and an earlier start may have compared another figure
             earlier = [value for other, value in values.items() if other < step]
             to_beat = max(earlier, default=first) if model.is_dir() else first
         return values[step] if values[step] > to_beat else None

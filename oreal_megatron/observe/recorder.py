@@ -122,4 +122,4 @@ class Recorder:
             self.metrics.log_step(step, metrics)
             self.user_hooks.step_done(step, metrics, self.config.run)
             self._report(self.idle_steps.report(metrics))
-            self.bar.advance(1, step_note(metrics, self.metrics.last_evaluation("accuracy")))
+            self.bar.advance(1, step_note(metrics, self.metrics.last_evaluation(self.config.evaluation.figure)))

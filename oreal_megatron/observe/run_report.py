@@ -85,8 +85,9 @@ def closing(record: RunRecord) -> str:
     run = Path(record.name)
     lines = [f"policy: {run / 'policy'}{_accuracy_note(record)}"]
     if (run / "best").is_dir():
-        best = max(record.evaluations, key=lambda row: row["accuracy"], default=None)
-        figures = f" (held-out accuracy {best['accuracy']:.1%} after step {best['step']})" if best else ""
+        key, name = _best_figure(record)
+        best = max(record.evaluations, key=lambda row: row[key], default=None)
+        figures = f" ({name} {best[key]:.1%} after step {best['step']})" if best else ""
         lines.append(f"best policy: {run / 'best'}{figures}")
     lines.append(f"next: oreal report {run} --html {run / 'report.html'}    # learning curves, rollouts, findings")
     return "\n".join(lines)
@@ -97,7 +98,15 @@ def _accuracy_note(record: RunRecord) -> str:
     if not record.evaluations:
         return ""
     first, last = _first_and_last(record)
-    return f" (held-out accuracy {last['accuracy']:.1%}, {first['accuracy']:.1%} before training)"
+    key, name = _best_figure(record)
+    return f" ({name} {last[key]:.1%}, {first[key]:.1%} before training)"
+
+
+def _best_figure(record: RunRecord) -> tuple[str, str]:
+    """Return key and name of the accuracy by which policies are compared (EvaluationConfig.figure)."""
+    if record.evaluations and _is_sampled(record):
+        return "sampled_accuracy", "held-out accuracy of samples"
+    return "accuracy", "held-out accuracy"
 
 
 def print_table(records: Sequence[RunRecord]) -> None:

@@ -90,6 +90,7 @@ def train(
             stop_request,
             save_policy,
             run_path / "best",
+            config.evaluation.figure,
             sleep_engine=engine.sleep,
             wake_engine=lambda: weight_sync.sync(policy.updates),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from oreal_megatron.evaluation.score import evaluate, pass_rates
 from oreal_megatron.evaluation.statistics import wilson_interval
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import SAVED_MODEL, model_note
+from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 
 
@@ -123,17 +125,34 @@ def test_report_on_a_folder_that_is_no_run(tmp_path, capsys):
     assert "is not a run folder" in capsys.readouterr().err
 
 
-def test_the_best_policy_is_better_than_all_before(tmp_path):
-    run, best = Recorder(Config(run=str(tmp_path / "run"))), tmp_path / "run/best"
+def log_and_save_best(run: Recorder, best: Path, rows: dict[int, Metrics], figure: str) -> list[float | None]:
+    """Log evaluations; return the values that a figure of the best policy has when it is saved."""
     values = []
-    for step, accuracy in ((0, 0.5), (10, 0.4), (20, 0.6), (30, 0.6), (40, 0.7)):
-        run.metrics.log_evaluation(step, {"accuracy": accuracy})
-        values.append(run.metrics.value_if_best(step, "accuracy", best))
+    for step, row in rows.items():
+        run.metrics.log_evaluation(step, row)
+        values.append(run.metrics.value_if_best(step, figure, best))
         if values[-1] is not None:
             best.mkdir(exist_ok=True)
-            (best / SAVED_MODEL).write_text(model_note(step, accuracy=accuracy)[SAVED_MODEL])
-            assert run.metrics.value_if_best(step, "accuracy", best) is None, "it is saved already"
+            (best / SAVED_MODEL).write_text(model_note(step, **{figure: values[-1]})[SAVED_MODEL])
+            assert run.metrics.value_if_best(step, figure, best) is None, "it is saved already"
+    return values
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_the_best_policy_is_better_than_all_before_in_samples_if_there_are_any(samples, tmp_path):
+    config = Config(run=str(tmp_path / "run"), evaluation=EvaluationConfig(samples=samples))
+    saturated = {"accuracy": 1.0} if samples else {}
+    rows = {step: {**saturated, config.evaluation.figure: value}
+            for step, value in {0: 0.5, 10: 0.4, 20: 0.6, 30: 0.6, 40: 0.7}.items()}  # fmt: skip
+    values = log_and_save_best(Recorder(config), tmp_path / "run/best", rows, config.evaluation.figure)
     assert values == [None, None, 0.6, None, 0.7]
+
+
+def test_a_best_policy_of_another_figure_is_replaced_by_one_that_beats_the_figures_before_it(tmp_path):
+    run, best = Recorder(Config(run=str(tmp_path / "run"))), tmp_path / "run/best"
+    assert log_and_save_best(run, best, {0: {"accuracy": 0.5}, 10: {"accuracy": 0.9}}, "accuracy") == [None, 0.9]
+    rows = {step: {"accuracy": 0.9, "sampled_accuracy": value} for step, value in {20: 0.3, 30: 0.2, 40: 0.4}.items()}
+    assert log_and_save_best(run, best, rows, "sampled_accuracy") == [0.3, None, 0.4]
 
 
 @pytest.mark.parametrize("seconds", [{}, {"seconds/step": 2.0}])

@@ -51,6 +51,16 @@ def test_a_run_ends_with_where_the_policy_is_and_what_to_look_at(model_folder, t
     assert output.rstrip().splitlines()[-1].startswith(f"next: oreal report {run} --html {run}/report.html")
 
 
+def test_a_run_that_samples_ends_with_the_accuracy_of_samples(tmp_path):
+    rows = [
+        {"step": step, "accuracy": 1.0, "sampled_accuracy": value} for step, value in ((0, 0.25), (2, 0.5), (4, 0.375))
+    ]
+    (tmp_path / "best").mkdir()
+    text = run_report.closing(run_report.RunRecord(str(tmp_path), {}, {}, [], rows, frozenset()))
+    assert f"policy: {tmp_path}/policy (held-out accuracy of samples 37.5%, 25.0% before training)" in text
+    assert f"best policy: {tmp_path}/best (held-out accuracy of samples 50.0% after step 2)" in text
+
+
 @pytest.mark.parametrize("evaluations", [[], [{"step": 0, "accuracy": 0.5, "low": 0, "high": 1, "answers": 9}]])
 def test_a_run_without_evaluations_ends_likewise(evaluations, tmp_path):
     record = run_report.RunRecord(str(tmp_path), {}, {}, [], evaluations, frozenset())
