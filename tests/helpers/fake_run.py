@@ -90,6 +90,9 @@ class FakeEngine:
 
     def sleep(self) -> None: ...
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def generate(self, prompts, sampling, seed, on_rollout=None):
         def rollout(prompt, slot, index):
             chance = random.Random(f"{seed} {slot} {index} {prompt.gold} {self.state} {sampling.temperature}")
