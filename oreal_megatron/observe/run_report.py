@@ -140,25 +140,27 @@ def draw(records: Sequence[RunRecord], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (held_out, sampled) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for record in records:
-        steps = [row["step"] for row in record.evaluations]
-        (line,) = held_out.plot(steps, [row["accuracy"] for row in record.evaluations], marker="o", label=record.name)
-        low, high = ([row[end] for row in record.evaluations] for end in ("low", "high"))
-        held_out.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        if _is_sampled(record):
-            accuracies = [row["sampled_accuracy"] for row in record.evaluations]
-            held_out.plot(steps, accuracies, linestyle="--", marker=".", color=line.get_color())
+    for number, record in enumerate(records):
+        evaluations, colour = record.evaluations, f"C{number}"
+        steps = [row["step"] for row in evaluations]
+        held_out.plot([], [], color=colour, label=record.name)
+        for prefix, style in (("", "-"), ("sampled_", "--"))[: 1 + _is_sampled(record)]:
+            low, accuracies, high = (
+                [row[f"{prefix}{key}"] for row in evaluations] for key in ("low", "accuracy", "high")
+            )
+            held_out.plot(steps, accuracies, style, marker="o", markersize=4, color=colour)
+            held_out.fill_between(steps, low, high, alpha=0.15, color=colour)
         rows = [row for row in record.metrics if "reward/pass_rate" in row]
         rates = [row["reward/pass_rate"] for row in rows]
-        sampled.plot([row["step"] for row in rows], rates, linewidth=0.9, color=line.get_color())
+        sampled.plot([row["step"] for row in rows], rates, linewidth=0.9, color=colour)
     held_out.set(
-        title="held-out accuracy (greedy, 95 % band; dashed: samples)",
+        title="held-out accuracy (greedy; dashed: samples; bands: 95 %)",
         xlabel="step",
         ylabel="share correct",
-        ylim=(0, 1),
+        ylim=(0, 1.03),
     )
     sampled.set(title="pass rate of rollouts (training prompts)", xlabel="step")
-    held_out.legend()
+    held_out.legend(loc="best")
     for axes in (held_out, sampled):
         axes.grid(alpha=0.3)
     figure.tight_layout()

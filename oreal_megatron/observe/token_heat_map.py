@@ -80,17 +80,20 @@ def draw(run: Path, path: Path, decode: Callable[[int], str]) -> str:
 
 
 def blocks_of(pair: Sequence[WeighedResponse], decode: Callable[[int], str]) -> list[Block]:
-    """Return each response twice: by weight, and by score with one scale for both."""
+    """Return each response twice: by weight and by score, each with one scale for both responses."""
     largest = max(abs(score) for response in pair for score in response.scores) or 1.0
+    heaviest = max(weight for response in pair for weight in response.weights) or 1.0
     blocks = []
     for response in pair:
         side, colours = ("correct", "Greens") if response.correct else ("incorrect", "Reds")
         hidden = len(response.tokens) - MOST_TOKENS
         more = f"; {hidden} further tokens are not drawn" if hidden > 0 else ""
         texts = [decode(token) for token in response.tokens[:MOST_TOKENS]]
-        weight_title = f"{side} rollout: weight in the loss, 0 white to 1 {colours.removesuffix('s').lower()}{more}"
+        weight_title = (
+            f"{side} rollout: weight in the loss, 0 white to {heaviest:.2g} {colours.removesuffix('s').lower()}{more}"
+        )
         score_title = f"{side} rollout: score, {-largest:.2g} red (wrong) to {largest:.2g} green (right){more}"
-        blocks.append(Block(weight_title, place_tokens(texts, response.weights), colours, (0.0, 1.0)))
+        blocks.append(Block(weight_title, place_tokens(texts, response.weights), colours, (0.0, heaviest)))
         blocks.append(Block(score_title, place_tokens(texts, response.scores), "RdYlGn", (-largest, largest)))
     return blocks
 

@@ -16,8 +16,8 @@ from oreal_megatron.algo import packing
 from oreal_megatron.cli import main
 from oreal_megatron.evaluation import calibration_picture
 from oreal_megatron.observe import dumps
-from oreal_megatron.observe.dumped_samples import choose_pair, newest_responses
-from oreal_megatron.observe.token_heat_map import COLUMNS, NEWLINE, place_tokens
+from oreal_megatron.observe.dumped_samples import WeighedResponse, choose_pair, newest_responses
+from oreal_megatron.observe.token_heat_map import COLUMNS, NEWLINE, blocks_of, place_tokens
 from oreal_megatron.records import PackingSpec, Sample, TokenWeights
 
 
@@ -34,6 +34,15 @@ def test_boxes_spell_the_response_in_order_without_overlap(texts):
         assert end <= COLUMNS and following.line in (box.line, box.line + 1)
         assert following.column == (end if following.line == box.line else 0)
         assert (following.line > box.line) >= box.text.endswith(NEWLINE)
+
+
+@pytest.mark.parametrize(("weights", "top"), [([0.0, 0.01], 0.02), ([0.0, 0.7], 0.7), ([0.0, 0.0], 1.0)])
+def test_weights_of_a_pair_have_one_scale_up_to_the_heaviest(weights, top):
+    pair = [WeighedResponse(0, index, correct, [4, 5], [factor * weight for weight in weights], [0.0, 0.0])
+            for index, correct, factor in ((0, False, 1.0), (1, True, 2.0 if top == 0.02 else 0.5))]  # fmt: skip
+    blocks = blocks_of(pair, str)
+    assert [block.limits for block in blocks] == [(0.0, top), (-1.0, 1.0)] * 2
+    assert all(f"to {top:.2g}" in block.title for block in blocks[::2])
 
 
 @pytest.fixture
