@@ -5,6 +5,9 @@
 A small model with random weights answers with lengths drawn from a log-normal distribution (median 10 tokens, one in a
 hundred above 300, cap 480), because it never stops by itself. Both kinds take their steps in turn, so that other work
 on the machine hits both. Nothing is trained: weights stay the same, and times are those of generation only.
+
+The ratio of both is printed beside that of the simulation of `oreal plan --rollouts`, with the lengths of this run and
+the cost of a decoding step that it measured: a line through (responses at once, seconds), by least squares.
 """
 
 from __future__ import annotations
@@ -19,10 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from small_model import make_model
 
 from oreal_megatron import config as c
 from oreal_megatron.mcore import parallel
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.plan import rollout_simulation
+from oreal_megatron.plan.decode_replica import DecodeCost
+from oreal_megatron.plan.gpus import GPUS
+from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
 from oreal_megatron.session.inputs import read_inputs
@@ -83,6 +92,55 @@ def prescribe_lengths(engine: Any) -> None:
     pool_schedule.is_open = lambda rollout, config: len(rollout.tokens) < length_of(rollout.prompt.id, rollout.index)
 
 
+class StepTimer:
+    """Seconds of the engine's steps by the number of responses that grow in them."""
+
+    def __init__(self, engine: Any) -> None:
+        self.rows: list[int] = []
+        self.seconds: list[float] = []
+        self.engine, self.step = engine, engine.step
+        engine.step = self.timed_step
+
+    def timed_step(self) -> Any:
+        """Take a step and note it."""
+        rows, started_at = self.engine.get_num_unfinished_requests(), time.monotonic()
+        outputs = self.step()
+        self.rows.append(rows)
+        self.seconds.append(time.monotonic() - started_at)
+        return outputs
+
+    def cost(self, slots: int) -> DecodeCost:
+        """Return the cost of a step as a constant and a share of each response; both at least 0."""
+        share, constant = np.polyfit(self.rows, self.seconds, 1)
+        share, constant = max(float(share), 0.0), max(float(constant), 0.0)
+        return DecodeCost(0.0, 0.0, share, constant, share, slots, float("inf"))
+
+
+class RunLengths:
+    """The lengths that this run prescribes, in its order; the generator is not used."""
+
+    def draw(self, random: np.random.Generator, prompts: int, rollouts: int) -> Any:
+        """Return lengths [prompts, rollouts]."""
+        return np.array([[length_of(prompt, index) for index in range(rollouts)] for prompt in range(prompts)])
+
+    def describe(self) -> str:
+        """Return the source as text."""
+        return "the lengths of this run"
+
+
+def predicted_ratio(config: c.Config, arch: Architecture, cost: DecodeCost) -> float:
+    """Return simulated seconds of generation with a pool over those of waiting for the longest response."""
+    scenario = Scenario(config, arch, next(iter(GPUS.values())), distributed.world_size())
+    scenario = dataclasses.replace(scenario, assumed=dataclasses.replace(scenario.assumed, prompt_tokens=4))
+    pool = rollout_simulation.policy_of(config.rollout)
+    assert pool is not None
+    seconds = [
+        rollout_simulation.simulate(scenario, 0.0, policy, RunLengths(), 0, cost).generation_s
+        for policy in (pool, rollout_simulation.ROLLOUTS)
+    ]
+    return seconds[0] / seconds[1]
+
+
 def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Return seconds per step of both kinds, and lengths of what they return."""
     config = c.Config(
@@ -94,10 +152,12 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         rollout=c.RolloutConfig(arguments.round_tokens, arguments.pool, staleness=arguments.staleness),
     )
     parallel.start_process_group()
-    engine, _ = start_engine(read_inputs(config))
+    inputs = read_inputs(config)
+    engine, _ = start_engine(inputs)
     from oreal_megatron.rollout.rollout_pool import RolloutPool
 
     prescribe_lengths(engine)
+    timer = StepTimer(engine.llm.llm_engine)
     problems = NumberedProblems()
     pool = RolloutPool(config, problems, engine, NoGrading())
     seconds: dict[str, list[float]] = {"waiting": [], "pool": []}
@@ -118,11 +178,20 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
                 seconds[kind].append(elapsed / len(rows) * PROMPTS)
                 lengths[kind] += [len(rollout.tokens) for row in rows for rollout in row]
                 idle += [pool.metrics()["speed/idle/generate"]] if kind == "pool" else []
+    costs = distributed.all_gather_object(timer.cost(config.engine.max_num_seqs))
     parallel.stop(engine)
+    cost = dataclasses.replace(
+        costs[0],
+        row_s=statistics.mean(cost.row_s for cost in costs),
+        prefill_token_s=statistics.mean(cost.prefill_token_s for cost in costs),
+        overhead_s=statistics.mean(cost.overhead_s for cost in costs),
+    )
     return {
         "seconds per step": {kind: [round(value, 3) for value in values] for kind, values in seconds.items()},
         "sum": {kind: round(sum(values), 2) for kind, values in seconds.items()},
         "ratio": round(sum(seconds["pool"]) / sum(seconds["waiting"]), 3),
+        "predicted ratio": round(predicted_ratio(config, inputs.arch, cost), 3),
+        "milliseconds of a decoding step": f"{1000 * cost.overhead_s:.2f} + {1000 * cost.row_s:.3f} x responses",
         "mean length": {kind: round(statistics.mean(values), 2) for kind, values in lengths.items()},
         "idle share of the pool": round(statistics.mean(idle), 3),
         "settings": dataclasses.asdict(config.rollout),

@@ -95,10 +95,18 @@ def compare(scenario: Scenario, other_s: float, lengths: LengthSource, seed: int
 
 
 def simulate(
-    scenario: Scenario, other_s: float, policy: RolloutPolicy, lengths: LengthSource, seed: int
+    scenario: Scenario,
+    other_s: float,
+    policy: RolloutPolicy,
+    lengths: LengthSource,
+    seed: int,
+    cost: DecodeCost | None = None,
 ) -> PolicyResult:
-    """Simulate WARM_UP + STEPS steps of one policy; the seed fixes the lengths, whatever the policy."""
-    simulation = _Simulation(scenario, policy, lengths, seed)
+    """Simulate WARM_UP + STEPS steps of one policy; the seed fixes the lengths, whatever the policy.
+
+    `cost`: measured costs of a replica; None: those of the plan.
+    """
+    simulation = _Simulation(scenario, policy, lengths, seed, cost or DecodeCost.of(scenario))
     steps = [simulation.step(number) for number in range(WARM_UP + STEPS)][WARM_UP:]
     generation = float(np.mean([step.seconds for step in steps]))
     if policy.separate:
@@ -139,8 +147,10 @@ class _Step:
 class _Simulation:
     """State between steps: the pool of prompts in flight."""
 
-    def __init__(self, scenario: Scenario, policy: RolloutPolicy, lengths: LengthSource, seed: int):
-        self.scenario, self.policy, self.cost = scenario, policy, DecodeCost.of(scenario)
+    def __init__(
+        self, scenario: Scenario, policy: RolloutPolicy, lengths: LengthSource, seed: int, cost: DecodeCost
+    ) -> None:
+        self.scenario, self.policy, self.cost = scenario, policy, cost
         self.prompts = scenario.config.data.prompts_per_step
         self.replicas = max(1, round(scenario.replicas * (policy.separate or 1.0)))
         random = np.random.default_rng(seed)

@@ -38,15 +38,24 @@ def append(
     )
 
 
+GrowthPart = tuple[tuple[int, int], tuple[int, ...], tuple[float, ...] | None, bool, str]
+"""Key of a rollout, its new tokens and log-probs, whether it has finished, and its text."""
+
+
+def new_parts(grown: Sequence[Rollout], rollouts: Sequence[Rollout]) -> list[GrowthPart]:
+    """Return what a rank sends of its own rollouts, which were among `rollouts` before: only new tokens."""
+    before = {rollout.key: len(rollout.tokens) for rollout in rollouts}
+    return [
+        (r.key, r.tokens[start:], r.logprobs and r.logprobs[start:], r.finished, r.text)
+        for r in grown
+        for start in [before[r.key]]
+    ]
+
+
 def gather_growth(grown: Sequence[Rollout], rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
-    """Return all `rollouts` as they have grown, on every rank, from the ranks' own. Only new tokens travel."""
-    before = {rollout.key: rollout for rollout in rollouts}
-    parts = []
-    for rollout in grown:
-        start = len(before[rollout.key].tokens)
-        logprobs = rollout.logprobs and rollout.logprobs[start:]
-        parts.append((rollout.key, rollout.tokens[start:], logprobs, rollout.finished, rollout.text))
-    everything = {key: part for parts_of_rank in distributed.all_gather_object(parts) for key, *part in parts_of_rank}
+    """Return all `rollouts` as they have grown, on every rank, from the ranks' own. Collective."""
+    parts = distributed.all_gather_object(new_parts(grown, rollouts))
+    everything = {key: part for parts_of_rank in parts for key, *part in parts_of_rank}
     result = []
     for rollout in rollouts:
         tokens, logprobs, finished, text = everything[rollout.key]

@@ -158,3 +158,12 @@ def test_one_step_ahead_takes_the_longer_of_both(scenario, tail):
     ahead = dataclasses.replace(QUEUE, separate=0.5)
     fast, slow = (simulate(scenario, other, ahead, tail, 0) for other in (0.0, 1e4))
     assert fast.step_s == fast.generation_s and slow.step_s == pytest.approx(2e4) and fast.staleness == 1
+
+
+def test_measured_costs_replace_those_of_the_plan_and_time_is_proportional_to_them(scenario, tail):
+    scenario = dataclasses.replace(scenario, assumed=dataclasses.replace(scenario.assumed, prompt_tokens=0))
+    cost = DecodeCost(0.0, 0.0, 1e-3, 4e-3, 1e-3, 32, 1e12)
+    slower = dataclasses.replace(cost, row_s=3e-3, overhead_s=12e-3, prefill_token_s=3e-3)
+    for policy in (ROLLOUTS, RolloutPolicy("pool", "rollouts", 2.0, True, 0.0, 2, 512)):
+        once, thrice = (simulate(scenario, 0.0, policy, tail, 0, measured).generation_s for measured in (cost, slower))
+        assert thrice == pytest.approx(3 * once) and once != simulate(scenario, 0.0, policy, tail, 0).generation_s
