@@ -6,16 +6,19 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import fake_run
 import pytest
 import torch
+from repository import ROOT
 
 from oreal_megatron import config as c
 from oreal_megatron import settings
 from oreal_megatron.algo import advantages, loss_term, packing, selection
 from oreal_megatron.config import ConfigError, RunStopped
-from oreal_megatron.config.user_functions import check_functions
+from oreal_megatron.config.schema import FunctionKey, config_keys
+from oreal_megatron.config.user_functions import check_functions, read_function
 from oreal_megatron.data import demonstration_lines, problems
 from oreal_megatron.data import user_functions as data_functions
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Verdict
@@ -256,3 +259,22 @@ def test_demonstrations_use_the_template_and_a_chat_of_several_turns_is_refused(
     assert load({"messages": turns[:2]})[0].prompt_tokens == tuple(tokenizer.encode("sQ:1A:"))
     with pytest.raises(ConfigError, match="line 1: data.template renders one question, but this chat has earlier"):
         load({"messages": turns})
+
+
+def test_the_functions_on_the_page_of_extensions_work(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how_to/extensions.md").read_text(), re.DOTALL)
+    (text,) = (block for block in blocks if block.startswith("# own.py"))
+    (tmp_path / "own.py").write_text(text)
+    keys = {key.path: key.key for key in config_keys(c.Config()) if isinstance(key.key, FunctionKey)}
+
+    def own(setting: str, name: str):
+        return read_function(f"{tmp_path}/own.py:{name}", setting, keys[setting].arguments)
+
+    assert own("selection.advantage_rule", "advantage")([1.0, -1.0]) == [1.0, -1.0]
+    assert [row["gold_answer"] for row in own("data.reader", "reader")("sums:1-3")] == ["2", "4"]
+    prompt = own("data.template", "template")("1+1=", "Be brief.")
+    assert prompt == "Be brief.\nQuestion: 1+1=\nAnswer:"
+    rollout = Rollout(Prompt(0, "1+1=", "2", None, (1,)), 0, 0, (2,), r"\boxed{2}", True)
+    assert own("record.metric", "metric")([[rollout]], [[]]) == {"boxed_share": 1.0}
+    own("record.after_step", "after_step")(3, {"reward/pass_rate": 0.5}, str(tmp_path))
+    assert (tmp_path / "pass_rate.txt").read_text() == "3 0.500\n"

@@ -45,6 +45,7 @@ def test_a_run_ends_with_where_the_policy_is_and_what_to_look_at(model_folder, t
     )
     assert fake_run.train(config, accuracies={0: 0.25, 1: 0.5, 3: 0.375})
     output, run = capsys.readouterr().out, tmp_path / "run"
+    assert output.startswith("train run 4/4 (")
     assert "held-out 50.0%" in output.splitlines()[0], "that of the last evaluation before the line"
     assert f"policy: {run}/policy (held-out accuracy 37.5%, 25.0% before training)" in output
     assert f"best policy: {run}/best (held-out accuracy 50.0% after step 2)" in output
