@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # T1 from nothing on two CPU cores: data construction, supervised fine-tuning, reinforcement learning with every part
 # of T1, evaluation and a report page.
-#     bash examples/t1.sh [--seed N]
-# A second start continues where the first ended. Everything is written under runs/t1/seed_N.
+#     bash examples/t1.sh [--seed N] [--data]
+# --data ends before the reinforcement learning. A second start continues where the first ended. Everything is written under runs/t1/seed_N.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
-seed=0
+seed=0 data_only=
 while [ $# -gt 0 ]; do
     case $1 in
         --seed) seed=${2:?"t1: --seed needs a number"}; shift 2 ;;
-        *) echo "t1: unknown option $1; known is --seed N" >&2; exit 2 ;;
+        --data) data_only=1; shift ;;
+        *) echo "t1: unknown option $1; known are --seed N and --data" >&2; exit 2 ;;
     esac
 done
 [[ $seed =~ ^[0-9]+$ ]] || { echo "t1: --seed is '$seed'; expected a whole number" >&2; exit 2; }
@@ -23,7 +24,7 @@ say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
 if [ ! -f "$folder/made" ]; then
     say "a small policy with its own tokenizer, and problems"
-    .venv/bin/python tools/make_addition_task.py "$folder" --seed "$seed"
+    .venv/bin/python tools/make_addition_task.py "$folder" --seed "$seed" --training 2000
     touch "$folder/made"
 fi
 if [ ! -f "$folder/sft/policy/config.json" ]; then
@@ -44,13 +45,14 @@ if [ ! -f "$folder/rft/policy/config.json" ]; then
     say "supervised fine-tuning on the policy's own correct responses"
     $oreal sft $recipes:rft --set seed="$seed" --resume auto
 fi
-say "reinforcement learning"
-$oreal train $recipes:reinforce --set seed="$seed" --resume auto
-for policy in rft reinforce; do
-    [ ! -f "$folder/evaluation_$policy/results.json" ] || continue
-    say "held-out problems, policy of $policy: greedy and 8 samples each"
-    $oreal evaluate "$folder/$policy/policy" --suite "$folder/held_out.jsonl" --samples 8 --out "$folder/evaluation_$policy"
-done
-say "report"
-.venv/bin/oreal report "$folder/reinforce" --html "$folder/report.html" --picture "$folder/learning_curve.png" \
-    --summary "$folder/summary.json" --started "$started"
+[ -z "$data_only" ] || exit 0
+if [ ! -f "$folder/reinforce/policy/config.json" ]; then
+    say "reinforcement learning, with an evaluation on the held-out problems before it, after it and on the way"
+    $oreal train $recipes:reinforce --set seed="$seed" --resume auto
+fi
+if [ ! -f "$folder/summary.json" ]; then
+    say "report"
+    .venv/bin/oreal report "$folder/reinforce" --html "$folder/report.html" --picture "$folder/learning_curve.png" \
+        --summary "$folder/summary.json" --started "$started"
+fi
+say "complete: $folder/report.html"

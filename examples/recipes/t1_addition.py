@@ -1,7 +1,8 @@
 """Every part of T1 on three-digit addition, from nothing on two CPU processes: the recipes of examples/t1.sh.
 
 `sft` teaches the random policy until it solves a third of the problems, `rft` fine-tunes it on its correct responses,
-`reinforce` trains it on the problems that it solves seldom. OREAL_T1_FOLDER names another folder than runs/t1/seed_0.
+`reinforce` trains it on the problems that it solves seldom. The functions from `rollouts_16` on are the arms of
+examples/t1_ablation.sh. OREAL_T1_FOLDER names another folder than runs/t1/seed_0.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from oreal_megatron.config import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PenaltyConfig,
     ReferenceConfig,
     RewardModelConfig,
     SamplingConfig,
@@ -94,3 +96,62 @@ def rft() -> Config:
             optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=5),
         ),
     )
+
+
+def rollouts_16() -> Config:
+    """The first arm of the ablation: every part of T1, 16 responses, evaluated at one temperature for all arms."""
+    config = reinforce()
+    return dataclasses.replace(
+        config,
+        steps=40,
+        sampling=dataclasses.replace(config.sampling, rollouts_per_prompt=16),
+        checkpoint=CheckpointConfig(every=0),
+        evaluation=EvaluationConfig(every=0, max_new_tokens=16, samples=4, temperature=1.0),
+    )
+
+
+def rollouts_4() -> Config:
+    """Fewer responses to each problem."""
+    return _sampled(rollouts_per_prompt=4)
+
+
+def rollouts_64() -> Config:
+    """More responses to each problem: the paper's number."""
+    return _sampled(rollouts_per_prompt=64)
+
+
+def temperature_09() -> Config:
+    """Sampling at temperature 0.9."""
+    return _sampled(temperature=0.9)
+
+
+def temperature_10() -> Config:
+    """Sampling at temperature 1."""
+    return _sampled(temperature=1.0)
+
+
+def temperature_14() -> Config:
+    """Sampling at temperature 1.4."""
+    return _sampled(temperature=1.4)
+
+
+def without_penalties() -> Config:
+    """No penalties: a response that was cut off is incorrect, as any other."""
+    config = rollouts_16()
+    return dataclasses.replace(config, selection=dataclasses.replace(config.selection, penalties=PenaltyConfig()))
+
+
+def without_entropy_bonus() -> Config:
+    """No entropy bonus."""
+    config = rollouts_16()
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, entropy_coef=0.0))
+
+
+def fixed_reference() -> Config:
+    """A reference that stays the starting policy."""
+    return dataclasses.replace(rollouts_16(), reference=ReferenceConfig())
+
+
+def _sampled(**changes: float) -> Config:
+    config = rollouts_16()
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **changes))

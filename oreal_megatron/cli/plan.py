@@ -96,4 +96,5 @@ def _read_scenario(args: argparse.Namespace, console: Console) -> Scenario:
         text = f"{config.model.path} does not exist here; planned with the shapes of the published model"
         report_tables.print_text(console, text)
     arch, assumed = architecture.read(hf), assumptions.with_changes(args.assume)
-    return Scenario(config, arch, gpus.find_gpu(args.gpu), world, args.gpus_per_node, assumed)
+    gpu, teacher = gpus.find_gpu(args.gpu), published.read_teacher(config)
+    return Scenario(config, arch, gpu, world, args.gpus_per_node, assumed, teacher)

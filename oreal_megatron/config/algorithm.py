@@ -294,6 +294,7 @@ class EvaluationConfig(Section):
     samples: Annotated[
         int, Key("responses sampled per held-out problem beside the greedy one; 0: greedy only", 0, 1024)
     ] = 0
+    temperature: Annotated[float, Key("temperature of these; 0: sampling.temperature", 0.0, 2.0)] = 0.0
 
     @property
     def figure(self) -> str:

@@ -39,7 +39,8 @@ def evaluate(prompts: Sequence[Prompt], engine: RolloutEngine, verifier: Verifie
     """
     modes = {"": greedy(config)}
     if config.evaluation.samples:
-        modes["sampled_"] = sampled(config, config.evaluation.samples)
+        temperature = config.evaluation.temperature or config.sampling.temperature
+        modes["sampled_"] = dataclasses.replace(sampled(config, config.evaluation.samples), temperature=temperature)
     metrics: Metrics = {}
     for prefix, sampling in modes.items():
         _, verdicts = generate_and_grade(prompts, engine, verifier, sampling, (config.seed, -1))

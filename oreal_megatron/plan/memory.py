@@ -6,10 +6,12 @@ them: in bf16 2 + 4 bytes a parameter and 12 over the ranks that share it, in fp
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.plan import activations
 from oreal_megatron.plan.activations import ITEMSIZE
 from oreal_megatron.plan.scenario import Scenario
@@ -95,10 +97,28 @@ def _phases(scenario: Scenario, stage: int) -> dict[str, Bytes]:
             phases[name] = phase(asleep, models[name], temporary)
     if config.reference.moves:  # just before it scores, the policy's weights are read
         phases["reference"] |= phase(asleep, models["reference"] + weights, Bytes())
+    if scenario.teacher:
+        phases |= _distillation(scenario, stage, scenario.teacher, asleep)
     phases["weight_sync"] = phase(waking, weights, _transfer(scenario))
     # The engine sleeps while a checkpoint is copied to the host.
     phases["save"] = phase(asleep, largest - Bytes({"gradients": largest["gradients"]}), Bytes())
     return phases
+
+
+def _distillation(scenario: Scenario, stage: int, arch: Architecture, asleep: Bytes) -> dict[str, Bytes]:
+    """Return the phases of `oreal distill`: the teacher reads a step's features, then the student is trained."""
+    config, distilled = scenario.config, scenario.config.distillation
+    teacher, itemsize = dataclasses.replace(scenario, arch=arch, teacher=None), ITEMSIZE[config.model.dtype]
+    parameters = Bytes({"parameters": teacher.elements(stage, "lm") * itemsize})
+    student = model_bytes(scenario, stage, "lm")
+    tokens = config.supervised.samples_per_step * scenario.sequence_tokens / scenario.data / config.parallel.context
+    width = arch.vocab / config.parallel.tensor if distilled.on_logits else distilled.layers * arch.hidden
+    features = Bytes({"activations": tokens * width * itemsize})
+    standing = [parameters, student] if config.offload else [parameters + student] * 2
+    return {
+        "teacher": _with_reserve(scenario, asleep + standing[0] + features, _scoring(teacher, stage)),
+        "distillation": _with_reserve(scenario, asleep + standing[1] + features, _training(scenario, stage, "lm")),
+    }
 
 
 def _last(scenario: Scenario, stage: int) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.models import architecture
+from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.runtime import files
 
 
@@ -41,6 +43,12 @@ CONFIGS = {
     **{f"{name}": YI_9B for name in ("Yi-1.5-9B-Chat-16K", "T1-SFT-9B")},
     "DeepSeek-R1-Distill-Qwen-7B": _qwen(*SIZES["7B"], 131072, 1e4),
 }
+
+
+def read_teacher(config: Config) -> Architecture | None:
+    """Return the architecture of the teacher of `oreal distill`, None where the recipe names none."""
+    path = config.distillation.teacher
+    return architecture.read(read_config(path)[0]) if path else None
 
 
 def read_config(path: str) -> tuple[dict[str, Any], bool]:

@@ -25,6 +25,7 @@ class Scenario:
     world: int
     node: int = 8  # GPUs per node
     assumed: Assumptions = field(default_factory=Assumptions)
+    teacher: Architecture | None = None  # of `oreal distill`
 
     @property
     def model_ranks(self) -> int:

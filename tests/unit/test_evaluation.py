@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from oreal_megatron.cli import main
-from oreal_megatron.config import Config, EvaluationConfig
+from oreal_megatron.config import Config, EvaluationConfig, SamplingConfig
 from oreal_megatron.evaluation.score import evaluate, pass_rates
 from oreal_megatron.evaluation.statistics import wilson_interval
 from oreal_megatron.observe.recorder import Recorder
@@ -76,6 +77,12 @@ def test_samples_are_evaluated_beside_the_greedy_response():
     assert (result["sampled_accuracy"], result["sampled_answers"], result["sampled_unknown"]) == (0.5, 20, 0)
     assert 0 < result["sampled_low"] < 0.5 < result["sampled_high"] < 1, "alike problems: the interval is no point"
     assert not [name for name in evaluate(problems, Engine(), Verifier(), Config()) if "sampled" in name]
+    requests.clear()
+    sampling = SamplingConfig(temperature=1.2)
+    evaluate(problems, Engine(), Verifier(), dataclasses.replace(config, sampling=sampling))
+    fixed = dataclasses.replace(config.evaluation, temperature=0.9)
+    evaluate(problems, Engine(), Verifier(), dataclasses.replace(config, sampling=sampling, evaluation=fixed))
+    assert [row[0] for row in requests] == [0.0, 1.2, 0.0, 0.9]
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -13,7 +13,14 @@ import pytest
 from oreal_megatron import settings
 from oreal_megatron.algo import packing
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import Config, ConfigError
+from oreal_megatron.config import (
+    Config,
+    ConfigError,
+    DistillationConfig,
+    ModelConfig,
+    ParallelConfig,
+    SupervisedConfig,
+)
 from oreal_megatron.config.schema import config_keys
 from oreal_megatron.models import architecture, flops
 from oreal_megatron.plan import activations, assumptions, estimate, gpus, memory, published, search, synthetic, timing
@@ -397,3 +404,31 @@ def test_every_warning_names_a_setting(changes, world):
     one = dataclasses.replace(case("oreal_7b", *changes, world=world), assumed=assumptions.Assumptions(host_gib=50))
     messages = list(estimate.warnings(estimate.estimate_scenario(one, search.NO_TRANSFER)))
     assert messages and all(any(key in message for key in keys) for message in messages), messages
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("objective", ["pearson", "kl_logits"])
+def test_a_teacher_adds_its_parameters_and_features_to_two_phases_and_to_no_other(offload, objective):
+    section = DistillationConfig(teacher="models/Qwen2.5-32B", objective=objective, layers=2)
+    config = Config(
+        model=ModelConfig("models/Qwen2.5-7B", "bfloat16"), parallel=ParallelConfig(tensor=4), offload=offload,
+        distillation=section, supervised=SupervisedConfig(samples_per_step=16),
+    )  # fmt: skip
+    student = architecture.read(published.read_config(config.model.path)[0])
+    teacher = published.read_teacher(config)
+    alone = Scenario(config, student, gpus.find_gpu("h100-80g"), 4)
+    (plain,), (taught,) = memory.stages(alone), memory.stages(dataclasses.replace(alone, teacher=teacher))
+    assert {name: taught.phases[name] for name in plain.phases} == plain.phases
+    assert set(taught.phases) - set(plain.phases) == {"teacher", "distillation"}
+    own = 2 * alone.elements(0, "lm")
+    weights = 2 * dataclasses.replace(alone, arch=teacher).elements(0, "lm")
+    expected = (
+        {"teacher": weights, "distillation": own}
+        if offload
+        else dict.fromkeys(("teacher", "distillation"), own + weights)
+    )
+    assert {name: taught.phases[name]["parameters"] for name in expected} == expected
+    width = teacher.vocab / 4 if objective == "kl_logits" else 2 * teacher.hidden
+    stored = taught.phases["distillation"]["activations"] - plain.phases["policy"]["activations"]
+    assert stored == pytest.approx(2 * 16 * alone.sequence_tokens * width)
+    assert published.read_teacher(dataclasses.replace(config, distillation=DistillationConfig())) is None

@@ -73,6 +73,27 @@ def test_the_plan_counts_the_average_of_a_moving_reference_and_the_pass_for_kl_i
     assert seconds[1] > 1.1 * seconds[0]
 
 
+ARMS = {  # arm -> settings in which it differs from the first
+    "rollouts_4": {"sampling"}, "rollouts_64": {"sampling"}, "temperature_09": {"sampling"},
+    "temperature_10": {"sampling"}, "temperature_14": {"sampling"}, "without_penalties": {"selection"},
+    "without_entropy_bonus": {"loss"}, "fixed_reference": {"reference"},
+}  # fmt: skip
+
+
+def test_each_arm_of_the_ablation_changes_one_section_and_is_evaluated_alike():
+    script = FILE.parent.parent.joinpath("t1_ablation.sh").read_text()
+    listed = [name for line in script.splitlines() if line.startswith("arms=") for name in line[5:].split(",")]
+    assert [name for name in listed if name != "$arms"] == ["rollouts_16", *ARMS]
+    recipe = FILE.with_name("t1_addition.py")
+    first = settings.from_recipe(f"{recipe}:rollouts_16")
+    for name, sections in ARMS.items():
+        config = settings.from_recipe(f"{recipe}:{name}")
+        validate(config)
+        fields = [field.name for field in dataclasses.fields(config)]
+        assert {field for field in fields if getattr(config, field) != getattr(first, field)} == sections
+    assert first.evaluation.temperature == 1.0 and first.sampling.temperature == 1.2
+
+
 def test_the_small_recipes_are_valid_and_have_every_part():
     names = ("reinforce", "rate", "sft", "rft")
     recipes = {name: settings.from_recipe(f"{FILE.with_name('t1_addition.py')}:{name}") for name in names}
