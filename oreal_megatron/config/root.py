@@ -156,10 +156,10 @@ class Config(Section):
     def _idle_conflicts(self) -> Iterator[str]:
         """Yield messages about a loss and learning rates with which no step would change a model."""
         loss, reward_model = self.loss, self.reward_model
-        if not (loss.positive_coef or loss.negative_coef or loss.entropy_coef):
+        if not (loss.positive_coef or loss.negative_coef or loss.entropy_coef or loss.term):
             yield (
                 "loss.positive_coef, loss.negative_coef and loss.entropy_coef are 0: the KL divergence alone keeps the "
-                "policy where it starts; set one of them above 0"
+                "policy where it starts; set one of them above 0, or name a loss.term"
             )
         if not self.optimizer.lr:
             yield "optimizer.lr is 0: the policy would never change; set it above 0"

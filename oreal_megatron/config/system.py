@@ -207,6 +207,9 @@ class RecordConfig(Section):
         tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
         FreeKey("services that get the metrics too; each must be installed"),
     ] = ("tensorboard",)
+    opentelemetry: Annotated[
+        bool, FreeKey("send spans of steps and phases to the collector that the OTEL_EXPORTER_OTLP_* variables name")
+    ] = False
 
 
 @dataclass(frozen=True)

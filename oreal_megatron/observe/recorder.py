@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron.algo import guard, reward_diagnostics
@@ -16,6 +16,7 @@ from oreal_megatron.observe.metrics_log import MetricsLog
 from oreal_megatron.observe.phase_timer import PhaseTimer
 from oreal_megatron.observe.progress import Bar, step_note
 from oreal_megatron.observe.run_folder import NO_ORIGIN, RunFolder
+from oreal_megatron.observe.spans import PhaseSpans
 from oreal_megatron.observe.trackers import Trackers
 from oreal_megatron.observe.user_hooks import UserHooks
 from oreal_megatron.observe.weight_balance import WeightBalance
@@ -50,6 +51,7 @@ class Recorder:
         trackers = Trackers(config, first_step) if self.writes else None
         self.metrics = MetricsLog(self.folder.path, first_step, trackers)
         self.timer = PhaseTimer(config, arch, peak_flops)
+        self.spans = PhaseSpans(config)
         self.idle_steps = IdleSteps()
         self.dumps = StepDumps(config, dump_share)
         self.weight_balance = WeightBalance()
@@ -63,17 +65,21 @@ class Recorder:
         """Iterate over the steps that remain, under a progress bar."""
         with Bar(f"train {self.folder.path.name}", self.config.steps, self.writes, self.first_step) as self.bar:
             self.timer.start()
-            yield self._step_numbers()
+            with contextlib.closing(self._step_numbers()) as numbers:  # ends the span of a step that failed
+                yield numbers
             self._report(self.idle_steps.summary())
 
-    def _step_numbers(self) -> Iterator[int]:
+    def _step_numbers(self) -> Generator[int, None, None]:
         for step in range(self.first_step, self.config.steps):
             heartbeat.step(step)
-            yield step
+            with self.spans.span("step"):
+                yield step
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step on this rank. Not collective."""
-        return self.timer.phase(name)
+        with self.spans.span(name), self.timer.phase(name):
+            yield
 
     def dump(
         self,

@@ -23,12 +23,27 @@ log = logging.getLogger(__name__)
 
 
 def check_trackers(config: Config) -> None:
-    """Check that the packages of the trackers are installed."""
+    """Check that the packages of the trackers are installed, and those of OpenTelemetry if spans are sent."""
     for name in config.record.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"record.trackers names {name}, which is not installed here; pip install {name}, or leave it out"
             )
+    if config.record.opentelemetry and not all(
+        map(_is_installed, ("opentelemetry.sdk", "opentelemetry.exporter.otlp"))
+    ):
+        raise ConfigError(
+            "record.opentelemetry is true, and OpenTelemetry is not installed here; pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp, or set record.opentelemetry=false"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether a module can be imported; its parents are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent is missing
+        return False
 
 
 def check_world(config: Config, arch: Architecture) -> None:

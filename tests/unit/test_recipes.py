@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from oreal_megatron import settings
 from oreal_megatron.config import Config, ConfigError, validate
 from oreal_megatron.config.schema import config_keys
+from oreal_megatron.config.user_functions import check_functions
 from oreal_megatron.models import architecture
 from oreal_megatron.session import model_checks
 from oreal_megatron.session.inputs import read_inputs
@@ -167,3 +169,21 @@ def test_an_arm_differs_from_oreal_in_its_switches_only(arm, keys):
     present, base = (settings.from_recipe(f"{FILE.parent}/checked.py:{name}") for name in (arm, "oreal"))
     values = [{key.path: key.value for key in config_keys(config)} for config in (present, base)]
     assert {path for path in values[0] if values[0][path] != values[1][path]} == keys
+
+
+@pytest.mark.parametrize("file", sorted(FILE.parent.glob("*.py")), ids=lambda file: file.stem)
+def test_no_example_recipe_has_settings_that_are_refused(file, monkeypatch):
+    monkeypatch.setenv("OREAL_JUDGE_URLS", "http://judge.test:8000")
+    names = [
+        node.name
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and node.name[0] != "_"
+        and not node.args.args
+        and ast.unparse(node.returns or node) == "Config"
+    ]
+    assert names
+    for name in names:
+        config = settings.from_recipe(f"{file}:{name}")
+        validate(config)
+        check_functions(config)
