@@ -34,11 +34,11 @@ def bytes_per_token(tokens: int, with_logprobs: bool, samples: int = 8) -> tuple
     before = growth.blank_rollouts([rollout.prompt for rollout in grown], 1)
     packed = pickle.dumps(growth.new_parts(grown, before))
     tracemalloc.start()
-    kept = pickle.loads(packed)
-    held = tracemalloc.get_traced_memory()[0]
+    unpacked = pickle.loads(packed)
+    memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    del kept
-    return len(packed) / samples / tokens, held / samples / tokens
+    del unpacked
+    return len(packed) / samples / tokens, memory / samples / tokens
 
 
 def main() -> None:

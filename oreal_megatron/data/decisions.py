@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -44,14 +42,7 @@ class Decisions:
     def _read(self, header: dict[str, object]) -> list[Line]:
         if not self.path.is_file():
             return []
-        first, *others = [*_complete_lines(self.path)] or [{}]
+        first, *others = files.complete_json_lines(self.path) or [{}]
         if first != json.loads(json.dumps(header)):
             raise ConfigError(f"{self.path} is of another input or other settings; remove it, or write to another file")
         return others
-
-
-def _complete_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines of the file; one that a crash cut short ends it."""
-    with open(path) as lines, contextlib.suppress(json.JSONDecodeError):
-        for line in lines:
-            yield json.loads(line)

@@ -6,7 +6,6 @@ not stored: the next start sends it again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -59,7 +58,7 @@ class Replies:
         self.path = output.with_name(output.name + SUFFIX)
         self.client, self.model = client, model  # the model's name and settings are a part of the key
         self._lock = threading.Lock()
-        rows = list(_complete_rows(self.path))
+        rows = files.complete_json_lines(self.path)
         self._stored: dict[str, tuple[str, bool]] = {key: (text, complete) for key, text, complete in rows}
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "a")
@@ -123,13 +122,3 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], th
             yield from pool.map(function, window)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _complete_rows(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield the stored rows; one that a crash cut short ends the file."""
-    if not path.is_file():
-        return
-    with open(path) as lines, contextlib.suppress(ValueError):
-        for line in lines:
-            key, text, is_complete = json.loads(line)
-            yield key, text, is_complete

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -103,6 +104,16 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(new, path)
     sync(path.parent)
+
+
+def complete_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines, [] if it does not exist; a line that a crash cut short ends it."""
+    values: list[Any] = []
+    if path.is_file():
+        with open(path) as lines, contextlib.suppress(json.JSONDecodeError):
+            for line in lines:
+                values.append(json.loads(line))
+    return values
 
 
 def read_object(path: Path) -> dict[str, Any]:

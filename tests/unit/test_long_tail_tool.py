@@ -1,4 +1,4 @@
-"""What tools/measure_long_tail.py gives to the simulation."""
+"""Measurements that tools/measure_long_tail.py passes to the simulation."""
 
 from __future__ import annotations
 
