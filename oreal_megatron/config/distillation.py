@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from oreal_megatron.config.schema import InputKey, Key, Section
+from oreal_megatron.config.schema import FixedKey, InputKey, Key, Section
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class DistillationConfig(Section):
     layers: Annotated[
         int, Key("layers that are compared, at equal fractions of the depth; the last is one", low=1)
     ] = 4  # fmt: skip
+    projection: Annotated[
+        bool,
+        FixedKey("learn a linear map of each compared layer to the teacher's width; needed where widths differ"),
+    ] = False
     coef: Annotated[float, Key("coefficient of the objective", low=0.0)] = 1.0
     cross_entropy_coef: Annotated[float, Key("coefficient of the demonstrations' cross entropy", low=0.0)] = 1.0
     temperature: Annotated[
@@ -33,6 +37,11 @@ class DistillationConfig(Section):
         return self.objective.endswith("_logits")
 
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield a message if no term is left."""
+        """Yield a message if no term is left, or a projection would be read by none."""
         if self.coef == self.cross_entropy_coef == 0:
             yield f"{path}coef and {path}cross_entropy_coef are 0, so nothing would be learned; set one above 0"
+        if self.projection and self.on_logits:
+            yield (
+                f"{path}projection is set, but {path}objective={self.objective} compares logits, which have one width; "
+                f"set {path}projection=false, or {path}objective to pearson or mse"
+            )

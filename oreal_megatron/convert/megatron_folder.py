@@ -21,7 +21,8 @@ from oreal_megatron.models.tensors import Entry, Sharding
 from oreal_megatron.runtime import files
 
 HF_SUBFOLDER = "hf"
-NOT_WEIGHTS = ("optimizer.", "_extra_state")  # parts of keys of other tensors in a training checkpoint
+# Parts of keys of other tensors in a training checkpoint.
+NOT_WEIGHTS = ("optimizer.", "_extra_state", torch_dist_keys.FEATURE_PROJECTION)
 
 
 def describe(source: hf_folder.HFFolder, checkpoint: Path, head: str, dtype: torch.dtype) -> None:

@@ -2,7 +2,8 @@
 
 A correlation is over all tokens of a step, which no micro-batch sees: one more forward pass of the student sums the
 moments, and the update then adds the gradient, known in closed form, where the features are. Results therefore do not
-depend on packing and layout. Both models have the layout of the recipe, without pipeline stages.
+depend on packing and layout. Both models have the layout of the recipe, without pipeline stages. With
+`distillation.projection` the features are those of the student's layer after a learned map (feature_projection.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from oreal_megatron.algo import feature_imitation as imitation
 from oreal_megatron.algo import loss
 from oreal_megatron.config import Config
-from oreal_megatron.mcore import layer_hooks, logit_imitation
+from oreal_megatron.mcore import feature_projection, layer_hooks, logit_imitation
 from oreal_megatron.mcore.gpt_model import device
 from oreal_megatron.mcore.trained_models import Policy, Reader, Reference
 from oreal_megatron.models.architecture import Architecture
@@ -42,9 +43,11 @@ class Student(Policy):
     def __init__(
         self, arch: Architecture, config: Config, read: Reader, teacher: Reference, teacher_arch: Architecture
     ):
-        super().__init__(arch, config, read)
-        self.teacher = teacher
+        self.teacher, self.width = teacher, teacher_arch.hidden
         self.pairs = imitation.match_layers(arch.layers, teacher_arch.layers, config.distillation.layers)
+        learned, count = config.distillation.projection, len(self.pairs)
+        self.projections = feature_projection.build(count, arch.hidden, self.width, config) if learned else None
+        super().__init__(arch, config, read, self.projections)
 
     def imitate(self, batch: Batch) -> Metrics:
         """Take one step on demonstrations."""
@@ -75,12 +78,12 @@ class Student(Policy):
         features = _read_features(self.teacher, batch, [teacher for _, teacher in self.pairs], rows)
         own_layers = [own for own, _ in self.pairs]
         channels = self._statistics(batch, own_layers, rows, features)
-        scale = self.config.distillation.coef / (len(own_layers) * self.chunks[0].config.hidden_size)
+        scale = self.config.distillation.coef / (len(own_layers) * self.width)
 
         def visit(number: int, index: int, hidden: Tensor) -> Tensor:
-            own = hidden.detach()[rows[number], 0]
-            gradient = distance.gradient(own, features[number][index], channels[index], tokens)
-            return layer_hooks.add_gradient(hidden, rows[number], scale * gradient)
+            own = self._features(index, hidden, rows[number])
+            gradient = distance.gradient(own.detach(), features[number][index], channels[index], tokens)
+            return layer_hooks.add_gradient(hidden, own, scale * gradient)
 
         metrics = _hidden_metrics(channels, distance)
         with layer_hooks.visited_layers(self.chunks[0], own_layers, visit):
@@ -90,17 +93,22 @@ class Student(Policy):
         self, batch: Batch, layers: Sequence[int], rows: Sequence[Tensor], features: Sequence[Sequence[Tensor]]
     ) -> list[imitation.Statistics]:
         """Return the statistics of each layer's channels over the step, from a forward pass. Collective."""
-        hidden_size = self.chunks[0].config.hidden_size
-        sums = torch.zeros(len(layers), 5, hidden_size, dtype=torch.float64, device=device())
+        sums = torch.zeros(len(layers), 5, self.width, dtype=torch.float64, device=device())
 
         def visit(number: int, index: int, hidden: Tensor) -> Tensor:
-            sums[index] += imitation.moments(hidden[rows[number], 0], features[number][index])
+            own = self._features(index, hidden, rows[number])
+            sums[index] += imitation.moments(own, features[number][index])
             return hidden
 
         with layer_hooks.visited_layers(self.chunks[0], layers, visit):
             self.read_outputs(batch, _nothing)
         sum_over_tokens(sums, self.config.parallel.sequence)
         return [imitation.statistics(moments, batch.counts.action_tokens) for moments in sums]
+
+    def _features(self, index: int, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return rows [n, C] of a layer's output, in the width of the teacher."""
+        own = layer_hooks.select_rows(hidden, rows)
+        return self.projections[index](own) if self.projections is not None else own
 
 
 def sum_over_tokens(sums: Tensor, sequence_parallel: bool) -> None:
@@ -117,7 +125,7 @@ def _read_features(
     features: list[list[Tensor]] = [[] for _ in batch.micro_batches]
 
     def visit(number: int, index: int, hidden: Tensor) -> Tensor:
-        features[number].append(hidden[rows[number], 0])
+        features[number].append(layer_hooks.select_rows(hidden, rows[number]))
         return hidden
 
     with layer_hooks.visited_layers(teacher.chunks[0], layers, visit):

@@ -26,6 +26,7 @@ from oreal_megatron.models.architecture import Architecture
 
 # Fused operations that need apex or Transformer Engine; a recipe may enable them through config.megatron.
 NEED_APEX_OR_TE = dict.fromkeys(("masked_softmax_fusion", "persist_layer_norm"), False)
+BESIDE = f"{torch_dist_keys.FEATURE_PROJECTION}."  # prefix of parameters that are no part of the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -170,10 +171,14 @@ def _stages_and_stage(config: Config, chunk: int) -> tuple[int, int]:
 def named_shards(
     chunks: list[GPTModel], arch: Architecture, config: Config, head: str
 ) -> Iterator[tuple[tensors.Entry, Tensor]]:
-    """Yield the mapping entries of this rank's stage, each with the live parameter it describes."""
+    """Yield the mapping entries of this rank's stage, each with the live parameter it describes.
+
+    Without the projection of distillation, which is trained beside the model.
+    """
     for number, chunk in enumerate(chunks):
         stages, stage = _stages_and_stage(config, number)
         live, offset = dict(chunk.named_parameters()), arch.stage_layers(stages, stage).start
+        live = {name: value for name, value in live.items() if not name.startswith(BESIDE)}
         for entry in tensors.entries(arch, config.parallel.tensor, stages, stage, head):
             yield entry, live.pop(_live_name(entry.megatron, offset, live))
         if live:

@@ -57,24 +57,30 @@ def action_rows(micro_batch: MicroBatch, sequence_parallel: bool) -> Tensor:
     return rows
 
 
+def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Return rows [n, H] of a layer's output [S', 1, H]."""
+    return hidden.squeeze(1).index_select(0, rows)
+
+
 class _AddGradient(torch.autograd.Function):
-    """Identity whose backward adds a given gradient to some rows."""
+    """Identity whose backward passes a given gradient to features."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gradient)
+    def forward(ctx: Any, hidden: Tensor, features: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = features.dtype
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
-        rows, gradient = ctx.saved_tensors
-        return incoming.index_add(0, rows, gradient[:, None].to(incoming.dtype)), None, None
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return incoming, gradient.to(ctx.dtype), None
 
 
 def add_gradient(
     hidden: Tensor,  # [S', 1, H]
-    rows: Tensor,  # [n]
-    gradient: Tensor,  # [n, H], of the step's loss, whose own gradient is 1 in Megatron's schedules
+    features: Tensor,  # [n, C], computed from hidden
+    gradient: Tensor,  # [n, C], of the step's loss, whose own gradient is 1 in Megatron's schedules
 ) -> Tensor:
-    """Return `hidden`, in whose backward `gradient` is added to its rows."""
-    return _AddGradient.apply(hidden, rows, gradient)
+    """Return `hidden`, in whose backward `gradient` flows into the features as well."""
+    return _AddGradient.apply(hidden, features, gradient)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from oreal_megatron.algo import guard, loss, loss_term, reward_diagnostics, reward_kl, token_weighting
 from oreal_megatron.algo.schedule import learning_rate, policy_rate
@@ -17,6 +17,7 @@ from oreal_megatron.config import Config
 from oreal_megatron.mcore import gpt_model, output_heads, parallel
 from oreal_megatron.mcore.scorer import MegatronScorer
 from oreal_megatron.mcore.trainer import MegatronTrainer, Objective
+from oreal_megatron.models import torch_dist_keys
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.models.tensors import Entry
 from oreal_megatron.protocols import Metrics
@@ -63,10 +64,15 @@ class TrainedModel(MegatronTrainer):
 
 
 class Policy(TrainedModel):
-    """The policy being trained. The number of its updates is the version that the engine must hold."""
+    """The policy being trained. The number of its updates is the version that the engine must hold.
 
-    def __init__(self, arch: Architecture, config: Config, read: Reader):
+    `projections` of distillation are trained beside its weights and are no part of the model.
+    """
+
+    def __init__(self, arch: Architecture, config: Config, read: Reader, projections: nn.Module | None = None):
         chunks, self.language_model = _language_model(arch, config, read)
+        if projections is not None:
+            chunks[-1].add_module(torch_dist_keys.FEATURE_PROJECTION, projections)
         super().__init__(chunks, self.language_model.log_probs, config, config.optimizer)
         self.arch, self.loss_term = arch, loss_term.loss_term(config)
 

@@ -19,6 +19,7 @@ FUSED = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 EXPERTS = "mlp.experts.local_experts."  # prefix in a live model; the number of the expert follows
+FEATURE_PROJECTION = "feature_projection"  # module of distillation beside the model, of which checkpoints only know
 
 
 class StoredTensor(NamedTuple):

@@ -24,6 +24,7 @@ class Estimate:
     transfer: timing.Transfer
     generation: timing.Generation
     seconds: dict[str, float]  # by phase
+    distillation: dict[str, float]  # seconds of a step of `oreal distill`, by pass; empty without a teacher
     checkpoint: tuple[float, float]  # bytes, seconds
 
     @property
@@ -92,6 +93,7 @@ class Estimate:
             "generation": dataclasses.asdict(self.generation) | {"seconds": self.generation.seconds},
             "seconds": self.seconds,
             "step_seconds": self.step_seconds,
+            "distillation_seconds": self.distillation,
             "hours": self.hours,
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "bubble": timing.bubble(self.scenario),
@@ -115,6 +117,7 @@ def estimate_scenario(scenario: Scenario, transfer: timing.Transfer | None = Non
         traffic,
         timing.generation(scenario),
         timing.phases(scenario, traffic),
+        timing.distillation(scenario),
         timing.checkpoint(scenario),
     )
 

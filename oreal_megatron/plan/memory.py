@@ -43,7 +43,11 @@ class Stage:
 
 def model_bytes(scenario: Scenario, stage: int, head: str) -> Bytes:
     """Return parameters, gradients, and this rank's share of main weights and moments of a trained model."""
-    elements, dtype = scenario.elements(stage, head), scenario.config.model.dtype
+    return _trained_bytes(scenario, scenario.elements(stage, head))
+
+
+def _trained_bytes(scenario: Scenario, elements: int) -> Bytes:
+    dtype = scenario.config.model.dtype
     states = 12 if dtype == "bfloat16" else 8
     sharing = scenario.data * scenario.config.parallel.context
     return Bytes(
@@ -110,7 +114,7 @@ def _distillation(scenario: Scenario, stage: int, arch: Architecture, asleep: By
     config, distilled = scenario.config, scenario.config.distillation
     teacher, itemsize = dataclasses.replace(scenario, arch=arch, teacher=None), ITEMSIZE[config.model.dtype]
     parameters = Bytes({"parameters": teacher.elements(stage, "lm") * itemsize})
-    student = model_bytes(scenario, stage, "lm")
+    student = model_bytes(scenario, stage, "lm") + _projections(scenario, arch)
     tokens = config.supervised.samples_per_step * scenario.sequence_tokens / scenario.data / config.parallel.context
     width = arch.vocab / config.parallel.tensor if distilled.on_logits else distilled.layers * arch.hidden
     features = Bytes({"activations": tokens * width * itemsize})
@@ -119,6 +123,12 @@ def _distillation(scenario: Scenario, stage: int, arch: Architecture, asleep: By
         "teacher": _with_reserve(scenario, asleep + standing[0] + features, _scoring(teacher, stage)),
         "distillation": _with_reserve(scenario, asleep + standing[1] + features, _training(scenario, stage, "lm")),
     }
+
+
+def _projections(scenario: Scenario, teacher: Architecture) -> Bytes:
+    """Return the bytes of the learned maps to the teacher's width, which every tensor-parallel rank holds."""
+    section = scenario.config.distillation
+    return _trained_bytes(scenario, section.projection * section.layers * scenario.arch.hidden * teacher.hidden)
 
 
 def _last(scenario: Scenario, stage: int) -> bool:

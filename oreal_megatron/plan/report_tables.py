@@ -25,6 +25,8 @@ def print_estimate(plan: Estimate, console: Console) -> None:
         console.print(_memory_table(plan, stage))
     print_text(console, _kv_cache(plan))
     console.print(_time_table(plan))
+    if plan.distillation:
+        print_text(console, _distillation_line(plan))
     for line in _traffic_lines(plan):
         print_text(console, line)
     print_text(console, f"assumed, not measured (--assume KEY=VALUE): {_assumptions(plan.scenario.assumed)}")
@@ -99,6 +101,11 @@ def _time_table(plan: Estimate) -> Table:
     seconds = (f"{value:.1f}" for value in plan.seconds.values())
     table.add_row(*seconds, f"{plan.step_seconds:.0f}", f"{plan.tokens_per_gpu_second:.0f}")
     return table
+
+
+def _distillation_line(plan: Estimate) -> str:
+    passes = ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.distillation.items())
+    return f"oreal distill: {sum(plan.distillation.values()):.1f} s per step (estimated): {passes}"
 
 
 def _traffic_lines(plan: Estimate) -> Iterator[str]:

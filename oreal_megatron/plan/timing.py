@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from oreal_megatron.models import flops
@@ -139,9 +140,10 @@ def _link(scenario: Scenario, ranks: int, stride: int) -> float:
 
 def phases(scenario: Scenario, moved: Transfer) -> dict[str, float]:
     """Return the seconds of each phase of a step that trains the policy, without checkpoints and evaluations."""
-    again = 1 if scenario.config.megatron.get("recompute_granularity") == "full" else 0
-    update = training(scenario, 3 + again) + gradients(scenario)
+    update = training(scenario, update_passes(scenario)) + gradients(scenario)
     seconds = {"generate": generation(scenario).seconds, "parity": parity_check(scenario)}
+    if scenario.config.selection.penalties.perplexity:
+        seconds["perplexity"] = perplexity(scenario)
     if scenario.config.reward_model.enabled:
         seconds["reward_model"] = update + swap(scenario, "reward_model")
     seconds["reference"] = training(scenario, 1) + swap(scenario, "reference")
@@ -161,6 +163,37 @@ def parity_check(scenario: Scenario) -> float:
     engine, assumed = scenario.config.engine, scenario.assumed
     scored = engine.parity_rollouts * scenario.replicas * (assumed.prompt_tokens + engine.parity_tokens)
     return training(scenario, 1) * scored / (scenario.sequences * scenario.sequence_tokens) + swap(scenario, "")
+
+
+def update_passes(scenario: Scenario) -> int:
+    """Return the forward passes of an update: a backward counts as two, full recomputation as one more."""
+    return 4 if scenario.config.megatron.get("recompute_granularity") == "full" else 3
+
+
+def perplexity(scenario: Scenario) -> float:
+    """Return the seconds in which the reference scores all rollouts for the perplexity penalty.
+
+    An upper bound: rollouts that another penalty names, and those without a verdict, are not scored.
+    """
+    config = scenario.config
+    rollouts = config.data.prompts_per_step * config.sampling.rollouts_per_prompt
+    return training(scenario, 1) * rollouts / scenario.sequences + swap(scenario, "reference")
+
+
+def distillation(scenario: Scenario) -> dict[str, float]:
+    """Return the seconds of each pass of a step of `oreal distill`; empty without a teacher.
+
+    Sequences have the assumed lengths of prompt and response. The maps of distillation.projection are not counted.
+    """
+    if scenario.teacher is None:
+        return {}
+    share = scenario.config.supervised.samples_per_step / scenario.sequences
+    teacher = dataclasses.replace(scenario, arch=scenario.teacher, teacher=None)
+    seconds = {"teacher": training(teacher, 1) * share + swap(teacher, "")}
+    if scenario.config.distillation.objective != "kl_logits":  # the others need statistics of the entire step
+        seconds["statistics"] = training(scenario, 1) * share + swap(scenario, "")
+    update = training(scenario, update_passes(scenario)) * share + gradients(scenario)
+    return seconds | {"policy": update + swap(scenario, "policy")}
 
 
 def gradients(scenario: Scenario) -> float:

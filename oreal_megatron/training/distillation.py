@@ -68,14 +68,15 @@ def read_teacher(inputs: Inputs) -> tuple[HFFolder, Architecture]:
 
 
 def _check_features(inputs: Inputs, path: str, arch: Architecture) -> None:
-    """Check that hidden states can be compared: equal widths, and as many layers as are compared."""
+    """Check that hidden states can be compared: equal widths or a projection, and as many layers as are compared."""
     distillation, student = inputs.config.distillation, inputs.arch
     if distillation.on_logits:
         return
-    if arch.hidden != student.hidden:
+    if arch.hidden != student.hidden and not distillation.projection:
         raise ConfigError(
-            f"the teacher {path} has hidden states of {arch.hidden} channels, the student of {student.hidden}; compare "
-            "logits instead: distillation.objective=pearson_logits or kl_logits"
+            f"the teacher {path} has hidden states of {arch.hidden} channels, the student of {student.hidden}; set "
+            "distillation.projection=true to learn a linear map between them, or compare logits instead: "
+            "distillation.objective=pearson_logits or kl_logits"
         )
     if distillation.layers > min(arch.layers, student.layers):
         raise ConfigError(

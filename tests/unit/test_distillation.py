@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oreal_megatron import config as c
 from oreal_megatron.algo import feature_imitation as imitation
 from oreal_megatron.cli import main
+from oreal_megatron.config import changes
 from oreal_megatron.session.inputs import read_inputs
 from oreal_megatron.training import distillation
 
@@ -162,7 +163,7 @@ def test_a_teacher_that_cannot_be_imitated_is_refused(recipe, changes, says):
         distillation.read_teacher(read_inputs(dataclasses.replace(recipe, distillation=section)))
 
 
-def test_another_width_needs_logits_and_another_vocabulary_is_refused(recipe, model_folder, tmp_path):
+def test_another_width_needs_a_projection_or_logits_and_another_vocabulary_is_refused(recipe, model_folder, tmp_path):
     from small_model import make_model
 
     make_model(tmp_path / "narrow", seed=4, layers=3, hidden=64, heads=(2, 2))
@@ -173,8 +174,10 @@ def test_another_width_needs_logits_and_another_vocabulary_is_refused(recipe, mo
         config = dataclasses.replace(inputs.config, distillation=section)
         return distillation.read_teacher(dataclasses.replace(inputs, config=config))
 
-    with pytest.raises(c.ConfigError, match="64 channels, the student of 128; compare logits instead"):
-        read(tmp_path / "narrow")
+    with pytest.raises(c.ConfigError, match="64 channels, the student of 128; set distillation.projection=true .* or"):
+        read(tmp_path / "narrow", layers=3)
+    for objective in ("pearson", "mse"):
+        assert read(tmp_path / "narrow", objective=objective, layers=3, projection=True)[1].hidden == 64
     for objective in ("pearson_logits", "kl_logits"):
         assert read(tmp_path / "narrow", objective=objective)[1].hidden == 64
     other = teacher_of(model_folder, tmp_path)
@@ -194,6 +197,18 @@ def test_pipeline_stages_are_refused(recipe, monkeypatch):
 def test_a_loss_without_a_term_is_refused():
     nothing = c.Config(distillation=c.DistillationConfig(coef=0.0, cross_entropy_coef=0.0))
     assert "nothing would be learned" in c.problems(nothing)[0]
+
+
+@pytest.mark.parametrize("objective", ["pearson_logits", "kl_logits"])
+def test_a_projection_of_logits_is_refused(objective):
+    (message,) = c.problems(c.Config(distillation=c.DistillationConfig(objective=objective, projection=True)))
+    assert message.startswith(f"distillation.projection is set, but distillation.objective={objective} compares logits")
+
+
+def test_a_resumed_run_keeps_its_projections():
+    before, after = (c.Config(distillation=c.DistillationConfig(projection=value)) for value in (False, True))
+    with pytest.raises(c.ConfigError, match="distillation.projection: False -> True: fixed for an entire run"):
+        changes.refuse_fixed("runs/x", changes.changes(before, after))
 
 
 def test_the_command_refuses_before_it_loads(recipe, tmp_path, capsys):

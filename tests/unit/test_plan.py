@@ -432,3 +432,61 @@ def test_a_teacher_adds_its_parameters_and_features_to_two_phases_and_to_no_othe
     stored = taught.phases["distillation"]["activations"] - plain.phases["policy"]["activations"]
     assert stored == pytest.approx(2 * 16 * alone.sequence_tokens * width)
     assert published.read_teacher(dataclasses.replace(config, distillation=DistillationConfig())) is None
+
+
+@pytest.mark.parametrize("objective", ["pearson", "kl_logits"])
+def test_a_teacher_adds_its_forward_pass_and_the_student_s_statistics(objective):
+    """Against the operations of both models, counted here; kl_logits needs no statistics."""
+    section = DistillationConfig(teacher="models/Qwen2.5-32B", objective=objective)
+    config = Config(
+        model=ModelConfig("models/Qwen2.5-7B", "bfloat16"), offload=False,
+        distillation=section, supervised=SupervisedConfig(samples_per_step=48),
+    )  # fmt: skip
+    student, teacher = architecture.read(published.read_config(config.model.path)[0]), published.read_teacher(config)
+    one = Scenario(config, student, gpus.find_gpu("h100-80g"), 1, teacher=teacher)
+    seconds = timing.distillation(one)
+    length, rate = one.sequence_tokens, one.gpu.flops * one.assumed.train_mfu
+    small, large = (48 * flops.forward(arch, [length], length) / rate for arch in (student, teacher))
+    passes = {"teacher": large, "statistics": small, "policy": 3 * small}
+    if objective == "kl_logits":
+        del passes["statistics"]
+    assert seconds == pytest.approx(passes) and list(seconds) == list(passes)
+    assert timing.distillation(dataclasses.replace(one, teacher=None)) == {}
+    offloaded = dataclasses.replace(one, config=dataclasses.replace(config, offload=True))
+    loaded = 2 * dataclasses.replace(one, arch=teacher).elements(0, "lm")
+    difference = timing.distillation(offloaded)["teacher"] - seconds["teacher"]
+    assert difference == pytest.approx(loaded / (one.assumed.pcie_gb_s * 1e9))
+
+
+def test_projections_are_trained_beside_the_student():
+    section = DistillationConfig(teacher="models/Qwen2.5-32B", layers=2)
+    config = Config(model=ModelConfig("models/Qwen2.5-7B", "bfloat16"), parallel=ParallelConfig(tensor=4))
+    student = architecture.read(published.read_config(config.model.path)[0])
+
+    def parts(**changes) -> memory.Bytes:
+        changed = dataclasses.replace(config, distillation=dataclasses.replace(section, **changes))
+        one = Scenario(changed, student, gpus.find_gpu("h100-80g"), 8, teacher=published.read_teacher(changed))
+        return memory.stages(one)[0].phases["distillation"]
+
+    elements = 2 * 3584 * 5120
+    added = parts(projection=True) - parts()
+    assert added == {"parameters": 2 * elements, "gradients": 4 * elements, "optimizer": 6 * elements}
+
+
+def test_the_perplexity_penalty_scores_every_rollout_with_the_reference():
+    plain, penalised = case("oreal_7b"), case("oreal_7b", "selection.penalties.perplexity=50")
+    moved = timing.Transfer(0, 0, 0, "direct")
+    before, after = timing.phases(plain, moved), timing.phases(penalised, moved)
+    rollouts = plain.config.data.prompts_per_step * plain.config.sampling.rollouts_per_prompt
+    swapping = timing.swap(plain, "reference")
+    scored = (before["reference"] - swapping) * rollouts / plain.sequences
+    assert after == pytest.approx(before | {"perplexity": scored + swapping}) and rollouts > plain.sequences
+
+
+def test_the_command_prints_the_time_of_a_teacher(tmp_path, capsys):
+    changes = "distillation.teacher=models/Qwen2.5-32B", "supervised.samples_per_step=48"
+    arguments = ["plan", "examples/recipes/oreal.py:oreal_7b", "--json", str(tmp_path / "plan.json")]
+    main([*arguments, *(part for change in changes for part in ("--set", change))])
+    seconds = json.loads((tmp_path / "plan.json").read_text())["distillation_seconds"]
+    assert f"oreal distill: {sum(seconds.values()):.1f} s per step" in capsys.readouterr().out
+    assert list(seconds) == ["teacher", "statistics", "policy"] and min(seconds.values()) > 0
