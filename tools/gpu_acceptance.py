@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_engine import checkpoint, sleep, sync
 from gpu_machine import FAILED, NOT_JUDGED, PASSED, Machine, Row
 from gpu_training import training
 from oreal_kernels import LossTerms, gemm, linear_oreal_loss, logprob_from_logits, row_gradient, row_statistics
@@ -162,6 +163,9 @@ STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in orde
     "head": (head, 240),
     "attention": (attention, 180),
     "training": (training, 240),
+    "sync": (sync, 60),
+    "checkpoint": (checkpoint, 180),
+    "sleep": (sleep, 60),
     "doctor": (doctor, 480),
 }
 

@@ -17,6 +17,7 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, Sample
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FUSED_ROTARY = {"apply_rope_fusion": True}
 PEAK_FLOPS = 989e12  # dense bf16 of H100 SXM and H200
 SMALL = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=512)
 QWEN_7B = dict(
@@ -37,11 +38,13 @@ def training(machine: Machine) -> Iterator[Row]:
 
 def _equalities(machine: Machine) -> Iterator[Row]:
     """Yield how much gradients and weights differ that should be close, or equal."""
-    small, batch = _architecture(2, **SMALL), _batch(2, 100, 512)
-    exact, half = (_gradient(small, batch, _config(dtype), machine) for dtype in ("float32", "bfloat16"))
+    small, batch = make_architecture(2, **SMALL), make_batch(2, 100, 512)
+    exact, half = (_gradient(small, batch, make_config(dtype), machine) for dtype in ("float32", "bfloat16"))
     cosine = torch.nn.functional.cosine_similarity(exact.double(), half.double(), 0)
     yield machine.at_most("training", "1 - cosine of bf16 and fp32 gradients", 1 - float(cosine), 1e-3)
-    weights = [_weights_after(small, batch, _config("bfloat16", offload), machine) for offload in (False, False, True)]
+    weights = [
+        _weights_after(small, batch, make_config("bfloat16", offload), machine) for offload in (False, False, True)
+    ]
     repeated, offloaded = (
         sum(not torch.equal(*pair) for pair in zip(weights[0], other, strict=True)) for other in weights[1:]
     )
@@ -53,54 +56,65 @@ def _speed(machine: Machine) -> Iterator[Row]:
     """Yield milliseconds per layer, model FLOP/s utilisation and memory, without and with recomputation."""
     shape, tokens = (SMALL, 256) if machine.dry else (QWEN_7B, 16384)
     depths = (1, 2) if machine.dry else (2, 6)
-    batch = _batch(2, tokens // 2, shape["vocab_size"])
-    few, many = (flops.forward(_architecture(depth, **shape), [tokens / 2] * 2, tokens) for depth in depths)
-    for name, megatron, limit in (("without", {}, 0.45), ("with", RECOMPUTE, 0.34)):
+    batch = make_batch(2, tokens // 2, shape["vocab_size"])
+    few, many = (flops.forward(make_architecture(depth, **shape), [tokens / 2] * 2, tokens) for depth in depths)
+    kinds = (
+        ("without recomputation", {}, 0.45),
+        ("with the fused rotary embedding", FUSED_ROTARY, 0.45),
+        ("with recomputation", RECOMPUTE, 0.34),
+    )
+    for name, megatron, limit in kinds:
         seconds, gib = zip(
-            *(_time_update(_architecture(depth, **shape), megatron, batch, machine) for depth in depths), strict=True
+            *(_time_update(make_architecture(depth, **shape), megatron, batch, machine) for depth in depths),
+            strict=True,
         )
         layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
-        yield machine.measured("training", f"update of a 7B layer {name} recomputation", 1e3 * layer, "ms")
+        yield machine.measured("training", f"update of a 7B layer {name}", 1e3 * layer, "ms")
         mfu = 3 * (many - few) / (seconds[1] - seconds[0]) / PEAK_FLOPS
-        yield machine.at_least("training", f"MFU of a layer {name} recomputation", mfu, limit)
+        yield machine.at_least("training", f"MFU of a layer {name}", mfu, limit)
         memory = (gib[1] - gib[0]) / (depths[1] - depths[0])
-        yield machine.measured("training", f"memory of a layer's update {name} recomputation", memory, "GiB")
+        yield machine.measured("training", f"memory of a layer's update {name}", memory, "GiB")
 
 
 def _time_update(
     arch: Architecture, megatron: dict[str, object], batch: Batch, machine: Machine
 ) -> tuple[float, float]:
     """Return the seconds of an update, optimizer included, and its memory in GiB beyond weights and optimizer."""
-    policy = trained_models.Policy(arch, _config("bfloat16", megatron=megatron), _reader(arch, machine))
-    update = _update(policy, batch)
+    policy = make_policy(arch, make_config("bfloat16", megatron=megatron), machine)
+    update = make_update(policy, batch)
     return machine.wall_seconds(update), machine.peak_bytes(update) / 2**30
 
 
 def _gradient(arch: Architecture, batch: Batch, config: Config, machine: Machine) -> Tensor:
     """Return the gradient [weights] of one update, in fp32 as Megatron accumulates it."""
-    policy = trained_models.Policy(arch, config, _reader(arch, machine))
-    _update(policy, batch)()
+    policy = make_policy(arch, config, machine)
+    make_update(policy, batch)()
     return torch.cat([buffer.grad_data for chunk in policy.chunks for buffer in chunk.buffers]).clone()
 
 
 def _weights_after(arch: Architecture, batch: Batch, config: Config, machine: Machine) -> list[Tensor]:
     """Return the weights after three updates."""
-    policy = trained_models.Policy(arch, config, _reader(arch, machine))
-    update = _update(policy, batch)
+    policy = make_policy(arch, config, machine)
+    update = make_update(policy, batch)
     for _ in range(3):
         update()
     with policy.readable():
         return [tensor.detach().clone() for _, tensor in policy.named_shards()]
 
 
-def _config(dtype: str, offload: bool = False, megatron: dict[str, object] | None = None) -> Config:
+def make_policy(arch: Architecture, config: Config, machine: Machine) -> trained_models.Policy:
+    """Return a policy with random weights, the same for the same shape."""
+    return trained_models.Policy(arch, config, _reader(arch, machine))
+
+
+def make_config(dtype: str, offload: bool = False, megatron: dict[str, object] | None = None) -> Config:
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0)
     model = ModelConfig("", dtype)  # type: ignore[arg-type]
     config = Config(model=model, optimizer=optimizer, offload=offload, loss=LossConfig(kl_coef=0.1))
     return dataclasses.replace(config, megatron=megatron or {})
 
 
-def _architecture(layers: int, **shape: int) -> Architecture:
+def make_architecture(layers: int, **shape: int) -> Architecture:
     """Return the architecture of a Qwen2 of this shape."""
     fixed = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_act="silu", rms_norm_eps=1e-6)
     rope = dict(max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False)
@@ -120,7 +134,7 @@ def _reader(arch: Architecture, machine: Machine) -> Callable[[str], Tensor]:
     return draw
 
 
-def _batch(samples: int, length: int, vocabulary: int) -> Batch:
+def make_batch(samples: int, length: int, vocabulary: int) -> Batch:
     """Return one micro-batch of a correct and an incorrect response of this length, with their prompts of 16 tokens."""
     tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
     outcomes = [1.0 if number % 2 == 0 else -1.0 for number in range(samples)]
@@ -130,7 +144,7 @@ def _batch(samples: int, length: int, vocabulary: int) -> Batch:
     return packing.batch(chosen, parallel.packing_spec(samples * length))
 
 
-def _update(policy: trained_models.Policy, batch: Batch) -> Callable[[], object]:
+def make_update(policy: trained_models.Policy, batch: Batch) -> Callable[[], object]:
     rows = [len(part.labels) for part in batch.micro_batches]
     device = next(policy.chunks[0].parameters()).device
     reference = [torch.full((count,), -6.0, device=device) for count in rows]

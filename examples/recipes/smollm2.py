@@ -1,4 +1,8 @@
-"""SmolLM2-135M-Instruct on two-step word problems: a small pretrained policy on one CPU core or one GPU."""
+"""SmolLM2-135M-Instruct on two-step word problems: a small pretrained policy on one CPU core or one GPU.
+
+`oreal` and `sft` are the runs of examples/smollm2.sh; `warm_start` and the functions from `without_reward_model` on
+belong to examples/smollm2_arms.sh.
+"""
 
 import dataclasses
 
@@ -11,6 +15,7 @@ from oreal_megatron.config import (
     ModelConfig,
     OptimizerConfig,
     RewardModelConfig,
+    RewardTrainingConfig,
     SamplingConfig,
     SupervisedConfig,
     VerifyConfig,
@@ -72,4 +77,54 @@ def sft() -> Config:
             stop_at_accuracy=0.3,
             optimizer=OptimizerConfig(lr=1e-4, min_lr=1e-5, warmup_steps=3),
         ),
+    )
+
+
+def warm_start() -> Config:
+    """Training of the reward model on rated rollouts of the fine-tuned policy, of problems that no arm uses."""
+    return dataclasses.replace(
+        oreal(),
+        run=f"{FOLDER}/reward_model",
+        reward_training=RewardTrainingConfig(
+            path=f"{FOLDER}/rated/rated.jsonl.answers/problems.rating.jsonl",
+            steps=300,
+            pairs_per_step=32,
+            evaluate_every=20,
+            optimizer=OptimizerConfig(lr=5e-5, min_lr=5e-6, warmup_steps=20),
+        ),
+    )
+
+
+def without_reward_model() -> Config:
+    """OREAL with a weight of 1 for every token."""
+    return _arm(RewardModelConfig(enabled=False), WeightsConfig())
+
+
+def belief_of_token() -> Config:
+    """OREAL with a reward model that begins as the policy, and Eq. 10 as printed."""
+    return _arm(oreal().reward_model, WeightsConfig(belief="token"))
+
+
+def warm_belief_of_token() -> Config:
+    """OREAL with the warm-started reward model and Eq. 10 as printed."""
+    return _arm(_warm(), WeightsConfig(belief="token"))
+
+
+def warm_prefix_mean() -> Config:
+    """OREAL with the warm-started reward model and the released code's prefix mean."""
+    return _arm(_warm(), WeightsConfig())
+
+
+def _warm() -> RewardModelConfig:
+    return dataclasses.replace(oreal().reward_model, path=f"{FOLDER}/reward_model/reward_model")
+
+
+def _arm(reward_model: RewardModelConfig, weights: WeightsConfig) -> Config:
+    """Return an arm, evaluated by samples at its end, without checkpoints."""
+    return dataclasses.replace(
+        oreal(),
+        reward_model=reward_model,
+        weights=weights,
+        checkpoint=CheckpointConfig(every=0),
+        evaluation=EvaluationConfig(every=0, max_new_tokens=64, samples=8),
     )

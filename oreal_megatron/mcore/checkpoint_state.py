@@ -27,11 +27,7 @@ from oreal_megatron.runtime import checkpoint_folders, distributed, files, safe_
 log = logging.getLogger(__name__)
 
 # The default sharding of megatron-core 0.16 refuses to load ("flattened_range is not supported").
-# Memory-efficient: optimizer states are gathered over gloo on one rank, not on all of them and not on the GPU.
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 COMMON_KEYS = ("step", "layout", "random")  # values besides the tensors, beside each model's own
 
 
@@ -119,7 +115,7 @@ def _load(path: Path, model: SavedModel) -> dict[str, Any]:
 def _refuse_foreign(path: Path, model: SavedModel, template: dict[str, Any]) -> None:
     """Raise ConfigError, on all ranks, for a checkpoint of another model or without a needed part. Collective."""
     stored = {key: tensor.global_shape for key, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()}
-    expected = {tensor.key: tensor for tensor in _tensors(template)}
+    expected = {tensor.key: tensor for tensor in tensors_of(template)}
     known = set().union(*distributed.all_gather_object(list(expected)))  # by any pipeline stage
     faults = [f"it has no {key}" for key in expected if key not in stored]
     faults += [
@@ -140,11 +136,11 @@ def _refuse_foreign(path: Path, model: SavedModel, template: dict[str, Any]) -> 
         )
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+def tensors_of(state: dict[str, Any]) -> Iterator[ShardedTensor]:
     """Yield the tensors of a checkpoint template; a factory stands for several ones, such as gate and up."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
-            yield from _tensors(value.build())
+            yield from tensors_of(value.build())
         elif isinstance(value, ShardedTensor):
             yield value
 
@@ -154,6 +150,7 @@ def sharded(model: SavedModel, loading: bool) -> dict[str, Any]:
     chunks = {name: chunk.sharded_state_dict(metadata=dict(SHARDING)) for name, chunk in _named_chunks(model).items()}
     if model.saved_optimizer is None:
         return chunks
+    megatron_patches.use_own_gathering()
     optimizer = model.saved_optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=dict(SHARDING))
     return chunks | {"optimizer": optimizer}
 

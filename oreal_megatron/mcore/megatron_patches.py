@@ -5,6 +5,7 @@
 | `CPU_PATCHES`, by `cpu_shim` | CUDA is named where a CPU tensor would do | [1] | test_cpu_layer.py names the row |
 | `use_torch_adam` | with Transformer Engine or apex, FusedAdam is silently used | none | the caller can choose AdamW |
 | `loadable_torch_adam` | AdamW's `step` is expected in the checkpoint | [2] | loading skips `step` |
+| `use_own_gathering` | saving copies each optimizer state six times on the host | none | one copy does |
 | `use_own_weight_gradient` | fp32 gradient buffers need apex's extension | none | there is a fallback without apex |
 | `use_own_rotary` | fused rotary embedding needs Transformer Engine | none | the caller can pass a function |
 | `prepare_experts` | experts need a symbol of Transformer Engine, and CUDA streams | [1] | they run without both |
@@ -39,6 +40,8 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from oreal_kernels import gemm
 from torch import Tensor
+
+from oreal_megatron.mcore import optimizer_state
 
 
 class Patch(NamedTuple):
@@ -140,6 +143,22 @@ def loadable_torch_adam() -> Iterator[None]:
         yield
     finally:
         DistributedOptimizer._set_main_param_and_optimizer_states = original
+
+
+def use_own_gathering() -> None:
+    """Let optimizer states be gathered by optimizer_state.py when they are saved; Megatron still loads them."""
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _gather_or_load
+
+
+_MEGATRON_STATES = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+
+def _gather_or_load(
+    self: DistributedOptimizer, weights: dict[str, Any], is_loading: bool = False, metadata: Any = None
+) -> Any:
+    if is_loading:
+        return _MEGATRON_STATES(self, weights, is_loading, metadata)
+    return optimizer_state.sharded(self, weights)
 
 
 class Fp32WeightGradient:

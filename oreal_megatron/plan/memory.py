@@ -191,10 +191,8 @@ def host_bytes(scenario: Scenario) -> dict[str, float]:
         ranks = range(first, min(first + scenario.node, scenario.world))
         copies = [_offloaded(scenario, rank // stride) for rank in ranks]
         # Ranks with data- and context-parallel rank 0 gather; all ranks work on the same model at a time.
-        models = zip(
-            *(_gathering(scenario, rank // stride, rank % stride < layout.tensor) for rank in ranks), strict=True
-        )
-        offloaded, gathering = max(offloaded, sum(copies)), max(gathering, *map(sum, models))
+        peaks = [_gathering(scenario, rank // stride) for rank in ranks if rank % stride < layout.tensor]
+        offloaded, gathering = max(offloaded, sum(copies)), max(gathering, *map(sum, zip(*peaks, strict=True)), 0.0)
         loading = max(loading, sum(max(_state_bytes(scenario, rank // stride)) for rank in ranks))
     idle = offloaded if scenario.config.offload else 0.0
     return {"idle models": idle, "gathering a checkpoint": gathering, "loading a checkpoint": loading}
@@ -213,21 +211,14 @@ def _state_bytes(scenario: Scenario, stage: int) -> list[float]:
     return [12.0 * scenario.elements(stage, head) for name, head in scenario.roles.items() if name != "reference"]
 
 
-def _gathering(scenario: Scenario, stage: int, first: bool) -> list[float]:
-    """Return the peak of a rank while each trained model in turn is gathered.
+def _gathering(scenario: Scenario, stage: int) -> list[float]:
+    """Return the peak of a first data-parallel rank while each trained model in turn is gathered.
 
-    Megatron sorts main weights and moments of its own shard: 12 bytes per element over all ranks. The first rank
-    gathers them in turn (12 bytes) and has up to 12 more: the current one in parts and joined, or its copy of all.
-    Copies and weights of earlier models remain.
+    It gets weights, main weights and moments of its shard, which is gathered on the device; those of earlier models
+    remain until they are written.
     """
     elements = [scenario.elements(stage, head) for name, head in scenario.roles.items() if name != "reference"]
-    shards = [12 * count / (scenario.data * scenario.config.parallel.context) for count in elements]
-    if not first:
-        return shards
-    pending = itertools.accumulate(
-        ((12 + ITEMSIZE[scenario.config.model.dtype]) * count for count in elements), initial=0
-    )
-    return [before + 24 * count + shard for before, count, shard in zip(pending, elements, shards, strict=False)]
+    return list(itertools.accumulate((12 + ITEMSIZE[scenario.config.model.dtype]) * count for count in elements))
 
 
 def _offloaded(scenario: Scenario, stage: int) -> float:

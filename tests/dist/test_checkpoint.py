@@ -210,8 +210,10 @@ def saved_and_counted(folder: str, path: str) -> dict[str, int]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from oreal_megatron.mcore import parallel
+    from oreal_megatron.mcore import optimizer_state, parallel
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+
+    optimizer_state.BLOCK = 1000  # blocks are on the device, here the host, and small against a real model
 
     class Held(TorchDispatchMode):
         now = most = 0

@@ -1,0 +1,177 @@
+"""Stages of tools/gpu_acceptance.py between trainer and engine: weight sync, sleeping memory, checkpoints. One GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from gpu_machine import NOT_JUDGED, Machine, Row
+from gpu_training import QWEN_7B, SMALL, make_architecture, make_batch, make_config, make_policy, make_update
+from torch import Tensor
+
+from oreal_megatron.config import ParallelConfig
+from oreal_megatron.mcore import checkpoint_state, parallel
+from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+from oreal_megatron.models import tensors
+from oreal_megatron.models.architecture import Architecture
+from oreal_megatron.reshard import vllm_layout
+from oreal_megatron.reshard.overlaps import ReshardLayout
+from oreal_megatron.reshard.weight_sync import EngineWeightSync, WeightMismatch
+from oreal_megatron.rollout.device import EngineMemory
+
+QWEN_05B = dict(
+    hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936
+)
+GIB = 2**30
+
+
+class Parameters:
+    """Engine's side of a weight sync: vLLM's parameters of one rank, without vLLM."""
+
+    awake, version = True, -1
+
+    def __init__(self, arch: Architecture, device: torch.device):
+        shapes = vllm_layout.parameter_shapes(arch, 1)
+        self.tensors = {
+            name: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=device) for name, shape in shapes.items()
+        }
+
+    def live(self) -> tuple[dict[str, Tensor], str]:
+        """Return the parameters, which can be written."""
+        return self.tensors, ""
+
+    def wake(self) -> None:
+        """Do nothing: the memory stays."""
+
+    def accept(self, version: int) -> None:
+        """Take the weights as those of a version."""
+        self.version = version
+
+
+def sync(machine: Machine) -> Iterator[Row]:
+    """Time a weight sync of a 7B shape with its checksums, and flip one bit of the engine's weights."""
+    arch = make_architecture(2 if machine.dry else 28, **(SMALL if machine.dry else QWEN_7B))
+    shards = [
+        (entry, machine.random(*entry.shard_shape(1)) if "norm" not in entry.megatron else _ones(entry, machine))
+        for entry in tensors.entries(arch, 1, 1, 0, "lm")
+    ]
+    parallel.start_process_group()
+    try:
+        engine = Parameters(arch, machine.device)
+        layout = ReshardLayout(arch, 1, 1, 1, 1, 1, 1)
+        weights = EngineWeightSync(layout, "direct", 512 * 2**20, lambda: shards, _no_gathering, engine, nullcontext)
+        weights.send(1)
+        seconds = machine.wall_seconds(lambda: weights.send(2))
+        yield machine.at_most("sync", "transfer and checksums of a 7B shape", seconds, 0.5, "s", speed=True)
+        extra = machine.peak_bytes(lambda: weights.send(3)) / GIB
+        yield machine.at_most("sync", "memory beyond both sides", extra, 1.0, "GiB", speed=True)
+        assert weights.engine_checksum is not None
+        name, flipped = next(iter(engine.tensors.items()))
+        flipped.view(torch.int16)[0, 0] ^= 1
+        found = [mismatch.name for mismatch in weights.engine_checksum.mismatches()]
+        yield machine.at_most("sync", f"tensors reported beside {name}, of which one bit is flipped",
+                              abs(found.count(name) - 1) + len(set(found) - {name}), 0)  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
+def _ones(entry: tensors.Entry, machine: Machine) -> Tensor:
+    return torch.ones(entry.shard_shape(1), dtype=torch.bfloat16, device=machine.device)
+
+
+def _no_gathering(_: object) -> Iterator[tuple[str, Tensor]]:
+    raise WeightMismatch("the layout of the parameters is not vLLM's")
+
+
+def checkpoint(machine: Machine) -> Iterator[Row]:
+    """Time the copy of a checkpoint that training waits for, and load it into another model."""
+    arch = make_architecture(2 if machine.dry else 24, **(SMALL if machine.dry else QWEN_05B))
+    parallel.start_process_group()
+    parallel.start_megatron(ParallelConfig(), seed=0)
+    try:
+        policy, fresh = (make_policy(arch, make_config("bfloat16", offload=True), machine) for _ in range(2))
+        make_update(policy, make_batch(2, 64, arch.vocab))()
+        with tempfile.TemporaryDirectory() as folder:
+            saver = CheckpointSaver(Path(folder), {"policy": policy}, keep=1)
+            saver.save(1)
+            started_at = time.monotonic()
+            saver.start(2)
+            copying = time.monotonic() - started_at
+            saver.finish()
+            writing = time.monotonic() - started_at - copying
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            checkpoint_state.load(Path(folder) / "step_000002", {"policy": fresh})
+        yield machine.measured("checkpoint", "weights and optimizer", size / 1e9, "GB")
+        limit = size / 1e9  # 1 GB/s
+        yield machine.at_most("checkpoint", "copy that training waits for", copying, limit, "s", speed=True)
+        yield machine.measured("checkpoint", "writing beside training", writing, "s")
+        differing = _differing_tensors(policy, fresh)
+        yield machine.at_most("checkpoint", "tensors that differ after loading", differing, 0)
+    finally:
+        parallel.stop()
+
+
+def _differing_tensors(*models: object) -> int:
+    """Return how many weights and optimizer states differ between two models."""
+    states = []
+    for model in models:
+        with model.parts.on_device(*model.saved_parts), model.readable():  # type: ignore[attr-defined]
+            state = checkpoint_state.sharded(model, loading=False)  # type: ignore[arg-type]
+            states.append([part.data.cpu().clone() for part in checkpoint_state.tensors_of(state)])
+    return sum(not torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+def sleep(machine: Machine) -> Iterator[Row]:
+    """Put memory of vLLM's allocator to sleep below a captured graph, fill torch's cache, and wake it."""
+    if machine.dry or importlib.util.find_spec("vllm") is None:
+        reason = "dry run" if machine.dry else "vLLM is not installed"
+        yield Row("sleep", "memory of a sleeping engine", reason, "graph sees new weights", NOT_JUDGED)
+        return
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.get_instance()
+    pools = {}
+    for tag in ("weights", "kv_cache"):
+        with allocator.use_memory_pool(tag=tag):
+            pools[tag] = torch.ones(2**30, dtype=torch.bfloat16, device=machine.device)
+    weights, cache = pools["weights"], pools["kv_cache"]
+    total, addresses = torch.zeros(1, device=machine.device), [weights.data_ptr(), cache.data_ptr()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total.copy_(weights[:1024].float().sum() + cache[:1024].float().sum())
+    memory = EngineMemory(_Allocator(allocator), can_sleep=True)
+    memory.release()
+    free, _ = torch.cuda.mem_get_info()
+    filling = [torch.empty(GIB // 4, dtype=torch.uint8, device=machine.device) for _ in range(int(free / GIB * 4) - 2)]
+    del filling
+    yield machine.measured("sleep", "memory free for waking up beside torch's cache",
+                           torch.cuda.mem_get_info()[0] / GIB, "GiB")  # fmt: skip
+    memory.allocate_weights()
+    weights.fill_(2)
+    memory.allocate_cache()
+    cache.fill_(3)
+    graph.replay()
+    yield machine.at_most("sleep", "difference of what the graph reads", abs(float(total) - 5 * 1024), 0)
+    moved = sum(a != b for a, b in zip(addresses, [weights.data_ptr(), cache.data_ptr()], strict=True))
+    yield machine.at_most("sleep", "memory that moved", moved, 0)
+
+
+class _Allocator:
+    """vLLM's allocator as the sleep mode of its engine uses it."""
+
+    def __init__(self, allocator: object):
+        self.allocator = allocator
+
+    def sleep(self, level: int) -> None:
+        """Unmap all memory without a copy."""
+        self.allocator.sleep(offload_tags=())  # type: ignore[attr-defined]
+
+    def wake_up(self, tags: list[str]) -> None:
+        """Map the memory of these tags."""
+        self.allocator.wake_up(tags)  # type: ignore[attr-defined]
