@@ -91,7 +91,8 @@ class Sample:
     reward: float  # +1 or -1
     advantage: float
     engine_logprobs: tuple[float, ...] | None = None  # one per response token, if requested
-    rollout: tuple[int, int] = (-1, -1)  # slot and index of its rollout in the step; -1: of no rollout
+    # Slot and index of its rollout in the step; line and turn of a demonstration, from 1 and 0; -1: of neither.
+    rollout: tuple[int, int] = (-1, -1)
     carried: int = 0  # first response tokens, written by earlier versions of the policy
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class MicroBatch:
     reward: torch.Tensor  # [B] float32, +1 or -1; 0 marks the padding of an empty micro-batch
     advantage: torch.Tensor  # [B] float32
     engine_logprobs: torch.Tensor  # [T] float32, nan where the engine returned none
-    rollouts: torch.Tensor  # [B, 2] int64, slot and index of each sequence's rollout in the step; -1: of none
+    rollouts: torch.Tensor  # [B, 2] int64, Sample.rollout of each sequence
     carried: torch.Tensor  # [T] bool, tokens that earlier versions of the policy wrote
 
     def to(self, device: torch.device | str) -> MicroBatch:

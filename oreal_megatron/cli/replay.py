@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay the step and print the comparison; return the exit code."""
-    dump = dumps.read_dump(Path(args.dump))
+    dump = dumps.read_replayable(Path(args.dump))
 
     from oreal_megatron.training.replay import replay_step  # imports Megatron, which takes seconds
 

@@ -6,6 +6,7 @@ messages before it, as at inference, and the loss is on its tokens only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -41,7 +42,9 @@ def load_demonstrations(
         name = f"{path} line {number}"
         is_chat = "messages" in line and key_map.read_field(line, "response", keys) is None
         turns = _chat_turns(name, line, system_prompt) if is_chat else _turns(name, line, system_prompt, keys)
-        samples += [_sample(name, turn, tokenizer, max_tokens, template) for turn in turns]
+        for index, turn in enumerate(turns):
+            sample = _sample(name, turn, tokenizer, max_tokens, template)
+            samples.append(dataclasses.replace(sample, rollout=(number, index)))
     return samples
 
 

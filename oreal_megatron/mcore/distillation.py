@@ -49,12 +49,14 @@ class Student(Policy):
         self.projections = feature_projection.build(count, arch.hidden, self.width, config) if learned else None
         super().__init__(arch, config, read, self.projections)
 
-    def imitate(self, batch: Batch) -> Metrics:
-        """Take one step on demonstrations."""
+    def imitate(self, batch: Batch) -> tuple[list[Tensor], Metrics]:
+        """Take one step on demonstrations; returns as `Policy.imitate`."""
         config = self.config.distillation
 
-        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            cross_entropy, _ = loss.supervised(self.head(hidden, micro_batch), batch.counts)
+        def objective(
+            number: int, micro_batch: MicroBatch, hidden: Tensor, logp_T: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            cross_entropy, _ = loss.supervised(logp_T, batch.counts)
             imitated, metrics = term(number, micro_batch, hidden)
             parts = {"loss/cross_entropy": cross_entropy.detach(), **metrics}
             weights = {"loss/cross_entropy": config.cross_entropy_coef, "loss/distillation": config.coef}

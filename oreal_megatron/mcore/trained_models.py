@@ -25,6 +25,8 @@ from oreal_megatron.records import Batch, Counts, MicroBatch, ScoredRollout, Tok
 from oreal_megatron.runtime import distributed
 
 Reader = Callable[[str], Tensor]
+# Number of the micro-batch, the micro-batch, last hidden states, log-probs [T] -> loss and metrics that add up.
+ImitationObjective = Callable[[int, MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def _language_model(
@@ -127,19 +129,26 @@ class Policy(TrainedModel):
         coefficient = self.config.loss.reward_kl_coef
         return reward_kl.with_kl_in_advantages(batch, centred, coefficient), {"response_kl": mean}
 
-    def imitate(self, batch: Batch) -> Metrics:
-        """Take one supervised step on demonstrations."""
+    def imitate(self, batch: Batch) -> tuple[list[Tensor], Metrics]:
+        """Take one supervised step; return the tokens' log-probs [T] by micro-batch, of before the step, and metrics.
 
-        def objective(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss.supervised(self.head(hidden, micro_batch), batch.counts)
+        There are none before the last pipeline stage.
+        """
+        return self.train_supervised(batch, lambda number, part, hidden, logp_T: loss.supervised(logp_T, batch.counts))
 
-        return self.train_supervised(batch, objective)
+    def train_supervised(self, batch: Batch, objective: ImitationObjective) -> tuple[list[Tensor], Metrics]:
+        """Take one step of an objective with the optimizer of section `supervised`; returns as `imitate`."""
+        logp: dict[int, Tensor] = {}
 
-    def train_supervised(self, batch: Batch, objective: Objective) -> Metrics:
-        """Take one step of an objective with the optimizer of section `supervised`."""
+        def with_log_probs(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logp_T = self.head(hidden, micro_batch)
+            logp[number] = logp_T.detach()
+            return objective(number, micro_batch, hidden, logp_T)
+
         config = self.config.supervised
         rate = learning_rate(self.updates, config.steps, config.optimizer)
-        return _prefixed("policy", self.train(batch, objective, rate))
+        metrics = _prefixed("policy", self.train(batch, with_log_probs, rate))
+        return _in_order(logp), metrics
 
 
 class TokenRewardModel(TrainedModel):

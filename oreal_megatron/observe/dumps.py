@@ -6,6 +6,7 @@ RUN/dumps/step_000013/step.json               step, counts, metrics, configurati
 
 A share holds one tensor `M/FIELD` per micro-batch M and field of records.MicroBatch, `M/reference_logp` [T] and
 `M/weight` [T] if the policy was given them, and `M/score` [T], the reward model's scores that the weights are made of.
+Dumps of `oreal sft` and `oreal distill` have demonstrations, and `M/logp` [T], the policy's log-probs before the step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from oreal_megatron.records import Batch, Counts, MicroBatch, TokenWeights
 from oreal_megatron.runtime import checkpoint_folders, files
 
 log = logging.getLogger(__name__)
-PER_TOKEN = ("reference_logp", "weight", "score")  # names in the file of the values beside the batch, [T] each
+PER_TOKEN = ("reference_logp", "weight", "score", "logp")  # names in the file of the values beside the batch, [T] each
 
 
 class StepDumps:
@@ -51,14 +52,14 @@ class StepDumps:
         reference_logp: TokenValues | None,
         token_weights: TokenWeights,
         metrics: Metrics,
+        demonstrated_logp: TokenValues | None = None,
     ) -> None:
         """Dump this rank's share of a step. A dump that cannot be written is reported, and the run continues."""
         if not self.share:
             return
+        inputs = batch, reference_logp, token_weights, metrics
         try:
-            write_dump(
-                self.folder_of(step), step, self.share, batch, reference_logp, token_weights, metrics, self.config
-            )
+            write_dump(self.folder_of(step), step, self.share, *inputs, self.config, demonstrated_logp)
         except (OSError, SafetensorError) as error:  # for example a full disk
             log.warning("step %d could not be dumped for oreal replay: %s", step, error)
 
@@ -87,6 +88,7 @@ class DumpShare:
     batch: Batch
     reference_logp: TokenValues | None  # None: the policy was frozen
     token_weights: TokenWeights
+    demonstrated_logp: TokenValues = dataclasses.field(default_factory=list)
 
     def to(self, device: torch.device) -> DumpShare:
         """Return the share with its values per token on the device; micro-batches move there one at a time."""
@@ -94,7 +96,7 @@ class DumpShare:
         weights = dataclasses.replace(
             self.token_weights, values=[value.to(device) for value in self.token_weights.values]
         )
-        return DumpShare(self.batch, reference_logp, weights)
+        return DumpShare(self.batch, reference_logp, weights, self.demonstrated_logp)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Dump:
     counts: Counts
     metrics: Metrics
     config: Config
+    of_demonstrations: bool = False  # of `oreal sft` or `oreal distill`
 
     def share(self, rank: int, ranks: int) -> DumpShare:
         """Return what data-parallel rank `rank` of `ranks` trains on.
@@ -119,8 +122,8 @@ class Dump:
             )
         parts = [part for share in range(rank, self.shares, ranks) for part in self._read_parts(share)]
         batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts)
-        reference_logp, weights, scores = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
-        return DumpShare(batch, reference_logp or None, TokenWeights(weights, bool(weights), scores))
+        reference_logp, weights, scores, logp = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
+        return DumpShare(batch, reference_logp or None, TokenWeights(weights, bool(weights), scores), logp)
 
     def _read_parts(self, share: int) -> list[dict[str, Tensor]]:
         """Read the tensors of each micro-batch of a share."""
@@ -144,24 +147,28 @@ def write_dump(
     token_weights: TokenWeights,
     metrics: Metrics,
     config: Config,
+    demonstrated_logp: TokenValues | None = None,
 ) -> None:
     """Write one data-parallel rank's share of a step; the first rank also writes step.json.
 
     Inputs that the policy's step did not get are left out: reference log-probs while it is frozen, invalid weights.
+    `demonstrated_logp`: the policy's log-probs before a supervised step; None in reinforcement learning.
     """
     tensors: dict[str, Tensor] = {}
     rank, shares = share
     for number, micro_batch in enumerate(batch.micro_batches):
         fields = {field.name: getattr(micro_batch, field.name) for field in dataclasses.fields(micro_batch)}
         fields["sequence_offsets"] = torch.tensor(micro_batch.sequence_offsets)
-        per_token = zip(PER_TOKEN, (reference_logp, token_weights.values, token_weights.scores), strict=True)
+        values_of = (reference_logp, token_weights.values, token_weights.scores, demonstrated_logp)
+        per_token = zip(PER_TOKEN, values_of, strict=True)
         fields |= {name: values[number] for name, values in per_token if values}
         tensors |= {f"{number}/{name}": value.detach().to("cpu", copy=True) for name, value in fields.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, _share_file(folder, rank))
     if rank == 0:
         header = {"step": step, "shares": shares, "counts": dataclasses.asdict(batch.counts), "metrics": metrics}
-        (folder / "step.json").write_text(json.dumps(header | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
+        header |= {"demonstrations": demonstrated_logp is not None, "config": dataclasses.asdict(config)}
+        (folder / "step.json").write_text(json.dumps(header, indent=2) + "\n")
 
 
 def read_dump(folder: Path) -> Dump:
@@ -169,9 +176,21 @@ def read_dump(folder: Path) -> Dump:
     try:
         header = files.read_object(folder / "step.json")
         counts, config = Counts(**header["counts"]), settings.from_dict(header["config"])
-        return Dump(folder, header["step"], header["shares"], counts, header["metrics"], config)
+        demonstrations = header.get("demonstrations", False)  # absent in dumps before 0.2
+        return Dump(folder, header["step"], header["shares"], counts, header["metrics"], config, demonstrations)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
+
+
+def read_replayable(folder: Path) -> Dump:
+    """Read the header of a dumped step of reinforcement learning; raise ConfigError for one of demonstrations."""
+    dump = read_dump(folder)
+    if dump.of_demonstrations:
+        raise ConfigError(
+            f"{folder} is a step of `oreal sft` or `oreal distill`, which `oreal replay` does not compute; look at it "
+            "with `oreal report RUN --html FILE`, or take the step again with --resume and --step"
+        )
+    return dump
 
 
 def delete_dumps(run: Path, is_obsolete: Callable[[str], bool]) -> None:

@@ -24,6 +24,8 @@ from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
 
+NO_WEIGHTS = TokenWeights([], valid=False)  # of demonstrations
+
 
 class Recorder:
     """Implementation of protocols.RunRecorder.
@@ -100,6 +102,12 @@ class Recorder:
             self._report(line + f"inspect it with oreal replay {self.dumps.folder_of(step)}")
         if warning := self.weight_balance.warning(metrics):
             self._report(f"step {step}: {warning}")
+
+    def dump_demonstrations(self, step: int, batch: Batch, logp: TokenValues, metrics: Metrics) -> None:
+        """Write the demonstrations of a supervised step with the policy's log-probs before it. Not collective."""
+        self.dumps.write(step, batch, None, NO_WEIGHTS, metrics, logp)
+        if self.writes:
+            self.dumps.delete_old(step + 1)
 
     def _report(self, line: str) -> None:
         """Print a line above the progress bar, on the first rank; nothing if it is empty."""

@@ -22,7 +22,7 @@ from oreal_megatron.evaluation import score
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.recorder import Recorder
 from oreal_megatron.observe.run_folder import NO_ORIGIN, model_note
-from oreal_megatron.protocols import Metrics
+from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, PackingSpec, Prompt, Sample
 from oreal_megatron.runtime import distributed, files, heartbeat
 from oreal_megatron.runtime.preemption import StopRequest
@@ -51,8 +51,8 @@ class Demonstrations(Protocol):
 class ImitationTrainer(Protocol):
     """The policy, trained by cross entropy."""
 
-    def imitate(self, batch: Batch) -> Metrics:
-        """Take one step on demonstrations."""
+    def imitate(self, batch: Batch) -> tuple[TokenValues, Metrics]:
+        """Take one step on demonstrations; return the tokens' log-probs of before the step, and metrics."""
         ...
 
 
@@ -161,7 +161,8 @@ def _run(
         first_step = checkpoint_state.load(checkpoint, {"policy": policy}) if checkpoint else 0
         start.set_aside_later_steps(first_step)
         evaluate = _held_out_evaluation(config, policy, *engine_and_verifier, held_out) if engine_and_verifier else None
-        run = Recorder(start.config, first_step, start.fingerprints, None, inputs.arch, origin=origin)
+        share = parallel.replica_share()
+        run = Recorder(start.config, first_step, start.fingerprints, share, inputs.arch, origin=origin)
         retention = (config.checkpoint.keep, config.checkpoint.keep_every)
         describe = partial(policy_weights.describe, inputs)
         saver = CheckpointSaver(folder, {"policy": policy}, *retention, describe=describe)
@@ -213,7 +214,9 @@ def imitate(
                     return step
             heartbeat.step(step)
             with run.phase("policy"):
-                metrics = policy.imitate(packing.batch(demonstrations.take(step), packing_spec))
+                batch = packing.batch(demonstrations.take(step), packing_spec)
+                logp, metrics = policy.imitate(batch)
+            run.dump_demonstrations(step, batch, logp, metrics)
             guard.check(metrics, config.guard, step)
             run.metrics.log_step(step, metrics | run.timer.finish_step(metrics, []))
             hooks.after_step(step + 1)

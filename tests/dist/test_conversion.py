@@ -287,7 +287,7 @@ def imitated(folders: list[str], layout: tuple, samples: list) -> list[tuple[flo
     config, results = start(layout), []
     batch = packing.batch(samples, parallel.packing_spec(60))
     for source in map(HFFolder, folders):
-        metrics = trained_models.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)
+        metrics = trained_models.Policy(architecture.read(source.config), config, source.tensor).imitate(batch)[1]
         results.append((metrics["loss/total"], metrics["policy/gradient_norm"]))
     parallel.stop()
     return results

@@ -71,7 +71,7 @@ def take_step(policy, samples: list) -> dict:
     from oreal_megatron.mcore import parallel
 
     spec = parallel.packing_spec(policy.config.tokens_per_micro_batch, policy.arch)
-    return policy.imitate(packing.batch(samples, spec))
+    return policy.imitate(packing.batch(samples, spec))[1]
 
 
 def one_step(student: str, teacher: str, config, samples: list) -> tuple[dict, dict]:
@@ -253,6 +253,7 @@ def saved_student(folders: dict, samples: list, path: str) -> dict:
     from megatron.core import parallel_state
 
     from oreal_megatron import config as c
+    from oreal_megatron.algo import packing
     from oreal_megatron.mcore import checkpoint_state, parallel
     from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
     from oreal_megatron.reshard import weight_sync
@@ -262,7 +263,11 @@ def saved_student(folders: dict, samples: list, path: str) -> dict:
     parallel.start_megatron(c.ParallelConfig(**axes), seed=0)
     policy = projected(folders, axes)
     drawn = [layer.weight.detach().clone() for layer in policy.projections]
-    rows = [take_step(policy, samples[:4])]
+    batch = packing.batch(samples[:4], parallel.packing_spec(60, policy.arch))
+    scored = policy.score(batch)
+    logp, metrics = policy.imitate(batch)
+    rows = [metrics]
+    assert len(logp) == len(scored) and all(map(torch.equal, logp, scored)), "log-probs of before the step"
     saved, checkpoint = [layer.weight.detach().clone() for layer in policy.projections], Path(path) / "step_000001"
     exported = {name: value.clone() for name, value in weight_sync.full_tensors(policy)}
     CheckpointSaver(Path(path), {"policy": policy}, keep=1).save(1)

@@ -49,7 +49,7 @@ def story(folder: str, samples: list, overlap: bool, offload: bool, scratch: Pat
     policy, found = trained_models.Policy(*pieces), {"update": [], "score": [], "weight sync": [], "checkpoint": []}
     for step, reader in enumerate(("score", "weight sync", "checkpoint")):  # each is the first to read an update
         batch = packing.batch(samples[step:], parallel.packing_spec(40))
-        metrics = policy.imitate(batch)
+        _, metrics = policy.imitate(batch)
         metrics.pop("policy/largest_weight")  # before gathering, old weights of other replicas count as well
         found["update"].append(metrics)
         for name in (reader, "score", "weight sync"):

@@ -78,7 +78,7 @@ def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
             lengths = [generator.randint(1, 20) for _ in range(generator.randint(1, 8))]
             samples = [Sample((5,) * 3, (6,) * length, 1.0, 1.0) for length in lengths]
             batch = packing.batch(samples, parallel.packing_spec(generator.randint(4, 50), arch))
-            assert torch.isfinite(torch.tensor(policy.imitate(batch)["policy/gradient_norm"]))
+            assert torch.isfinite(torch.tensor(policy.imitate(batch)[1]["policy/gradient_norm"]))
             ran.append((len(batch.micro_batches), sum(not len(part.labels) for part in batch.micro_batches)))
         parallel_state.destroy_model_parallel()
     parallel.start_megatron(c.ParallelConfig(), seed=0)

@@ -93,7 +93,7 @@ def both_kinds(folder: str, samples: list, layout, scratch: Path) -> dict:
         return trained_models.Policy(arch, config, source.tensor)
 
     def step(trainer: trained_models.Policy) -> tuple[dict, dict]:
-        metrics = trainer.imitate(batch)
+        _, metrics = trainer.imitate(batch)
         return metrics, {name: value.clone() for name, value in full_tensors(trainer)}
 
     batch = packing.batch(samples, parallel.packing_spec(60, arch))

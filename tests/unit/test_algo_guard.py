@@ -85,8 +85,8 @@ def test_one_bad_score_is_seen(bad, reward, make_samples):
 
 def test_supervised_steps_that_are_skipped_stop_it_too(make_samples, tmp_path):
     class Policy:
-        def imitate(self, batch) -> dict[str, float]:
-            return {"loss/total": math.nan} | row("policy", skipped=1, consecutive_skips=1)
+        def imitate(self, batch) -> tuple[list, dict[str, float]]:
+            return [], {"loss/total": math.nan} | row("policy", skipped=1, consecutive_skips=1)
 
     class Demonstrations:
         def take(self, step: int) -> list:

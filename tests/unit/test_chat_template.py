@@ -155,6 +155,11 @@ def read_chats(folder: Path, tmp_path: Path, *lines: dict, system_prompt: str = 
     tokenizer, path = problems.load_tokenizer(str(folder)), tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples = demonstration_lines.load_demonstrations(str(path), tokenizer, system_prompt, longest)
+    answered = [
+        [m["role"] for m in line["messages"]].count("assistant") if "response" not in line else 1 for line in lines
+    ]
+    lines_and_turns = [(number, turn) for number, count in enumerate(answered, 1) for turn in range(count)]
+    assert [sample.rollout for sample in samples] == lines_and_turns
     return [(tokenizer.decode(sample.prompt_tokens), tokenizer.decode(sample.response_tokens)) for sample in samples]
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from oreal_megatron import config as c
+from oreal_megatron.algo import packing
+from oreal_megatron.cli import main
 from oreal_megatron.config import schema
 from oreal_megatron.data.sampler import Sampler
-from oreal_megatron.observe.recorder import Recorder
+from oreal_megatron.observe import dumps
+from oreal_megatron.observe.page import demonstrations
+from oreal_megatron.observe.recorder import NO_WEIGHTS, Recorder
 from oreal_megatron.records import PackingSpec, Sample
 from oreal_megatron.training import supervised
 
-SAMPLES = [Sample((1,), (2, number), 1.0, 0.0) for number in range(7)]
+SAMPLES = [Sample((1,), (2, number), 1.0, 0.0, rollout=(number + 1, 0)) for number in range(7)]
 
 
 class Policy:
@@ -24,10 +31,10 @@ class Policy:
     def __init__(self, state: int = 0):
         self.state = state
 
-    def imitate(self, batch) -> dict[str, float]:
+    def imitate(self, batch) -> tuple[list, dict[str, float]]:
         for part in batch.micro_batches:
             self.state = (self.state * 31 + int((part.labels * (1 + part.positions[part.action_index])).sum())) % 10007
-        return {"loss/total": float(self.state)}
+        return [part.labels.float() for part in batch.micro_batches], {"loss/total": float(self.state)}
 
 
 class Hooks:
@@ -47,8 +54,8 @@ def configuration(tmp_path: Path, **changes) -> c.Config:
     return c.Config(run=str(tmp_path / "run"), supervised=section)
 
 
-def imitate(config: c.Config, accuracies: dict[int, float], first: int = 0, state: int = 0):
-    run, policy = Recorder(config, first, dump_share=None), Policy(state)
+def imitate(config: c.Config, accuracies: dict[int, float], first: int = 0, state: int = 0, share=None):
+    run, policy = Recorder(config, first, dump_share=share), Policy(state)
     hooks = Hooks(run, policy, accuracies)
     if not first and 0 in accuracies:
         hooks.after_step(0)
@@ -104,3 +111,66 @@ def test_settings_of_reinforcement_learning_do_not_stand_in_its_way():
     assert not c.problems(changed)
     assert (changed.steps, changed.optimizer, changed.frozen_steps) == (2, optimizer, 0)
     assert (changed.sampling.temperature, changed.evaluation.every, changed.checkpoint.every) == (1.0, 1, 5)
+
+
+def dumped_steps(run: Path) -> dict[int, list[demonstrations.Demonstration]]:
+    found = [dumps.read_dump(folder) for folder in sorted((run / "dumps").iterdir())]
+    assert all(dump.of_demonstrations for dump in found)
+    return {dump.step: demonstrations.read(dump) for dump in found}
+
+
+def test_a_dump_holds_the_demonstrations_of_its_step_with_the_log_prob_of_each_token(tmp_path):
+    """As many as record.dumps; the scripted policy's log-probs are the tokens. A resumed run repeats its dumps."""
+    config = dataclasses.replace(configuration(tmp_path), record=c.RecordConfig(dumps=4))
+    _, states = imitate(config, {}, share=(0, 1))
+    steps = dumped_steps(tmp_path / "run")
+    assert list(steps) == [5, 6, 7, 8]
+    for step, rows in steps.items():
+        expected = {
+            sample.rollout[0]: list(sample.response_tokens) for sample in Sampler(SAMPLES, 3, seed=1).take(step)
+        }
+        assert {row.line: row.tokens for row in rows} == expected and all(row.turn == 0 for row in rows)
+        assert all(row.logp == row.tokens and row.loss == -sum(row.tokens) / 2 for row in rows)
+        assert [row.loss for row in rows] == sorted((row.loss for row in rows), reverse=True)
+    imitate(config, {}, 7, states[7], share=(0, 1))
+    assert dumped_steps(tmp_path / "run") == steps
+
+
+def test_a_run_whose_rank_reports_nothing_dumps_nothing(tmp_path):
+    imitate(configuration(tmp_path), {})
+    assert not (tmp_path / "run/dumps").exists()
+
+
+def dump_of(run: Path, config: c.Config, logp: dict[int, list[float]]) -> Path:
+    """Write a step of two replicas, the lines of the file with these log-probs."""
+    folder = run / "dumps/step_000004"
+    samples = [Sample((1,), (10 + line, 3), 1.0, 0.0, rollout=(line, 1)) for line in logp]
+    for rank in range(2):
+        batch = packing.batch(samples, PackingSpec(4, rank, 2))
+        own = [
+            [value for line, _ in part.rollouts.tolist() for value in logp.get(line, [])]
+            for part in batch.micro_batches
+        ]
+        dumps.StepDumps(config, (rank, 2)).write(4, batch, None, NO_WEIGHTS, {}, [torch.tensor(row) for row in own])
+    return folder
+
+
+def test_the_page_lists_the_demonstrations_of_all_replicas_by_loss_and_replay_refuses_them(
+    tmp_path, model_folder, capsys
+):
+    run = tmp_path / "run"
+    config = c.Config(run=str(run), model=c.ModelConfig(str(model_folder)))
+    (run / "rollouts").mkdir(parents=True)
+    for name, content in (("config", dataclasses.asdict(config)), ("environment", {})):
+        (run / f"{name}.json").write_text(json.dumps(content))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 4, "loss/total": 1.0}) + "\n")
+    logp = {7: [-0.5, -0.25], 8: [-4.0, -1.0], 9: [math.nan, -1.0], 11: [-0.1, -3.0], 12: [-1.0, -1.0]}
+    folder = dump_of(run, config, logp)
+    assert main.main(["report", str(run), "--html", str(tmp_path / "out.html")]) == 0
+    page = (tmp_path / "out.html").read_text()
+    assert "demonstrations of step 4, 5 of 5, largest loss first" in page
+    rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>1</td><td>2</td>', page)
+    assert list(map(int, rows)) == [9, 8, 11, 12, 7]
+    capsys.readouterr()
+    assert main.main(["replay", str(folder)]) == 2
+    assert "is a step of `oreal sft` or `oreal distill`, which `oreal replay` does not" in capsys.readouterr().err

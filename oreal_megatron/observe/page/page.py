@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.observe.page import formulas, panels, rollout_files, tables
+from oreal_megatron.observe.page import demonstrations, formulas, panels, rollout_files, run_data, tables
 from oreal_megatron.observe.page.findings import findings
 from oreal_megatron.observe.page.run_data import RunData, read
 from oreal_megatron.observe.page.token_values import Decode
@@ -94,7 +94,7 @@ def page(runs: Sequence[RunData], listing: Sequence[dict[str, Any]], refresh: Re
         _grid(panels.draw_panel(panel, runs) for panel in panels.STABILITY),
         _time(runs),
         _settings(runs),
-        _trajectories(listing),
+        _trajectories(listing, runs),
     )
     scripts = "".join((FILES / name).read_text() for name in SCRIPTS)
     links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in SECTIONS)
@@ -182,9 +182,10 @@ def _details(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def _trajectories(listing: Sequence[dict[str, Any]]) -> str:
+def _trajectories(listing: Sequence[dict[str, Any]], runs: Sequence[RunData]) -> str:
+    shown = "".join(demonstrations.draw(run, _decoder(run)) for run in runs if not run_data.rollout_steps(run.path))
     if not any(run["steps"] for run in listing):
-        return '<p class="empty">no rollouts are beside this page</p>'
-    return (
+        return shown or '<p class="empty">no rollouts are beside this page</p>'
+    return shown + (
         '<noscript><p class="empty">the rollouts need JavaScript</p></noscript><div id="viewer" class="viewer"></div>'
     )
