@@ -9,7 +9,7 @@ started=$(date +%s)
 seed=0 data_only=
 while [ $# -gt 0 ]; do
     case $1 in
-        --seed) seed=${2:?"t1: --seed needs a number"}; shift 2 ;;
+        --seed) seed=${2-}; shift $(($# > 1 ? 2 : 1)) ;;
         --data) data_only=1; shift ;;
         *) echo "t1: unknown option $1; known are --seed N and --data" >&2; exit 2 ;;
     esac

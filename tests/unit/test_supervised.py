@@ -170,7 +170,8 @@ def test_the_page_lists_the_demonstrations_of_all_replicas_by_loss_and_replay_re
     page = (tmp_path / "out.html").read_text()
     assert "demonstrations of step 4, 5 of 5, largest loss first" in page
     rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>1</td><td>2</td>', page)
-    assert list(map(int, rows)) == [9, 8, 11, 12, 7]
+    assert list(map(int, rows)) == [9, 8, 11, 12, 7]  # a loss that is not a number is the largest
+    assert demonstrations.Demonstration(9, 1, [19, 3], logp[9]).loss == math.inf
     capsys.readouterr()
     assert main.main(["replay", str(folder)]) == 2
     assert "is a step of `oreal sft` or `oreal distill`, which `oreal replay` does not" in capsys.readouterr().err
