@@ -16,7 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,15 +55,19 @@ def train(recipe: str, folder: Path, arm: str, seed: int, settings: Sequence[str
 
 
 def figures(run: Path) -> dict[str, float | None]:
-    """Return accuracy after training, area under the curve and localisation of one run, all in [0, 1].
+    """Return accuracy after training, area under the curve, localisation and idle share, in [0, 1], and seconds.
 
-    The area is the mean pass rate of the rollouts over all steps; no training problem is used twice.
+    The area is the mean pass rate of the rollouts over all steps; no training problem is used twice. Seconds are those
+    of generation in all steps. The idle share is that of ranks which wait for the slowest one; None for a single rank.
     """
     last, steps = read_rows(run / "evaluations.jsonl")[-1], read_rows(run / "metrics.jsonl")
+    idle = [row["speed/idle/generate"] for row in steps if row.get("speed/idle/generate")]
     return {
         "sampled": last["sampled_accuracy"],
         "greedy": last["accuracy"],
         "area": statistics.fmean(row["reward/pass_rate"] for row in steps),
+        "generation, s": sum(row["seconds/generate"] for row in steps),
+        "idle, %": 100 * statistics.fmean(idle) if idle else None,
         **{f"{name} AUC": value for name, value in step_localisation.of_run(run).items()},
     }
 
@@ -78,34 +82,50 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def table(results: Mapping[str, Mapping[int, Mapping[str, float | None]]]) -> str:
-    """Return a Markdown table: arm -> seed -> figures; differences in points to the first arm, of the seeds of both."""
-    names = ("sampled", "greedy", "area", "score AUC", "weight AUC", "rollout AUC")
-    lines = [
-        "| arm | seeds | sampled, % | by seed | difference of sampled (95 %) | greedy, % | area, % "
-        "| difference of area (95 %) | score AUC | weight AUC | rollout AUC |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table: arm -> seed -> figures; differences in points to the first arm, of the seeds of both.
+
+    Columns without a figure are left out. The ratio is that of the seconds of generation to those of the first arm.
+    """
     baseline = next(iter(results.values()))
-    for arm, by_seed in results.items():
-        means = {name: _mean([row[name] for row in by_seed.values()]) for name in names}
-        each = ", ".join(_percent(row["sampled"]) for row in by_seed.values())
-        differences = {
-            name: _difference(by_seed, baseline, name) if by_seed is not baseline else ""
-            for name in ("sampled", "area")
-        }
-        cells = [arm, ", ".join(map(str, by_seed)), _percent(means["sampled"]), each, differences["sampled"],
-                 _percent(means["greedy"]), _percent(means["area"]), differences["area"],
-                 *("" if means[name] is None else f"{means[name]:.3f}" for name in names[3:])]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [_cells(arm, by_seed, baseline) for arm, by_seed in results.items()]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _difference(
-    by_seed: Mapping[int, Mapping[str, float | None]], baseline: Mapping[int, Mapping[str, float | None]], name: str
-) -> str:
-    pairs = [(by_seed[seed][name], baseline[seed][name]) for seed in by_seed if seed in baseline]
-    if not pairs:
-        return "no common seed"
+def _cells(
+    arm: str, by_seed: Mapping[int, Mapping[str, float | None]], baseline: Mapping[int, Mapping[str, float | None]]
+) -> dict[str, str]:
+    """Return the row of an arm by column."""
+
+    def mean(name: str, text: Callable[[float | None], str]) -> str:
+        return text(_mean([row[name] for row in by_seed.values()]))
+
+    def compare(name: str, text: Callable[[Sequence[tuple[float, float]]], str]) -> str:
+        if by_seed is baseline:
+            return ""
+        pairs = [(by_seed[seed][name], baseline[seed][name]) for seed in by_seed if seed in baseline]
+        return text(pairs) if pairs else "no common seed"
+
+    return {
+        "arm": arm,
+        "seeds": ", ".join(map(str, by_seed)),
+        "sampled, %": mean("sampled", _percent),
+        "by seed": ", ".join(_percent(row["sampled"]) for row in by_seed.values()),
+        "difference of sampled (95 %)": compare("sampled", _difference),
+        "greedy, %": mean("greedy", _percent),
+        "area, %": mean("area", _percent),
+        "difference of area (95 %)": compare("area", _difference),
+        **{f"{name} AUC": mean(f"{name} AUC", _decimals(3)) for name in ("score", "weight", "rollout")},
+        "generation, s": mean("generation, s", _decimals(0)),
+        "ratio": compare(
+            "generation, s", lambda pairs: f"{sum(own for own, _ in pairs) / sum(b for _, b in pairs):.2f}"
+        ),
+        "idle, %": mean("idle, %", _decimals(0)),
+    }
+
+
+def _difference(pairs: Sequence[tuple[float, float]]) -> str:
     mean, low, high = (100 * value for value in paired_interval([own - base for own, base in pairs]))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else f"{mean:+.1f}"
 
@@ -117,6 +137,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def _decimals(digits: int) -> Callable[[float | None], str]:
+    return lambda value: "" if value is None else f"{value:.{digits}f}"
 
 
 def draw(folder: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:

@@ -103,13 +103,15 @@ def test_paired_interval_is_the_t_interval():
 
 def test_differences_are_paired_by_seed():
     def row(sampled: float) -> dict[str, float | None]:
-        return dict.fromkeys(("sampled", "greedy", "area"), sampled) | dict.fromkeys(
-            ("score AUC", "weight AUC", "rollout AUC")
-        )
+        names = ("score AUC", "weight AUC", "rollout AUC", "idle, %")
+        shares = dict.fromkeys(("sampled", "greedy", "area"), sampled)
+        return shares | dict.fromkeys(names) | {"generation, s": 100 * sampled}
 
     text = compare_arms.table(
         {"base": {0: row(0.1), 1: row(0.5)}, "arm": {1: row(0.6), 0: row(0.2)}, "other": {1: row(0.7)}}
     )
-    base, arm, other = text.splitlines()[2:]
+    head, _, base, arm, other = text.splitlines()
     assert "+10.0 (+10.0 to +10.0)" in arm and "30.0 | 10.0, 50.0" in base
     assert "+20.0 |" in other, "the difference of seed 1 alone, without an interval"
+    assert arm.endswith("| 40 | 1.33 |") and other.endswith("| 70 | 1.40 |"), "seconds, and ratio of the same seeds"
+    assert "AUC" not in head and "idle" not in head, "columns without figures"
