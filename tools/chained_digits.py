@@ -1,12 +1,13 @@
 """Chains of digits, whose responses may have very different lengths: text of problems and responses, and verdicts.
 
-    question  058,044,031,027,
+    question  058,044,031,027
     response  010,001,
 
 A step is a count of two digits, a digit and a comma. The count goes down to 00. The digit grows from the one before it
 by 3 if the digit four steps back is at least 5, and by 1 if not, modulo 10: above, 7 + 3 = 0 because of the 8, then
 0 + 1 because of the 4. The question has the first four steps; its last count tells how many the response has. Every
-character is a token. The last digit is the answer.
+character is a token, and the chat template's token between question and response stands for the comma between their
+steps: the distance of a step to those before it is always the same. The last digit is the answer.
 
 Either digit alone tells something of the next. Of a sum of two digits it would not, and sums were learnt late.
 """
@@ -25,7 +26,7 @@ STEP_TOKENS = 4
 
 def question(digits: Sequence[int], steps: int) -> str:
     """Return the text of a problem from its first digits."""
-    return "".join(_step(steps + GIVEN - 1 - number, digit) for number, digit in enumerate(digits))
+    return "".join(_step(steps + GIVEN - 1 - number, digit) for number, digit in enumerate(digits)).rstrip(",")
 
 
 def answer(digits: Sequence[int], steps: int) -> str:

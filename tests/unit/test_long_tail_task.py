@@ -20,7 +20,7 @@ STEPS = st.integers(1, chained_digits.LONGEST)
 @given(DIGITS, STEPS)
 def test_a_response_without_errors_follows_the_rule_and_ends_with_the_answer(digits, steps):
     response = chained_digits.careless_response(digits, steps, 0.0, random.Random(0))
-    chain = chained_digits.question(digits, steps) + response
+    chain = f"{chained_digits.question(digits, steps)},{response}"
     parts = [(int(step[:2]), int(step[2:])) for step in chain.rstrip(",").split(",")]
     assert [count for count, _ in parts] == list(range(steps + chained_digits.GIVEN - 1, -1, -1))
     for (_, four_back), *_, (_, before), (_, digit) in zip(
@@ -55,7 +55,7 @@ def test_lengths_are_heavy_tailed_and_held_out_chains_begin_otherwise(tmp_path):
     }
     starts = {name: {row["question"][2::4] for row in rows} for name, rows in lines.items()}
     assert not starts["held_out"] & (starts["problems"] | starts["chains"] | starts["demonstrations"])
-    tokens = [4 * int(row["question"][-4:-2]) + 1 for row in lines["problems"]]
+    tokens = [4 * int(row["question"][-3:-1]) + 1 for row in lines["problems"]]
     quantiles = statistics.quantiles(tokens, n=100)
     assert 5 <= quantiles[49] <= 13 and 200 <= quantiles[98] <= 385 and max(tokens) <= 385
     tokenizer = small_model.make_tokenizer()
