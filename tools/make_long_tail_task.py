@@ -21,7 +21,7 @@ import chained_digits
 from small_model import make_model, write_lines
 
 MEDIAN, SIGMA = 2.2, 1.5  # steps of a problem, and standard deviation of their logarithm
-TAUGHT_MEDIAN = 12.0  # steps of a demonstration
+TAUGHT_MEDIAN = 4.0  # steps of a demonstration
 ERROR_RATES = {"chains": 0.0, "demonstrations": 0.05}  # file: probability that a digit is wrong
 SHAPE = {"layers": 2, "hidden": 128, "heads": (4, 4), "deviation": 0.1, "rope_theta": 100.0}
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", type=int, default=8000)
     parser.add_argument("--held-out", type=int, default=2000)
-    parser.add_argument("--demonstrations", type=int, default=16000, help="lines of each of the two files")
+    parser.add_argument("--demonstrations", type=int, default=20000, help="lines of each of the two files")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder / "start", args.seed, **SHAPE)

@@ -58,7 +58,7 @@ def partial() -> Config:
 
 def sft() -> Config:
     """First stage of supervised fine-tuning: the random policy learns the chains from demonstrations without errors."""
-    return _supervised("start", "chains", "chains", steps=200, rates=(1e-3, 1e-4))
+    return _supervised("start", "chains", "chains", steps=300, rates=(1e-3, 1e-4))
 
 
 def sft_care() -> Config:
@@ -75,7 +75,7 @@ def _supervised(start: str, run: str, data: str, steps: int, rates: tuple[float,
         supervised=SupervisedConfig(
             path=f"{FOLDER}/{data}.jsonl",
             steps=steps,
-            samples_per_step=32,
+            samples_per_step=64,
             optimizer=OptimizerConfig(lr=rates[0], min_lr=rates[1], warmup_steps=min(50, steps // 5)),
         ),
     )
