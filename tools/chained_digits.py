@@ -1,11 +1,11 @@
 """Chains of digits, whose responses may have very different lengths: text of problems and responses, and verdicts.
 
     question  058,044,031,027
-    response  010,001,
+    response  018,001,
 
 A step is a count of two digits, a digit and a comma. The count goes down to 00. The digit grows from the one before it
-by 3 if the digit four steps back is at least 5, and by 1 if not, modulo 10: above, 7 + 3 = 0 because of the 8, then
-0 + 1 because of the 4. The question has the first four steps; its last count tells how many the response has. Every
+by 3 if the digit two steps back is at least 5, and by 1 if not, modulo 10: above, 7 + 1 = 8 because of the 1, then
+8 + 3 = 1 because of the 7. The question has the first four steps; its last count tells how many the response has. Every
 character is a token, and the chat template's token between question and response stands for the comma between their
 steps: the distance of a step to those before it is always the same. The last digit is the answer.
 
@@ -39,7 +39,7 @@ def careless_response(digits: Sequence[int], steps: int, error_rate: float, gene
     chain = list(digits)
     for _ in range(steps):
         error = generator.randrange(1, MODULUS) if generator.random() < error_rate else 0
-        growth = 3 if chain[-GIVEN] >= MODULUS // 2 else 1
+        growth = 3 if chain[-2] >= MODULUS // 2 else 1
         chain.append((chain[-1] + growth + error) % MODULUS)
     return "".join(_step(steps - 1 - number, digit) for number, digit in enumerate(chain[GIVEN:]))
 

@@ -22,7 +22,7 @@ from small_model import make_model, write_lines
 
 MEDIAN, SIGMA = 2.2, 1.5  # steps of a problem, and standard deviation of their logarithm
 TAUGHT_MEDIAN = 4.0  # steps of a demonstration
-ERROR_RATES = {"chains": 0.0, "demonstrations": 0.05}  # file: probability that a digit is wrong
+ERROR_RATES = {"chains": 0.0, "demonstrations": 0.1}  # file: probability that a digit is wrong
 SHAPE = {"layers": 2, "hidden": 128, "heads": (4, 4), "deviation": 0.1, "rope_theta": 100.0}
 
 

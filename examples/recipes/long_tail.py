@@ -62,7 +62,7 @@ def sft() -> Config:
 
 
 def sft_care() -> Config:
-    """Second stage: the careless demonstrations, so that the policy errs in every twentieth step."""
+    """Second stage: the careless demonstrations, so that the policy errs in every tenth step."""
     return _supervised("chains/policy", "sft", "demonstrations", steps=60, rates=(3e-4, 3e-5))
 
 

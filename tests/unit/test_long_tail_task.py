@@ -23,10 +23,9 @@ def test_a_response_without_errors_follows_the_rule_and_ends_with_the_answer(dig
     chain = f"{chained_digits.question(digits, steps)},{response}"
     parts = [(int(step[:2]), int(step[2:])) for step in chain.rstrip(",").split(",")]
     assert [count for count, _ in parts] == list(range(steps + chained_digits.GIVEN - 1, -1, -1))
-    for (_, four_back), *_, (_, before), (_, digit) in zip(
-        parts, parts[1:], parts[2:], parts[3:], parts[4:], strict=False
-    ):
-        assert digit == (before + (3 if four_back >= 5 else 1)) % 10
+    own = parts[chained_digits.GIVEN - 2 :]
+    for (_, two_back), (_, before), (_, digit) in zip(own, own[1:], own[2:], strict=False):
+        assert digit == (before + (3 if two_back >= 5 else 1)) % 10
     assert len(response) == chained_digits.STEP_TOKENS * steps
     assert chained_digits.is_correct({"gold_answer": chained_digits.answer(digits, steps)}, response)
 
