@@ -55,7 +55,7 @@ def train(
             samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one of each outcome a prompt
             metrics |= selection.summary(rollouts, verdicts, samples)
             if samples:
-                batch = packing.batch(samples, packing_spec)  # with the token counts of the whole step
+                batch = packing.batch(samples, packing_spec, config.loss.mini_batches)  # with token counts of the step
                 with run.phase("reward_model"):
                     token_weights, reward_metrics = reward_model.update(batch)  # weights from before this update
                 metrics |= reward_metrics

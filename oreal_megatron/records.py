@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,8 +182,28 @@ class PackingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """Part of a step's prompts that an update of the policy trains on: consecutive micro-batches of each rank."""
+
+    micro_batches: int  # number of them, equal on all ranks
+    counts: Counts  # denominators of the update, over the samples of this part on all data-parallel ranks
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One data-parallel rank's micro-batches of a step, with the counts of the whole step."""
 
     micro_batches: tuple[MicroBatch, ...]
     counts: Counts
+    mini_batches: tuple[MiniBatch, ...] = ()  # in the order of the policy's updates; empty: the whole step is one
+
+    def split(self) -> list[tuple[slice, Batch]]:
+        """Return each mini-batch as a batch of its own, with its range of the micro-batches."""
+        parts = self.mini_batches or (MiniBatch(len(self.micro_batches), self.counts),)
+        ranges = consecutive([part.micro_batches for part in parts])
+        return [(own, Batch(self.micro_batches[own], part.counts)) for own, part in zip(ranges, parts, strict=True)]
+
+
+def consecutive(sizes: Sequence[int]) -> list[slice]:
+    """Return the ranges of consecutive parts of a sequence, given their sizes."""
+    return [slice(stop - size, stop) for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]

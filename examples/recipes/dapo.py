@@ -10,7 +10,7 @@ a lower reward. Needs the inputs of examples/addition.sh. See docs/how_to/own_lo
 import dataclasses
 
 from addition import FOLDER
-from grpo import advantage, clipped, grpo
+from grpo import UPDATES, advantage, clipped, grpo
 
 from oreal_megatron.config import Config, LossConfig, PenaltyConfig, RolloutConfig, SelectionConfig
 
@@ -24,7 +24,7 @@ def loss_term(logp_T, tokens, counts):
 
 
 def dapo() -> Config:
-    """Return DAPO with two updates a step."""
+    """Return DAPO with four updates a step."""
     return dataclasses.replace(
         grpo(),
         run=f"{FOLDER}/dapo",
@@ -32,5 +32,5 @@ def dapo() -> Config:
         selection=SelectionConfig(
             advantage_rule=advantage, keep="mixed", penalties=PenaltyConfig(overlong=True, reward=-2.0)
         ),
-        loss=LossConfig(positive_coef=0, negative_coef=0, kl_coef=0, term=loss_term, updates_per_step=2),
+        loss=LossConfig(positive_coef=0, negative_coef=0, kl_coef=0, term=loss_term, **UPDATES),
     )

@@ -15,6 +15,7 @@ from addition import FOLDER, oreal
 from oreal_megatron.config import Config, LossConfig, RewardModelConfig, SelectionConfig
 
 CLIP = 0.2
+UPDATES = dict(updates_per_step=4, mini_batches=4)  # one of each quarter of a step's prompts
 
 
 def advantage(rewards: list[float]) -> list[float]:
@@ -38,12 +39,12 @@ def loss_term(logp_T, tokens, counts):
 
 
 def grpo() -> Config:
-    """Return GRPO with two updates a step; the built-in KL term stays, the others have coefficient 0."""
+    """Return GRPO with four updates a step; the built-in KL term stays, the others have coefficient 0."""
     config = oreal()
     return dataclasses.replace(
         config,
         run=f"{FOLDER}/grpo",
         selection=SelectionConfig(advantage_rule=advantage, keep="all"),
-        loss=LossConfig(positive_coef=0, negative_coef=0, kl_coef=0.01, term=loss_term, updates_per_step=2),
+        loss=LossConfig(positive_coef=0, negative_coef=0, kl_coef=0.01, term=loss_term, **UPDATES),
         reward_model=RewardModelConfig(enabled=False),
     )

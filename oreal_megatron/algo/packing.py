@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 
 from oreal_megatron.algo.selection import counts
-from oreal_megatron.records import Batch, MicroBatch, PackingSpec, Sample
+from oreal_megatron.records import Batch, MicroBatch, MiniBatch, PackingSpec, Sample
 
 RolloutKey = tuple[int, int]  # slot and index
 
 
-def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
+def batch(samples: Sequence[Sample], spec: PackingSpec, mini_batches: int = 1) -> Batch:
     """Pack this data-parallel rank's share of the samples; the counts are those of the whole step.
+
+    With several mini-batches, each of them is dealt to the ranks and packed by itself, with counts of its own.
+    """
+    parts = split_prompts(samples, mini_batches)
+    packed = [_pack(part, spec) for part in parts]
+    sizes = [MiniBatch(len(own), counts(part)) for own, part in zip(packed, parts, strict=True)]
+    micro_batches = tuple(itertools.chain.from_iterable(packed))
+    return Batch(micro_batches, counts(samples), tuple(sizes) if len(sizes) > 1 else ())
+
+
+def split_prompts(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """Return the samples in parts of nearly equally many prompts, in order; at most one part for each prompt."""
+    prompts = list(dict.fromkeys(sample.rollout[0] for sample in samples))
+    part_of = {slot: number * parts // len(prompts) for number, slot in enumerate(prompts)}
+    split: dict[int, list[Sample]] = {0: []}  # the first prompt is in part 0
+    for sample in samples:
+        split.setdefault(part_of[sample.rollout[0]], []).append(sample)
+    return [split[number] for number in sorted(split)]
+
+
+def _pack(samples: Sequence[Sample], spec: PackingSpec) -> list[MicroBatch]:
+    """Return this rank's micro-batches of an update.
 
     Every rank packs the shares of all ranks, so all agree on the number of micro-batches without communication:
     different numbers deadlock Megatron's schedules. Ranks with fewer micro-batches get empty ones.
@@ -25,7 +48,7 @@ def batch(samples: Sequence[Sample], spec: PackingSpec) -> Batch:
     largest = max(1, *(len(groups) for groups in groups_by_rank))
     number = -(-largest // spec.micro_batch_multiple) * spec.micro_batch_multiple
     groups = groups_by_rank[spec.rank] + [[]] * (number - len(groups_by_rank[spec.rank]))
-    return Batch(tuple(micro_batch(group, spec.token_multiple) for group in groups), counts(samples))
+    return [micro_batch(group, spec.token_multiple) for group in groups]
 
 
 def sums_by_rollout(values: Sequence[torch.Tensor], micro_batches: Sequence[MicroBatch]) -> dict[RolloutKey, float]:

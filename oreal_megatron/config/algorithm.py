@@ -186,21 +186,43 @@ class LossConfig(Section):
     ] = ""
     updates_per_step: Annotated[
         int,
-        FixedKey("updates of the policy on the samples of a step; above 1 needs a loss.term", 1, 64),
+        FixedKey("updates of the policy on the samples of a step, equally many on each mini-batch", 1, 64),
+    ] = 1
+    mini_batches: Annotated[
+        int,
+        FixedKey(
+            "parts of a step's prompts, in order, that its updates train on in turn; divides updates_per_step", 1, 64
+        ),
     ] = 1
 
+    @property
+    def passes(self) -> int:
+        """Number of updates on each mini-batch."""
+        return self.updates_per_step // self.mini_batches
+
+    @property
+    def corrects_ratio(self) -> bool:
+        """True if every token of the incorrect samples' term has its importance ratio."""
+        return bool(self.ratio_cap) and self.ratio_tokens == "all"
+
     def conflicts(self, path: str) -> Iterator[str]:
-        """Yield messages about a cap of tokens that need no correction, and about updates that nothing limits."""
+        """Yield messages about a cap of tokens that need no correction, and about updates that need one."""
         if 0 < self.ratio_cap < 1:
             yield (
                 f"{path}ratio_cap is {self.ratio_cap:g}; expected 0 (no ratio) or at least 1, e.g. 2: a ratio of 1 "
                 "must stay 1"
             )
-        if self.updates_per_step > 1 and not self.term:
+        if self.updates_per_step > 1 and self.negative_coef and not self.corrects_ratio:
             yield (
-                f"{path}updates_per_step is {self.updates_per_step}, and {path}term is empty: the samples of later "
-                "updates are not the policy's, and the built-in loss does not correct that; name a term with a clipped "
-                f"ratio (examples/recipes/grpo.py), or set {path}updates_per_step=1"
+                f"{path}updates_per_step is {self.updates_per_step}, and the built-in term of incorrect samples takes "
+                "the importance ratio as 1, which holds for the first update only; set "
+                f"{path}ratio_cap, e.g. to 2, with {path}ratio_tokens=all, or {path}negative_coef=0 beside a "
+                f"{path}term with a clipped ratio (examples/recipes/grpo.py), or {path}updates_per_step=1"
+            )
+        if self.updates_per_step % self.mini_batches:
+            yield (
+                f"{path}mini_batches is {self.mini_batches} and {path}updates_per_step {self.updates_per_step}: each "
+                "mini-batch needs equally many updates; set updates_per_step to a multiple of mini_batches"
             )
 
 

@@ -188,6 +188,11 @@ class Config(Section):
                 "loss.ratio_cap is 0: incorrect samples need their importance ratio; set loss.ratio_cap, e.g. to 2, or "
                 "rollout.carry=false"
             )
+        if loss.mini_batches > self.data.prompts_per_step:
+            yield (
+                f"loss.mini_batches is {loss.mini_batches}, but a step has {self.data.prompts_per_step} prompts "
+                "(data.prompts_per_step); set it to at most that"
+            )
         if self.rollout.version_limit and loss.updates_per_step > 1:
             yield (
                 f"loss.updates_per_step is {loss.updates_per_step} and rollout.carry is true: rollout.staleness counts "

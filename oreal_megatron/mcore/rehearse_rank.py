@@ -54,7 +54,8 @@ class RankRehearsal:
 
 def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples: Sequence[Sample]) -> RankRehearsal:
     """Act as `rank` for one step on `samples`; without samples, only build the models and plan a checkpoint."""
-    config = dataclasses.replace(config, offload=False)
+    loss = dataclasses.replace(config.loss, updates_per_step=1, mini_batches=1)  # all updates make the same calls
+    config = dataclasses.replace(config, offload=False, loss=loss)
     with fake_world.simulate_rank(world, rank) as recorder:
         parallel.start_megatron(config.parallel, config.seed)
         arguments = (arch, config, _read_without_data(arch))

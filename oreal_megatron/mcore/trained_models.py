@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from oreal_megatron.algo import guard, loss, loss_term, reward_diagnostics, reward_kl, token_weighting
 from oreal_megatron.algo.schedule import learning_rate, policy_rate
 from oreal_megatron.config import Config
-from oreal_megatron.mcore import gpt_model, output_heads, parallel
+from oreal_megatron.mcore import gpt_model, output_heads, parallel, trainer
 from oreal_megatron.mcore.scorer import MegatronScorer
 from oreal_megatron.mcore.trainer import MegatronTrainer, Objective
 from oreal_megatron.models import torch_dist_keys
@@ -81,7 +81,7 @@ class Policy(TrainedModel):
     def update(self, batch: Batch, reference_logp: list[Tensor] | None, token_weights: TokenWeights) -> Metrics:
         """Take one OREAL step on the batch (paper, Eq. 11); skip it where the token weights are not valid.
 
-        With `loss.updates_per_step` further updates on the same samples follow; metrics are those of the last one.
+        With `loss.updates_per_step` the step's mini-batches take turns, an update each. A skipped update ends the step.
         """
         if not token_weights.valid:
             return _prefixed("policy", self.skip())
@@ -89,19 +89,40 @@ class Policy(TrainedModel):
         kl_metrics: Metrics = {}
         if self.config.loss.reward_kl_coef:
             batch, kl_metrics = self._with_reward_kl(batch, reference)
-        objective = self._objective(batch.counts, reference, token_weights.values)
-        updates = self.config.loss.updates_per_step
-        rate = policy_rate(self.updates // updates, self.config)
-        for _ in range(updates):
-            metrics = self.train(batch, objective, rate)
-            if metrics["consecutive_skips"]:  # the next update would compute the same
-                break
+        objectives = self._objectives(batch, reference, token_weights.values)
+        metrics = self._take_turns(objectives * self.config.loss.passes, last_pass=len(objectives))
         return _prefixed("policy", metrics | kl_metrics)
 
-    def _objective(self, counts: Counts, reference: list[Tensor], weights: list[Tensor]) -> Objective:
-        """Return OREAL's loss, with `loss.term` if there is one. The first update finds the old log-probs."""
+    def _take_turns(self, objectives: Sequence[tuple[Batch, Objective]], last_pass: int) -> Metrics:
+        """Update once with each objective; return the mean metrics of the last updates, or those of a skipped one."""
+        rate = policy_rate(self.updates // self.config.loss.updates_per_step, self.config)
+        taken: list[Metrics] = []
+        with self.parts.on_device(*self.parts):  # offloaded again after the last update only
+            for part, objective in objectives:
+                taken.append(self.train(part, objective, rate))
+                if taken[-1]["consecutive_skips"]:  # the policy may be at fault, and not only these samples
+                    return taken[-1]
+        return trainer.mean_metrics(taken[-last_pass:])
+
+    def _objectives(
+        self, batch: Batch, reference: list[Tensor], weights: list[Tensor]
+    ) -> list[tuple[Batch, Objective]]:
+        """Return the mini-batches with their losses. Collective.
+
+        Only a loss term reads log-probs from before the first update. With one mini-batch, that update computes them.
+        """
+        parts = batch.split()
+        old_logp = (self.score(batch) or []) if self.loss_term and len(parts) > 1 else []
+        return [
+            (part, self._objective(part.counts, reference[own], weights[own], old_logp[own])) for own, part in parts
+        ]
+
+    def _objective(
+        self, counts: Counts, reference: list[Tensor], weights: list[Tensor], old_logps: list[Tensor]
+    ) -> Objective:
+        """Return OREAL's loss, with `loss.term` if there is one. Without old log-probs, its first use finds them."""
         config, model, term = self.config.loss, self.language_model, self.loss_term
-        old_logp: dict[int, Tensor] = {}
+        old_logp = dict(enumerate(old_logps))
 
         def fused(number: int, micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return model.oreal_loss(hidden, micro_batch, reference[number], weights[number], counts, config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from oreal_megatron.records import Batch, MicroBatch
 from oreal_megatron.runtime import distributed
 
 log = logging.getLogger(__name__)
+
+# Metrics of `train` that describe the model after the update; the others describe its samples.
+STATE_METRICS = ("learning_rate", "gradient_norm_limit", "largest_weight", "updates", "skipped", "consecutive_skips")
 
 # Number of the micro-batch within the batch, the micro-batch, last stage's output -> loss and metrics that add up.
 Objective = Callable[[int, MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -152,6 +155,14 @@ class MegatronTrainer(MegatronScorer):
         storages = {tensor.untyped_storage()._cdata for tensor in parameters(self.chunks)}
         tensors = adam.state_tensors(self.optimizer)
         return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in storages]
+
+
+def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over updates, and the state of the model after the last one."""
+    if len(updates) == 1:
+        return updates[0]
+    names = dict.fromkeys(name for update in updates for name in update if name not in STATE_METRICS)
+    return updates[-1] | {name: sum(update.get(name, 0.0) for update in updates) / len(updates) for name in names}
 
 
 def _optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOptimizerConfig:

@@ -89,7 +89,7 @@ def _form(key: str, value: Any) -> tuple[str, dict[str, Any], Any]:
 
 def _scaling(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a kind of scaling; ConfigError for those that are missing, unknown or out of range."""
-    if kind not in FIELDS:
+    if kind not in list(FIELDS):  # by equality: it may be any JSON value
         raise ConfigError(f"rope type {kind!r} in config.json is not supported; supported are {', '.join(FIELDS)}")
     if missing := [name for name in FIELDS[kind] if name not in fields]:
         raise ConfigError(f"rope type {kind!r} in config.json lacks {', '.join(missing)}")

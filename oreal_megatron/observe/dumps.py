@@ -28,7 +28,7 @@ from oreal_megatron import settings
 from oreal_megatron.algo import guard
 from oreal_megatron.config import Config, ConfigError
 from oreal_megatron.protocols import Metrics, TokenValues
-from oreal_megatron.records import Batch, Counts, MicroBatch, TokenWeights
+from oreal_megatron.records import Batch, Counts, MicroBatch, MiniBatch, TokenWeights, consecutive
 from oreal_megatron.runtime import checkpoint_folders, files
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Dump:
     metrics: Metrics
     config: Config
     of_demonstrations: bool = False  # of `oreal sft` or `oreal distill`
+    mini_batches: tuple[MiniBatch, ...] = ()  # as Batch has them
 
     def share(self, rank: int, ranks: int) -> DumpShare:
         """Return what data-parallel rank `rank` of `ranks` trains on.
@@ -120,8 +121,11 @@ class Dump:
             raise ConfigError(
                 f"{self.path} was dumped by {self.shares} data-parallel ranks, which {ranks} cannot share evenly"
             )
-        parts = [part for share in range(rank, self.shares, ranks) for part in self._read_parts(share)]
-        batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts)
+        read = [self._read_parts(share) for share in range(rank, self.shares, ranks)]
+        sizes = [part.micro_batches for part in self.mini_batches] or [len(read[0])]
+        parts = [part for own in consecutive(sizes) for share in read for part in share[own]]
+        joined = [dataclasses.replace(part, micro_batches=part.micro_batches * len(read)) for part in self.mini_batches]
+        batch = Batch(tuple(_micro_batch(part) for part in parts), self.counts, tuple(joined))
         reference_logp, weights, scores, logp = ([part[name] for part in parts if name in part] for name in PER_TOKEN)
         return DumpShare(batch, reference_logp or None, TokenWeights(weights, bool(weights), scores), logp)
 
@@ -167,6 +171,7 @@ def write_dump(
     save_file(tensors, _share_file(folder, rank))
     if rank == 0:
         header = {"step": step, "shares": shares, "counts": dataclasses.asdict(batch.counts), "metrics": metrics}
+        header["mini_batches"] = [dataclasses.asdict(part) for part in batch.mini_batches]
         header |= {"demonstrations": demonstrated_logp is not None, "config": dataclasses.asdict(config)}
         (folder / "step.json").write_text(json.dumps(header, indent=2) + "\n")
 
@@ -176,8 +181,17 @@ def read_dump(folder: Path) -> Dump:
     try:
         header = files.read_object(folder / "step.json")
         counts, config = Counts(**header["counts"]), settings.from_dict(header["config"])
-        demonstrations = header.get("demonstrations", False)  # absent in dumps before 0.2
-        return Dump(folder, header["step"], header["shares"], counts, header["metrics"], config, demonstrations)
+        demonstrations, parts = header.get("demonstrations", False), header.get("mini_batches", ())  # new in 0.2
+        return Dump(
+            folder,
+            header["step"],
+            header["shares"],
+            counts,
+            header["metrics"],
+            config,
+            demonstrations,
+            tuple(MiniBatch(part["micro_batches"], Counts(**part["counts"])) for part in parts),
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
 

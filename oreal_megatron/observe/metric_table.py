@@ -121,7 +121,13 @@ PARTIAL_ROLLOUTS = (
 )
 
 LOSSES_AND_MODELS = (
-    MetricInfo(("loss/total",), "", "the policy loss (paper, Eq. 11)", ""),
+    MetricInfo(
+        ("loss/total",),
+        "",
+        "the policy loss (paper, Eq. 11); with `loss.mini_batches`, as all metrics of the policy's losses and "
+        "gradients, the mean over the last update of each, or the value of a skipped one",
+        "",
+    ),
     MetricInfo(
         ("loss/positive",),
         "",
@@ -221,7 +227,12 @@ LOSSES_AND_MODELS = (
     ),
     MetricInfo(("reward_model/score_mean",), "", "mean token score", "drift to one side mutes the other"),
     MetricInfo(("MODEL/gradient_norm",), "", "before clipping; MODEL is `policy` or `reward_model`", "spikes"),
-    MetricInfo(("MODEL/learning_rate", "MODEL/updates"), "", "of this step; optimizer steps so far", ""),
+    MetricInfo(
+        ("MODEL/learning_rate", "MODEL/updates"),
+        "",
+        "of this step; optimizer steps so far, of which the policy makes `loss.updates_per_step` a step",
+        "",
+    ),
     MetricInfo(("MODEL/largest_weight",), "", "largest absolute parameter", ""),
     MetricInfo(
         ("MODEL/skipped", "MODEL/consecutive_skips"),

@@ -66,7 +66,7 @@ class PhaseTimer:
         )
         trained_tokens = sum(work.tokens for work in works)
         tokens = {"generate": rollout_tokens, **dict.fromkeys(models, trained_tokens), "step": rollout_tokens}
-        operations = {name: speed.operations(name, works) for name in models} if self.arch else {}
+        operations = {name: speed.operations(name, works, self.config) for name in models} if self.arch else {}
         result = {f"seconds/{name}": value for name, value in seconds.items()}
         result |= speed.rates(seconds, tokens, operations, distributed.world_size(), self.peak_flops)
         result |= speed.shares_of_step(seconds)

@@ -64,9 +64,10 @@ def computed_models(config: Config, metrics: Metrics, seconds: Mapping[str, floa
     return [name for name in FORWARD_PASSES if name in seconds and name not in idle]
 
 
-def operations(model: str, works: Sequence[ReplicaWork]) -> float:
+def operations(model: str, works: Sequence[ReplicaWork], config: Config) -> float:
     """Return the operations of a model's phase over all replicas."""
-    return FORWARD_PASSES[model] * sum(work.forward[HEADS[model]] for work in works)
+    passes = FORWARD_PASSES[model] * (config.loss.passes if model == "policy" else 1)
+    return passes * sum(work.forward[HEADS[model]] for work in works)
 
 
 def rates(

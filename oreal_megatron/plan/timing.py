@@ -106,18 +106,21 @@ def step_overhead(scenario: Scenario) -> float:
     return exchanges + scenario.assumed.decode_step_ms / 1e3
 
 
-def bubble(scenario: Scenario) -> float:
+def bubble(scenario: Scenario, mini_batches: int = 1) -> float:
     """Return the share of an update in which pipeline stages wait for each other."""
-    return scenario.config.parallel.bubble(scenario.micro_batches)
+    return scenario.config.parallel.bubble(max(scenario.micro_batches // mini_batches, 1))
 
 
-def training(scenario: Scenario, passes: float) -> float:
-    """Return the seconds of a number of forward passes (a backward counts as two) over the samples of a step."""
+def training(scenario: Scenario, passes: float, mini_batches: int = 1) -> float:
+    """Return the seconds of a number of forward passes (a backward counts as two) over the samples of a step.
+
+    With several mini-batches, each is a pass of its own through the pipeline.
+    """
     forward = flops.forward(scenario.arch, [scenario.sequence_tokens], scenario.sequence_tokens)
     computing = (
         scenario.sequences * forward * passes / (scenario.world * scenario.gpu.flops * scenario.assumed.train_mfu)
     )
-    return (computing + exchanges(scenario) * passes) / (1 - bubble(scenario))
+    return (computing + exchanges(scenario) * passes) / (1 - bubble(scenario, mini_batches))
 
 
 def exchanges(scenario: Scenario) -> float:
@@ -147,15 +150,21 @@ def phases(scenario: Scenario, moved: Transfer) -> dict[str, float]:
     if scenario.config.reward_model.enabled:
         seconds["reward_model"] = update + swap(scenario, "reward_model")
     seconds["reference"] = training(scenario, 1) + swap(scenario, "reference")
-    scoring = training(scenario, 1) if scenario.config.loss.reward_kl_coef else 0.0
-    updates = update * scenario.config.loss.updates_per_step
-    seconds["policy"] = scoring + updates + swap(scenario, "policy")
+    seconds["policy"] = policy_updates(scenario) + swap(scenario, "policy")
     share = scenario.assumed.link_share
     within = (moved.received - moved.received_between) / (scenario.gpu.nvlink_bytes * share)
     seconds["weight_sync"] = max(within, moved.received_between / (scenario.gpu.network_bytes * share)) + swap(
         scenario, ""
     )
     return seconds
+
+
+def policy_updates(scenario: Scenario) -> float:
+    """Return the seconds of a step's updates of the policy, and of its log-probs before them."""
+    loss = scenario.config.loss
+    scored = bool(loss.reward_kl_coef) + bool(loss.term and loss.mini_batches > 1)  # before the first update
+    computing = training(scenario, update_passes(scenario), loss.mini_batches) * loss.passes
+    return training(scenario, 1) * scored + computing + gradients(scenario) * loss.updates_per_step
 
 
 def parity_check(scenario: Scenario) -> float:

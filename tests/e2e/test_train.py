@@ -249,7 +249,7 @@ def test_a_reward_model_that_blows_up_stops_the_run_and_is_replayed(trained):
 @pytest.mark.full
 @pytest.mark.parametrize("trained", [1], ids=["data parallel"], indirect=True)
 @pytest.mark.parametrize("recipe", ["grpo", "dapo"])
-def test_a_baseline_recipe_trains_with_its_own_loss_and_two_updates_a_step(trained, recipe):
+def test_a_baseline_recipe_trains_with_its_own_loss_and_four_updates_a_step(trained, recipe):
     run, file = trained / recipe, Path(__file__).parents[2] / f"examples/recipes/{recipe}.py"
     changes = (f"run={run}", "steps=2", f"model.path={trained}/sft/policy", f"data.path={trained}/problems.jsonl",
                f"data.held_out={trained}/held_out.jsonl", "data.prompts_per_step=24", "sampling.rollouts_per_prompt=4",
@@ -258,12 +258,13 @@ def test_a_baseline_recipe_trains_with_its_own_loss_and_two_updates_a_step(train
                "checkpoint.every=0")  # fmt: skip
     oreal("train", f"{file}:{recipe}", *[word for change in changes for word in ("--set", change)])
     first, second = rows(run)
-    assert (first["policy/updates"], second["policy/updates"]) == (2, 4)
+    assert (first["policy/updates"], second["policy/updates"]) == (4, 8), "an update of each mini-batch"
     assert first["policy/skipped"] == second["policy/skipped"] == 0 and first["policy/gradient_norm"] > 0
     assert max(row["parity/logprob_gap"] for row in (first, second)) < 1e-5
     assert 0 <= min(row["own/clipped_share"] for row in (first, second)) < 1
     assert "loss/reward_model" not in first
     assert first["loss/kl"] > 0 if recipe == "grpo" else first["loss/total"] == first["loss/term"]
+    assert "reproduced bit for bit" in oreal("replay", str(run / "dumps/step_000001"))
     before, after = (trained / name / "policy/model.safetensors" for name in ("sft", recipe))
     assert before.read_bytes() != after.read_bytes()
 

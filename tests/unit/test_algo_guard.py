@@ -138,6 +138,29 @@ def test_a_dump_gives_back_what_was_written(dumped):
     assert len(alone) == sum(len(batch.micro_batches) for batch, _ in shares)
 
 
+def test_a_dump_keeps_mini_batches_also_on_fewer_ranks(tmp_path, make_samples):
+    path, samples = tmp_path / checkpoint_folders.name(0), make_samples(5)
+    written = [packing.batch(samples, PackingSpec(30, rank, 2), 2) for rank in range(2)]
+    for rank, batch in enumerate(written):
+        values = [part.labels.float() for part in batch.micro_batches]
+        dumps.write_dump(path, 0, (rank, 2), batch, values, TokenWeights(values), {}, c.Config())
+    dump = dumps.read_dump(path)
+    for rank, batch in enumerate(written):
+        assert dump.share(rank, 2).batch.mini_batches == batch.mini_batches and len(batch.mini_batches) == 2
+    share = dump.share(0, 1)
+    for number, (own, part) in enumerate(share.batch.split()):
+        rows = [written[rank].split()[number][1] for rank in range(2)]
+        assert part.counts == rows[0].counts
+        expected = [micro_batch for row in rows for micro_batch in row.micro_batches]
+        assert len(part.micro_batches) == len(expected) and all(map(equal, part.micro_batches, expected))
+        for micro_batch, weight_T in zip(part.micro_batches, share.token_weights.values[own], strict=True):
+            assert torch.equal(weight_T, micro_batch.labels.float())
+    header = json.loads((path / "step.json").read_text())
+    del header["mini_batches"]  # as dumps before them
+    (path / "step.json").write_text(json.dumps(header))
+    assert [part.counts for _, part in dumps.read_dump(path).share(0, 2).batch.split()] == [dump.counts]
+
+
 def test_what_the_policy_was_not_given_is_not_there(tmp_path, make_samples):
     batch = packing.batch(make_samples(1), PackingSpec(30))
     dumps.write_dump(tmp_path / "step_000000", 0, (0, 1), batch, None, TokenWeights([], valid=False), {}, c.Config())

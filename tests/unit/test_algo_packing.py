@@ -59,6 +59,44 @@ def test_packing_loses_nothing_and_gives_every_rank_the_same_number_of_micro_bat
     assert found == Counter(n for n, (_, response) in enumerate(lengths) for _ in range(response))
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_mini_batches_are_the_prompts_in_order_each_packed_by_itself(data):
+    lengths = data.draw(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=9))
+    mini_batches, ranks = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    samples = [
+        Sample(
+            (1,), (2,) * length, 1.0 if index % 2 else -1.0, 1.0, rollout=(3 * slot, index)
+        )  # some slots are dropped
+        for slot, row in enumerate(lengths)
+        for index, length in enumerate(row)
+    ]
+    budget = data.draw(st.integers(10, 80))
+    specs = [PackingSpec(budget, rank, ranks, 2) for rank in range(ranks)]
+    batches = [packing.batch(samples, spec, mini_batches) for spec in specs]
+    parts = packing.split_prompts(samples, mini_batches)
+    prompts = [{sample.rollout[0] for sample in part} for part in parts]
+    assert [sample for part in parts for sample in part] == samples, "nothing lost, in order"
+    assert len(parts) == min(mini_batches, len(lengths)) and sum(map(len, prompts)) == len(lengths), (
+        "no prompt is split"
+    )
+    assert max(map(len, prompts)) - min(map(len, prompts)) <= 1
+    for spec, batch in zip(specs, batches, strict=True):
+        split = batch.split()
+        assert len(split) == len(parts) and batch.counts == packing.counts(samples)
+        assert bool(batch.mini_batches) == (len(parts) > 1), "one of the whole step is as without mini-batches"
+        assert [number for own, _ in split for number in range(len(batch.micro_batches))[own]] == [
+            *range(len(batch.micro_batches))
+        ]
+        for (own, part), of_part in zip(split, parts, strict=True):
+            alone = packing.batch(of_part, spec)
+            assert part.counts == alone.counts and len(part.micro_batches) == len(alone.micro_batches)
+            assert part.micro_batches == batch.micro_batches[own]
+            for one, other in zip(part.micro_batches, alone.micro_batches, strict=True):
+                assert torch.equal(one.rollouts, other.rollouts) and torch.equal(one.labels, other.labels)
+    assert len({tuple(part.micro_batches for part in batch.mini_batches) for batch in batches}) == 1
+
+
 def test_two_packed_sequences_by_hand():
     batch = packing.micro_batch([Sample((9, 8), (7, 6), 1.0, 1.0), Sample((5,), (4, 3, 2), -1.0, -1.0)], pad_to=3)
     assert batch.tokens.tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 0]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oreal_megatron.config import ConfigError
@@ -35,6 +35,7 @@ values = st.one_of(
 
 @settings(max_examples=300)
 @given(family=st.sampled_from(sorted(ROWS)), field=st.sampled_from(FIELDS), value=values)
+@example(family="InternLM2", field="rope_scaling", value={"rope_type": []})
 def test_any_value_of_any_field_is_read_or_refused_in_a_sentence(family, field, value):
     hf = ROWS[family] | {field: value}
     try:

@@ -173,15 +173,37 @@ def test_a_loss_term_that_trains_nothing_stops_the_run(name, says, own):
         term(torch.zeros(3, requires_grad=True), None, Counts(1, 3, 3, 0))
 
 
-def test_several_updates_need_a_term_and_rollouts_of_one_version(own):
-    changes = ["loss.updates_per_step=2"]
-    with pytest.raises(ConfigError, match="loss.updates_per_step is 2, and loss.term is empty"):
-        c.validate(settings.override(c.Config(), changes))
-    changes.append(f"loss.term={own}:term")
-    c.validate(settings.override(c.Config(), changes))
-    changes += ["rollout.round_tokens=8", "loss.ratio_cap=2", "sampling.top_p=1.0"]
-    with pytest.raises(ConfigError, match="loss.updates_per_step is 2 and rollout.carry is true"):
-        c.validate(settings.override(c.Config(), changes))
+TWO = "loss.updates_per_step=2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ([TWO], "loss.updates_per_step is 2, and the built-in term of incorrect samples takes the importance ratio as"),
+        ([TWO, "loss.term=OWN:term"], "set loss.ratio_cap, e.g. to 2, with loss.ratio_tokens=all, or loss.negative_co"),
+        ([TWO, "loss.ratio_cap=2", "loss.ratio_tokens=carried"], "loss.updates_per_step is 2, and the built-in term"),
+        ([TWO, "loss.term=OWN:term", "loss.negative_coef=0"], ""),
+        ([TWO, "loss.ratio_cap=2", "sampling.top_p=1.0"], ""),
+        ([TWO, "loss.ratio_cap=2", "sampling.top_p=1.0", "loss.mini_batches=2"], ""),
+        ([TWO, "loss.negative_coef=0"], ""),  # imitation of correct samples has no ratio
+        (["loss.mini_batches=2"], "loss.mini_batches is 2 and loss.updates_per_step 1: each mini-batch needs equally"),
+        (
+            ["loss.mini_batches=64", "loss.updates_per_step=64", "loss.negative_coef=0", "data.prompts_per_step=63"],
+            "loss.mini_batches is 64, but a step has 63 prompts",
+        ),
+        (
+            [TWO, "loss.ratio_cap=2", "sampling.top_p=1.0", "rollout.round_tokens=8"],
+            "loss.updates_per_step is 2 and rollout.carry is true",
+        ),
+    ],
+)
+def test_several_updates_need_a_ratio_equal_turns_and_rollouts_of_one_version(changes, says, own):
+    config = settings.override(c.Config(), [change.replace("OWN", str(own)) for change in changes])
+    if not says:
+        c.validate(config)
+        return
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        c.validate(config)
 
 
 def test_a_run_trains_on_rows_and_texts_of_the_users_functions(config, own, tmp_path):

@@ -10,7 +10,7 @@ from repository import ROOT
 
 from oreal_megatron import settings
 from oreal_megatron.algo import advantages, loss_term, packing
-from oreal_megatron.config import Config
+from oreal_megatron.config import Config, validate
 from oreal_megatron.config.user_functions import check_functions
 from oreal_megatron.records import Sample
 
@@ -86,5 +86,8 @@ def test_samples_and_built_in_terms_are_those_of_the_papers():
     grpo, dapo = recipe("grpo"), recipe("dapo")
     assert (grpo.selection.keep, dapo.selection.keep, dapo.rollout.enough) == ("all", "mixed", "mixed")
     assert [c.loss.positive_coef + c.loss.negative_coef for c in (grpo, dapo)] == [0, 0]
-    assert grpo.loss.kl_coef > 0 == dapo.loss.kl_coef and grpo.loss.updates_per_step == 2
+    assert grpo.loss.kl_coef > 0 == dapo.loss.kl_coef and dapo.loss.passes == 1
+    assert [(c.loss.updates_per_step, c.loss.mini_batches) for c in (grpo, dapo)] == [(4, 4)] * 2
+    validate(grpo)
+    validate(dapo)
     assert not grpo.reward_model.enabled and not dapo.reward_model.enabled

@@ -175,6 +175,26 @@ def test_times_point_the_right_way():
     assert base["reference"] < base["policy"] / 2, "one pass against four"
 
 
+def test_an_update_costs_a_reduction_a_pass_all_computing_and_a_mini_batch_a_bubble():
+    def policy(updates: int, mini_batches: int, *changes: str) -> float:
+        changes = (*changes, f"loss.updates_per_step={updates}", f"loss.mini_batches={mini_batches}", "offload=false")
+        return timing.phases(case("oreal_32b", *changes), timing.Transfer(0, 0, 0, "direct"))["policy"]
+
+    one = case("oreal_32b", "offload=false")
+    reducing, once = timing.gradients(one), policy(1, 1)
+    assert reducing > 0 and policy(3, 1) == pytest.approx(3 * once)
+    flat = ("parallel.pipeline=1", "parallel.virtual=1")
+    one_stage = case("oreal_32b", "offload=false", *flat)
+    assert policy(4, 4, *flat) == pytest.approx(policy(1, 1, *flat) + 3 * timing.gradients(one_stage))
+    staged = ("parallel.pipeline=4",)
+    piped = case("oreal_32b", "offload=false", *staged)
+    assert policy(2, 2, *staged) > policy(1, 1, *staged) + timing.gradients(piped), "each fills the pipeline again"
+    term = ("loss.term=own.py:term",)
+    scoring = timing.training(one, 1)
+    assert policy(2, 1, *term) == pytest.approx(2 * once), "the first update has the old log-probs"
+    assert policy(2, 2, *term) == pytest.approx(policy(2, 2) + scoring)
+
+
 def test_decoding_reads_weights_every_step_and_the_cache_for_every_token():
     """7B on one H100 with a whole replica's 128 answers, by hand."""
     alone = ("engine.tensor=1", "engine.max_num_seqs=128")

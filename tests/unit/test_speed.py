@@ -147,16 +147,20 @@ def test_what_a_rank_waits_for_others_is_not_its_own_time_and_an_evaluation_not_
 
 
 @pytest.mark.parametrize(
-    ("metrics", "reward_model", "models"),
+    ("metrics", "reward_model", "models", "passes"),
     [
-        ({}, True, {"reward_model", "reference", "policy"}),
-        ({}, False, {"reference", "policy"}),
-        ({"reward_model/consecutive_skips": 1, "policy/consecutive_skips": 1}, True, {"reward_model", "reference"}),
-        ({"policy/consecutive_skips": 1}, True, {"reward_model", "reference", "policy"}),  # skipped after computing
+        ({}, True, {"reward_model", "reference", "policy"}, 1),
+        ({}, False, {"reference", "policy"}, 2),
+        ({"reward_model/consecutive_skips": 1, "policy/consecutive_skips": 1}, True, {"reward_model", "reference"}, 1),
+        ({"policy/consecutive_skips": 1}, True, {"reward_model", "reference", "policy"}, 1),  # skipped after computing
     ],
 )
-def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, models):
-    config = c.Config(reward_model=c.RewardModelConfig(enabled=reward_model), parallel=c.ParallelConfig(pipeline=2))
+def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, models, passes):
+    config = c.Config(
+        reward_model=c.RewardModelConfig(enabled=reward_model),
+        parallel=c.ParallelConfig(pipeline=2),
+        loss=c.LossConfig(updates_per_step=4 * passes, mini_batches=4),
+    )
     timer = PhaseTimer(config, tiny(), 1e9)
     for name in ("reward_model", "reference", "policy"):
         with timer.phase(name):
@@ -170,7 +174,7 @@ def test_a_model_that_computes_nothing_has_no_speed(metrics, reward_model, model
     rate = forward / found["seconds/reference"]
     assert found["speed/tflops_per_second_per_gpu/reference"] == pytest.approx(rate / 1e12)
     if "policy" in models:
-        assert found["speed/mfu/policy"] == pytest.approx(3 * forward / found["seconds/policy"] / 1e9)
+        assert found["speed/mfu/policy"] == pytest.approx(3 * passes * forward / found["seconds/policy"] / 1e9)
     json.dumps(found, allow_nan=False)
 
 
