@@ -1,13 +1,14 @@
 """Measure generation with and without a pool of prompts in flight, with real vLLM and prescribed response lengths.
 
-    torchrun --nproc-per-node 2 tools/measure_long_tail.py [--steps 12] [--pool 2] [--round-tokens 32]
+    torchrun --nproc-per-node 2 tools/measure_long_tail.py [--pool 2] [--round-tokens 32]
 
 A small model with random weights answers with lengths drawn from a log-normal distribution (median 10 tokens, one in a
 hundred above 300, cap 480), because it never stops by itself. Both kinds take their steps in turn, so that other work
 on the machine hits both. Nothing is trained: weights stay the same, and times are those of generation only.
 
-The ratio of both is printed beside that of the simulation of `oreal plan --rollouts`, with the lengths of this run and
-the cost of a decoding step that it measured: a line through (responses at once, seconds), by least squares.
+The seconds of both are printed beside those of the simulation of `oreal plan --rollouts`: the same lengths in the same
+order and steps, and the cost of an engine step as this run measured it, by least squares: a constant, a share of each
+response, and one of each that starts in the step, which every round makes all of them do.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.plan import rollout_simulation
 from oreal_megatron.plan.decode_replica import DecodeCost
 from oreal_megatron.plan.gpus import GPUS
+from oreal_megatron.plan.rollout_simulation import STEPS, WARM_UP
 from oreal_megatron.plan.scenario import Scenario
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.runtime import distributed, heartbeat
@@ -93,27 +95,30 @@ def prescribe_lengths(engine: Any) -> None:
 
 
 class StepTimer:
-    """Seconds of the engine's steps by the number of responses that grow in them."""
+    """Seconds of the engine's steps by the numbers of responses that grow and that start in them."""
 
     def __init__(self, engine: Any) -> None:
-        self.rows: list[int] = []
+        self.rows: list[tuple[int, int, int]] = []  # 1, responses that grow, responses that start
         self.seconds: list[float] = []
-        self.engine, self.step = engine, engine.step
+        self.engine, self.step, self.before = engine, engine.step, 0
         engine.step = self.timed_step
 
     def timed_step(self) -> Any:
-        """Take a step and note it."""
-        rows, started_at = self.engine.get_num_unfinished_requests(), time.monotonic()
+        """Take a step and note it. Requests are added only between the steps of different calls, all at once."""
+        growing, started_at = self.engine.get_num_unfinished_requests(), time.monotonic()
         outputs = self.step()
-        self.rows.append(rows)
         self.seconds.append(time.monotonic() - started_at)
+        self.rows.append((1, growing, max(growing - self.before, 0)))
+        self.before = self.engine.get_num_unfinished_requests()
         return outputs
 
     def cost(self, slots: int) -> DecodeCost:
-        """Return the cost of a step as a constant and a share of each response; both at least 0."""
-        share, constant = np.polyfit(self.rows, self.seconds, 1)
-        share, constant = max(float(share), 0.0), max(float(constant), 0.0)
-        return DecodeCost(0.0, 0.0, share, constant, share, slots, float("inf"))
+        """Return the cost of a step as a constant, a share of each response, and one of each that starts; none below 0.
+
+        The prefill is in the cost of a start.
+        """
+        constant, share, start = (max(float(x), 0.0) for x in np.linalg.lstsq(self.rows, self.seconds, rcond=None)[0])
+        return DecodeCost(0.0, 0.0, share, constant, 0.0, slots, float("inf"), start)
 
 
 class RunLengths:
@@ -128,17 +133,16 @@ class RunLengths:
         return "the lengths of this run"
 
 
-def predicted_ratio(config: c.Config, arch: Architecture, cost: DecodeCost) -> float:
-    """Return simulated seconds of generation with a pool over those of waiting for the longest response."""
+def simulated_seconds(config: c.Config, arch: Architecture, cost: DecodeCost) -> dict[str, float]:
+    """Return simulated seconds of generation of a step, waiting for the longest response and with the pool."""
     scenario = Scenario(config, arch, next(iter(GPUS.values())), distributed.world_size())
     scenario = dataclasses.replace(scenario, assumed=dataclasses.replace(scenario.assumed, prompt_tokens=4))
     pool = rollout_simulation.policy_of(config.rollout)
     assert pool is not None
-    seconds = [
-        rollout_simulation.simulate(scenario, 0.0, policy, RunLengths(), 0, cost).generation_s
-        for policy in (pool, rollout_simulation.ROLLOUTS)
-    ]
-    return seconds[0] / seconds[1]
+    return {
+        kind: rollout_simulation.simulate(scenario, 0.0, policy, RunLengths(), 0, cost).generation_s
+        for kind, policy in (("waiting", rollout_simulation.ROLLOUTS), ("pool", pool))
+    }
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"waiting": [], "pool": []}
     lengths: dict[str, list[int]] = {"waiting": [], "pool": []}
     idle = []
-    for step in range(arguments.warm_up + arguments.steps):
+    for step in range(WARM_UP + STEPS):
         for kind, source in (("waiting", engine), ("pool", pool)):
             prompts = problems.take(step) if kind == "waiting" else pool.take(step)
             distributed.all_gather_object(0)
@@ -173,7 +177,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
             elapsed = time.monotonic() - started_at
             if kind == "pool":
                 pool.verdicts(rows)
-            if step >= arguments.warm_up:
+            if step >= WARM_UP:
                 assert len(rows) >= PROMPTS
                 seconds[kind].append(elapsed / len(rows) * PROMPTS)
                 lengths[kind] += [len(rollout.tokens) for row in rows for rollout in row]
@@ -183,15 +187,18 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     cost = dataclasses.replace(
         costs[0],
         row_s=statistics.mean(cost.row_s for cost in costs),
-        prefill_token_s=statistics.mean(cost.prefill_token_s for cost in costs),
         overhead_s=statistics.mean(cost.overhead_s for cost in costs),
+        start_s=statistics.mean(cost.start_s for cost in costs),
     )
+    simulated = simulated_seconds(config, inputs.arch, cost)
     return {
         "seconds per step": {kind: [round(value, 3) for value in values] for kind, values in seconds.items()},
         "sum": {kind: round(sum(values), 2) for kind, values in seconds.items()},
         "ratio": round(sum(seconds["pool"]) / sum(seconds["waiting"]), 3),
-        "predicted ratio": round(predicted_ratio(config, inputs.arch, cost), 3),
-        "milliseconds of a decoding step": f"{1000 * cost.overhead_s:.2f} + {1000 * cost.row_s:.3f} x responses",
+        "simulated sum": {kind: round(value * STEPS, 2) for kind, value in simulated.items()},
+        "simulated ratio": round(simulated["pool"] / simulated["waiting"], 3),
+        "milliseconds of a step": f"{1000 * cost.overhead_s:.2f} + {1000 * cost.row_s:.3f} x responses + "
+        f"{1000 * cost.start_s:.3f} x starts",
         "mean length": {kind: round(statistics.mean(values), 2) for kind, values in lengths.items()},
         "idle share of the pool": round(statistics.mean(idle), 3),
         "settings": dataclasses.asdict(config.rollout),
@@ -200,8 +207,6 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warm-up", type=int, default=4, help="first steps, until carried responses are in balance")
     parser.add_argument("--pool", type=float, default=2.0)
     parser.add_argument("--round-tokens", type=int, default=32)
     parser.add_argument("--staleness", type=int, default=2)

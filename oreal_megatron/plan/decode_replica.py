@@ -49,6 +49,7 @@ class DecodeCost:
     prefill_token_s: float
     slots: int  # rollouts at once
     cache_tokens: float  # capacity of the KV cache
+    start_s: float = 0.0  # to start a rollout, also in each further round, beside its prefill
 
     @classmethod
     def of(cls, scenario: Scenario) -> DecodeCost:
@@ -96,8 +97,7 @@ class Replica:
         """Start rollouts from `take`, which looks whether the next one `fits`, until it returns None."""
         while rollout := take(self):
             present = self.prompt_tokens + rollout.decoded
-            if self.prefills:
-                self._pass(present * self.cost.prefill_token_s)
+            self._pass(self.cost.start_s + self.prefills * present * self.cost.prefill_token_s)
             heapq.heappush(self.active, (self.decoded + rollout.length - rollout.decoded, next(self.numbers), rollout))
             self.cached += present
             self.reserved += self.prompt_tokens + rollout.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import deque
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from oreal_megatron.plan.decode_replica import DecodeCost, Replica, SimulatedPro
 from oreal_megatron.plan.response_lengths import LogNormalLengths, RunLengths
 from oreal_megatron.plan.rollout_simulation import PROMPTS, ROLLOUTS, RolloutPolicy, compare, policy_of, simulate
 from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.plan.simulated_rounds import run_round
 
 PROMPT = 50
 QUEUE = RolloutPolicy("queue")
@@ -59,6 +61,21 @@ def test_a_stopped_replica_gives_up_as_many_tokens_as_it_decoded():
     replica.finish_next()
     replica.stop(replica.now + 0.5)
     assert [rollout.decoded for rollout in rollouts] == [100, pytest.approx(150)]
+
+
+@pytest.mark.parametrize(("round_tokens", "starts"), [(100, 3), (50, 5), (30, 7)])
+def test_every_round_starts_its_rollouts(round_tokens, starts):
+    """Lengths of 10, 60 and 100 tokens."""
+    ends = []
+    for start_s in (0.0, 0.5):
+        prompt = SimulatedPrompt([], 0, 3)
+        rollouts = [SimulatedRollout(prompt, length, 0, 1.0) for length in (10, 60, 100)]
+        replica = Replica(DecodeCost(0.0, 0.0, 0.0, 1e-2, 0.0, slots=9, cache_tokens=1e9, start_s=start_s), PROMPT)
+        while prompt.unfinished:
+            growing = deque(rollout for rollout in rollouts if not rollout.finished)
+            run_round([replica], [growing], round_tokens, False, replica.now)
+        ends.append(replica.now)
+    assert ends == pytest.approx([1.0, 1.0 + 0.5 * starts]), "100 steps of a hundredth of a second, and the starts"
 
 
 @pytest.mark.parametrize(("mean", "sigma"), [(5000, 0.6), (12000, 0.3), (30, 1.5)])
