@@ -283,10 +283,13 @@ def test_demonstrations_use_the_template_and_a_chat_of_several_turns_is_refused(
         load({"messages": turns})
 
 
-def test_the_functions_on_the_page_of_extensions_work(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how_to/extensions.md").read_text(), re.DOTALL)
-    (text,) = (block for block in blocks if block.startswith("# own.py"))
-    (tmp_path / "own.py").write_text(text)
+PAGES = ("own_advantage", "own_reader", "own_template", "own_metric", "own_step_hook")
+
+
+def test_the_functions_on_the_pages_of_extensions_work(tmp_path):
+    pages = [(ROOT / f"docs/how_to/{page}.md").read_text() for page in PAGES]
+    blocks = [re.search(r"```python\n# own.py\n(.*?)```", page, re.DOTALL)[1] for page in pages]
+    (tmp_path / "own.py").write_text("\n".join(blocks))
     keys = {key.path: key.key for key in config_keys(c.Config()) if isinstance(key.key, FunctionKey)}
 
     def own(setting: str, name: str):
