@@ -160,6 +160,8 @@ def sleep(machine: Machine) -> Iterator[Row]:
     yield machine.at_most("sleep", "difference of what the graph reads", abs(float(total) - 5 * 1024), 0)
     moved = sum(a != b for a, b in zip(addresses, [weights.data_ptr(), cache.data_ptr()], strict=True))
     yield machine.at_most("sleep", "memory that moved", moved, 0)
+    memory.release()  # the stages that follow need the card
+    torch.cuda.empty_cache()
 
 
 class _Allocator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ FIXES = {
     "second step": "the engine does not use its new weights, or did not wake; --set engine.enforce_eager=true runs it "
     "without CUDA graphs, --set engine.sleep=false with a small engine.kv_cache_gib without sleep",
 }
+
+
+RANK = re.compile(r"^\[rank\d+\]: ")  # before each line of a traceback, where torch has a process group
 
 
 def launch_real_runs(processes: int = 0) -> Iterator[CheckResult]:
@@ -75,6 +79,6 @@ def _decode(text: bytes | str | None) -> str:
 
 def first_error(errors: str) -> str:
     """Return the first error among the output of all ranks: it caused the others."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    lines = [RANK.sub("", line).strip() for line in errors.splitlines() if line.strip()]
     causes = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Differ", "Stopped"))]
     return next(iter(causes), lines[-1] if lines else "ended without an error message")

@@ -25,7 +25,7 @@ class Assumptions:
     all_reduce_us: float = 15.0  # of a few rows over the ranks of an engine, twice per layer
     link_share: float = 0.70  # of NVLink and network bandwidth
     pcie_gb_s: float = 25.0  # GB/s of each GPU, for offloaded models
-    gloo_gb_s: float = 1.0  # GB/s of a rank that gathers optimizer states for a checkpoint
+    host_copy_gb_s: float = 1.5  # GB/s of optimizer states that a rank copies to the host for a checkpoint
     storage_gb_s: float = 5.0  # GB/s of all nodes together, written
     engine_gib: float = 3.0  # of vLLM beside weights and KV cache: activations, sampler, CUDA graphs
     asleep_gib: float = 1.5  # part of it that stays while it sleeps: CUDA graphs, NCCL, input buffers

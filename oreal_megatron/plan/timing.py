@@ -238,4 +238,4 @@ def checkpoint(scenario: Scenario) -> tuple[float, float]:
     if scenario.config.reference.moves:  # without optimizer
         written += scenario.all_elements("lm") * (4 if scenario.config.wide_reference else per_element - states)
     gathered = sum(scenario.elements(0, head) for head in trained) * states
-    return written, gathered / (scenario.assumed.gloo_gb_s * 1e9) + written / (scenario.assumed.storage_gb_s * 1e9)
+    return written, gathered / (scenario.assumed.host_copy_gb_s * 1e9) + written / (scenario.assumed.storage_gb_s * 1e9)

@@ -33,6 +33,9 @@ versions.check(versions.VLLM)
 
 log = logging.getLogger(__name__)
 
+# Of the GPU, without which vLLM refuses to start; by default 0.92. The size of the KV cache does not depend on it, as
+# engine.kv_cache_gib gives it, and the trainer or another process may have the rest.
+FREE_SHARE = 0.05
 STOP_CHECK_STEPS = 32  # engine steps between two agreements of a replica's ranks whether to stop, each a collective
 
 
@@ -296,10 +299,10 @@ def _speculative_arguments(config: Config) -> dict[str, Any]:
 
 
 def _platform_arguments(config: Config) -> dict[str, Any]:
-    """Return arguments for CPUs, where vLLM 0.31 fails on a seeded request whose prompt is chunked.
+    """Return arguments for GPUs that others use too, and for CPUs.
 
-    Its error is "CPU Generator does not use offset".
+    On CPUs vLLM 0.31 fails on a seeded request whose prompt is chunked: "CPU Generator does not use offset".
     """
     if torch.cuda.is_available():
-        return {}
+        return {"gpu_memory_utilization": FREE_SHARE}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, config.engine.max_model_len)}

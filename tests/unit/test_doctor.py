@@ -124,4 +124,6 @@ def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch,
 def test_the_cause_is_told_rather_than_what_followed():
     errors = "Traceback:\n  File x\nRuntimeError: no room\n\nE1121 failed (exitcode: 1)\nChildFailedError:\n"
     assert real_run_launcher.first_error(errors) == "RuntimeError: no room"
+    ranked = "\n".join(f"[rank0]: {line}" for line in errors.splitlines())
+    assert real_run_launcher.first_error(f"{ranked}\ntorch.ChildFailedError: \n") == "RuntimeError: no room"
     assert real_run_launcher.first_error("") == "ended without an error message"
