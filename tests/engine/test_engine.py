@@ -349,3 +349,16 @@ def test_shared_memory_loses_its_name_once_it_is_open(monkeypatch, tmp_path):
     communicator = object.__new__(shared)
     communicator.group_name = "/job-tp:0-[0-1]-cpushm"
     assert communicator._init_cpu_shm() == 7 and list(tmp_path.iterdir()) == [other]
+
+
+def test_on_a_gpu_the_engine_starts_beside_other_users_of_it(monkeypatch):
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+
+    from oreal_megatron.config import Config
+    from oreal_megatron.rollout import engine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (name,) = arguments = engine._platform_arguments(Config())
+    share = EngineArgs(model="", **arguments).gpu_memory_utilization  # vLLM refuses to start with less of the card free
+    assert name == "gpu_memory_utilization" and share <= 0.05
