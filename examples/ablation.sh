@@ -5,7 +5,9 @@
 # JOBS: runs side by side, 2 by default; each is one process. A second start continues. Writes runs/arms.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+jobs=${1:-2}
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "ablation: JOBS is '$jobs'; expected a whole number from 1 on" >&2; exit 2; }
 arms=reinforce,reward_shaping,behaviour_cloning,token_reward_model
 bash examples/checked_policy.sh
-.venv/bin/python tools/compare_arms.py run examples/recipes/checked.py runs/arms --arms "$arms" --jobs "${1:-2}"
+.venv/bin/python tools/compare_arms.py run examples/recipes/checked.py runs/arms --arms "$arms" --jobs "$jobs"
 .venv/bin/python tools/compare_arms.py table runs/arms --arms "$arms" --picture runs/arms/ablation.png

@@ -9,7 +9,7 @@ started=$(date +%s)
 seed=0 recipe=oreal
 while [ $# -gt 0 ]; do
     case $1 in
-        --seed) seed=${2:?"addition: --seed needs a number"}; shift 2 ;;
+        --seed) seed=${2-}; shift $(($# > 1 ? 2 : 1)) ;;
         --without-reward-model) recipe=oreal_without_reward_model; shift ;;
         *) echo "addition: unknown option $1; known are --seed N and --without-reward-model" >&2; exit 2 ;;
     esac

@@ -10,7 +10,7 @@ started=$(date +%s)
 seed=0 recipe=quickstart
 while [ $# -gt 0 ]; do
     case $1 in
-        --seed) seed=${2:?"quickstart: --seed needs a number"}; shift 2 ;;
+        --seed) seed=${2-}; shift $(($# > 1 ? 2 : 1)) ;;
         --without-reward-model) recipe=without_reward_model; shift ;;
         *) echo "quickstart: unknown option $1; known are --seed N and --without-reward-model" >&2; exit 2 ;;
     esac

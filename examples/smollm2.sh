@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 steps=40
 while [ $# -gt 0 ]; do
     case $1 in
-        --steps) steps=${2:?"smollm2: --steps needs a number"}; shift 2 ;;
+        --steps) steps=${2-}; shift $(($# > 1 ? 2 : 1)) ;;
         *) echo "smollm2: unknown option $1; known is --steps N" >&2; exit 2 ;;
     esac
 done

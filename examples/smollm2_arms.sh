@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 jobs=1
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] && { jobs=$1; shift; }
+[[ $# = 0 || $1 = --set ]] || { echo "smollm2_arms: unknown argument '$1'; expected JOBS and --set KEY=VALUE" >&2; exit 2; }
 folder=runs/smollm2 recipes=examples/recipes/smollm2.py
 arms=without_reward_model,belief_of_token,warm_belief_of_token,warm_prefix_mean
 bash examples/smollm2_policy.sh "$@"
