@@ -22,10 +22,14 @@ from pathlib import Path
 from oreal_megatron.config import *
 
 def even(row, response):
+    mark = Path("{folder}/generate")  # grading overlaps with generation, in a process of its own
+    if mark.exists() and (Path(mark.read_text()) / "checkpoints/step_000002").is_dir():
+        mark.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
     return len(response) % 2 == 0
 
 def die_once(step, metrics, run):
-    mark = Path("{folder}/die")
+    mark = Path("{folder}/between")
     if step == 2 and mark.exists():
         mark.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -79,24 +83,35 @@ def train(in_processes, *arguments: str) -> str:
     return printed
 
 
-def train_until_killed(folder: Path, run: Path) -> None:
-    """Run in a process of its own, which dies in its third step, with responses in flight."""
-    (folder / "die").touch()
+def train_until_killed(folder: Path, run: Path, moment: str) -> None:
+    """Run in a process of its own, which dies in its third step or a later one, with responses in flight."""
+    (folder / moment).write_text(str(run))
     command = [sys.executable, "-m", "oreal_megatron", "train", f"{folder}/recipe.py:oreal", "--set", f"run={run}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-4000:]
+    assert not (folder / moment).exists()
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, in_processes) -> dict[str, object]:
+    """The results of a run that nothing stops."""
+    train(in_processes, f"{folder}/recipe.py:oreal")
+    return results(folder / "run")
 
 
 @pytest.mark.full
-def test_a_killed_run_continues_its_responses(folder, in_processes):
-    train(in_processes, f"{folder}/recipe.py:oreal")
-    unbroken = results(folder / "run")
+@pytest.mark.parametrize("moment", ["between", "generate"])
+def test_a_killed_run_continues_its_responses(folder, in_processes, unbroken, moment):
+    """Between two steps, or while the engine generates: after the first response that is graded."""
     assert all(row["rollout/carried_rollouts"] > 0 for row in unbroken["metrics"])
     assert max(row["rollout/earlier_version_share"] for row in unbroken["metrics"]) > 0
     assert all(row["batch/samples"] > 0 for row in unbroken["metrics"]), "a step without training shows nothing"
-    train_until_killed(folder, folder / "killed")
-    assert (folder / "killed/checkpoints/latest").read_text().strip() in ("step_000001", "step_000002")
-    assert not (folder / "killed/policy").exists()
-    train(in_processes, "--resume", str(folder / "killed"))
-    assert results(folder / "killed") == unbroken
+    run = folder / f"killed_{moment}"
+    train_until_killed(folder, run, moment)
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    written = [int(file.stem.removeprefix("step_")) for file in (run / "rollouts").glob("*.jsonl")]
+    assert max(logged) < 4 and max(written) == max(logged), "the step in which it died has not selected its rollouts"
+    assert not (run / "policy").exists()
+    train(in_processes, "--resume", str(run))
+    assert results(run) == unbroken
