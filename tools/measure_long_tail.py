@@ -113,11 +113,17 @@ class StepTimer:
         return outputs
 
     def cost(self, slots: int) -> DecodeCost:
-        """Return the cost of a step as a constant, a share of each response, and one of each that starts; none below 0.
+        """Return the cost of a step as a constant, a share of each response, and one of each that starts.
 
-        The prefill is in the cost of a start.
+        None is below 0; the prefill is in the cost of a start.
         """
-        constant, share, start = (max(float(x), 0.0) for x in np.linalg.lstsq(self.rows, self.seconds, rcond=None)[0])
+        rows, seconds = np.array(self.rows, float), np.array(self.seconds)
+        costs, columns = np.full(3, -1.0), [0, 1, 2]
+        while costs.min() < 0:  # without the columns that had a negative cost, the others are fitted again
+            costs = np.zeros(3)
+            costs[columns] = np.linalg.lstsq(rows[:, columns], seconds, rcond=None)[0]
+            columns = [column for column in columns if costs[column] > 0]
+        constant, share, start = map(float, costs)
         return DecodeCost(0.0, 0.0, share, constant, 0.0, slots, float("inf"), start)
 
 
