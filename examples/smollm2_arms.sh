@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a warm-started token reward model help SmolLM2-135M? Four arms with three paired seeds, as a table and a picture.
 #     bash examples/smollm2_arms.sh [JOBS] [--set KEY=VALUE]...
-# JOBS: runs side by side, 1 by default; each is one process. One CPU core: about 20 hours; docs/how_to/gpu.md has the
+# JOBS: runs side by side, 1 by default; each is one process. One CPU core: an estimated 14 hours; docs/evidence/learning.md has
 # settings for a GPU. A second start continues. Everything is written under runs/smollm2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
