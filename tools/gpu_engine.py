@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.mcore import checkpoint_state, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver
+from oreal_megatron.mcore.saved_model import SavedModel
 from oreal_megatron.models import tensors
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.reshard import vllm_layout
@@ -74,9 +76,9 @@ def sync(machine: Machine) -> Iterator[Row]:
         assert weights.engine_checksum is not None
         name, flipped = next(iter(engine.tensors.items()))
         flipped.view(torch.int16)[0, 0] ^= 1
-        found = [mismatch.name for mismatch in weights.engine_checksum.mismatches()]
+        differing = [mismatch.name for mismatch in weights.engine_checksum.mismatches()]
         yield machine.at_most("sync", f"tensors reported beside {name}, of which one bit is flipped",
-                              abs(found.count(name) - 1) + len(set(found) - {name}), 0)  # fmt: skip
+                              abs(differing.count(name) - 1) + len(set(differing) - {name}), 0)  # fmt: skip
     finally:
         dist.destroy_process_group()
 
@@ -117,12 +119,12 @@ def checkpoint(machine: Machine) -> Iterator[Row]:
         parallel.stop()
 
 
-def _differing_tensors(*models: object) -> int:
+def _differing_tensors(*models: SavedModel) -> int:
     """Return how many weights and optimizer states differ between two models."""
     states = []
     for model in models:
-        with model.parts.on_device(*model.saved_parts), model.readable():  # type: ignore[attr-defined]
-            state = checkpoint_state.sharded(model, loading=False)  # type: ignore[arg-type]
+        with model.parts.on_device(*model.saved_parts), model.readable():
+            state = checkpoint_state.sharded(model, loading=False)
             states.append([part.data.cpu().clone() for part in checkpoint_state.tensors_of(state)])
     return sum(not torch.equal(*pair) for pair in zip(*states, strict=True))
 
@@ -167,13 +169,13 @@ def sleep(machine: Machine) -> Iterator[Row]:
 class _Allocator:
     """vLLM's allocator as the sleep mode of its engine uses it."""
 
-    def __init__(self, allocator: object):
+    def __init__(self, allocator: Any):
         self.allocator = allocator
 
     def sleep(self, level: int) -> None:
         """Unmap all memory without a copy."""
-        self.allocator.sleep(offload_tags=())  # type: ignore[attr-defined]
+        self.allocator.sleep(offload_tags=())
 
     def wake_up(self, tags: list[str]) -> None:
         """Map the memory of these tags."""
-        self.allocator.wake_up(tags)  # type: ignore[attr-defined]
+        self.allocator.wake_up(tags)

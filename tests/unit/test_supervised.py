@@ -114,9 +114,9 @@ def test_settings_of_reinforcement_learning_do_not_stand_in_its_way():
 
 
 def dumped_steps(run: Path) -> dict[int, list[demonstrations.Demonstration]]:
-    found = [dumps.read_dump(folder) for folder in sorted((run / "dumps").iterdir())]
-    assert all(dump.of_demonstrations for dump in found)
-    return {dump.step: demonstrations.read(dump) for dump in found}
+    written = [dumps.read_dump(folder) for folder in sorted((run / "dumps").iterdir())]
+    assert all(dump.of_demonstrations for dump in written)
+    return {dump.step: demonstrations.read(dump) for dump in written}
 
 
 def test_a_dump_holds_the_demonstrations_of_its_step_with_the_log_prob_of_each_token(tmp_path):
