@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Inputs and supervised policy of the checked task under runs/checked, unless they exist; used by the scripts beside it.
-#     bash examples/checked_policy.sh [SEED]
+# Inputs and supervised policy of the checked task under FOLDER (runs/checked), unless they exist; used by the scripts
+# beside it.
+#     bash examples/checked_policy.sh [SEED [FOLDER]]
 # Running sums modulo 10 with a written check after each step (tools/checked_steps.py). Three stages of supervised
 # fine-tuning: sums without errors, checks, then the careless demonstrations that the policy shall imitate.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seed=${1:-0} folder=runs/checked recipes=examples/recipes/checked.py
+seed=${1:-0} folder=${2:-runs/checked} recipes=examples/recipes/checked.py
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 OREAL_CHECKED_FOLDER=$folder
 bash tools/install_cpu.sh
 if [ -f "$folder/sft/policy/config.json" ] && [ "$(cat "$folder/seed" 2> /dev/null)" = "$seed" ]; then
     echo "the supervised policy of seed $seed is there: $folder/sft/policy"

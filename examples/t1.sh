@@ -2,7 +2,8 @@
 # T1 from nothing on two CPU cores: data construction, supervised fine-tuning, reinforcement learning with every part
 # of T1, evaluation and a report page.
 #     bash examples/t1.sh [--seed N] [--data]
-# --data ends before the reinforcement learning. A second start continues where the first ended. Everything is written under runs/t1/seed_N.
+# --data ends before the reinforcement learning. A second start keeps the stages that have ended, and resumes a run of
+# the last two. Everything is written under runs/t1/seed_N.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
@@ -16,23 +17,15 @@ while [ $# -gt 0 ]; do
 done
 [[ $seed =~ ^[0-9]+$ ]] || { echo "t1: --seed is '$seed'; expected a whole number" >&2; exit 2; }
 
-bash tools/install_cpu.sh
-folder=runs/t1/seed_$seed recipes=examples/recipes/t1_addition.py
+folder=runs/t1/seed_$seed recipes=examples/recipes/t1_checked.py
 export OMP_NUM_THREADS=1 OREAL_T1_FOLDER=$folder
 oreal=".venv/bin/oreal --processes 2"
 say() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
-if [ ! -f "$folder/made" ]; then
-    say "a small policy with its own tokenizer, and problems"
-    .venv/bin/python tools/make_addition_task.py "$folder" --seed "$seed" --training 2000
-    touch "$folder/made"
-fi
-if [ ! -f "$folder/sft/policy/config.json" ]; then
-    say "supervised fine-tuning"
-    $oreal sft $recipes:sft --set seed="$seed" --resume auto
-fi
+bash examples/checked_policy.sh "$seed" "$folder"
 if [ ! -f "$folder/rated" ]; then
-    say "data: pass rate of each training problem, of 16 responses"
+    say "data: pass rate of 2,000 training problems, of 16 responses each"
+    head -n 2000 "$folder/problems.jsonl" > "$folder/to_rate.jsonl"
     $oreal evaluate $recipes:rate --set seed="$seed" --samples 16 --rate "$folder/rated.jsonl"
     touch "$folder/rated"
 fi

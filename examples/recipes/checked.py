@@ -2,9 +2,11 @@
 
 tools/make_checked_task.py makes the inputs, tools/checked_steps.py shows the text. `quickstart` is the run of
 examples/quickstart.sh; the other functions below `oreal` are the arms that tools/compare_arms.py compares.
+OREAL_CHECKED_FOLDER names another folder than runs/checked.
 """
 
 import dataclasses
+import os
 
 from oreal_megatron.config import (
     CheckpointConfig,
@@ -23,7 +25,7 @@ from oreal_megatron.config import (
     WeightsConfig,
 )
 
-FOLDER = "runs/checked"
+FOLDER = os.environ.get("OREAL_CHECKED_FOLDER", "runs/checked")
 LONGEST = 28  # tokens of a response: eight steps of two, a box of nine, the stop token, and two to spare
 
 

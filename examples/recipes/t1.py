@@ -1,4 +1,4 @@
-"""T1's reinforcement learning (arXiv 2501.11651) at the paper's three sizes; a small one is in t1_addition.py.
+"""T1's reinforcement learning (arXiv 2501.11651) at the paper's three sizes; a small one is in t1_checked.py.
 
 Sources, named beside each block: [paper] is the paper, as far as it gives a number, [ours] is chosen by this project,
 for GPUs of 80 GB. T1 starts from models fine-tuned on chains with trial and error, which this project does not have:

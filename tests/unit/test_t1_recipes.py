@@ -84,7 +84,7 @@ def test_each_arm_of_the_ablation_changes_one_section_and_is_evaluated_alike():
     script = FILE.parent.parent.joinpath("t1_ablation.sh").read_text()
     listed = [name for line in script.splitlines() if line.startswith("arms=") for name in line[5:].split(",")]
     assert [name for name in listed if name != "$arms"] == ["rollouts_16", *ARMS]
-    recipe = FILE.with_name("t1_addition.py")
+    recipe = FILE.with_name("t1_checked.py")
     first = settings.from_recipe(f"{recipe}:rollouts_16")
     for name, sections in ARMS.items():
         config = settings.from_recipe(f"{recipe}:{name}")
@@ -94,13 +94,17 @@ def test_each_arm_of_the_ablation_changes_one_section_and_is_evaluated_alike():
     assert first.evaluation.temperature == 1.0 and first.sampling.temperature == 1.2
 
 
-def test_the_small_recipes_are_valid_and_have_every_part():
-    names = ("reinforce", "rate", "sft", "rft")
-    recipes = {name: settings.from_recipe(f"{FILE.with_name('t1_addition.py')}:{name}") for name in names}
+def test_the_small_recipes_are_valid_and_have_every_part(monkeypatch):
+    monkeypatch.setenv("OREAL_T1_FOLDER", "folder")  # examples/t1.sh names one folder for both files
+    monkeypatch.setenv("OREAL_CHECKED_FOLDER", "folder")
+    recipe = FILE.with_name("t1_checked.py")
+    recipes = {name: settings.from_recipe(f"{recipe}:{name}") for name in ("reinforce", "rate", "rft")}
+    recipes["sft"] = settings.from_recipe(f"{FILE.with_name('checked.py')}:sft_care")
     for config in recipes.values():
         validate(config)
     config = recipes["reinforce"]
     assert config.loss.entropy_coef and config.loss.reward_kl_coef and config.reference.moves
     assert config.selection.penalties.enabled and config.sampling.min_p and config.sampling.temperature == 1.2
     folders = {name: recipe.run for name, recipe in recipes.items()}
-    assert config.model.path == f"{folders['rft']}/policy" and recipes["rft"].model.path == f"{folders['sft']}/policy"
+    assert config.model.path == f"{folders['rft']}/policy"
+    assert recipes["rft"].model.path == recipes["rate"].model.path == f"{folders['sft']}/policy"
