@@ -65,7 +65,7 @@ def figures(run: Path) -> dict[str, float | None]:
     return {
         "sampled": last["sampled_accuracy"],
         "greedy": last["accuracy"],
-        "area": statistics.fmean(row["reward/pass_rate"] for row in steps),
+        "area": statistics.fmean(row["reward/pass_rate"] for row in steps if "reward/pass_rate" in row),
         "generation, s": sum(row["seconds/generate"] for row in steps),
         "idle, %": 100 * statistics.fmean(idle) if idle else None,
         **{f"{name} AUC": value for name, value in step_localisation.of_run(run).items()},
@@ -153,7 +153,8 @@ def draw(folder: Path, arms: Sequence[str], seeds: Sequence[int], path: Path) ->
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for arm in arms:
         runs = [run for seed in seeds if is_finished(run := run_folder(folder, arm, seed))]
-        rates = [[row["reward/pass_rate"] for row in read_rows(run / "metrics.jsonl")] for run in runs]
+        logs = [read_rows(run / "metrics.jsonl") for run in runs]
+        rates = [[row["reward/pass_rate"] for row in rows if "reward/pass_rate" in row] for rows in logs]
         curves = [[statistics.fmean(rate[max(0, i - 9) : i + 1]) for i in range(len(rate))] for rate in rates]
         if curves:
             steps = range(min(map(len, curves)))

@@ -44,11 +44,15 @@ def behaviour_logp(micro_batch: MicroBatch, config: LossConfig) -> Tensor:
 
 
 def metrics(logp_T: Tensor, micro_batch: MicroBatch, incorrect_tokens: int, config: LossConfig) -> dict[str, Tensor]:
-    """Return the mean ratio of the incorrect tokens and the share that the cap truncates; they add up."""
+    """Return the mean ratio of the incorrect tokens and the share that the cap truncates; they add up.
+
+    {} if no sample of the update is incorrect.
+    """
+    if not incorrect_tokens:
+        return {}
     ratio_T = truncated_ratio(logp_T, behaviour_logp(micro_batch, config), config.ratio_cap)
     incorrect_T = torch.repeat_interleave(micro_batch.reward < 0, micro_batch.action_offsets.diff())
-    tokens = max(incorrect_tokens, 1)
     return {
-        "policy/ratio_mean": ratio_T[incorrect_T].sum() / tokens,
-        "policy/ratio_capped_share": (ratio_T[incorrect_T] >= config.ratio_cap).sum() / tokens,
+        "policy/ratio_mean": ratio_T[incorrect_T].sum() / incorrect_tokens,
+        "policy/ratio_capped_share": (ratio_T[incorrect_T] >= config.ratio_cap).sum() / incorrect_tokens,
     }

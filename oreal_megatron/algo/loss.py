@@ -62,21 +62,38 @@ def denominators(counts: Counts, config: LossConfig) -> tuple[int, int]:
     return counts.correct_tokens, counts.incorrect_tokens
 
 
-def metrics(total: Tensor, sums: Tensor, counts: Counts, config: LossConfig) -> dict[str, Tensor]:
-    """Return the parts of the loss and further metrics of a step; they add up over micro-batches."""
-    sum_of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
-    correct, incorrect = (max(tokens, 1) for tokens in denominators(counts, config))
-    tokens, kl_kind = max(counts.action_tokens, 1), config.kl_kind
+def metric_tokens(counts: Counts, config: LossConfig) -> dict[str, int]:
+    """Return the number of tokens behind each metric of an update that is a mean over tokens."""
+    correct, incorrect = denominators(counts, config)
+    of_all = ("loss/kl", "policy/reference_kl", "policy/entropy_estimate", "policy/entropy")
+    of_incorrect = ("weights/incorrect_mean", "policy/ratio_mean", "policy/ratio_capped_share")
     return {
-        "loss/total": total.detach(),
-        "loss/positive": -sum_of["correct"] / correct,
-        "loss/negative": -sum_of["incorrect"] / incorrect,
-        "loss/kl": (-sum_of["k1"] if kl_kind == "k1_reversed" else sum_of[kl_kind]) / tokens,
-        "policy/reference_kl": sum_of["k1"] / tokens,
-        "policy/entropy_estimate": -sum_of["logp"] / tokens,
-        "weights/correct_mean": sum_of["correct_weight"] / max(counts.correct_tokens, 1),
-        "weights/incorrect_mean": sum_of["incorrect_weight"] / max(counts.incorrect_tokens, 1),
+        "loss/positive": correct,
+        "loss/negative": incorrect,
+        "weights/correct_mean": counts.correct_tokens,
+        **dict.fromkeys(of_incorrect, counts.incorrect_tokens),
+        **dict.fromkeys(of_all, counts.action_tokens),
     }
+
+
+def metrics(total: Tensor, sums: Tensor, counts: Counts, config: LossConfig) -> dict[str, Tensor]:
+    """Return the parts of the loss and further metrics of an update; they add up over micro-batches.
+
+    A mean over no tokens is absent.
+    """
+    sum_of = dict(zip(oreal_kernels.SUMS, sums, strict=True))
+    sum_of_metric = {
+        "loss/positive": -sum_of["correct"],
+        "loss/negative": -sum_of["incorrect"],
+        "loss/kl": -sum_of["k1"] if config.kl_kind == "k1_reversed" else sum_of[config.kl_kind],
+        "policy/reference_kl": sum_of["k1"],
+        "policy/entropy_estimate": -sum_of["logp"],
+        "weights/correct_mean": sum_of["correct_weight"],
+        "weights/incorrect_mean": sum_of["incorrect_weight"],
+    }
+    tokens = metric_tokens(counts, config)
+    means = {name: value / tokens[name] for name, value in sum_of_metric.items() if tokens[name]}
+    return {"loss/total": total.detach(), **means}
 
 
 def reward_model(

@@ -78,14 +78,17 @@ def counts(selected: Sequence[Sample]) -> Counts:
 def summary(
     rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]], selected: Sequence[Sample]
 ) -> dict[str, float]:
-    """Return metrics of a step's rollouts: pass rate, unknowns, lengths, truncation, penalties, selected samples."""
+    """Return metrics of a step's rollouts: pass rate, unknowns, lengths, truncation, penalties, selected samples.
+
+    Means over nothing are absent: those of rewards where no verdict is known.
+    """
     outcomes = [verdict.outcome for row in verdicts for verdict in row]
     flat = [rollout for row in rollouts for rollout in row]
     known = [reward_of(verdict) for row in verdicts for verdict in row if verdict.outcome in REWARD]
     lengths = [len(rollout.tokens) for rollout in flat]
+    sums = {"reward/mean": sum(known), "reward/pass_rate": sum(reward > 0 for reward in known)}
     return {
-        "reward/mean": sum(known) / max(len(known), 1),
-        "reward/pass_rate": sum(reward > 0 for reward in known) / max(len(known), 1),
+        **{name: value / len(known) for name, value in sums.items() if known},
         "reward/solvable_prompts": sum(any(v.outcome is Outcome.CORRECT for v in row) for row in verdicts),
         "verify/unknown": outcomes.count(Outcome.UNKNOWN),
         "verify/seconds_sum": sum(verdict.seconds for row in verdicts for verdict in row),

@@ -80,14 +80,18 @@ def _weigh_changes(score_T: Tensor, micro_batch: MicroBatch, thresholds: tuple[f
 
 
 def metrics(weight_T: Tensor, micro_batch: MicroBatch, counts: Counts) -> dict[str, Tensor]:
-    """Return mean token weights and shares of tokens with weight 0, by outcome; they add up over micro-batches."""
+    """Return mean token weights and shares of tokens with weight 0, by outcome; they add up over micro-batches.
+
+    Those of an outcome without tokens in the step are absent.
+    """
     lengths = micro_batch.action_offsets.diff()
     correct_T = torch.repeat_interleave(micro_batch.reward > 0, lengths, output_size=len(weight_T))
     sums: dict[str, Tensor] = {}
     sides = (("correct", correct_T, counts.correct_tokens), ("incorrect", ~correct_T, counts.incorrect_tokens))
     for side, own_T, tokens in sides:
-        sums[f"weights/{side}_mean"] = (weight_T * own_T).sum() / max(tokens, 1)
-        sums[f"weights/{side}_zero_share"] = ((weight_T == 0) & own_T).sum() / max(tokens, 1)
+        if tokens:
+            sums[f"weights/{side}_mean"] = (weight_T * own_T).sum() / tokens
+            sums[f"weights/{side}_zero_share"] = ((weight_T == 0) & own_T).sum() / tokens
     return sums
 
 

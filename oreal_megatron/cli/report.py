@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"token heat map of {args.runs[0]}, {description}: {args.heat_map}")
     if args.summary:
         seconds = time.time() - args.started if args.started else records[0].seconds
-        result = run_report.summary(records[0]) | {"seconds": round(seconds, 1), "speed": speeds[0]}
+        measured = {} if seconds is None else {"seconds": round(seconds, 1)}
+        result = run_report.summary(records[0]) | measured | {"speed": speeds[0]}
         args.summary.write_text(json.dumps(result, indent=2) + "\n")
         print(f"summary: {args.summary}")
     if args.serve:

@@ -38,9 +38,12 @@ class ParallelConfig(Section):
         bool, Key("data-parallel ranks reduce gradients and gather weights while micro-batches compute")
     ] = False
 
-    def bubble(self, micro_batches: int) -> float:
-        """Return the ideal pipeline bubble: the share of a pass in which stages wait for each other."""
-        waiting = self.pipeline - 1
+    def bubble(self, micro_batches: int, fills: float = 1.0) -> float:
+        """Return the ideal pipeline bubble: the share of a pass in which stages wait for each other.
+
+        `fills`: how often the pipeline fills and drains in these micro-batches.
+        """
+        waiting = (self.pipeline - 1) * fills
         return waiting / (micro_batches * self.virtual + waiting)
 
     def conflicts(self, path: str) -> Iterator[str]:

@@ -90,19 +90,23 @@ class Policy(TrainedModel):
         if self.config.loss.reward_kl_coef:
             batch, kl_metrics = self._with_reward_kl(batch, reference)
         objectives = self._objectives(batch, reference, token_weights.values)
-        metrics = self._take_turns(objectives * self.config.loss.passes, last_pass=len(objectives))
-        return _prefixed("policy", metrics | kl_metrics)
+        return _prefixed("policy", self._take_turns(objectives) | kl_metrics)
 
-    def _take_turns(self, objectives: Sequence[tuple[Batch, Objective]], last_pass: int) -> Metrics:
-        """Update once with each objective; return the mean metrics of the last updates, or those of a skipped one."""
-        rate = policy_rate(self.updates // self.config.loss.updates_per_step, self.config)
+    def _take_turns(self, objectives: list[tuple[Batch, Objective]]) -> Metrics:
+        """Update with each objective in turn, `loss.passes` times; return mean metrics, or those of a skipped update.
+
+        The mean is over the updates of the last pass.
+        """
+        config = self.config.loss
+        rate = policy_rate(self.updates // config.updates_per_step, self.config)
         taken: list[Metrics] = []
         with self.parts.on_device(*self.parts):  # offloaded again after the last update only
-            for part, objective in objectives:
+            for part, objective in objectives * config.passes:
                 taken.append(self.train(part, objective, rate))
                 if taken[-1]["consecutive_skips"]:  # the policy may be at fault, and not only these samples
                     return taken[-1]
-        return trainer.mean_metrics(taken[-last_pass:])
+        tokens = [loss.metric_tokens(part.counts, config) for part, _ in objectives]
+        return trainer.mean_metrics(taken[-len(objectives) :], tokens)
 
     def _objectives(
         self, batch: Batch, reference: list[Tensor], weights: list[Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,12 +157,18 @@ class MegatronTrainer(MegatronScorer):
         return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in storages]
 
 
-def mean_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over updates, and the state of the model after the last one."""
+def mean_metrics(updates: Sequence[Mapping[str, float]], tokens: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Return the mean of each metric over the updates that have it, and the state of the model after the last one.
+
+    `tokens`: for each update the numbers of tokens behind its means over tokens; other metrics count each update once.
+    """
     if len(updates) == 1:
-        return updates[0]
-    names = dict.fromkeys(name for update in updates for name in update if name not in STATE_METRICS)
-    return updates[-1] | {name: sum(update.get(name, 0.0) for update in updates) / len(updates) for name in names}
+        return dict(updates[0])
+    means = {name: value for name, value in updates[-1].items() if name in STATE_METRICS}
+    for name in dict.fromkeys(name for update in updates for name in update if name not in STATE_METRICS):
+        rows = [(row[name], sizes.get(name, 1)) for row, sizes in zip(updates, tokens, strict=True) if name in row]
+        means[name] = sum(value * size for value, size in rows) / sum(size for _, size in rows)
+    return means
 
 
 def _optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOptimizerConfig:

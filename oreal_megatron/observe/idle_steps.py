@@ -35,8 +35,9 @@ class IdleSteps:
 def cause_of_idleness(metrics: Mapping[str, float]) -> str:
     """Return why a step changed no weight of the policy or the reward model, empty if it did."""
     if not metrics["batch/samples"]:
+        pass_rate = f"pass rate {metrics['reward/pass_rate']:.3f}, " if "reward/pass_rate" in metrics else ""
         return (
-            f"no prompt has both correct and incorrect rollouts (pass rate {metrics['reward/pass_rate']:.3f}, "
+            f"no prompt has both correct and incorrect rollouts ({pass_rate}"
             f"{metrics['rollout/truncated_share']:.0%} truncated, {metrics['verify/unknown']:.0f} unknown). Check "
             "max_new_tokens, the gold answers, and pass rates in the data"
         )

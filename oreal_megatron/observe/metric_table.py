@@ -125,7 +125,7 @@ LOSSES_AND_MODELS = (
         ("loss/total",),
         "",
         "the policy loss (paper, Eq. 11); with `loss.mini_batches`, as all metrics of the policy's losses and "
-        "gradients, the mean over the last update of each, or the value of a skipped one",
+        "gradients, the mean over the last update of each (means over tokens by tokens), or the value of a skipped one",
         "",
     ),
     MetricInfo(
@@ -336,7 +336,12 @@ TIME = (
         "share of its time that the mean rank waits for the slowest one",
         "`generate`: responses of very different lengths",
     ),
-    MetricInfo(("speed/bubble",), "0 to 1", "ideal bubble of the pipeline schedule", "more micro-batches lower it"),
+    MetricInfo(
+        ("speed/bubble",),
+        "0 to 1",
+        "ideal bubble of the pipeline schedule, with a fill and a drain for each update",
+        "more micro-batches lower it, more mini-batches raise it",
+    ),
     MetricInfo(
         ("weight_sync/gigabytes_per_second",),
         "GB/s",

@@ -65,14 +65,17 @@ class PhaseTimer:
             for rollout in prompt_rollouts
         )
         trained_tokens = sum(work.tokens for work in works)
-        tokens = {"generate": rollout_tokens, **dict.fromkeys(models, trained_tokens), "step": rollout_tokens}
+        tokens = dict.fromkeys(models, trained_tokens)
+        if rollouts:  # a supervised step has none
+            tokens |= {"generate": rollout_tokens, "step": rollout_tokens}
         operations = {name: speed.operations(name, works, self.config) for name in models} if self.arch else {}
         result = {f"seconds/{name}": value for name, value in seconds.items()}
         result |= speed.rates(seconds, tokens, operations, distributed.world_size(), self.peak_flops)
         result |= speed.shares_of_step(seconds)
         result |= speed.idle_shares(seconds, own_seconds, [work.forward.get("lm", 0.0) for work in works])
-        if works:
-            result["speed/bubble"] = self.config.parallel.bubble(works[0].micro_batches)
+        if models:
+            fills = speed.pipeline_fills(models, works[0].mini_batches, self.config)
+            result["speed/bubble"] = self.config.parallel.bubble(works[0].micro_batches, fills)
         if metrics.get("weight_sync/received_bytes") and seconds.get("weight_sync"):
             received = metrics["weight_sync/received_bytes"]
             result["weight_sync/gigabytes_per_second"] = received / seconds["weight_sync"] / 1e9

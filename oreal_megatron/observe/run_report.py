@@ -27,14 +27,20 @@ class RunRecord:
     starts: frozenset[int]  # first step after each start of the run
 
     @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of all steps; 0 where they were not measured, as in supervised runs."""
-        return sum(row.get("seconds/step", 0.0) for row in self.metrics)
+    def seconds(self) -> float | None:
+        """Wall-clock seconds of all steps; None where none was measured."""
+        measured = [row["seconds/step"] for row in self.metrics if "seconds/step" in row]
+        return sum(measured) if measured else None
+
+    @property
+    def has_rollouts(self) -> bool:
+        """True for a run of reinforcement learning, whose steps have rollouts."""
+        return any(name.startswith(("rollout/", "reward/")) for row in self.metrics for name in row)
 
     @property
     def reward_model(self) -> str:
         """Use of the reward model in words; a run without rollouts was supervised, or trained the reward model."""
-        if self.metrics and not any("reward/pass_rate" in row for row in self.metrics):
+        if self.metrics and not self.has_rollouts:
             return "alone" if "loss/reward_model" in self.metrics[0] else "none, supervised"
         return "yes" if self.config["reward_model"]["enabled"] else "no"
 
@@ -115,7 +121,7 @@ def print_table(records: Sequence[RunRecord]) -> None:
     add_columns(table, "run", "seed", "reward model", "mode", "before", "after", "gain (points)", "steps", "seconds")
     for record, name in zip(records, short_names([Path(record.name) for record in records]), strict=True):
         settings = [name, str(record.config["seed"]), record.reward_model]
-        length = [steps_taken(record), f"{record.seconds:.0f}" if record.seconds else ""]
+        length = [steps_taken(record), "" if record.seconds is None else f"{record.seconds:.0f}"]
         if not record.evaluations:
             table.add_row(*settings, "not evaluated", "", "", "", *length)
             continue
@@ -128,8 +134,7 @@ def print_table(records: Sequence[RunRecord]) -> None:
 def steps_taken(record: RunRecord) -> str:
     """Return the steps of a run, with those that an unfinished one should have."""
     taken, planned = len(record.metrics), record.config.get("steps", 0)
-    supervised = not any("reward/pass_rate" in row for row in record.metrics)
-    return str(taken) if supervised or taken >= planned else f"{taken} of {planned}"
+    return str(taken) if not record.has_rollouts or taken >= planned else f"{taken} of {planned}"
 
 
 def draw(records: Sequence[RunRecord], path: Path) -> None:

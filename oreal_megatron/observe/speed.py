@@ -8,7 +8,7 @@ divided by its seconds and the number of GPUs; for the step, all tokens of all r
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ class ReplicaWork:
     """Size of what one data-parallel replica trains on in a step."""
 
     micro_batches: int
+    mini_batches: int  # updates of the policy that they are split among
     tokens: int
     forward: dict[str, float]  # operations of one forward pass by kind of head; {} if the model is unknown
 
@@ -48,7 +49,7 @@ def replica_work(batch: Batch, arch: Architecture | None) -> ReplicaWork:
     lengths = [length for part in batch.micro_batches for length in _sequence_lengths(part)]
     action_tokens = sum(len(part.labels) for part in batch.micro_batches)
     forward = {head: flops.forward(arch, lengths, action_tokens, head) for head in ("lm", "scalar")} if arch else {}
-    return ReplicaWork(len(batch.micro_batches), sum(lengths), forward)
+    return ReplicaWork(len(batch.micro_batches), len(batch.split()), sum(lengths), forward)
 
 
 def _sequence_lengths(part: MicroBatch) -> list[int]:
@@ -66,8 +67,22 @@ def computed_models(config: Config, metrics: Metrics, seconds: Mapping[str, floa
 
 def operations(model: str, works: Sequence[ReplicaWork], config: Config) -> float:
     """Return the operations of a model's phase over all replicas."""
-    passes = FORWARD_PASSES[model] * (config.loss.passes if model == "policy" else 1)
-    return passes * sum(work.forward[HEADS[model]] for work in works)
+    return _forward_passes(model, config) * sum(work.forward[HEADS[model]] for work in works)
+
+
+def _forward_passes(model: str, config: Config) -> int:
+    """Return the cost of a model's phase in forward passes over the samples of the step."""
+    return FORWARD_PASSES[model] * (config.loss.passes if model == "policy" else 1)
+
+
+def pipeline_fills(models: Iterable[str], mini_batches: int, config: Config) -> float:
+    """Return how often the pipeline fills and drains in a pass over the step's samples, mean over the passes of models.
+
+    The policy makes an update of each mini-batch; reward model and reference take all samples in one go.
+    """
+    costs = {name: _forward_passes(name, config) for name in models}
+    fills = {name: mini_batches if name == "policy" else 1 for name in costs}
+    return sum(costs[name] * fills[name] for name in costs) / sum(costs.values())
 
 
 def rates(
@@ -77,7 +92,10 @@ def rates(
     gpus: int,
     peak_flops: float | None,
 ) -> Metrics:
-    """Return tokens and operations of each phase per second and GPU; no MFU if the peak is unknown."""
+    """Return tokens and operations of each phase per second and GPU; no MFU if the peak is unknown.
+
+    Phases that are not in `tokens` or `computed` have no rate.
+    """
     result = {}
     for name, count in tokens.items():
         if seconds.get(name):
@@ -104,14 +122,14 @@ def idle_shares(
     """Return the share of its time that the mean rank waits for the slowest one.
 
     Measured for generate and verify, where ranks work alone. Training ranks wait for each other all the time, so that
-    the operations assigned to the replicas stand for it.
+    the operations assigned to the replicas stand for it. {} where nothing was measured.
     """
     waits = {name: load_imbalance([own.get(name, 0.0) for own in own_seconds]) for name in ("generate", "verify")}
     waits["training"] = load_imbalance(forward)
     shares = {name: share for name, share in waits.items() if share is not None}
     spent = {name: sum(seconds.get(phase, 0.0) for phase in PARTS[name]) for name in shares}
-    shares["step"] = sum(share * spent[name] for name, share in shares.items()) / seconds["step"]
-    return {f"speed/idle/{name}": share for name, share in shares.items()}
+    of_step = {"step": sum(share * spent[name] for name, share in shares.items()) / seconds["step"]} if shares else {}
+    return {f"speed/idle/{name}": share for name, share in (shares | of_step).items()}
 
 
 def load_imbalance(loads: Sequence[float]) -> float | None:

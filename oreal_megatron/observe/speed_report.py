@@ -28,7 +28,8 @@ DEFINITIONS = {
     "mfu": "operations per second and GPU / the GPU's peak in bf16 without sparsity; absent if the peak is unknown",
     "idle": "1 - mean / maximum, over ranks, of the time until a rank has finished its part (generate, verify), or of "
     "the operations assigned to data-parallel replicas (training); for the step: weighted by their seconds",
-    "bubble": "(stages - 1) / (micro-batches x chunks + stages - 1), the ideal bubble of the pipeline schedule",
+    "bubble": "f (stages - 1) / (micro-batches x chunks + f (stages - 1)), the ideal bubble of the pipeline schedule, "
+    "with f = 1 fill and drain for reward model and reference, one for each mini-batch of the policy, weighted by cost",
     "sync": "the phase weight_sync, in steps that moved weights; bytes received by the busiest rank",
 }
 

@@ -15,12 +15,11 @@ OPPOSITE = {"correct": "incorrect", "incorrect": "correct"}
 def mean_weights(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the mean token weight of each side; {} without a reward model, and where a side has no tokens.
 
-    The share of tokens with weight 0 is only logged with a reward model. If it and the mean are 0, there are no tokens.
+    The share of tokens with weight 0 is only logged with a reward model, and for a side that has tokens.
     """
-    means = {side: metrics[name] for side in OPPOSITE if (name := f"weights/{side}_mean") in metrics}
-    counted = [side for side in means if means[side] or metrics.get(f"weights/{side}_zero_share")]
-    has_reward_model = all(f"weights/{side}_zero_share" in metrics for side in OPPOSITE)
-    return means if has_reward_model and len(counted) == len(OPPOSITE) else {}
+    if any(f"weights/{side}_zero_share" not in metrics for side in OPPOSITE):
+        return {}
+    return {side: metrics[f"weights/{side}_mean"] for side in OPPOSITE}
 
 
 def is_muted(lower: float, higher: float) -> bool:

@@ -179,7 +179,10 @@ def _waiting(estimate: Estimate) -> Iterator[str]:
             "(engine.max_num_seqs, engine.kv_cache_gib); the others wait, or are computed again when the cache is full"
         )
     if (idle := timing.bubble(scenario)) > 0.25:
+        parts = scenario.config.loss.mini_batches
+        split = f" in {parts} mini-batches" if parts > 1 else ""
         yield (
-            f"pipeline stages wait {idle:.0%} of an update: {scenario.micro_batches} micro-batches for "
-            f"{layout.pipeline} stages; lower parallel.pipeline or tokens_per_micro_batch"
+            f"pipeline stages wait {idle:.0%} of an update: {scenario.micro_batches} micro-batches{split} for "
+            f"{layout.pipeline} stages; lower parallel.pipeline{', loss.mini_batches' * (parts > 1)} or "
+            "tokens_per_micro_batch"
         )

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from oreal_megatron.models import flops
+from oreal_megatron.observe import speed
 from oreal_megatron.plan import memory
 from oreal_megatron.plan.activations import ITEMSIZE
 from oreal_megatron.plan.scenario import Scenario
@@ -106,9 +107,11 @@ def step_overhead(scenario: Scenario) -> float:
     return exchanges + scenario.assumed.decode_step_ms / 1e3
 
 
-def bubble(scenario: Scenario, mini_batches: int = 1) -> float:
-    """Return the share of an update in which pipeline stages wait for each other."""
-    return scenario.config.parallel.bubble(max(scenario.micro_batches // mini_batches, 1))
+def bubble(scenario: Scenario) -> float:
+    """Return the share of the training phases in which pipeline stages wait for each other, as `speed/bubble`."""
+    mini_batches = scenario.config.loss.mini_batches
+    fills = speed.pipeline_fills(scenario.roles, mini_batches, scenario.config)
+    return scenario.config.parallel.bubble(max(scenario.micro_batches, mini_batches), fills)
 
 
 def training(scenario: Scenario, passes: float, mini_batches: int = 1) -> float:
@@ -120,7 +123,8 @@ def training(scenario: Scenario, passes: float, mini_batches: int = 1) -> float:
     computing = (
         scenario.sequences * forward * passes / (scenario.world * scenario.gpu.flops * scenario.assumed.train_mfu)
     )
-    return (computing + exchanges(scenario) * passes) / (1 - bubble(scenario, mini_batches))
+    waiting = scenario.config.parallel.bubble(max(scenario.micro_batches, mini_batches), mini_batches)
+    return (computing + exchanges(scenario) * passes) / (1 - waiting)
 
 
 def exchanges(scenario: Scenario) -> float:

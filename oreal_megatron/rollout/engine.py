@@ -212,12 +212,13 @@ class VllmEngine:
         return dataclasses.replace(rollout, text=self.tokenizer.decode(rollout.tokens, skip_special_tokens=True))
 
     def metrics(self) -> Metrics:
-        """Return the share of drafted tokens that were accepted since the last call, on all replicas. Collective."""
+        """Return drafted tokens since the last call, and the share accepted if any, on all replicas. Collective."""
         if self.drafts is None:
             return {}
         counts = distributed.all_gather_object(self.drafts.take_counts() if self.reports else (0, 0))
         drafted, accepted = (sum(column) for column in zip(*counts, strict=True))
-        return {"rollout/drafted_tokens": drafted, "rollout/draft_accepted_share": accepted / max(drafted, 1)}
+        share = {"rollout/draft_accepted_share": accepted / drafted} if drafted else {}
+        return {"rollout/drafted_tokens": drafted, **share}
 
     def live(self) -> tuple[dict[str, Tensor], str]:
         """Return this rank's parameters by vLLM's names, and why they cannot be written directly ("" if they can)."""

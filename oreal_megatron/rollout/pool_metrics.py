@@ -22,19 +22,22 @@ def of_step(start: PromptPool, end: StepEnd, dropped: Sequence[PooledPrompt], ve
         for rollout in trained
         for written_by, tokens in rollout.versions or ((rollout.version, len(rollout.tokens)),)
     ]
-    tokens = max(sum(count for _, count in lags), 1)
+    tokens, sampled = sum(count for _, count in lags), [*trained, *discarded]
+    shares = {
+        "rollout/discarded_token_share": (sum(len(rollout.tokens) for rollout in discarded), generated),
+        "rollout/earlier_version_share": (sum(count for lag, count in lags if lag), tokens),
+        "rollout/version_lag_mean": (sum(lag * count for lag, count in lags), tokens),
+        "rollout/length_ratio": (_mean_length(trained), _mean_length(sampled) if trained else 0.0),
+    }
     return {
         "rollout/pool_prompts": len(start.prompts),
         "rollout/carried_rollouts": sum(bool(rollout.tokens) for rollout in end.pool.rollouts()),
         "rollout/carried_tokens": sum(len(rollout.tokens) for rollout in end.pool.rollouts()),
         "rollout/generated_tokens": generated,
         "rollout/aborted": sum(pool_schedule.is_open(rollout, config) for rollout in discarded),
-        "rollout/discarded_token_share": sum(len(rollout.tokens) for rollout in discarded) / max(generated, 1),
         "rollout/dropped_prompts": len(dropped),
-        "rollout/earlier_version_share": sum(count for lag, count in lags if lag) / tokens,
-        "rollout/version_lag_mean": sum(lag * count for lag, count in lags) / tokens,
-        "rollout/version_lag_max": max((lag for lag, _ in lags), default=0),
-        "rollout/length_ratio": _mean_length(trained) / max(_mean_length([*trained, *discarded]), 1),
+        **{name: part / total for name, (part, total) in shares.items() if total},  # of nothing there is no share
+        **({"rollout/version_lag_max": max(lag for lag, _ in lags)} if lags else {}),
     }
 
 

@@ -171,7 +171,8 @@ def learn(
             guard.check(metrics, config.guard, step)
             run.metrics.log_step(step, metrics | run.timer.finish_step(metrics, []))
             hooks.after_step(step + 1)
-            bar.advance(1, f"loss {metrics['loss/reward_model']:.3f}, AUC {metrics.get('reward_model/auc', 0.5):.3f}")
+            auc = f", AUC {metrics['reward_model/auc']:.3f}" if "reward_model/auc" in metrics else ""
+            bar.advance(1, f"loss {metrics['loss/reward_model']:.3f}{auc}")
     return training.steps
 
 

@@ -104,16 +104,20 @@ def by_hand(folder: str, terms: str, samples: list) -> dict[str, tuple]:
 def test_mini_batches_are_the_updates_by_hand(tied_model_folder, in_processes, make_samples, tmp_path):
     (tmp_path / "terms.py").write_text(TERMS)
     samples = make_samples(3, seed=2)[:5]
+    tokens = [sum(len(sample.response_tokens) for sample in samples[part]) for part in PARTS]
     results = in_processes(1, by_hand, str(tied_model_folder), f"{tmp_path}/terms.py", samples)[0]
     for name, (metrics, weights, steps, weights_by_hand) in results.items():
         assert all(map(torch.equal, weights, weights_by_hand)), name
         assert metrics["policy/updates"] == len(steps) == (4 if name == "two passes" else 2)
         for key in ("policy/updates", "policy/largest_weight", "policy/learning_rate"):
             assert metrics[key] == steps[-1][key], (name, key)
-        for key in metrics.keys() & {"own/moved", "loss/total", "loss/kl", "policy/gradient_norm", "policy/ratio_mean"}:
+        for key in metrics.keys() & {"own/moved", "loss/total", "policy/gradient_norm"}:
             assert metrics[key] == pytest.approx(sum(row[key] for row in steps[-2:]) / 2, rel=1e-12), (name, key)
+        weighted = sum(row["loss/kl"] * size for row, size in zip(steps[-2:], tokens, strict=True)) / sum(tokens)
+        assert metrics["loss/kl"] == pytest.approx(weighted, rel=1e-12), (name, "by tokens")
         if name == "built-in":
-            assert steps[0]["policy/ratio_mean"] == pytest.approx(1) and metrics["policy/ratio_mean"] != 1
+            assert steps[0]["policy/ratio_mean"] == metrics["policy/ratio_mean"] == pytest.approx(1)
+            assert "policy/ratio_mean" not in steps[1], "its only sample is correct"
         else:
             assert metrics["own/moved"] > 1e-4, "the second mini-batch is not of the policy any more"
 

@@ -22,6 +22,7 @@ from oreal_megatron.config import (
     WeightsConfig,
 )
 from oreal_megatron.data import sampler
+from oreal_megatron.observe.idle_steps import cause_of_idleness
 from oreal_megatron.records import Counts, Outcome, Prompt, Rollout, Sample, Verdict
 
 RIGHT, WRONG, UNKNOWN = Outcome.CORRECT, Outcome.INCORRECT, Outcome.UNKNOWN
@@ -102,6 +103,12 @@ def test_unknown_is_never_kept_nor_counted_as_wrong():
     assert [sample.response_tokens[-1] for sample in kept] == [0, 1, 2]
     metrics = selection.summary(rollouts, verdicts, kept)
     assert metrics["verify/unknown"] == 1 and metrics["reward/pass_rate"] == pytest.approx(2 / 3)
+
+
+def test_means_over_no_known_verdict_are_absent():
+    found = selection.summary(*step_of([UNKNOWN, UNKNOWN]), [])
+    assert found["verify/unknown"] == 2 and not {"reward/mean", "reward/pass_rate"} & found.keys()
+    assert "(0% truncated, 2 unknown)" in cause_of_idleness(found)
 
 
 def test_the_choice_depends_on_the_seed_and_on_its_own_prompt_only():

@@ -219,6 +219,8 @@ def test_gathering_brings_every_rank_what_it_does_not_hold(recipe, received, bet
 def test_time_is_lost_by_bubbles_exchanges_and_recomputation():
     two, four = case("oreal_32b"), case("oreal_32b", "parallel.pipeline=4")
     assert timing.bubble(case("oreal_7b")) == 0 and timing.bubble(two) == 1 / (two.micro_batches + 1)
+    parts = case("oreal_32b", "loss.updates_per_step=2", "loss.mini_batches=2", "loss.negative_coef=0")
+    assert timing.bubble(parts) == pytest.approx(10 / 7 / (two.micro_batches + 10 / 7)), "two fills of the policy's"
     lost = [timing.training(one, 4) * (1 - timing.bubble(one)) for one in (two, four)]
     assert lost[0] == pytest.approx(lost[1]) and timing.training(two, 4) < timing.training(four, 4)
     free = dataclasses.replace(two, assumed=assumptions.Assumptions(all_reduce_us=0))

@@ -144,6 +144,14 @@ def test_weight_metrics_are_shares_of_the_step_s_tokens_of_each_side(make_sample
         assert totals[f"weights/{side}_zero_share"] == pytest.approx(own.count(0.0) / len(own))
 
 
+@pytest.mark.parametrize(("sign", "side"), [(1.0, "correct"), (-1.0, "incorrect")])
+def test_a_side_without_tokens_has_no_mean_weight(make_samples, sign, side):
+    samples = [sample for sample in make_samples(4) if sample.reward == sign]
+    batch, counts = packing.micro_batch(samples), selection.counts(samples)
+    found = token_weighting.metrics(torch.zeros(len(batch.labels)), batch, counts)
+    assert found == {f"weights/{side}_mean": 0.0, f"weights/{side}_zero_share": 1.0}
+
+
 def weights_of(correct: float, incorrect: float, zero_shares: tuple[float, float] = (0.3, 0.3)) -> dict[str, float]:
     means = {"weights/correct_mean": correct, "weights/incorrect_mean": incorrect}
     return means | dict(zip(("weights/correct_zero_share", "weights/incorrect_zero_share"), zero_shares, strict=True))
@@ -176,7 +184,7 @@ def test_a_change_of_the_muted_side_is_a_stretch_of_its_own():
     [
         {},
         {"weights/correct_mean": 0.0, "weights/incorrect_mean": 1.0},  # no reward model, no correct sample
-        weights_of(0.0, 0.5, zero_shares=(0.0, 0.2)),  # no correct sample
+        {name: value for name, value in weights_of(0.0, 0.5).items() if "/correct_" not in name},  # no correct sample
     ],
 )
 def test_a_side_without_tokens_and_a_run_without_reward_model_are_not_muted(metrics):

@@ -14,7 +14,8 @@ from oreal_megatron import config as c
 from oreal_megatron.algo import logprob_parity, selection
 from oreal_megatron.config import ConfigError
 from oreal_megatron.records import Outcome
-from oreal_megatron.rollout import pool_file
+from oreal_megatron.rollout import pool_file, pool_metrics
+from oreal_megatron.rollout.pool_schedule import PromptPool, StepEnd
 from oreal_megatron.rollout.rollout_pool import RolloutPool
 
 K, LIMIT = 3, 20
@@ -109,6 +110,13 @@ def test_carrying_keeps_the_lengths_and_discarding_trains_shorter_responses():
     carried, discarding = (sum(values) / len(values) for values in (lengths[True], lengths[False]))
     assert carried == pytest.approx(6.6, rel=0.06) and discarding < 0.9 * carried
     assert set(ratios[True]) == {1.0} and sum(ratios[False]) / len(ratios[False]) < 0.95, "the metric shows the bias"
+
+
+def test_shares_of_nothing_are_absent():
+    pool = PromptPool()
+    found = pool_metrics.of_step(pool, StepEnd((), pool, ()), (), 0, configuration())
+    assert found == {f"rollout/{name}": 0 for name in ("pool_prompts", "carried_rollouts", "carried_tokens",
+                                                       "generated_tokens", "aborted", "dropped_prompts")}  # fmt: skip
 
 
 def test_a_pool_that_always_completes_gives_what_the_plain_engine_gives():

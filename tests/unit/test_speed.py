@@ -109,7 +109,7 @@ def test_idle_shares_of_phases_add_up_to_that_of_the_step_by_their_seconds():
     found = speed.idle_shares(seconds, alone, [90.0, 100.0])
     assert found.pop("speed/idle/step") == pytest.approx((6 * 0.25 + 3 * 0.05) / 12)
     assert found == {"speed/idle/generate": 0.25, "speed/idle/verify": 0, "speed/idle/training": pytest.approx(0.05)}
-    assert speed.idle_shares(seconds, [{}, {}], []) == {"speed/idle/step": 0}, "nothing was measured"
+    assert speed.idle_shares(seconds, [{}, {}], []) == {}, "nothing was measured"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,40 @@ def test_idle_shares_of_phases_add_up_to_that_of_the_step_by_their_seconds():
 )
 def test_the_bubble_of_known_schedules(stages, chunks, micro_batches, share):
     assert c.ParallelConfig(pipeline=stages, virtual=chunks).bubble(micro_batches) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    "models", [("reward_model", "reference", "policy"), ("reference", "policy"), ("reward_model",)]
+)
+def test_the_bubble_of_a_step_counts_every_fill_and_drain(parts, passes, models):
+    """The oracle goes through the pipeline pass by pass: its micro-batches, then as many slots as other stages."""
+    stages, chunks, sizes = 4, 2, [3, 4, 1, 2, 2][:parts]
+    config = c.Config(
+        parallel=c.ParallelConfig(pipeline=stages, virtual=chunks),
+        loss=c.LossConfig(updates_per_step=parts * passes, mini_batches=parts),
+    )
+    runs = {"reward_model": [sum(sizes)] * 3, "reference": [sum(sizes)], "policy": sizes * passes * 3}
+    busy = sum(chunks * size for model in models for size in runs[model])
+    slots = sum(chunks * size + stages - 1 for model in models for size in runs[model])
+    fills = speed.pipeline_fills(models, parts, config)
+    assert config.parallel.bubble(sum(sizes), fills) == pytest.approx(1 - busy / slots)
+    if parts == 1:
+        assert fills == 1
+
+
+def test_a_timed_step_counts_the_mini_batches_that_its_batch_has():
+    """Of five asked for, a step with two prompts has two."""
+    config = c.Config(parallel=c.ParallelConfig(pipeline=3), loss=c.LossConfig(updates_per_step=5, mini_batches=5))
+    timer = PhaseTimer(config)
+    for name in ("reward_model", "reference", "policy"):
+        with timer.phase(name):
+            pass
+    prompts = [dataclasses.replace(sample, rollout=(n, 0)) for n, sample in enumerate(samples(5, 4))]
+    timer.count_work(packing.batch(prompts, PackingSpec(4), 5))
+    expected = 1 - 7 * 2 / (3 * 4 + 4 + 3 * 6)  # reward model 2 + 2 slots, reference the same, policy twice 1 + 2
+    assert timer.finish_step({}, rollouts())["speed/bubble"] == pytest.approx(expected)
 
 
 def rollouts() -> list[list[Rollout]]:

@@ -16,12 +16,14 @@ from oreal_megatron.algo import packing
 from oreal_megatron.cli import main
 from oreal_megatron.config import schema
 from oreal_megatron.data.sampler import Sampler
-from oreal_megatron.observe import dumps
-from oreal_megatron.observe.page import demonstrations
+from oreal_megatron.observe import dumps, run_report
+from oreal_megatron.observe.page import demonstrations, page, tables
+from oreal_megatron.observe.page.run_data import read
 from oreal_megatron.observe.recorder import NO_WEIGHTS, Recorder
 from oreal_megatron.records import PackingSpec, Sample
 from oreal_megatron.training import supervised
 
+SHARES = ("generate", "verify", "training", "sync", "other")
 SAMPLES = [Sample((1,), (2, number), 1.0, 0.0, rollout=(number + 1, 0)) for number in range(7)]
 
 
@@ -134,6 +136,34 @@ def test_a_dump_holds_the_demonstrations_of_its_step_with_the_log_prob_of_each_t
         assert [row.loss for row in rows] == sorted((row.loss for row in rows), reverse=True)
     imitate(config, {}, 7, states[7], share=(0, 1))
     assert dumped_steps(tmp_path / "run") == steps
+
+
+def test_the_page_of_a_run_without_rollouts_draws_nothing_of_them(tmp_path):
+    """Neither rates of tokens nor phases that it does not have; they would be drawn as 0."""
+    config = configuration(tmp_path)
+    imitate(config, {})
+    record = run_report.read_run(tmp_path / "run")
+    names = {name for row in record.metrics for name in row}
+    assert names == {"step", "loss/total", "seconds/policy", "seconds/step", *(f"speed/share/{p}" for p in SHARES)}
+    page.write([record], tmp_path / "page.html", 0)
+    time = (tmp_path / "page.html").read_text().partition('<section id="time">')[2].partition("</section>")[0]
+    legends = re.findall(r"<li>.*?<span>([^<]*)</span>", time)
+    assert legends == ["policy", "others"], "seconds by phase, and no chart of tokens per second"
+    assert re.findall(r'<th scope="row">([^<]*)</th>', time) == ["policy", "other", "step"]
+    assert not re.search(r"<td>0(\.0%)?</td>", time), "no idle share either"
+
+
+def test_a_run_that_was_not_timed_has_no_seconds(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, content in (("config", dataclasses.asdict(c.Config())), ("environment", {}), ("metrics", {"step": 0})):
+        (run / f"{name}.json{'l' * (name == 'metrics')}").write_text(json.dumps(content) + "\n")
+    record = run_report.read_run(run)
+    assert record.seconds is None and tables.overview([read(record, "run")]).endswith(
+        "<td></td></tr></tbody></table></div>"
+    )
+    run_report.print_table([record])
+    assert re.search(r"not evaluated +1 *\n", capsys.readouterr().out)
 
 
 def test_a_run_whose_rank_reports_nothing_dumps_nothing(tmp_path):

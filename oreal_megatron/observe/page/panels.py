@@ -179,7 +179,8 @@ def draw_methods(run: RunData, heading: str) -> str:
     methods = [name for name, _ in total.most_common(7)]
     rows = []
     for step in run.counts:
-        size = sum(step.methods.values()) or 1
+        if not (size := sum(step.methods.values())):
+            continue
         shares = [step.methods[name] / size for name in methods]
         rows.append((float(step.step), shares))
     note = "share of the step's rollouts; the seven most frequent"
@@ -187,11 +188,12 @@ def draw_methods(run: RunData, heading: str) -> str:
 
 
 def draw_phases(run: RunData, heading: str) -> str:
-    """Draw the seconds of each phase over the run."""
+    """Draw the seconds of each phase that the run has; a step without one of them spent no time in it."""
+    timed = [row for row in run.record.metrics if "seconds/step" in row]
+    names = [name for name in PHASES if any(f"seconds/{name}" in row for row in timed)]
     rows = []
-    for row in run.record.metrics:
-        if "seconds/step" in row:
-            phases = [row.get(f"seconds/{name}", 0.0) for name in PHASES]
-            rows.append((row["step"], [*phases, max(row["seconds/step"] - sum(phases), 0.0)]))
-    labels = [*(name.replace("_", " ") for name in PHASES), "others"]
+    for row in timed:
+        phases = [row.get(f"seconds/{name}", 0.0) for name in names]
+        rows.append((row["step"], [*phases, max(row["seconds/step"] - sum(phases), 0.0)]))
+    labels = [*(name.replace("_", " ") for name in names), "others"]
     return draw_stack(f"Seconds of a step{heading}", labels, rows, "wall clock of the first rank; legend: means")

@@ -44,7 +44,8 @@ def overview(runs: Sequence[RunData]) -> str:
         accuracies = [_accuracy(run, number, prefix) for prefix in prefixes for number in (0, -1)]
         last = [run.mean_of_last(name) for name in LAST]
         figures = ["" if value is None else value for value in last]
-        rows.append((run.name, steps_taken(run.record), *accuracies, *figures, f"{run.record.seconds:.0f}"))
+        seconds = "" if run.record.seconds is None else f"{run.record.seconds:.0f}"
+        rows.append((run.name, steps_taken(run.record), *accuracies, *figures, seconds))
     modes = [f"held-out {when}{mode}" for mode in ("", ", sampled")[: len(prefixes)] for when in ("before", "after")]
     head = ("run", "steps", *modes, "pass rate", "KL", "truncated", "seconds")
     return table(head, rows, "pass rate, KL and truncated share: mean of the last ten steps")
@@ -55,7 +56,7 @@ def _accuracy(run: RunData, number: int, prefix: str) -> str:
     rows = [row for row in run.record.evaluations if f"{prefix}accuracy" in row]
     if not rows:
         return ""
-    accuracy, low, high = (100 * rows[number].get(f"{prefix}{key}", 0.0) for key in ("accuracy", "low", "high"))
+    accuracy, low, high = (100 * rows[number][f"{prefix}{key}"] for key in ("accuracy", "low", "high"))
     return f"{accuracy:.1f} % ({low:.1f} to {high:.1f})"
 
 
