@@ -7,6 +7,7 @@ to practise: other problems of these skills are drawn, for demonstrations of the
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from oreal_megatron.runtime.chat_client import Chat
 NO_PROBLEM = "no question"
 NO_SKILL = "a reply that names no skill"
 REASONS = (NO_PROBLEM, *replies.REASONS, NO_SKILL)
-LONGEST_NAME = 80  # characters of a skill
+LONGEST_NAME = 8  # words of a skill
+FORMULA = re.compile(r"[$\\=\n]")  # a small model solves the problem instead
 PROMPT = (
     "Name the one core mathematical skill that the problem tests, as a heading of a textbook would, such as "
     '"Vieta\'s formulas" or "counting with inclusion and exclusion". Reply with the name only.'
@@ -86,11 +88,21 @@ def _with_skill(line: Line, model_replies: Replies, allowed: dict[str, str]) -> 
     text, reason = model_replies.text(skill_chat(question, list(allowed.values())))
     if reason:
         return line, reason
+    name = named_skill(text, allowed) if allowed else free_name(text)
+    return line | {"skill": name}, "" if name else NO_SKILL
+
+
+def free_name(text: str) -> str:
+    """Return the skill that a reply names; "" for an explanation or a formula instead of it."""
     name = normalise(text)
-    if allowed:
-        return line | {"skill": allowed.get(name, "")}, "" if name in allowed else NO_SKILL
-    is_name = 0 < len(name) <= LONGEST_NAME and "\n" not in name
-    return line | {"skill": name}, "" if is_name else NO_SKILL
+    return "" if FORMULA.search(name) or len(name.split()) > LONGEST_NAME else name
+
+
+def named_skill(text: str, allowed: dict[str, str]) -> str:
+    """Return the one name of `allowed` (by its normalised form) that a reply contains; "" if it has none or several."""
+    longest_first = sorted(filter(None, allowed), key=len, reverse=True)  # of names within names
+    matches = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", normalise(text))
+    return allowed[matches[0]] if len(set(matches)) == 1 else ""
 
 
 def normalise(name: str) -> str:

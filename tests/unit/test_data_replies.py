@@ -177,6 +177,39 @@ def test_only_named_skills_are_accepted(judge_server, quick, tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "none.txt")]) == 2 and "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ("Vieta's formulas", "vieta's formulas"),
+        ('**"Counting with inclusion and exclusion."**', "counting with inclusion and exclusion"),
+        ("The answer is $\\tan A$", ""),  # replies of SmolLM2-135M to problems of MATH-500
+        ("x + 1 = 3", ""),
+        ("196 is a positive whole-number divisor of 196, which is 1.", ""),
+        ("Algebra\nThis problem", ""),
+        (" '' ", ""),
+    ],
+)
+def test_a_sentence_or_a_formula_is_no_name_of_a_skill(reply, name):
+    assert skills.free_name(reply) == name
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ("**Sums**", "Sums"),
+        ("The core skill is sums of squares.", "Sums of squares"),  # the longer name holds the shorter
+        ("It tests sums.", "Sums"),
+        ("Sums and products.", ""),
+        ("Summation", ""),
+        ("It consumes sumsets", ""),
+        ("", ""),
+    ],
+)
+def test_the_only_allowed_name_in_a_reply_is_its_skill(reply, name):
+    allowed = {skills.normalise(known): known for known in ("Products", "Sums", "Sums of squares")}
+    assert skills.named_skill(reply, allowed) == name
+
+
 def annotated(count: int) -> list[dict]:
     return [{"question": f"{skill} {number}", "skill": skill} for skill in "abc" for number in range(count)]
 
