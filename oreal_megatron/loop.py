@@ -23,7 +23,7 @@ from oreal_megatron.protocols import (
     WeightSync,
 )
 from oreal_megatron.records import PackingSpec, Rollout
-from oreal_megatron.runtime import distributed
+from oreal_megatron.runtime import distributed, rollout_exchange
 
 
 def train(
@@ -55,6 +55,8 @@ def train(
             samples = selection.samples(rollouts, verdicts, config.selection, seed)  # [N] one of each outcome a prompt
             metrics |= selection.summary(rollouts, verdicts, samples)
             if samples:
+                own = packing.own_numbers(samples, packing_spec, config.loss.mini_batches)
+                samples = rollout_exchange.fetch(samples, own)  # from the replicas that generated them
                 batch = packing.batch(samples, packing_spec, config.loss.mini_batches)  # with token counts of the step
                 with run.phase("reward_model"):
                     token_weights, reward_metrics = reward_model.update(batch)  # weights from before this update
@@ -90,6 +92,7 @@ def check_logprob_parity(
         importance.require_logprobs(rollouts, step)
     replicas = distributed.world_size() // config.engine.tensor
     samples = logprob_parity.samples(rollouts, config.engine, replicas)
+    samples = rollout_exchange.fetch(samples, packing.own_numbers(samples, packing_spec))
     batch = packing.batch(samples, packing_spec)
     gap = logprob_parity.difference(policy.score(batch), batch, config.parity_tolerance_nats)
     gaps = distributed.all_gather_object(gap)

@@ -43,7 +43,10 @@ class RolloutEngine(Protocol):
         seed: tuple[int, int],
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[list[Rollout]]:
-        """Return [P, K] rollouts on every rank; `on_rollout` receives each one on the rank that generated it."""
+        """Return [P, K] rollouts on every rank; `on_rollout` receives each one on the rank that generated it.
+
+        Values of a rollout are on the ranks of the replica that generated it (runtime/remote_values.py).
+        """
         ...
 
     def sleep(self) -> None:
@@ -65,6 +68,10 @@ class GrowingEngine(RolloutEngine, Protocol):
         round_tokens: int = 0,
     ) -> list[Rollout]:
         """Return rollouts, on every rank, after they have grown by at most `round_tokens`; `on_rollout`: complete."""
+        ...
+
+    def is_own(self, rollout: Rollout) -> bool:
+        """Return whether this rank's replica generates a rollout. Not collective."""
         ...
 
 

@@ -52,7 +52,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response with its prompt."""
+    """One sampled response with its prompt.
+
+    Tokens, text and log-probs are on the ranks of the replica that generated it; others have stand-ins of known length
+    (runtime/remote_values.py).
+    """
 
     prompt: Prompt
     slot: int  # position of its prompt in the step, 0 .. P-1, or in the pool (a prompt may appear twice)

@@ -20,7 +20,7 @@ import checked_steps
 
 from oreal_megatron.observe.dumped_samples import WeighedResponse, responses_of
 from oreal_megatron.observe.dumps import read_dump
-from oreal_megatron.observe.rows import read_rows
+from oreal_megatron.runtime import rollout_files
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class TextWithWeights:
 
 def read_step(run: Path, step: int) -> list[TextWithWeights]:
     """Return the responses that a step of a run was trained on; none if its dump has no scores."""
-    name = f"step_{step:06d}"
-    rows = {(row["slot"], row["index"]): row for row in read_rows(run / "rollouts" / f"{name}.jsonl")}
+    written = rollout_files.read(rollout_files.complete_steps(run).get(step, []))
+    rows = {(row["slot"], row["index"]): row for _, row in written}
     return [
         TextWithWeights(row["question"], row["response"], tokens)
-        for tokens in responses_of(read_dump(run / "dumps" / name))
+        for tokens in responses_of(read_dump(run / "dumps" / f"step_{step:06d}"))
         for row in [rows[tokens.slot, tokens.index]]
     ]
 

@@ -37,6 +37,13 @@ def split_prompts(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     return [split[number] for number in sorted(split)]
 
 
+def own_numbers(samples: Sequence[Sample], spec: PackingSpec, mini_batches: int = 1) -> list[int]:
+    """Return the numbers, in the sequence of samples, of those that `batch` packs: it reads the values of no others."""
+    parts = split_prompts(samples, mini_batches)
+    own = {id(sample) for part in parts for sample in _deal_samples(part, spec.ranks, spec.even_tokens)[spec.rank]}
+    return [number for number, sample in enumerate(samples) if id(sample) in own]
+
+
 def _pack(samples: Sequence[Sample], spec: PackingSpec) -> list[MicroBatch]:
     """Return this rank's micro-batches of an update.
 

@@ -31,7 +31,7 @@ def samples(
     and in the KL term only.
     Advantages are computed over all rollouts of a prompt with a known verdict; UNKNOWN ones are neither selected nor
     counted. A penalised rollout counts as incorrect, with the reward of a penalty. The choice depends on `seed` and the
-    prompt's slot only, not on other prompts.
+    prompt's slot only, not on other prompts. Of tokens only the number is read, so that all ranks select alike.
     """
     selected: list[Sample] = []
     for row, judged in zip(rollouts, verdicts, strict=True):
@@ -68,7 +68,7 @@ def _select_of_prompt(
 
 
 def counts(selected: Sequence[Sample]) -> Counts:
-    """Return the denominators of the losses; every rank holds all samples of the step, so none is communicated."""
+    """Return the denominators of the losses; every rank knows the length of all samples, so none is communicated."""
     lengths = {True: 0, False: 0}
     for sample in selected:
         lengths[sample.reward > 0] += len(sample.response_tokens)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import labelled_rollouts
-from oreal_megatron.data.lines import Line, read_lines, write_lines
+from oreal_megatron.data.lines import Line, write_lines
 from oreal_megatron.records import Outcome
 
 NOT_CORRECT = "not verified as correct"
@@ -87,9 +87,9 @@ def _demonstrations(chosen: Mapping[str, Sequence[Ranked]]) -> Iterator[Line]:
 
 
 def _lines(sources: Sequence[str]) -> Iterator[tuple[str, Line]]:
-    for path in _paths(sources):
-        for number, line in read_lines(str(path)):
-            yield f"{path} line {number}", line
+    for source in sources:
+        for lines in labelled_rollouts.lines_by_step(source):
+            yield from lines
 
 
 def _paths(sources: Sequence[str]) -> list[Path]:

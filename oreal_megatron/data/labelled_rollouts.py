@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data.lines import Line, read_lines
 from oreal_megatron.records import Outcome, Sample
-from oreal_megatron.runtime import files
+from oreal_megatron.runtime import files, rollout_files
 
 REWARDS = {Outcome.CORRECT.value: 1.0, Outcome.INCORRECT.value: -1.0, Outcome.UNKNOWN.value: 0.0}
 
@@ -50,10 +50,25 @@ class LabelledRollouts:
 
 def files_of(path: str) -> list[Path]:
     """Return the JSONL files of a path: itself, or those of a run folder."""
-    run = Path(path) / "rollouts"
-    if not run.is_dir():
-        return [Path(path)]
-    return sorted(run.glob("*.jsonl"))
+    return [Path(path)] if not _is_run(path) else [file for step_files in _steps(path) for file in step_files]
+
+
+def lines_by_step(path: str) -> Iterator[Iterable[tuple[str, Line]]]:
+    """Yield the lines of a file, or of each step of a run folder, with their location."""
+    if not _is_run(path):
+        yield ((f"{path} line {number}", line) for number, line in read_lines(path))
+        return
+    for step_files in _steps(path):
+        yield rollout_files.read(step_files, lambda file: read_lines(str(file)))
+
+
+def _is_run(path: str) -> bool:
+    return (Path(path) / rollout_files.FOLDER).is_dir()
+
+
+def _steps(run: str) -> list[list[Path]]:
+    """Return the files of each step of a run folder."""
+    return list(rollout_files.complete_steps(Path(run)).values())
 
 
 def digest(path: str) -> str:
@@ -71,9 +86,9 @@ def load(
     slots: dict[str, int] = {}  # of questions
     prompts: list[list[Sample]] = []
     retokenised = too_long = 0
-    for file in files_of(path):
-        for number, line in read_lines(str(file)):
-            check_rollout(f"{file} line {number}", line)
+    for lines in lines_by_step(path):
+        for location, line in lines:
+            check_rollout(location, line)
             reward = REWARDS[line["verdict"]]
             if not reward:
                 continue

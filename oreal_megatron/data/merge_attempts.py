@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import labelled_rollouts, replies
-from oreal_megatron.data.lines import Line, read_lines, write_lines
+from oreal_megatron.data.lines import Line, write_lines
 from oreal_megatron.data.replies import Replies, Text
 from oreal_megatron.records import Outcome
 from oreal_megatron.runtime.chat_client import Chat
@@ -91,9 +91,9 @@ def _choose(sources: Sequence[str], output: Path, attempts: int) -> list[Attempt
     if output.exists() and any(output.samefile(path) for path in paths):
         raise ConfigError(f"{output} is one of the inputs; give another name")
     problems: dict[str, Attempts] = {}
-    for path in paths:
-        for number, line in read_lines(str(path)):
-            labelled_rollouts.check_rollout(f"{path} line {number}", line)
+    for lines in (lines for source in sources for lines in labelled_rollouts.lines_by_step(source)):
+        for location, line in lines:
+            labelled_rollouts.check_rollout(location, line)
             _insert(problems.setdefault(line["question"], Attempts(line["question"])), line, attempts)
     return list(problems.values())
 

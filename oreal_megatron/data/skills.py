@@ -119,10 +119,10 @@ def skill_chat(question: str, names: Sequence[str]) -> Chat:
 def failed_questions(run: str, steps: int) -> set[str]:
     """Return the questions, in plain form, that had rollouts but no correct one in at least so many steps of a run."""
     failures: Counter[str] = Counter()
-    for file in labelled_rollouts.files_of(run):
+    for lines in labelled_rollouts.lines_by_step(run):
         verdicts: dict[str, set[str]] = defaultdict(set)
-        for number, line in read_lines(str(file)):
-            labelled_rollouts.check_rollout(f"{file} line {number}", line)
+        for location, line in lines:
+            labelled_rollouts.check_rollout(location, line)
             verdicts[plain_form(line["question"])].add(line["verdict"])
         failures.update(
             question for question, known in verdicts.items() if known - {Outcome.UNKNOWN.value} == {"incorrect"}

@@ -36,7 +36,7 @@ from oreal_megatron.config import (
 )
 from oreal_megatron.protocols import PolicyTrainer, RewardModelTrainer, RolloutEngine, WeightReceiver
 from oreal_megatron.records import PackingSpec, Prompt, Rollout, Sample
-from oreal_megatron.runtime import distributed
+from oreal_megatron.runtime import distributed, rollout_exchange
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
@@ -157,6 +157,7 @@ class Trial:
             for row in rollouts
             for rollout, reward in zip(row, (1.0, -1.0) * 2, strict=True)
         ]
+        samples = rollout_exchange.fetch(samples, packing.own_numbers(samples, self.spec))
         batch = packing.batch(samples, self.spec)
         metrics = self.policy.update(batch, self.policy.score(batch), self.no_reward_model.update(batch)[0])
         norm = metrics["policy/gradient_norm"]

@@ -28,7 +28,7 @@ from oreal_megatron.observe.rows import Row, read_rows, write_rows
 from oreal_megatron.observe.run_folder import rollout_row
 from oreal_megatron.protocols import RolloutEngine, Verifier
 from oreal_megatron.records import Prompt
-from oreal_megatron.runtime import distributed, files, heartbeat
+from oreal_megatron.runtime import distributed, files, heartbeat, rollout_exchange
 from oreal_megatron.session.inputs import Inputs, read_inputs
 from oreal_megatron.session.session import Session
 
@@ -56,7 +56,7 @@ def rate_prompts(config: Config, responses: int, rated: Path, out: Path) -> Suit
             rated_lines = [lines[prompt.id] | {key: rates[number]} for number, prompt in enumerate(prompts)]
             files.set_aside(rated)
             files.write_text(rated, "".join(json.dumps(line, default=str) + "\n" for line in rated_lines))
-        return summarize(rows, config.seed)
+        return score_rows(rows, config.seed)
 
 
 def run_benchmark(
@@ -90,7 +90,7 @@ def run_benchmark(
         with heartbeat.phase("evaluate"):
             scores = {
                 name: {
-                    mode: summarize(
+                    mode: score_rows(
                         answer_suite(name, prompts[name], mode, sampling, config, out, engine, verifier),
                         config.seed,
                         skipped=len(suite_lists[name][: limit or None]) - len(prompts[name]),
@@ -156,40 +156,47 @@ def answer_suite(
     engine: RolloutEngine,
     verifier: Verifier,
 ) -> list[Row]:
-    """Return the response lines of one suite in one mode; blocks of an earlier call are read, not generated again."""
+    """Return the response lines of one suite in one mode on the first rank; [] on the others. Collective.
+
+    Blocks of an earlier call are read, not generated again.
+    """
     file = out / f"{Path(name).stem}.{mode}.jsonl"
     rows = read_complete_blocks(file, len(prompts), sampling.rollouts_per_prompt)
-    answered = {row["problem"] for row in rows}
+    answered: set[int] = distributed.all_gather_object({row["problem"] for row in rows})[0]
     with Bar(f"{name}, {mode}", len(prompts), distributed.rank() == 0) as bar:
         for start in range(0, len(prompts), BLOCK):
             block = prompts[start : start + BLOCK]
             if start not in answered:
-                graded = generate_and_grade(block, engine, verifier, sampling, (config.seed, -1 - start))
-                new_rows = [
-                    {"problem": start + slot, **rollout_row(rollout, verdict)}
-                    for slot, prompt_rows in enumerate(zip(*graded, strict=True))
-                    for rollout, verdict in zip(*prompt_rows, strict=True)
-                ]
+                rollouts, verdicts = generate_and_grade(block, engine, verifier, sampling, (config.seed, -1 - start))
+                flat = rollout_exchange.gather([rollout for row in rollouts for rollout in row])
                 if distributed.rank() == 0:
+                    graded = zip(flat, (verdict for row in verdicts for verdict in row), strict=True)
+                    new_rows = [{"problem": start + r.slot, **rollout_row(r, verdict)} for r, verdict in graded]
                     with open(file, "a") as lines:
                         lines.writelines(json.dumps(row) + "\n" for row in new_rows)
-                rows += new_rows
+                    rows += new_rows
             bar.advance(len(block))
     return [row for row in rows if row["problem"] < len(prompts)]
 
 
 def read_complete_blocks(file: Path, problem_count: int, responses: int) -> list[Row]:
-    """Return the lines of complete blocks on every rank, and delete the others from the file. Collective."""
-    rows: list[Row] = []
-    if distributed.rank() == 0:
-        rows = read_rows(file)
-        counts = Counter(row["problem"] // BLOCK for row in rows)
-        complete = {
-            block for block, count in counts.items() if count >= responses * min(BLOCK, problem_count - block * BLOCK)
-        }
-        rows = [row for row in rows if row["problem"] // BLOCK in complete]
-        write_rows(file, rows)
-    return distributed.all_gather_object(rows)[0]
+    """Return the lines of complete blocks, and delete the others from the file, on the first rank; [] on the others."""
+    if distributed.rank():
+        return []
+    rows = read_rows(file)
+    counts = Counter(row["problem"] // BLOCK for row in rows)
+    complete = {
+        block for block, count in counts.items() if count >= responses * min(BLOCK, problem_count - block * BLOCK)
+    }
+    rows = [row for row in rows if row["problem"] // BLOCK in complete]
+    write_rows(file, rows)
+    return rows
+
+
+def score_rows(rows: Sequence[Row], seed: int, skipped: int = 0) -> SuiteScores:
+    """Return the scores of the first rank's rows on every rank. Collective."""
+    scores = None if distributed.rank() else summarize(rows, seed, skipped)
+    return distributed.all_gather_object(scores)[0]
 
 
 def _questions(path: str, inputs: Inputs) -> list[str] | None:

@@ -59,7 +59,7 @@ class CheckpointSaver:
         """Take `keep` and `keep_every` as in checkpoint_folders.prune.
 
         `describe` is called on the first rank with each model's name and folder, to add a description for readers;
-        `attachments` on the first rank too, when a save begins.
+        `attachments` on all ranks, when a save begins; the first one writes its own.
         """
         self.folder, self.models, self.describe, self.attachments = folder, models, describe, attachments
         self.keep, self.keep_every = keep, keep_every
@@ -77,9 +77,10 @@ class CheckpointSaver:
         needed = sum(distributed.all_gather_object(sum(map(_bytes, self.models.values())))) + SPARE_BYTES
         disk_space.wait_for_room(self.folder, needed, "a checkpoint")
         partial = self.folder / (checkpoint_folders.name(step) + checkpoint_folders.PARTIAL)
+        attachments = self.attachments()
         if distributed.rank() == 0:
             checkpoint_folders.begin(partial, self.models)
-            for name, content in self.attachments().items():
+            for name, content in attachments.items():
                 files.write_when_space(self.folder, (partial / name).write_bytes, content)
         common = {"step": step, "layout": checkpoint_state.layout()}
         common["random"] = distributed.all_gather_object(random_state or checkpoint_state.random_state())

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from oreal_megatron.observe import run_folder
-from oreal_megatron.runtime import checkpoint_folders
+from oreal_megatron.runtime import checkpoint_folders, rollout_files
 
 FOLDER = "branches"
 COPIED = ("config.json", "environment.json", *run_folder.LOGS, "speed.json")
@@ -59,8 +59,9 @@ def _is_after(model: Path, step: int, if_unknown: bool) -> bool:
 
 def _records(run: Path, step: int) -> list[Path]:
     """Return rollouts and dumps of the steps after the first `step` ones."""
-    paths = [*(run / "rollouts").glob("step_*.jsonl"), *(run / "dumps").glob("step_*")]
-    return sorted(path for path in paths if path.name.split(".")[0] >= checkpoint_folders.name(step))
+    rollouts = [file for later, files in rollout_files.files_by_step(run).items() if later >= step for file in files]
+    dumps = [path for path in (run / "dumps").glob("step_*") if path.name >= checkpoint_folders.name(step)]
+    return sorted([*rollouts, *dumps])
 
 
 def _new_folder(run: Path, step: int) -> Path:

@@ -22,7 +22,7 @@ from oreal_megatron.observe.user_hooks import UserHooks
 from oreal_megatron.observe.weight_balance import WeightBalance
 from oreal_megatron.protocols import Metrics, TokenValues
 from oreal_megatron.records import Batch, Rollout, TokenWeights, Verdict
-from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.runtime import distributed, heartbeat, rollout_exchange
 
 NO_WEIGHTS = TokenWeights([], valid=False)  # of demonstrations
 
@@ -30,8 +30,8 @@ NO_WEIGHTS = TokenWeights([], valid=False)  # of demonstrations
 class Recorder:
     """Implementation of protocols.RunRecorder.
 
-    The first rank writes metrics and rollouts; one rank of each data-parallel replica dumps its share of the batch;
-    every rank times its phases.
+    The first rank writes metrics, the first one of each engine replica its rollouts; one rank of each data-parallel
+    replica dumps its share of the batch; every rank times its phases.
     """
 
     def __init__(
@@ -127,13 +127,30 @@ class Recorder:
         verdicts: Sequence[Sequence[Verdict]],
     ) -> None:
         """Write metrics, timings and rollouts of a finished step. Collective."""
+        self._write_own_rollouts(step, rollouts, verdicts)  # all ranks have done so when the first one writes metrics
         metrics = metrics | self.timer.finish_step(metrics, rollouts) | self.generation_metrics()
+        if self.config.record.metric:
+            rollouts = _gather_rows(rollouts)
         if self.writes:
             metrics |= self.user_hooks.metrics(rollouts, verdicts)
-            self.folder.write_rollouts(step, rollouts, verdicts)
             self.folder.delete_rollouts_before(step + 1 - self.config.record.rollouts)
             self.dumps.delete_old(step + 1)
             self.metrics.log_step(step, metrics)
             self.user_hooks.step_done(step, metrics, self.config.run)
             self._report(self.idle_steps.report(metrics))
             self.bar.advance(1, step_note(metrics, self.metrics.last_evaluation(self.config.evaluation.figure)))
+
+    def _write_own_rollouts(
+        self, step: int, rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]]
+    ) -> None:
+        """Write the rollouts of this rank's engine replica, on its first rank. Not collective."""
+        size = self.config.engine.tensor
+        if distributed.rank() % size == 0:
+            replica, replicas = distributed.rank() // size, distributed.world_size() // size
+            self.folder.write_rollouts(step, rollouts, verdicts, replica, replicas)
+
+
+def _gather_rows(rollouts: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+    """Return [P, K] rollouts, on the first rank with all values. Collective."""
+    gathered = iter(rollout_exchange.gather([rollout for row in rollouts for rollout in row]))
+    return [[next(gathered) for _ in row] for row in rollouts]

@@ -5,7 +5,7 @@ RUN/config.json, environment.json         what was run, on what (header)
     calibration.jsonl                     metrics_log.py
     tensorboard/, mlflow_run.txt          trackers.py
     recipe and functions are in environment.json: config/user_functions.py
-    rollouts/step_000013.jsonl            one line per rollout
+    rollouts/step_000013.jsonl            one line per rollout; with several replicas runtime/rollout_files.py
     dumps/step_000013/                    dumps.py
     checkpoints/, policy/, best/          training/hooks.py
     branches/after_step_000013/           branches.py
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from oreal_megatron import verify
@@ -26,7 +26,7 @@ from oreal_megatron.config.user_functions import Origin
 from oreal_megatron.observe import speed
 from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.records import Rollout, Verdict
-from oreal_megatron.runtime import files, versions
+from oreal_megatron.runtime import files, rollout_files, versions
 
 NO_ORIGIN = Origin()
 HEADERS = ("config", "environment")
@@ -54,7 +54,7 @@ class RunFolder:
         origin: Origin = NO_ORIGIN,
     ) -> None:
         """Write config.json and environment.json; keep those of the steps before under another name."""
-        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        (self.path / rollout_files.FOLDER).mkdir(parents=True, exist_ok=True)
         keep_header(self.path, first_step)
         recipe = dataclasses.asdict(origin.recipe) if origin.recipe else self._recorded_recipe(first_step)
         environment = versions.environment() | {"verifier": verify.VERSION, "inputs": dict(fingerprints)}
@@ -70,28 +70,36 @@ class RunFolder:
         return files.read_object(file).get("recipe") if first_step and file.is_file() else None
 
     def write_rollouts(
-        self, step: int, rollouts: Sequence[Sequence[Rollout]], verdicts: Sequence[Sequence[Verdict]]
+        self,
+        step: int,
+        rollouts: Sequence[Sequence[Rollout]],
+        verdicts: Sequence[Sequence[Verdict]],
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
-        """Write [P, K] rollouts with their verdicts, one line each; wait while the disk is full."""
+        """Write those of the [P, K] rollouts that a replica generated, with verdicts; wait while the disk is full."""
         rows = [
-            rollout_row(*graded)
+            rollout_row(rollout, verdict)
             for prompt_rows in zip(rollouts, verdicts, strict=True)
-            for graded in zip(*prompt_rows, strict=True)
+            for rollout, verdict in zip(*prompt_rows, strict=True)
+            if rollout.replica(replicas) == replica
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        files.write_when_space(self.path, files.write_text, self.path / "rollouts" / f"step_{step:06d}.jsonl", text)
+        file = rollout_files.file_of(self.path, step, replica, replicas)
+        files.write_when_space(self.path, files.write_text, file, text)
 
     def delete_rollouts_from(self, step: int) -> None:
         """Delete the rollouts of `step` and later ones, which are taken again."""
-        for file in (self.path / "rollouts").glob("step_*.jsonl"):
-            if file.stem >= f"step_{step:06d}":
-                file.unlink()
+        self._delete_rollouts(lambda written: written >= step)
 
     def delete_rollouts_before(self, step: int) -> None:
         """Delete the rollouts of the steps before `step`."""
-        for file in (self.path / "rollouts").glob("step_*.jsonl"):
-            if file.stem < f"step_{max(step, 0):06d}":
-                file.unlink()
+        self._delete_rollouts(lambda written: written < step)
+
+    def _delete_rollouts(self, is_chosen: Callable[[int], bool]) -> None:
+        for step, paths in rollout_files.files_by_step(self.path).items():
+            for path in paths if is_chosen(step) else ():
+                path.unlink()
 
 
 def header_before(run: Path, step: int, name: str = "config") -> Path:

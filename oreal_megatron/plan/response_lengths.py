@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oreal_megatron.config import ConfigError
+from oreal_megatron.runtime import rollout_files
 
 Lengths = NDArray[np.int64]
 
@@ -73,11 +73,10 @@ class RunLengths:
     @classmethod
     def of_run(cls, run: Path) -> RunLengths:
         """Read `rollouts/` of a run folder; ConfigError if it holds none."""
-        rows: dict[tuple[str, int], list[int]] = {}
-        for file in sorted((run / "rollouts").glob("*.jsonl")):
-            for line in file.read_text().splitlines():
-                rollout = json.loads(line)
-                rows.setdefault((file.name, rollout["slot"]), []).append(max(rollout["tokens"], 1))
+        rows: dict[tuple[int, int], list[int]] = {}
+        for step, files in rollout_files.complete_steps(run).items():
+            for _, rollout in rollout_files.read(files):
+                rows.setdefault((step, rollout["slot"]), []).append(max(rollout["tokens"], 1))
         if not rows:
             raise ConfigError(f"{run} holds no rollouts; expected a run folder of `oreal train` with rollouts/*.jsonl")
         return cls([np.array(row) for row in rows.values()], run)

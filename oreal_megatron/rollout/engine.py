@@ -107,7 +107,7 @@ class VllmEngine:
         seed: tuple[int, int],
         on_rollout: Callable[[Rollout], None] | None = None,
     ) -> list[list[Rollout]]:
-        """Return the [P, K] rollouts of all prompts on every rank. Collective. Errors: see `extend`."""
+        """Return the [P, K] rollouts of all prompts on every rank. Collective. Values and errors: see `extend`."""
         per_prompt = sampling.rollouts_per_prompt
         grown = self.extend(growth.blank_rollouts(prompts, per_prompt), sampling, seed, on_rollout)
         return [grown[start : start + per_prompt] for start in range(0, len(grown), per_prompt)]
@@ -122,6 +122,7 @@ class VllmEngine:
     ) -> list[Rollout]:
         """Return rollouts after they have grown by `round_tokens`, or to their end with 0, on every rank. Collective.
 
+        Tokens, log-probs and text are on the ranks of the replica that generated them (runtime/remote_values.py).
         `on_rollout` receives each rollout as soon as it is complete, on one rank of the replica that generated it.
         Requests that an engine does not complete are repeated, with the same seeds, by all ranks of its replica. A rank
         that fails between two collectives of a replica's step leaves its peers in the second; the watchdog ends that.
@@ -129,7 +130,7 @@ class VllmEngine:
         Raises EngineError, on all ranks, if the retries did not help, and Preempted if a rank was asked to stop.
         """
         by_key = {rollout.key: rollout for rollout in rollouts}
-        missing = [rollout.key for rollout in rollouts if rollout.replica(self.replicas) == self.replica]
+        missing = [rollout.key for rollout in rollouts if self.is_own(rollout)]
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             pending = {f"{attempt}.{slot}.{index}": by_key[slot, index] for slot, index in missing}
@@ -157,8 +158,11 @@ class VllmEngine:
             can_retry = all(distributed.all_gather_object(can_retry)) and attempt < self.config.engine.retries
             self._retry_or_stop(can_retry, attempt, [(len(keys), error) for _, keys, error in gathered], seed[1])
             missing = sorted({key for replica, keys, _ in gathered if replica == self.replica for key in keys})
-        own = list(finished.values()) if self.reports else []
-        return growth.gather_growth(own, rollouts, self.version)
+        return growth.gather_growth(list(finished.values()), rollouts, self.version, self.replicas)
+
+    def is_own(self, rollout: Rollout) -> bool:
+        """Return whether this rank's replica generates a rollout."""
+        return rollout.replica(self.replicas) == self.replica
 
     def _retry_or_stop(self, can_retry: bool, attempt: int, failures: list[tuple[int, str]], step: int) -> None:
         """Log the retry, or raise EngineError on all ranks alike. `failures`: unfinished requests and error by rank."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import zlib
+from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from oreal_megatron.config import RunStopped
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.runtime import distributed
+from oreal_megatron.runtime import distributed, remote_values
 
 
 def blank_rollouts(prompts: Sequence[Prompt], per_prompt: int) -> list[Rollout]:
@@ -27,7 +32,7 @@ def append(
         runs = (*runs[:-1], (version, runs[-1][1] + len(tokens)))
     else:
         runs = (*runs, (version, len(tokens)))
-    joined = None if logprobs is None else (*(rollout.logprobs or ()), *logprobs)
+    joined = None if logprobs is None else (rollout.logprobs or ()) + logprobs
     return dataclasses.replace(
         rollout,
         tokens=rollout.tokens + tokens,
@@ -38,27 +43,47 @@ def append(
     )
 
 
-GrowthPart = tuple[tuple[int, int], tuple[int, ...], tuple[float, ...] | None, bool, str]
-"""Key of a rollout, its new tokens and log-probs, whether it has finished, and its text."""
+class Growth(NamedTuple):
+    """State of a rollout after a round, as all ranks know it: all but tokens, log-probs and text."""
+
+    key: tuple[int, int]  # slot and index
+    tokens: int
+    has_logprobs: bool
+    finished: bool
+    checksum: int  # of the tokens, to compare the ranks of a replica
 
 
-def new_parts(grown: Sequence[Rollout], rollouts: Sequence[Rollout]) -> list[GrowthPart]:
-    """Return what a rank sends of its own rollouts, which were among `rollouts` before: only new tokens."""
-    before = {rollout.key: len(rollout.tokens) for rollout in rollouts}
+def growth_of(rollout: Rollout) -> Growth:
+    """Return the state of a rollout that this rank has."""
+    checksum = zlib.crc32(array("q", rollout.tokens))
+    return Growth(rollout.key, len(rollout.tokens), rollout.logprobs is not None, rollout.finished, checksum)
+
+
+def gather_growth(grown: Sequence[Rollout], rollouts: Sequence[Rollout], version: int, replicas: int) -> list[Rollout]:
+    """Return all `rollouts` as they have grown, on every rank; `grown`: those of this rank's replica. Collective.
+
+    Those of other replicas have stand-ins for their values. Raises RunStopped, on all ranks, where ranks of a replica
+    have different tokens.
+    """
+    own = {rollout.key: rollout for rollout in grown}
+    shares: list[list[Growth]] = distributed.all_gather_object([growth_of(rollout) for rollout in grown])
+    growths: dict[tuple[int, int], Growth] = {}
+    for growth in itertools.chain.from_iterable(shares):
+        if growths.setdefault(growth.key, growth) != growth:
+            raise RunStopped(
+                f"ranks of one engine replica generated different responses for rollout {growth.key} (slot, index), so "
+                "they cannot be trusted. Nothing was trained on this step; resume the run, or set engine.tensor=1"
+            )
     return [
-        (r.key, r.tokens[start:], r.logprobs and r.logprobs[start:], r.finished, r.text)
-        for r in grown
-        for start in [before[r.key]]
+        own.get(rollout.key) or append_remote(rollout, growths[rollout.key], version, replicas) for rollout in rollouts
     ]
 
 
-def gather_growth(grown: Sequence[Rollout], rollouts: Sequence[Rollout], version: int) -> list[Rollout]:
-    """Return all `rollouts` as they have grown, on every rank, from the ranks' own. Collective."""
-    parts = distributed.all_gather_object(new_parts(grown, rollouts))
-    everything = {key: part for parts_of_rank in parts for key, *part in parts_of_rank}
-    result = []
-    for rollout in rollouts:
-        tokens, logprobs, finished, text = everything[rollout.key]
-        longer = append(rollout, tokens, logprobs, finished, version)
-        result.append(dataclasses.replace(longer, text=text))
-    return result
+def append_remote(rollout: Rollout, growth: Growth, version: int, replicas: int) -> Rollout:
+    """Return a rollout of another replica as it has grown."""
+    replica = rollout.replica(replicas)
+    count = growth.tokens - len(rollout.tokens)
+    tokens = remote_values.remote_tokens(rollout, replica, count)
+    logprobs = remote_values.remote_logprobs(rollout, replica, count) if growth.has_logprobs else None
+    longer = append(rollout, tokens, logprobs, growth.finished, version)
+    return dataclasses.replace(longer, text=remote_values.remote_text(rollout, replica))

@@ -1,7 +1,7 @@
 """Decisions about a pool of prompts in flight: who enters, what grows in a round, when a step ends, what it trains.
 
 Every function is pure and gives the same result on every rank. A response grows in rounds of `rollout.round_tokens`;
-after each, all ranks know the same responses, so that nothing depends on how fast a rank is.
+after each, all ranks know the same lengths and ends, so that nothing depends on how fast a rank is.
 """
 
 from __future__ import annotations

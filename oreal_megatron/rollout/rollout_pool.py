@@ -19,7 +19,7 @@ from oreal_megatron.protocols import Dataset, GrowingEngine, Metrics, RoundVerif
 from oreal_megatron.records import Prompt, Rollout, Verdict
 from oreal_megatron.rollout import pool_file, pool_metrics, pool_schedule
 from oreal_megatron.rollout.pool_schedule import PromptPool, StepEnd
-from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.runtime import distributed, heartbeat, remote_values, rollout_exchange
 
 log = logging.getLogger(__name__)
 
@@ -105,15 +105,22 @@ class RolloutPool:
         pool = pool_file.read(checkpoint, self.problem) if checkpoint else None
         if checkpoint and pool is None:
             log.warning("%s has no rollouts in flight: the run was not made with rollout.round_tokens", checkpoint)
-        self.pool = pool or PromptPool(next_position=step * self.config.data.prompts_per_step)
+        pool = pool or PromptPool(next_position=step * self.config.data.prompts_per_step)
+        own = [rollout if self.engine.is_own(rollout) else self._without_values(rollout) for rollout in pool.rollouts()]
+        self.pool = pool_schedule.grow(pool, own)
 
     def attachments(self) -> dict[str, bytes]:
-        """Return what a checkpoint contains of the pool. Not collective."""
-        return {pool_file.NAME: pool_file.to_bytes(self.pool)}
+        """Return what a checkpoint contains of the pool, on the first rank; {} on the others. Collective."""
+        pool = pool_schedule.grow(self.pool, rollout_exchange.gather(list(self.pool.rollouts())))
+        return {pool_file.NAME: pool_file.to_bytes(pool)} if distributed.rank() == 0 else {}
 
     def metrics(self) -> Metrics:
         """Return the metrics of the last step's generation. Not collective."""
         return self.step_metrics
+
+    def _without_values(self, rollout: Rollout) -> Rollout:
+        """Return a rollout of another replica as this rank knows it."""
+        return remote_values.without_values(rollout, rollout.replica(self.engine.replicas))
 
     def _grade(self, pool: PromptPool) -> PromptPool:
         """Return the pool with verdicts of all complete rollouts. Collective."""

@@ -32,3 +32,12 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_object(value: Any) -> list[Any]:
+    """Return the picklable values of all ranks, in rank order, on the first rank; [] on the others. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []

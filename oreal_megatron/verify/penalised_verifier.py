@@ -1,4 +1,4 @@
-"""Verdicts with penalties: each rank checks its share of the rollouts once they are graded.
+"""Verdicts with penalties: each rank checks the rollouts of its replica once they are graded.
 
 The perplexity needs log-probs of the reference, one more forward pass over the responses that are not penalised yet.
 """
@@ -14,7 +14,8 @@ from oreal_megatron.algo.packing import RolloutKey
 from oreal_megatron.config import PenaltyConfig
 from oreal_megatron.protocols import Scorer, Verifier
 from oreal_megatron.records import Outcome, PackingSpec, Rollout, Sample, Verdict
-from oreal_megatron.runtime import distributed, heartbeat
+from oreal_megatron.runtime import distributed, heartbeat, rollout_exchange
+from oreal_megatron.runtime.remote_values import is_local
 
 log = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 200  # of the first example of each kind
@@ -36,8 +37,8 @@ class PenalisedVerifier:
         """Return [P, K] verdicts with penalties on every rank. Collective."""
         table = self.verifier.verdicts(rollouts)
         flat = [rollout for row in rollouts for rollout in row]
-        share = flat[distributed.rank() :: distributed.world_size()]
-        penalties = {rollout.key: response_penalties.find_penalty(rollout, self.config) for rollout in share}
+        own = [rollout for rollout in flat if is_local(rollout.tokens)]
+        penalties = {rollout.key: response_penalties.find_penalty(rollout, self.config) for rollout in own}
         named = {key: name for part in distributed.all_gather_object(penalties) for key, name in part.items()}
         if self.config.perplexity:
             judged = [verdict for row in table for verdict in row]
@@ -62,6 +63,7 @@ class PenalisedVerifier:
         ]
         if not samples:
             return []
+        samples = rollout_exchange.fetch(samples, packing.own_numbers(samples, self.packing_spec))
         batch = packing.batch(samples, self.packing_spec)
         with heartbeat.phase("reference"):
             sums = packing.sums_by_rollout(self.reference.score(batch) or (), batch.micro_batches)
@@ -73,11 +75,16 @@ class PenalisedVerifier:
             if response_penalties.is_improbable(logp_sum[sample.rollout], len(sample.response_tokens), limit)
         ]
 
-    def _show_examples(self, rollouts: Sequence[Rollout], penalties: dict[tuple[int, int], str]) -> None:
-        """Log the end of the first response of each kind, on the first rank; all are in the run folder."""
+    def _show_examples(self, rollouts: Sequence[Rollout], penalties: dict[RolloutKey, str]) -> None:
+        """Log the end of the first response of each kind, on the first rank. Collective. All are in the run folder."""
+        first: dict[str, Rollout] = {}
         for rollout in rollouts:
-            kind = penalties[rollout.key]
-            if kind and kind not in self.shown:
-                self.shown.add(kind)
-                if distributed.rank() == 0:
-                    log.info("first response penalised for %s ends with %r", kind, rollout.text[-SHOWN_CHARACTERS:])
+            if (kind := penalties[rollout.key]) and kind not in self.shown:
+                first.setdefault(kind, rollout)
+        if not first:
+            return
+        self.shown |= first.keys()
+        own = {kind: rollout.text[-SHOWN_CHARACTERS:] for kind, rollout in first.items() if is_local(rollout.text)}
+        ends = {kind: end for part in distributed.gather_object(own) for kind, end in part.items()}
+        for kind in (kind for kind in first if kind in ends):
+            log.info("first response penalised for %s ends with %r", kind, ends[kind])

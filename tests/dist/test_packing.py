@@ -55,9 +55,34 @@ def test_packed_log_probs_are_those_of_transformers_and_move_with_no_neighbour(f
         assert same == [number != 2 for number in range(len(samples))], name
 
 
+def random_response(chance: random.Random, length: int) -> tuple[tuple[int, ...], float, float, tuple[float, ...]]:
+    """Return tokens, reward, advantage and log-probs of the engine."""
+    return tuple(chance.choices(range(5, 15), k=length)), 1.0, 1.0, tuple(-chance.random() for _ in range(length))
+
+
+def known_on(rank: int, sample, owner: int):
+    """Return a sample as a rank knows it whose response the rank `owner` generated."""
+    from oreal_megatron.records import Prompt, Rollout
+    from oreal_megatron.runtime import remote_values
+
+    if rank == owner:
+        return sample
+    prompt = Prompt(0, "", "", None, sample.prompt_tokens)
+    rollout = Rollout(prompt, 0, 0, sample.response_tokens, "", True, sample.engine_logprobs)
+    remote = remote_values.without_values(rollout, owner)
+    return dataclasses.replace(sample, response_tokens=remote.tokens, engine_logprobs=remote.logprobs)
+
+
+def equal(first, second) -> bool:
+    """Return whether two micro-batches have the same tokens and log-probs."""
+    return torch.equal(first.tokens, second.tokens) and torch.equal(first.engine_logprobs, second.engine_logprobs)
+
+
 def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
     """Train on random batches at both shapes; the micro-batches that this rank ran, and how many of them were empty.
-    Hangs if ranks disagree."""
+
+    Each response is on one rank, which sends it to those that train it. Hangs if ranks disagree.
+    """
     from megatron.core import parallel_state
 
     from oreal_megatron import config as c
@@ -66,8 +91,9 @@ def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
     from oreal_megatron.mcore import parallel, trained_models
     from oreal_megatron.models import architecture
     from oreal_megatron.records import Sample
+    from oreal_megatron.runtime import distributed, rollout_exchange
 
-    source, generator, ran = HFFolder(folder), random.Random(1), []
+    source, generator, chance, ran = HFFolder(folder), random.Random(1), random.Random(2), []
     arch = architecture.read(source.config)
     parallel.start_process_group()
     for shape in SHAPES.values():
@@ -76,8 +102,11 @@ def random_batches(folder: str, batches: int) -> list[tuple[int, int]]:
         policy = trained_models.Policy(arch, config, source.tensor)
         for _ in range(batches):
             lengths = [generator.randint(1, 20) for _ in range(generator.randint(1, 8))]
-            samples = [Sample((5,) * 3, (6,) * length, 1.0, 1.0) for length in lengths]
-            batch = packing.batch(samples, parallel.packing_spec(generator.randint(4, 50), arch))
+            samples = [Sample((5,) * 3, *random_response(chance, length)) for length in lengths]
+            spec = parallel.packing_spec(generator.randint(4, 50), arch)
+            known = [known_on(distributed.rank(), sample, chance.randrange(2)) for sample in samples]
+            batch = packing.batch(rollout_exchange.fetch(known, packing.own_numbers(known, spec)), spec)
+            assert all(map(equal, batch.micro_batches, packing.batch(samples, spec).micro_batches))
             assert torch.isfinite(torch.tensor(policy.imitate(batch)[1]["policy/gradient_norm"]))
             ran.append((len(batch.micro_batches), sum(not len(part.labels) for part in batch.micro_batches)))
         parallel_state.destroy_model_parallel()

@@ -22,6 +22,7 @@ from gloo_processes import run_command
 from oreal_megatron.config import Config
 from oreal_megatron.doctor import checks
 from oreal_megatron.observe import metric_table
+from oreal_megatron.runtime import rollout_files
 
 RECIPE = """
 from oreal_megatron.config import *
@@ -98,6 +99,10 @@ def trained(request, tmp_path_factory, forked_oreal) -> Path:
     return folder
 
 
+def trained_tensor(run: Path) -> int:
+    return json.loads((run / "config.json").read_text())["engine"]["tensor"]
+
+
 def test_a_run_leaves_everything_behind(trained):
     run = trained / "oreal"
     steps = rows(run)
@@ -122,7 +127,8 @@ def test_a_run_leaves_everything_behind(trained):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "latest", "step_000002", "step_000004"
     ]  # fmt: skip
-    assert len(list((run / "rollouts").iterdir())) == 4
+    replicas = {len(files) for files in rollout_files.complete_steps(run).values()}
+    assert len(rollout_files.complete_steps(run)) == 4 and replicas == {2 // trained_tensor(run)}, "each wrote its own"
     held = sum(file.stat().st_size for file in (run / "checkpoints/step_000004").rglob("*") if file.is_file())
     assert held == pytest.approx(checks.checkpoint_bytes(Config(), run / "policy"), rel=0.05)
     environment = json.loads((run / "environment.json").read_text())
@@ -159,8 +165,7 @@ def test_functions_of_the_recipe_run_and_a_changed_reward_is_refused_on_resume(t
     steps = rows(run)
     assert (run / "hook.txt").read_text() == "".join(f"{row['step']} {row['own/correct']}\n" for row in steps)
     for step in steps:
-        file = run / f"rollouts/step_{step['step']:06d}.jsonl"
-        rollouts = [json.loads(line) for line in file.read_text().splitlines()]
+        rollouts = [row for _, row in rollout_files.read(rollout_files.complete_steps(run)[step["step"]])]
         assert {row["method"] for row in rollouts} <= {"function", "truncated"}
         decided = [row for row in rollouts if row["method"] == "function"]
         assert decided and all(
@@ -202,9 +207,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(trained, forked_
     assert f"policy/{damaged.name} has" in refused and "resume from step_000002 with --step 2" in refused
     forked_oreal("train", f"{trained}/recipes.py:oreal", "--resume", "auto", "--set", f"run={again}")
     assert rows(again) == rows(run)
-    for step in range(4):
-        name = f"rollouts/step_{step:06d}.jsonl"
-        assert (again / name).read_text() == (run / name).read_text()
+    texts = [{file.name: file.read_text() for file in (of / "rollouts").iterdir()} for of in (again, run)]
+    assert texts[0] == texts[1] and len(texts[0]) >= 4
     assert (again / "policy/model.safetensors").read_bytes() == (run / "policy/model.safetensors").read_bytes()
 
 

@@ -93,6 +93,9 @@ class FakeEngine:
     def metrics(self) -> dict[str, float]:
         return {}
 
+    def is_own(self, rollout: Rollout) -> bool:
+        return True
+
     def generate(self, prompts, sampling, seed, on_rollout=None):
         def rollout(prompt, slot, index):
             chance = random.Random(f"{seed} {slot} {index} {prompt.gold} {self.state} {sampling.temperature}")

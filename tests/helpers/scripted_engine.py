@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
 from oreal_megatron.records import Outcome, Prompt, Rollout, Verdict
 from oreal_megatron.rollout import growth
+from oreal_megatron.runtime import distributed
+from oreal_megatron.runtime.remote_values import is_local
 
 
 class ScriptedDataset:
@@ -21,13 +24,19 @@ class ScriptedDataset:
 
 
 class ScriptedEngine:
-    """Responses of `length(position, index)` tokens, drawn from seed, step, slot, index, tokens so far and version."""
+    """Responses of `length(position, index)` tokens, drawn from seed, step, slot, index, tokens so far and version.
 
-    def __init__(self, length: Callable[[int, int], int], limit: int, replicas: int = 1):
-        self.length, self.limit, self.replicas, self.version = length, limit, replicas, 0
+    `replica`: the one of this rank, which knows of the others' responses what the exchange tells; None: has them all.
+    """
+
+    def __init__(self, length: Callable[[int, int], int], limit: int, replicas: int = 1, replica: int | None = None):
+        self.length, self.limit, self.replicas, self.replica, self.version = length, limit, replicas, replica, 0
         self.calls: list[list[Rollout]] = []
 
     def sleep(self) -> None: ...
+
+    def is_own(self, rollout: Rollout) -> bool:
+        return self.replica in (None, rollout.replica(self.replicas))
 
     def generate(self, prompts, sampling, seed, on_rollout=None):
         per_prompt = sampling.rollouts_per_prompt
@@ -36,11 +45,11 @@ class ScriptedEngine:
 
     def extend(self, rollouts, sampling, seed, on_rollout=None, round_tokens=0):
         self.calls.append(list(rollouts))
-        grown = [self._grow(rollout, seed, round_tokens) for rollout in rollouts]
+        grown = [self._grow(rollout, seed, round_tokens) for rollout in rollouts if self.is_own(rollout)]
         for rollout in grown:
             if on_rollout and (rollout.finished or len(rollout.tokens) >= self.limit):
                 on_rollout(rollout)
-        return grown
+        return growth.gather_growth(grown, rollouts, self.version, self.replicas)
 
     def _grow(self, rollout: Rollout, seed, round_tokens: int) -> Rollout:
         length = min(self.length(int(rollout.prompt.question), rollout.index), self.limit)
@@ -49,7 +58,8 @@ class ScriptedEngine:
         tokens = tuple(chance.randrange(5, 50) for _ in range(count))
         finished = len(rollout.tokens) + count == self.length(int(rollout.prompt.question), rollout.index)
         logprobs = tuple(-chance.random() for _ in tokens)
-        return growth.append(rollout, tokens, logprobs, finished, self.version)
+        longer = growth.append(rollout, tokens, logprobs, finished, self.version)
+        return dataclasses.replace(longer, text=" ".join(map(str, longer.tokens)) if finished else "")
 
 
 class ScriptedVerifier:
@@ -65,8 +75,11 @@ class ScriptedVerifier:
     def collect(self, rollouts):
         pending, self.pending = self.pending, {}
         self.graded += len(rollouts)
-        assert all(pending[rollout.key].tokens == rollout.tokens for rollout in rollouts)
-        return [self._judge(rollout) for rollout in rollouts]
+        own = [rollout for rollout in rollouts if is_local(rollout.tokens)]
+        assert all(pending[rollout.key].tokens == rollout.tokens for rollout in own)
+        shares = distributed.all_gather_object({rollout.key: self._judge(rollout) for rollout in own})
+        verdicts = {key: verdict for share in shares for key, verdict in share.items()}
+        return [verdicts[rollout.key] for rollout in rollouts]
 
     def _judge(self, rollout: Rollout) -> Verdict:
         return Verdict(Outcome.CORRECT if self.correct(rollout) else Outcome.INCORRECT, "exact", "1")

@@ -133,8 +133,8 @@ def test_a_run_without_some_of_its_records_has_a_page_too(run, tmp_path, missing
     ("damage", "says"),
     [
         (lambda line: line[:40], "line 3 is damaged"),
-        (lambda line: "[]", "line 3 has no slot, index"),
-        (lambda line: "3", "line 3 is damaged"),
+        (lambda line: "[]", "line 3 holds list, not a rollout"),
+        (lambda line: "3", "line 3 holds int, not a rollout"),
         (lambda line: line.replace('"verdict"', '"outcome"'), "line 3 has no verdict"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.observe.page.charts import Point
 from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.observe.run_report import RunRecord
+from oreal_megatron.runtime import rollout_files
 
 COUNTED_STEPS = 24  # of a run, whose rollouts are read for counts
 BINS = 10
-LEAVE_OUT = "remove the file to leave its step out"
 ROLLOUT_KEYS = ("slot", "index", "question", "gold_answer", "response", "tokens", "finished", "verdict", "method")
 
 
@@ -68,8 +66,7 @@ def read(record: RunRecord, name: str) -> RunData:
 
 def rollout_steps(run: Path) -> list[int]:
     """Return the steps whose rollouts are in the run folder."""
-    names = (re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "rollouts").glob("step_*.jsonl"))
-    return sorted(int(name[1]) for name in names if name)
+    return list(rollout_files.complete_steps(run))
 
 
 def spread(steps: Sequence[int], most: int) -> list[int]:
@@ -84,19 +81,10 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 def rows_by_prompt(run: Path, step: int) -> dict[int, list[dict[str, Any]]]:
     """Return the rollouts of a step by the slot of their prompt."""
     prompts: dict[int, list[dict[str, Any]]] = {}
-    file = run / "rollouts" / f"step_{step:06d}.jsonl"
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                missing = [key for key in ROLLOUT_KEYS if key not in row]
-            except (ValueError, TypeError) as error:
-                raise ConfigError(
-                    f"{file} line {number} is damaged ({error}); remove the file to leave it out"
-                ) from None
-            if missing:
-                raise ConfigError(f"{file} line {number} has no {', '.join(missing)}; remove the file to leave it out")
-            prompts.setdefault(row["slot"], []).append(row)
+    for location, row in rollout_files.read(rollout_files.complete_steps(run)[step]):
+        if missing := [key for key in ROLLOUT_KEYS if key not in row]:
+            raise ConfigError(f"{location} has no {', '.join(missing)}; {rollout_files.LEAVE_OUT}")
+        prompts.setdefault(row["slot"], []).append(row)
     return dict(sorted(prompts.items()))
 
 
