@@ -364,7 +364,7 @@ def test_penalties_are_found_where_the_responses_are(perplexity, caplog):
     assert found.count("overlong") == 3 and found.count("gibberish") == 1
     assert found.count("perplexity") == (7 if perplexity else 0) and not expected[0][1].penalty
     caplog.clear()
-    for table in ThreadWorld(3).run(lambda rank: judge(rank, 3)):
+    for table in ThreadWorld(2).run(lambda rank: judge(rank, 2)):
         assert table == expected
     assert caplog.messages == before and len(before) == 2 + bool(perplexity), "each kind is shown once"
 
