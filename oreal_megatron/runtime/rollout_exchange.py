@@ -27,7 +27,7 @@ def fetch(samples: Sequence[Sample], numbers: Collection[int]) -> list[Sample]:
     Tokens travel as int32, log-probs as float32, in two collectives.
     """
     own = {number for number, sample in enumerate(samples) if _can_read(sample)}
-    transfers = _plan_transfers(own, set(numbers) - own)
+    transfers = _plan_transfers(own, numbers)
     result, rank = list(samples), distributed.rank()
     if not any(numbers for sender in transfers for numbers in sender):
         return result
@@ -59,8 +59,7 @@ def fetch(samples: Sequence[Sample], numbers: Collection[int]) -> list[Sample]:
 def gather(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Return the rollouts, with all values on the first rank. Collective."""
     own = {number for number, rollout in enumerate(rollouts) if is_local(rollout.tokens)}
-    needed = set(range(len(rollouts))) - own if distributed.rank() == 0 else set()
-    transfers = _plan_transfers(own, needed)
+    transfers = _plan_transfers(own, range(len(rollouts)) if distributed.rank() == 0 else ())
     sent = [(number, *_values(rollouts[number])) for number in transfers[distributed.rank()][0]]
     result = list(rollouts)
     for number, tokens, logprobs, text in (row for rows in distributed.gather_object(sent) for row in rows):
@@ -85,12 +84,13 @@ def _values(rollout: Rollout) -> tuple[Tensor, Tensor | None, str]:
     return torch.tensor(rollout.tokens, dtype=torch.int32), values, rollout.text
 
 
-def _plan_transfers(own: set[int], needed: set[int]) -> Transfers:
-    """Return who sends what to whom, equal on all ranks: the first rank that holds a number sends it. Collective.
+def _plan_transfers(own: set[int], needed: Collection[int]) -> Transfers:
+    """Return who sends what to whom, equal on all ranks: the first rank that has a number sends it. Collective.
 
+    Other ranks of its replica receive it too, so that all ranks that train a sample have the same log-probs of it.
     Raises RemoteValueRead, on all ranks, for a number that none of them holds.
     """
-    shares: list[tuple[set[int], set[int]]] = distributed.all_gather_object((own, needed))
+    shares: list[tuple[set[int], set[int]]] = distributed.all_gather_object((own, set(needed)))
     sender_of: dict[int, int] = {}
     for rank, (own_of_rank, _) in enumerate(shares):
         for number in own_of_rank:
@@ -100,7 +100,8 @@ def _plan_transfers(own: set[int], needed: set[int]) -> Transfers:
         for number in sorted(needed_of_rank):
             if number not in sender_of:
                 raise RemoteValueRead(f"no rank has the values of rollout number {number}, which rank {rank} needs")
-            transfers[sender_of[number]][rank].append(number)
+            if sender_of[number] != rank:
+                transfers[sender_of[number]][rank].append(number)
     return transfers
 
 
