@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 
+from oreal_megatron.runtime.remote_values import is_local
+
 LONG_PROMPT = 200  # tokens; longer than vLLM's cache block (128 on CPU), so that prefixes are cached
 
 
@@ -146,11 +148,12 @@ class Story:
 
         from oreal_megatron.algo import logprob_parity, packing
         from oreal_megatron.mcore import parallel, trained_models
-        from oreal_megatron.runtime import distributed
+        from oreal_megatron.runtime import distributed, rollout_exchange
 
         table = self.engine.generate(self.prompts, self.config.sampling, (0, 0))
         samples = logprob_parity.samples(table, self.config.engine, self.engine.replicas)
-        batch = packing.batch(samples, parallel.packing_spec(4096))
+        spec = parallel.packing_spec(4096)
+        batch = packing.batch(rollout_exchange.fetch(samples, packing.own_numbers(samples, spec)), spec)
         reference = trained_models.Reference(inputs.arch, self.config, inputs.folder.tensor)
         scored = [model.score(batch) for model in (self.policy, reference)]
         model = AutoModelForCausalLM.from_pretrained(self.config.model.path, dtype=torch.float32).eval()
@@ -167,16 +170,19 @@ class Story:
         return [max(gaps) for gaps in zip(*distributed.all_gather_object(worst), strict=True)]
 
     def tokens(self, step: int) -> list:
-        """All answers, after the generators that vLLM may draw from have parted on every rank."""
+        """All answers on the first rank, and those that another one has, or stand-ins for them.
+
+        The generators that vLLM may draw from have parted on every rank.
+        """
         import numpy
         import torch
 
-        from oreal_megatron.runtime import distributed
+        from oreal_megatron.runtime import distributed, rollout_exchange
 
         torch.manual_seed(distributed.rank())
         numpy.random.seed(distributed.rank())
         rollouts = self.engine.generate(self.prompts, self.config.sampling, (0, step))
-        return [rollout.tokens for row in rollouts for rollout in row]
+        return [rollout.tokens for rollout in rollout_exchange.gather([rollout for row in rollouts for rollout in row])]
 
     def own(self, prompts, per_prompt: int = 2) -> list[tuple]:
         """(slot, index, tokens) of what this rank itself generated, in order; generators have parted as above."""
@@ -326,7 +332,11 @@ def test_engine_and_trainer_are_the_same_policy(folder, world, layout, packed, i
         else:
             assert result["as vLLM loads"] and result["metrics"]["weight_sync/verified_parameters"] > 20
             assert result["planted"] == ["model.layers.1.self_attn.qkv_proj.weight"] * number
-    assert ranks[0]["first"] == ranks[-1]["first"], "all ranks know all rollouts"
+    answers, known = ranks[0]["first"], ranks[-1]["first"]
+    assert list(map(len, answers)) == list(map(len, known)), "all ranks know the length of all rollouts"
+    local = [number for number, tokens in enumerate(known) if is_local(tokens)]
+    assert len(local) == len(known) // (world // layout[0]), "and the tokens of those of their replica"
+    assert all(known[number] == answers[number] for number in local) and all(map(is_local, answers))
     streams = [result["own"] for result in ranks]
     if layout[0] == world:  # one replica: the same tokens in the same order on each of its ranks
         assert len(streams[0]) == 6 and all(stream == streams[0] for stream in streams)

@@ -36,7 +36,7 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
     from oreal_megatron import config as c
     from oreal_megatron.mcore import parallel
     from oreal_megatron.records import Prompt
-    from oreal_megatron.runtime import distributed
+    from oreal_megatron.runtime import distributed, rollout_exchange
     from oreal_megatron.session.inputs import read_inputs
     from oreal_megatron.session.session import start_engine
 
@@ -56,7 +56,9 @@ def answers(folder: str, tensor: int, plans: list[dict[int, list[str]]]) -> list
         engine.llm.llm_engine, engine.stop_requested = Faulty(vllm, faults), lambda faults=faults: "leave" in faults
         try:
             rows = engine.generate(prompts, config.sampling, (0, 7), announced.append)
-            results.append(([rollout.tokens for row in rows for rollout in row], [one.key for one in announced]))
+            gathered = rollout_exchange.gather([rollout for row in rows for rollout in row])
+            first = distributed.all_gather_object([rollout.tokens for rollout in gathered])[0]
+            results.append((first, [one.key for one in announced]))
         except c.RunStopped as error:
             results.append(str(error))
     engine.llm.llm_engine = vllm
