@@ -5,6 +5,7 @@
 
 An arm is a function of the recipe file. Runs go to FOLDER/ARM/seed_N, all arms of a seed before the next seed. A second
 start skips finished runs and begins unfinished ones anew. The table has every arm and every seed that is finished.
+Both refuse a folder with finished runs of another starting policy.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from pathlib import Path
 
 import step_localisation
 
+from oreal_megatron import settings
+from oreal_megatron.config import ConfigError
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.observe.rows import read_rows
+from oreal_megatron.runtime import files
+from oreal_megatron.runtime.exit_codes import BAD_INPUT
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by freedom
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +44,49 @@ def is_finished(run: Path) -> bool:
     return (run / "policy" / "config.json").is_file()
 
 
-def train(recipe: str, folder: Path, arm: str, seed: int, settings: Sequence[str], nice: int) -> int:
+def starting_policy(run: Path) -> tuple[str, str]:
+    """Return path and digest of the policy that a run started from; the digest is "" where none was recorded."""
+    inputs = files.read_object(run / "environment.json").get("inputs", {})
+    return files.read_object(run / "config.json")["model"]["path"], inputs.get("model.path", "")
+
+
+def refuse_another_policy(
+    recipe: str, folder: Path, arms: Sequence[str], seeds: Sequence[int], changes: Sequence[str]
+) -> None:
+    """Raise ConfigError for finished runs that started from another policy than their arm starts from now."""
+    for arm in arms:
+        finished = [run for seed in seeds if is_finished(run := run_folder(folder, arm, seed))]
+        path = settings.load(f"{ROOT / recipe}:{arm}", list(changes)).model.path if finished else ""
+        present = HFFolder(ROOT / path).fingerprint() if finished else ""
+        for run in finished:
+            if starting_policy(run)[1] not in ("", present):
+                raise ConfigError(
+                    f"{run} started from another policy than {path} is now, and results of two policies must not mix; "
+                    f"name another folder than {folder}, or move that one away"
+                )
+
+
+def refuse_mixture(runs: Sequence[Path]) -> None:
+    """Raise ConfigError for runs that started from different policies at one path."""
+    first_of_path: dict[str, tuple[Path, str]] = {}
+    for run in runs:
+        path, digest = starting_policy(run)
+        first, digest_of_first = first_of_path.setdefault(path, (run, digest)) if digest else (run, digest)
+        if digest != digest_of_first:
+            raise ConfigError(
+                f"{first} and {run} started from different policies, both at {path}; their results cannot be compared. "
+                "Move the runs of one of them away"
+            )
+
+
+def train(recipe: str, folder: Path, arm: str, seed: int, changes: Sequence[str], nice: int) -> int:
     """Train an arm with a seed in its own process, with output in FOLDER/ARM/seed_N.log; return its exit code."""
     run = run_folder(folder, arm, seed)
     if is_finished(run):
         return 0
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
-    assignments = [f"run={run}", f"seed={seed}", *settings]
+    assignments = [f"run={run}", f"seed={seed}", *changes]
     command = ["nice", "-n", str(nice), sys.executable, "-m", "oreal_megatron", "train", f"{recipe}:{arm}"]
     command += [part for assignment in assignments for part in ("--set", assignment)]
     with open(run.with_suffix(".log"), "w") as log:
@@ -186,20 +227,33 @@ def main() -> int:
     start.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     report.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    try:
+        return _run(args) if args.command == "run" else _print_table(args)
+    except ConfigError as error:
+        print(f"compare_arms: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Train what is not finished; return the largest exit code."""
+    arms, seeds, folder = args.arms.split(","), range(args.seeds), args.folder.resolve()
+    refuse_another_policy(args.recipe, folder, arms, seeds, args.set)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [
+            pool.submit(train, args.recipe, folder, arm, seed, args.set, args.nice) for seed in seeds for arm in arms
+        ]
+    return max(job.result() for job in jobs)
+
+
+def _print_table(args: argparse.Namespace) -> int:
+    """Print the table of the finished runs and draw their picture."""
     arms, seeds = args.arms.split(","), range(args.seeds)
-    if args.command == "run":
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [
-                pool.submit(train, args.recipe, args.folder.resolve(), arm, seed, args.set, args.nice)
-                for seed in seeds
-                for arm in arms
-            ]
-        return max(job.result() for job in jobs)
-    results = {
-        arm: {seed: figures(run) for seed in seeds if is_finished(run := run_folder(args.folder, arm, seed))}
-        for arm in arms
+    runs = {
+        arm: {seed: run for seed in seeds if is_finished(run := run_folder(args.folder, arm, seed))} for arm in arms
     }
-    print(table({arm: by_seed for arm, by_seed in results.items() if by_seed}))
+    refuse_mixture([run for by_seed in runs.values() for run in by_seed.values()])
+    results = {arm: {seed: figures(run) for seed, run in by_seed.items()} for arm, by_seed in runs.items() if by_seed}
+    print(table(results))
     if args.picture:
         draw(args.folder, arms, seeds, args.picture)
     return 0

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from oreal_megatron import settings
 from oreal_megatron.cli.arguments import at_least, output_file, refuse_alone
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import ConfigError, validate
 from oreal_megatron.models import architecture
 from oreal_megatron.plan import assumptions, estimate, gpus, published, report_tables, rollout_report, search
 from oreal_megatron.plan.scenario import Scenario
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     scenario = _read_scenario(args, console)
     try:
-        plan = estimate.estimate_scenario(scenario)
+        plan = estimate.estimate_recipe(scenario)
     except ConfigError:
         if args.search:  # this layout is impossible, others may fit
             report_tables.print_search(search.best_layouts(scenario), scenario, console)
@@ -88,13 +88,13 @@ def _read_scenario(args: argparse.Namespace, console: Console) -> Scenario:
     refuse_alone(args, timeline="rollouts", ranks="rehearse")
     files.refuse_same(args.json, args.picture, args.timeline)
     config = settings.load(args.recipe, args.set)
+    validate(config)
     world = args.gpus or config.gpus
     if world < 1:
         raise ConfigError("the recipe does not say how many GPUs it is for; give --gpus N")
     hf, is_local = published.read_config(config.model.path)
     if not is_local:
-        text = f"{config.model.path} does not exist here; planned with the shapes of the published model"
-        report_tables.print_text(console, text)
+        report_tables.print_text(console, f"{config.model.path} does not exist here; planned with published shapes")
     arch, assumed = architecture.read(hf), assumptions.with_changes(args.assume)
     gpu, teacher = gpus.find_gpu(args.gpu), published.read_teacher(config)
     return Scenario(config, arch, gpu, world, args.gpus_per_node, assumed, teacher)

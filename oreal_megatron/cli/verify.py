@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace, settings: config.VerifyConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise config.ConfigError("verify runs in one process; start it without --processes, and set --workers instead")
     graded_files.check(args.input, args.output)
-    config.validate(settings)
+    config.validate(settings, "verify.")
     judge.check_settings(settings.judge)
     if args.judge and args.judge_cache:
         files.refuse_same(args.input, args.output, Path(args.judge_cache))

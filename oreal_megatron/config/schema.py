@@ -183,15 +183,18 @@ def sections(section: Section, path: str = "") -> Iterator[tuple[str, Section]]:
             yield from sections(value, f"{path}{field.name}.")
 
 
-def problems(section: Section) -> list[str]:
-    """Return a message for each key that is out of its bounds; if there are none, for each broken rule between keys."""
-    single = [problem for key in config_keys(section) if (problem := key.problem())]
-    return single or [message for path, part in sections(section) for message in part.conflicts(path)]
+def problems(section: Section, path: str = "") -> list[str]:
+    """Return a message for each key that is out of its bounds; if there are none, for each broken rule between keys.
+
+    `path`: of the section in the configuration, with a dot at its end.
+    """
+    single = [problem for key in config_keys(section, path=path) if (problem := key.problem())]
+    return single or [message for inner, part in sections(section, path) for message in part.conflicts(inner)]
 
 
-def validate(section: Section) -> None:
-    """Raise ConfigError if a key or a rule between keys is violated."""
-    messages = problems(section)
+def validate(section: Section, path: str = "") -> None:
+    """Raise ConfigError if a key or a rule between keys is violated; `path` as above."""
+    messages = problems(section, path)
     if len(messages) > 1:
         raise ConfigError("\n  ".join([f"the configuration has {len(messages)} problems:", *messages]))
     if messages:

@@ -26,6 +26,8 @@ from oreal_megatron.models import tensors
 from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.records import Batch, Sample
 
+MOST_PASSES = 2  # over the mini-batches; a third begins and ends as the second does
+
 
 class CheckpointShard(NamedTuple):
     """A part of a tensor in a checkpoint."""
@@ -50,11 +52,16 @@ class RankRehearsal:
     bytes: dict[str, dict[str, int]]  # by model and part
     activation_bytes: dict[str, int]  # peak of the bytes that autograd saves, by model; without parameters
     tokens: tuple[int, ...]  # of each micro-batch
+    mini_batches: tuple[int, ...]  # number of micro-batches of each
 
 
 def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples: Sequence[Sample]) -> RankRehearsal:
-    """Act as `rank` for one step on `samples`; without samples, only build the models and plan a checkpoint."""
-    loss = dataclasses.replace(config.loss, updates_per_step=1, mini_batches=1)  # all updates make the same calls
+    """Act as `rank` for one step on `samples`; without samples, only build the models and plan a checkpoint.
+
+    The policy makes all updates of the step, but goes over its mini-batches at most MOST_PASSES times.
+    """
+    updates = config.loss.mini_batches * min(config.loss.passes, MOST_PASSES)
+    loss = dataclasses.replace(config.loss, updates_per_step=updates)
     config = dataclasses.replace(config, offload=False, loss=loss)
     with fake_world.simulate_rank(world, rank) as recorder:
         parallel.start_megatron(config.parallel, config.seed)
@@ -68,7 +75,8 @@ def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples:
         batch, activation_bytes = None, {}
         if samples:
             with torch.device("cpu"):
-                batch = packing.batch(samples, parallel.packing_spec(config.tokens_per_micro_batch, arch))
+                spec = parallel.packing_spec(config.tokens_per_micro_batch, arch)
+                batch = packing.batch(samples, spec, config.loss.mini_batches)
             activation_bytes = _step(models, config, batch, recorder)
         return RankRehearsal(
             rank,
@@ -79,6 +87,7 @@ def rehearse(arch: Architecture, config: Config, world: int, rank: int, samples:
             sizes,
             activation_bytes,
             tuple(len(part.tokens) for part in batch.micro_batches) if batch else (),
+            tuple(len(part.micro_batches) for _, part in batch.split()) if batch else (),
         )
 
 

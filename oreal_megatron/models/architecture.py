@@ -99,6 +99,7 @@ FAMILIES: dict[str, Callable[[HFConfig], ArchitectureFields]] = {
     "InternLM2": internlm2.read,
     "InternLM3": internlm3.read,
 }
+MODEL_TYPES = {family: "qwen3_moe" if family == "Qwen3Moe" else family.lower() for family in FAMILIES}
 HEADS = {"ForCausalLM": "lm", "ForTokenClassification": "scalar"}
 
 
@@ -129,6 +130,20 @@ def _family_and_head(hf: HFConfig) -> tuple[str, str]:
     name = config_fields.architecture_name(hf)
     for suffix in HEADS:
         if name.removesuffix(suffix) in FAMILIES and name.endswith(suffix):
+            _check_model_type(hf, name.removesuffix(suffix))
             return name.removesuffix(suffix), suffix
     supported = ", ".join(family + suffix for suffix in HEADS for family in FAMILIES)
     raise ConfigError(f"architecture {name} is not supported; supported: {supported}")
+
+
+def _check_model_type(hf: HFConfig, family: str) -> None:
+    """Raise ConfigError where model_type names another family, so that readers of the folder load different models.
+
+    transformers chooses the class by model_type, vLLM by architectures.
+    """
+    if hf.get("model_type") not in (None, MODEL_TYPES[family]):
+        raise ConfigError(
+            f"config.json has model_type {hf['model_type']!r:.80}, by which transformers loads a model, and "
+            f"architectures {hf['architectures'][0]}, by which vLLM does; expected model_type {MODEL_TYPES[family]!r}. "
+            "Correct the one that is not of these weights"
+        )

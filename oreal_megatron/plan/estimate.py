@@ -104,6 +104,13 @@ class Estimate:
         }
 
 
+def estimate_recipe(scenario: Scenario) -> Estimate:
+    """Estimate the scenario of a recipe; raise ConfigError for what a run, or Megatron in it, would refuse."""
+    scenario.check()
+    scenario.check_megatron()
+    return estimate_scenario(scenario)
+
+
 def estimate_scenario(scenario: Scenario, transfer: timing.Transfer | None = None) -> Estimate:
     """Estimate a scenario; raise ConfigError if it cannot run. `transfer`: the slow part, if known already."""
     scenario.check()

@@ -93,10 +93,11 @@ def _mismatch(sent: list[Any], received: list[Any], source: int, destination: in
 
 
 def micro_batches(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
-    """Check that all replicas have equally many micro-batches: Megatron's schedules deadlock otherwise."""
-    numbers = {entry.rank: len(entry.tokens) for entry in ranks if entry.tokens}
+    """Check that all replicas have equally many micro-batches in every update; others deadlock Megatron's schedules."""
+    numbers = {entry.rank: entry.mini_batches for entry in ranks if entry.mini_batches}
     if len(set(numbers.values())) > 1:
-        yield f"ranks have different numbers of micro-batches: {numbers}"
+        listed = {rank: sizes if len(sizes) > 1 else sizes[0] for rank, sizes in numbers.items()}
+        yield f"ranks have different numbers of micro-batches: {listed}"
 
 
 def checkpoint(ranks: Sequence[RankRehearsal]) -> Iterator[str]:

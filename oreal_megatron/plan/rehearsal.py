@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.mcore import gpt_model, rehearse_rank
+from oreal_megatron.mcore import rehearse_rank
 from oreal_megatron.observe.progress import Bar
 from oreal_megatron.observe.tables import simple_table
 from oreal_megatron.plan import activations, matching, memory, report_tables, synthetic, timing
 from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.records import consecutive
 from oreal_megatron.reshard.planner import BUFFERS
 
 PARTS = ("parameters", "gradients", "optimizer", "average")  # of a model's memory; the average of a moving reference
@@ -36,7 +37,6 @@ def run(scenario: Scenario, ranks: str | None, console: Console) -> dict[str, An
     begin = time.monotonic()
     if scenario.arch.experts:
         raise ConfigError("--rehearse: the routing of a mixture of experts depends on data, and a rehearsal has none")
-    gpt_model.transformer_config(scenario.arch, scenario.config)  # refuses what Megatron would
     rehearsal = play(scenario, _parse_ranks(scenario, ranks))
     results = {"every rank is built and runs": rehearsal.errors}
     results |= checks(scenario, rehearsal) if not rehearsal.errors else {}
@@ -84,13 +84,14 @@ def checks(scenario: Scenario, rehearsal: Rehearsal) -> dict[str, list[str]]:
     """Return the faults of each check."""
     everyone = sorted([*rehearsal.ran, *rehearsal.built], key=lambda built: built.rank)
     calls, engine = sum(len(rank.calls) for rank in rehearsal.ran), scenario.config.engine
-    replica = set(synthetic.one_replica(scenario))
+    replica, first = set(synthetic.one_replica(scenario)), rehearsal.ran[0]
+    split = f" in {len(first.mini_batches)} mini-batches" if len(first.mini_batches) > 1 else ""
     writers = [rank for rank in everyone if rank.rank in replica]
     results = {
         f"process groups: the same {len(everyone[0].groups)}, in the same order": matching.groups(everyone),
         f"collectives: the same order and sizes in every group, of {calls} calls": matching.collectives(rehearsal.ran),
         "messages between pipeline stages: sends match receives": matching.messages(rehearsal.ran),
-        f"packing: {len(rehearsal.ran[0].tokens)} micro-batches on every rank": matching.micro_batches(rehearsal.ran),
+        f"packing: {len(first.tokens)} micro-batches{split} on every rank": matching.micro_batches(rehearsal.ran),
         f"checkpoint: every element of every tensor is written once, {written(writers) / 1e9:.1f} GB": (
             matching.checkpoint(everyone)
         ),
@@ -141,8 +142,13 @@ def _size_table(scenario: Scenario, ran: list[rehearse_rank.RankRehearsal]) -> T
                 (planned[part], parts[part]) if part in parts else (0, 0) for part in PARTS
             ]
             if rank.activation_bytes.get(name):
-                saved = activations.saved_bytes_for(scenario.arch, scenario.config, stage, rank.tokens)
-                pairs.append((saved, rank.activation_bytes[name]))
+                pairs.append((_saved_bytes(scenario, stage, rank, name), rank.activation_bytes[name]))
             cells = [f"{expected / 2**30:.2f} / {actual / 2**30:.2f}" if actual else "" for expected, actual in pairs]
             table.add_row(str(rank.rank), name, *cells)
     return table
+
+
+def _saved_bytes(scenario: Scenario, stage: int, rank: rehearse_rank.RankRehearsal, model: str) -> float:
+    """Return the planned bytes of saved activations in the largest update of a model."""
+    updates = consecutive(rank.mini_batches) if model == "policy" else [slice(None)]
+    return max(activations.saved_bytes_for(scenario.arch, scenario.config, stage, rank.tokens[own]) for own in updates)

@@ -115,6 +115,12 @@ class Scenario:
                 f"needs {needed:.2f} GiB; many run at once, so set several times that, or lower engine.max_model_len"
             )
 
+    def check_megatron(self) -> None:
+        """Raise ConfigError for a setting of section `megatron` that a run would refuse, in the same words."""
+        from oreal_megatron.mcore import gpt_model  # imports Megatron, which takes seconds
+
+        gpt_model.transformer_config(self.arch, self.config)
+
     def check_layout(self) -> None:
         """Raise ConfigError for what the ranks cannot share evenly."""
         layout, engine = self.config.parallel, self.config.engine

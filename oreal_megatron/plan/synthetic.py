@@ -12,21 +12,23 @@ from oreal_megatron.records import Sample
 def samples(scenario: Scenario) -> list[Sample]:
     """Return the samples of a step, correct and incorrect in turn, with log-normal lengths of the assumed mean.
 
-    No more than keep a pipeline busy: further micro-batches repeat the first ones. For interleaved pipelines every
-    sample fills a micro-batch, so that all micro-batches have one shape.
+    Each is of a prompt of its own. A mini-batch has no more than keep a pipeline busy: further micro-batches repeat the
+    first ones. For interleaved pipelines every sample fills a micro-batch, so that all micro-batches have one shape.
     """
+    parts = scenario.config.loss.mini_batches
     layout, budget, prompt = (
         scenario.config.parallel,
         scenario.config.tokens_per_micro_batch,
         int(scenario.assumed.prompt_tokens),
     )
     if layout.virtual > 1:
-        lengths = [budget - prompt] * (scenario.data * layout.pipeline)
+        lengths = [budget - prompt] * (scenario.data * layout.pipeline * parts)
     else:
         enough = scenario.data * max(2 * layout.pipeline, 4) * budget / scenario.sequence_tokens
-        lengths = _draw_lengths(scenario, max(round(min(scenario.sequences, enough)), 2))
+        lengths = _draw_lengths(scenario, parts * max(round(min(scenario.sequences / parts, enough)), 2))
     signs = [1.0, -1.0] * len(lengths)
-    return [Sample((1,) * prompt, (2,) * n, sign, sign) for n, sign in zip(lengths, signs, strict=False)]
+    pairs = zip(lengths, signs, strict=False)
+    return [Sample((1,) * prompt, (2,) * n, sign, sign, rollout=(slot, 0)) for slot, (n, sign) in enumerate(pairs)]
 
 
 def _draw_lengths(scenario: Scenario, count: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from oreal_megatron import config
+from oreal_megatron.config import validate
 from oreal_megatron.math_equality import extract, rules
 from oreal_megatron.records import Outcome, Verdict
 from oreal_megatron.runtime.futures import copy_failure, fail, settle
@@ -18,9 +19,13 @@ _EASY_RESPONSE = 200_000  # characters of a response up to which this process it
 
 
 class Grader:
-    """Grades responses from any thread. The worker processes start with the first answer that needs one."""
+    """Grades responses from any thread. The worker processes start with the first answer that needs one.
+
+    Raises ConfigError for settings out of their bounds, wherever they come from.
+    """
 
     def __init__(self, config: config.VerifyConfig, pool: Pool | None = None, judge: JudgeClient | None = None) -> None:
+        validate(config, "verify.")
         self.config = config
         self._pool = pool or Pool(config.workers, config.timeout_s, config.memory_mib, function=config.function)
         self._judge = judge or (JudgeClient(config.judge) if config.judge.urls else None)

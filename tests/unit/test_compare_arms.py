@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import checked_weights
 import compare_arms
@@ -16,6 +17,7 @@ from step_localisation import TextWithWeights
 
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config
+from oreal_megatron.convert.hf_folder import HFFolder
 from oreal_megatron.observe.dumped_samples import WeighedResponse
 from oreal_megatron.observe.dumps import write_dump
 from oreal_megatron.records import Batch, Counts, Sample, TokenWeights
@@ -115,3 +117,42 @@ def test_differences_are_paired_by_seed():
     assert "+20.0 |" in other, "the difference of seed 1 alone, without an interval"
     assert arm.endswith("| 40 | 1.33 |") and other.endswith("| 70 | 1.40 |"), "seconds, and ratio of the same seeds"
     assert "AUC" not in head and "idle" not in head, "columns without figures"
+
+
+def finished_run(folder: Path, arm: str, seed: int, policy: Path, **inputs: str) -> Path:
+    """A run folder as a finished run leaves it, as far as the starting policy goes."""
+    run = compare_arms.run_folder(folder, arm, seed)
+    (run / "policy").mkdir(parents=True)
+    for file, content in (("policy/config", {}), ("config", {"model": {"path": str(policy)}}),
+                          ("environment", {"inputs": inputs})):  # fmt: skip
+        (run / f"{file}.json").write_text(json.dumps(content))
+    return run
+
+
+def test_arms_of_another_starting_policy_are_refused(tmp_path, model_folder, tied_model_folder, capsys, monkeypatch):
+    """A second start of the same policy skips finished runs, as does one beside runs that recorded no policy."""
+    recipe, folder = tmp_path / "recipe.py", tmp_path / "arms"
+    recipe.write_text(
+        "from oreal_megatron.config import Config, ModelConfig\n"
+        f"def base():\n    return Config(model=ModelConfig({str(model_folder)!r}))\n"
+    )
+    present = HFFolder(model_folder).fingerprint()
+    finished_run(folder, "base", 0, model_folder, **{"model.path": present})
+    finished_run(folder, "base", 1, model_folder)
+    words = ["run", str(recipe), str(folder), "--arms", "base", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["compare_arms.py", *words])
+    assert compare_arms.main() == 0
+    monkeypatch.setattr("sys.argv", ["compare_arms.py", *words, "--set", f"model.path={tied_model_folder}"])
+    assert compare_arms.main() == 2
+    refusal = f"{folder}/base/seed_0 started from another policy than {tied_model_folder} is now"
+    assert refusal in capsys.readouterr().err
+
+
+def test_a_table_does_not_mix_starting_policies_of_one_path(tmp_path, capsys, monkeypatch):
+    first = finished_run(tmp_path, "base", 0, Path("sft"), **{"model.path": "a"})
+    other = finished_run(tmp_path, "arm", 0, Path("elsewhere"), **{"model.path": "b"})
+    compare_arms.refuse_mixture([first, other, finished_run(tmp_path, "old", 0, Path("sft"))])
+    second = finished_run(tmp_path, "base", 1, Path("sft"), **{"model.path": "b"})
+    monkeypatch.setattr("sys.argv", ["compare_arms.py", "table", str(tmp_path), "--arms", "arm,base", "--seeds", "2"])
+    assert compare_arms.main() == 2
+    assert f"{first} and {second} started from different policies, both at sft" in capsys.readouterr().err

@@ -98,6 +98,19 @@ def test_two_names_of_one_kind_must_agree():
     assert rope.read({"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}).factor == 2.0
 
 
+@pytest.mark.parametrize("head", architecture.HEADS)
+@pytest.mark.parametrize("family", ROWS)
+def test_a_model_type_of_another_family_is_refused_and_a_missing_one_is_not(family, head):
+    """transformers goes by the one and vLLM by the other."""
+    hf = ROWS[family] | {"architectures": [family + head]}
+    for other in {row["model_type"] for row in ROWS.values()} - {hf["model_type"]} | {"", "gpt2"}:
+        for function in (architecture.read, architecture.head):
+            with pytest.raises(ConfigError, match=f"model_type '{other}', .*expected model_type '{hf['model_type']}'"):
+                function(hf | {"model_type": other})
+    without = {key: value for key, value in hf.items() if key != "model_type"} | {"num_labels": 1}
+    assert architecture.read(without).family == family
+
+
 @pytest.mark.parametrize("value", [0, -1, -2, -100])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_layout_below_one_is_refused(position, value):

@@ -28,7 +28,9 @@ class CheckpointShard(NamedTuple):
 
 
 def rank(number: int, *calls: Call, groups: list = (), shards: list = (), tokens: tuple = ()):
-    return SimpleNamespace(rank=number, calls=list(calls), groups=groups, shards=shards, tokens=tokens)
+    sizes = (len(tokens),) if tokens else ()
+    names = dict(groups=groups, shards=shards, tokens=tokens, mini_batches=sizes)
+    return SimpleNamespace(rank=number, calls=list(calls), **names)
 
 
 TP0, TP1, DP0, DP1 = (Call("allreduce_", ranks) for ranks in ((0, 1), (2, 3), (0, 2), (1, 3)))

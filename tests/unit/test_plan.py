@@ -297,6 +297,11 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
         (["parallel.context=3"], "tensor x pipeline x context is 12, which does not divide 32 GPUs"),
         (["parallel.tensor=1"], "parallel.sequence is set"),
         (["model.path=models/unheard"], "'unheard' is not a published model"),
+        (["verify.workers=0"], "verify.workers is 0; expected 1 to 1024 (verifier processes"),
+        (["megatron.recompute_granularitty=full"], "TransformerConfig has no field 'recompute_granularitty'; did you"),
+        (["megatron.num_layers=3"], "config.megatron: num_layers is derived from the model and the other sections"),
+        (["megatron.expert_model_parallel_size=2"], "expert parallelism is not supported"),
+        (["megatron.recompute_granularity=some"], "megatron-core refuses this configuration: "),
     ],
 )
 def test_a_layout_that_cannot_be_is_told_in_a_sentence(changes, says, capsys):

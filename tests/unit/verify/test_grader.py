@@ -129,3 +129,9 @@ def test_judges_that_stay_away_reach_whoever_waits(free_port):
     judge = config.JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",), all_down_wait_s=0.5, retries=0)
     with Grader(config.VerifyConfig(workers=1, judge=judge)) as grader, pytest.raises(ServersDown):
         verdict(grader, "5", "\\boxed{6}")
+
+
+@pytest.mark.parametrize("workers", [0, 1025])
+def test_a_grader_refuses_settings_out_of_bounds_as_every_command_does(workers):
+    with pytest.raises(config.ConfigError, match=f"^verify.workers is {workers}; expected 1 to 1024 "):
+        Grader(config.VerifyConfig(workers=workers))

@@ -122,10 +122,10 @@ def test_an_empty_file_is_valid(oreal_verify):
 def test_bad_arguments_are_refused_before_anything_starts(oreal_verify, tmp_path):
     with pytest.raises(ConfigError, match="is not a file"):
         oreal_verify(None, source=tmp_path / "nowhere.jsonl")
-    with pytest.raises(ConfigError, match="workers is 0; expected 1 to 1024"):
+    with pytest.raises(ConfigError, match="^verify.workers is 0; expected 1 to 1024"):
         oreal_verify([{"gold": "1", "pred": "1"}], "--workers", "0")
     for words, says in (
-        (("--workers", "100000"), "workers is 100000; expected 1 to 1024"),
+        (("--workers", "100000"), "verify.workers is 100000; expected 1 to 1024"),
         (("--timeout", "nan"), "timeout_s is nan; expected a finite number"),
         (("--judge", "localhost:8000"), "urls holds 'localhost:8000'; expected http://"),
         (("--judge", "http://"), "urls holds 'http://'"),
