@@ -51,7 +51,8 @@ def metrics(logp_T: Tensor, micro_batch: MicroBatch, incorrect_tokens: int, conf
     if not incorrect_tokens:
         return {}
     ratio_T = truncated_ratio(logp_T, behaviour_logp(micro_batch, config), config.ratio_cap)
-    incorrect_T = torch.repeat_interleave(micro_batch.reward < 0, micro_batch.action_offsets.diff())
+    lengths = micro_batch.action_offsets.diff()
+    incorrect_T = torch.repeat_interleave(micro_batch.reward < 0, lengths, output_size=len(ratio_T))
     return {
         "policy/ratio_mean": ratio_T[incorrect_T].sum() / incorrect_tokens,
         "policy/ratio_capped_share": (ratio_T[incorrect_T] >= config.ratio_cap).sum() / incorrect_tokens,

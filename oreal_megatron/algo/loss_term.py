@@ -36,7 +36,8 @@ def action_tokens(
 ) -> ActionTokens:
     """Return the values of a micro-batch's action tokens, those of its sequences repeated for their tokens."""
     lengths = micro_batch.action_offsets.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    numbers = torch.arange(len(lengths), device=lengths.device)
+    sequence_T = torch.repeat_interleave(numbers, lengths, output_size=len(micro_batch.labels))
     return ActionTokens(
         reward=micro_batch.reward[sequence_T],
         advantage=micro_batch.advantage[sequence_T],

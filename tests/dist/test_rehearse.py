@@ -82,37 +82,47 @@ def with_every_part_of_t1() -> dict:
     return {"errors": done.errors, "faults": rehearsal.checks(scenario, done), "sizes": sizes}
 
 
-def several_updates() -> dict:
-    """Rehearsals of a step with six updates on two mini-batches, of one with two, and of one rank that has three."""
+TERM = """
+def term(logp_T, tokens, counts):
+    return -((logp_T - tokens.old_logp).exp() * tokens.advantage).sum() / counts.action_tokens
+"""
+
+
+def several_updates(terms: str) -> dict:
+    """A rehearsal of a step with six updates on two mini-batches; one of two, and of three, on a rank of it."""
     from oreal_megatron import config as c
     from oreal_megatron.mcore import rehearse_rank
     from oreal_megatron.plan import rehearsal, synthetic
 
     def scenario(updates: int, parts: int):
-        plain = case(2, 2, 1, 1, {}, world=8)
-        loss = c.LossConfig(ratio_cap=2.0, updates_per_step=updates, mini_batches=parts)
+        plain = case(1, 2, 1, 1, {}, world=4)
+        loss = c.LossConfig(ratio_cap=2.0, term=terms, updates_per_step=updates, mini_batches=parts)
         return dataclasses.replace(plain, config=dataclasses.replace(plain.config, loss=loss))
 
-    several, pair, odd = scenario(6, 2), scenario(2, 2), scenario(3, 3)
-    ran = {name: rehearsal.play(one, range(8)) for name, one in (("several", several), ("pair", pair))}
-    other = rehearse_rank.rehearse(odd.arch, odd.config, 8, 1, synthetic.samples(several))
-    planted = dataclasses.replace(ran["pair"], ran=[other if one.rank == 1 else one for one in ran["pair"].ran])
+    several = scenario(6, 2)
+    samples, done = synthetic.samples(several), rehearsal.play(several, range(4))
+    pair, odd = (
+        rehearse_rank.rehearse(several.arch, scenario(*loss).config, 4, rank, samples)
+        for rank, loss in ((0, (2, 2)), (1, (3, 3)))
+    )
+    planted = dataclasses.replace(done, ran=[odd if rank.rank == 1 else rank for rank in done.ran])
     return {
-        "errors": [error for one in ran.values() for error in one.errors],
-        "faults": [rehearsal.checks(several, one) for one in ran.values()],
-        "reductions": [sum("reduce_scatter" in call.operation for call in one.ran[0].calls) for one in ran.values()],
-        "parts": [one.ran[0].mini_batches for one in ran.values()],
-        "planted": rehearsal.checks(pair, planted),
+        "errors": done.errors,
+        "faults": rehearsal.checks(several, done),
+        "parts": [rank.mini_batches for rank in done.ran],
+        "reductions": [sum("scatter" in call.operation for call in rank.calls) for rank in (done.ran[0], pair)],
+        "planted": rehearsal.checks(several, planted),
     }
 
 
-def test_every_update_of_a_step_is_played_and_a_third_pass_is_not(in_processes):
-    (result,) = in_processes(1, several_updates)
-    assert not result["errors"] and not any(fault for faults in result["faults"] for fault in faults.values())
-    assert all(len(parts) == 2 and min(parts) > 0 for parts in result["parts"])
-    several, pair = result["reductions"]
-    assert several - pair == 2 * (pair // 3), "the reward model once; the policy twice, or twice on each mini-batch"
-    assert any("in 2 mini-batches" in what for what in result["faults"][0])
+def test_every_update_of_a_step_is_played_and_a_third_pass_is_not(in_processes, tmp_path):
+    """With the parts of a loss that read other log-probs: a ratio to the engine's, and a term of the user."""
+    (tmp_path / "terms.py").write_text(TERM)
+    (result,) = in_processes(1, several_updates, f"{tmp_path}/terms.py:term")
+    assert not result["errors"] and not any(result["faults"].values()), result["faults"]
+    assert len(set(result["parts"])) == 1 and len(result["parts"][0]) == 2 and min(result["parts"][0]) > 0
+    assert result["reductions"] == [5, 3], "gradients of the reward model once, and twice on each mini-batch or once"
+    assert any("in 2 mini-batches" in what for what in result["faults"])
     found = {what.split(":")[0]: said for what, said in result["planted"].items()}
     assert found["collectives"] and "different numbers of micro-batches" in found["packing"][0]
 
