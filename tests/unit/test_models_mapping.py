@@ -224,7 +224,16 @@ UNSUPPORTED = [
     ("Mistral", {"sliding_window": 256}, "sliding_window is 256"),
     ("InternLM2", {"bias": True}, "bias = True"),
     ("InternLM3", {"bias": True}, "bias = True"),
-    ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "lacks the field 'moe_intermediate_size'"),
+    (
+        "Qwen3",
+        {"architectures": ["Qwen3MoeForCausalLM"], "model_type": None},
+        "lacks the field 'moe_intermediate_size'",
+    ),
+    (
+        "Qwen3",
+        {"architectures": ["Qwen3MoeForCausalLM"]},
+        "model_type 'qwen3', by which .* expected model_type 'qwen3_moe'",
+    ),
     ("Qwen3", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported"),
     ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]; only \[\] is supported"),
     ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2; only 1 is supported"),
