@@ -72,7 +72,11 @@ def test_a_rehearsal_with_faults(capsys):
                         gpus.find_gpu("h100-80g"), config.gpus)  # fmt: skip
     bytes_of = {name: dict.fromkeys(rehearsal.PARTS, 123 * 2**30) for name in scenario.roles}
     rank = SimpleNamespace(
-        rank=127, bytes=bytes_of, tokens=[4096] * 4, activation_bytes=dict.fromkeys(bytes_of, 123 * 2**30)
+        rank=127,
+        bytes=bytes_of,
+        tokens=[4096] * 4,
+        mini_batches=[4],
+        activation_bytes=dict.fromkeys(bytes_of, 123 * 2**30),
     )
     faults = {"collectives: the same order and sizes in every group, of 1234567 calls": [LONG_PATH * 2] * 7}
     done = rehearsal.Rehearsal([rank] * 40, [], [])
