@@ -2,12 +2,13 @@
 # Does learning suffer if steps do not wait for their longest response? Two arms with three paired seeds at equal numbers
 # of trained prompts, on a task with heavy-tailed response lengths: held-out accuracy, and seconds of generation.
 #     bash examples/long_tail.sh [JOBS [KEY=VALUE ...]]
-# JOBS: runs side by side, 2 by default; each is one process. KEY=VALUE: settings of both arms, for example
+# JOBS: runs side by side, 1 by default; each has two processes, so that seconds of generation compare only with 1, where
+# both arms of a seed run one after the other. KEY=VALUE: settings of both arms, for example
 # engine.enforce_eager=false. On a machine whose .venv exists it is used as it is. A second start continues.
 # Writes runs/long_tail.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-jobs=${1:-2}
+jobs=${1:-1}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "long_tail: JOBS is '$jobs'; expected a whole number from 1 on" >&2; exit 2; }
 settings=()
 for setting in "${@:2}"; do
@@ -24,9 +25,9 @@ if [ ! -f $folder/sft/policy/config.json ]; then
     $python tools/make_long_tail_task.py $folder --seed 0
     for stage in sft sft_care; do
         say "supervised fine-tuning: $stage"
-        $python -m oreal_megatron sft $recipes:$stage
+        $python -m oreal_megatron --processes 2 sft $recipes:$stage
     done
 fi
 say "arms $arms"
-$python tools/compare_arms.py run $recipes $folder --arms $arms --seeds 3 --jobs "$jobs" "${settings[@]}"
+$python tools/compare_arms.py run $recipes $folder --arms $arms --seeds 3 --jobs "$jobs" --processes 2 "${settings[@]}"
 $python tools/compare_arms.py table $folder --arms $arms --seeds 3 --picture $folder/arms.png

@@ -79,15 +79,18 @@ def refuse_mixture(runs: Sequence[Path]) -> None:
             )
 
 
-def train(recipe: str, folder: Path, arm: str, seed: int, changes: Sequence[str], nice: int) -> int:
-    """Train an arm with a seed in its own process, with output in FOLDER/ARM/seed_N.log; return its exit code."""
+def train(
+    recipe: str, folder: Path, arm: str, seed: int, changes: Sequence[str], nice: int = 0, processes: int = 1
+) -> int:
+    """Train an arm with a seed in processes of its own, with output in FOLDER/ARM/seed_N.log; return the exit code."""
     run = run_folder(folder, arm, seed)
     if is_finished(run):
         return 0
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
     assignments = [f"run={run}", f"seed={seed}", *changes]
-    command = ["nice", "-n", str(nice), sys.executable, "-m", "oreal_megatron", "train", f"{recipe}:{arm}"]
+    command = ["nice", "-n", str(nice), sys.executable, "-m", "oreal_megatron"]
+    command += [*(["--processes", str(processes)] if processes > 1 else []), "train", f"{recipe}:{arm}"]
     command += [part for assignment in assignments for part in ("--set", assignment)]
     with open(run.with_suffix(".log"), "w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -223,6 +226,7 @@ def main() -> int:
         command.add_argument("--arms", required=True, help="functions of the recipe, separated by commas")
         command.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1")
     start.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    start.add_argument("--processes", type=int, default=1, help="of each run")
     start.add_argument("--nice", type=int, default=0)
     start.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     report.add_argument("--picture", type=Path)
@@ -240,7 +244,9 @@ def _run(args: argparse.Namespace) -> int:
     refuse_another_policy(args.recipe, folder, arms, seeds, args.set)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(train, args.recipe, folder, arm, seed, args.set, args.nice) for seed in seeds for arm in arms
+            pool.submit(train, args.recipe, folder, arm, seed, args.set, args.nice, args.processes)
+            for seed in seeds
+            for arm in arms
         ]
     return max(job.result() for job in jobs)
 

@@ -31,13 +31,13 @@ def waiting() -> Config:
     """OREAL whose every step waits for its longest response."""
     return Config(
         run=f"{FOLDER}/waiting",
-        steps=40,
+        steps=60,
         policy_freeze_steps=0,
         tokens_per_micro_batch=4096,
         model=ModelConfig(f"{FOLDER}/sft/policy"),
         engine=EngineConfig(max_model_len=448, max_num_seqs=512, kv_cache_gib=0.5, enforce_eager=True),
         sampling=SamplingConfig(rollouts_per_prompt=8, temperature=1.0, top_p=1.0, max_new_tokens=LONGEST),
-        data=DataConfig(f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=24),
+        data=DataConfig(f"{FOLDER}/problems.jsonl", f"{FOLDER}/held_out.jsonl", prompts_per_step=16),
         verify=VerifyConfig(workers=1, function="tools/chained_digits.py:is_correct"),
         optimizer=OptimizerConfig(lr=3e-4, min_lr=5e-5, warmup_steps=5),
         reward_model=RewardModelConfig(enabled=False),
@@ -51,7 +51,7 @@ def partial() -> Config:
     return dataclasses.replace(
         waiting(),
         run=f"{FOLDER}/partial",
-        rollout=RolloutConfig(round_tokens=32, pool=2.0, staleness=3),
+        rollout=RolloutConfig(round_tokens=64, pool=2.0, staleness=3),
         loss=LossConfig(ratio_cap=2.0, ratio_tokens="carried"),
     )
 
