@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +14,9 @@ from oreal_megatron.config import ConfigError
 from oreal_megatron.observe.rows import Row, read_rows
 from oreal_megatron.observe.tables import add_columns, simple_table
 from oreal_megatron.runtime import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,39 +142,45 @@ def steps_taken(record: RunRecord) -> str:
 
 
 def draw(records: Sequence[RunRecord], path: Path) -> None:
-    """Draw held-out accuracy with its 95 % band, and the pass rate of rollouts, over steps."""
+    """Draw held-out accuracy with its 95 % band over steps, and the pass rate of rollouts where runs have them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (held_out, sampled) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for number, record in enumerate(records):
-        evaluations, colour = record.evaluations, f"C{number}"
-        steps = [row["step"] for row in evaluations]
-        held_out.plot([], [], color=colour, label=record.name)
-        for prefix, style in (("", "-"), ("sampled_", "--"))[: 1 + _is_sampled(record)]:
-            low, accuracies, high = (
-                [row[f"{prefix}{key}"] for row in evaluations] for key in ("low", "accuracy", "high")
-            )
-            held_out.plot(steps, accuracies, style, marker="o", markersize=4, color=colour)
-            held_out.fill_between(steps, low, high, alpha=0.15, color=colour)
-        rows = [row for row in record.metrics if "reward/pass_rate" in row]
-        rates = [row["reward/pass_rate"] for row in rows]
-        sampled.plot([row["step"] for row in rows], rates, linewidth=0.9, color=colour)
-    held_out.set(
-        title="held-out accuracy (greedy; dashed: samples; bands: 95 %)",
-        xlabel="step",
-        ylabel="share correct",
-        ylim=(0, 1.03),
-    )
-    sampled.set(title="pass rate of rollouts (training prompts)", xlabel="step")
-    held_out.legend(loc="best")
-    for axes in (held_out, sampled):
+    trained_on_rollouts = any(record.has_rollouts for record in records)
+    panels = 1 + trained_on_rollouts
+    figure, all_axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), sharey=True, squeeze=False)
+    colours = plt.get_cmap("tab10" if len(records) <= 10 else "tab20").colors
+    names = short_names([Path(record.name) for record in records])
+    for record, name, colour in zip(records, names, itertools.cycle(colours)):
+        all_axes[0, 0].plot([], [], color=colour, label=name)
+        _draw_accuracy(record, all_axes[0, 0], colour)
+        if trained_on_rollouts:
+            rows = [row for row in record.metrics if "reward/pass_rate" in row]
+            rates = [row["reward/pass_rate"] for row in rows]
+            all_axes[0, 1].plot([row["step"] for row in rows], rates, linewidth=0.9, color=colour)
+            all_axes[0, 1].set(title="pass rate of rollouts (training prompts)")
+    title = "held-out accuracy (greedy; dashed: samples; bands: 95 %)"
+    all_axes[0, 0].set(title=title, ylabel="share correct", ylim=(0, 1.03))
+    all_axes[0, 0].legend(loc="best", fontsize="medium" if len(records) <= 6 else "x-small")
+    for axes in all_axes[0]:
+        axes.set(xlabel="step")
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_accuracy(record: RunRecord, axes: Axes, colour: tuple[float, float, float]) -> None:
+    """Draw the held-out accuracy of a run, greedy and of samples."""
+    steps = [row["step"] for row in record.evaluations]
+    for prefix, style in (("", "-"), ("sampled_", "--"))[: 1 + _is_sampled(record)]:
+        low, accuracies, high = (
+            [row[f"{prefix}{key}"] for row in record.evaluations] for key in ("low", "accuracy", "high")
+        )
+        axes.plot(steps, accuracies, style, marker="o", markersize=4, color=colour)
+        axes.fill_between(steps, low, high, alpha=0.15, color=colour)
 
 
 def _first_and_last(record: RunRecord) -> tuple[Row, Row]:

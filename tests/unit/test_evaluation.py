@@ -103,6 +103,12 @@ def test_report_shows_samples_where_every_evaluation_has_them(sampled, tmp_path,
     assert json.loads(summary.read_text()).get("sampled_accuracy_after") == (0.35 if sampled else None)
 
 
+def png_width(path: Path) -> int:
+    """Return the width in pixels that a PNG file states."""
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    return int.from_bytes(path.read_bytes()[16:20], "big")
+
+
 def test_report_draws_and_sums_up(tmp_path, capsys):
     run = tmp_path / "a"
     run.mkdir()
@@ -116,7 +122,7 @@ def test_report_draws_and_sums_up(tmp_path, capsys):
     (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture, summary = tmp_path / "curve.png", tmp_path / "summary.json"
     assert main.main(["report", str(run), "--picture", str(picture), "--summary", str(summary)]) == 0
-    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert png_width(picture) == 1210, "accuracy and pass rate"
     assert "+25.0" in capsys.readouterr().out
     written = json.loads(summary.read_text())
     assert written.pop("speed")["phases"]["step"] == {"seconds": 1.5, "share": 1.0}, "rows of before it was measured"
@@ -171,6 +177,7 @@ def test_a_supervised_run_is_reported_in_a_table(tmp_path, capsys, seconds):
     rows = [{"step": step, "loss/total": 3.0 - step, "policy/gradient_norm": 1.0} | seconds for step in range(3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main.main(["report", str(run), "--picture", str(tmp_path / "curve.png")]) == 0
+    assert png_width(tmp_path / "curve.png") == 605, "no panel for rollouts, which it has not"
     printed = " ".join(capsys.readouterr().out.split())
     assert "supervised" in printed and "not evaluated" in printed
     assert main.main(["report", str(run), "--summary", str(tmp_path / "summary.json")]) == 2
