@@ -123,8 +123,8 @@ def test_every_update_of_a_step_is_played_and_a_third_pass_is_not(in_processes, 
     assert len(set(result["parts"])) == 1 and len(result["parts"][0]) == 2 and min(result["parts"][0]) > 0
     assert result["reductions"] == [5, 3], "gradients of the reward model once, and twice on each mini-batch or once"
     assert any("in 2 mini-batches" in what for what in result["faults"])
-    found = {what.split(":")[0]: said for what, said in result["planted"].items()}
-    assert found["collectives"] and "different numbers of micro-batches" in found["packing"][0]
+    faults = {what.split(":")[0]: said for what, said in result["planted"].items()}
+    assert faults["collectives"] and "different numbers of micro-batches" in faults["packing"][0]
 
 
 def test_t1_runs_without_data_and_its_average_is_float32(in_processes):

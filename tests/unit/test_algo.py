@@ -106,9 +106,9 @@ def test_unknown_is_never_kept_nor_counted_as_wrong():
 
 
 def test_means_over_no_known_verdict_are_absent():
-    found = selection.summary(*step_of([UNKNOWN, UNKNOWN]), [])
-    assert found["verify/unknown"] == 2 and not {"reward/mean", "reward/pass_rate"} & found.keys()
-    assert "(0% truncated, 2 unknown)" in cause_of_idleness(found)
+    metrics = selection.summary(*step_of([UNKNOWN, UNKNOWN]), [])
+    assert metrics["verify/unknown"] == 2 and not {"reward/mean", "reward/pass_rate"} & metrics.keys()
+    assert "(0% truncated, 2 unknown)" in cause_of_idleness(metrics)
 
 
 def test_the_choice_depends_on_the_seed_and_on_its_own_prompt_only():

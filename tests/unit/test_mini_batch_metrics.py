@@ -35,9 +35,9 @@ def metrics_of(samples: list[Sample], config: LossConfig) -> dict[str, float]:
     batch, counts = packing.micro_batch(samples), selection.counts(samples)
     logp_T = torch.full((len(batch.labels),), -0.3, dtype=torch.float64)
     terms = loss.terms(logp_T - 0.1, torch.full_like(logp_T, 0.5), batch, counts, config)
-    found = loss.metrics(*oreal_kernels.oreal_loss(logp_T, terms), counts, config)
-    found |= importance.metrics(logp_T, batch, counts.incorrect_tokens, config)
-    return {name: float(value) for name, value in found.items()}
+    metrics = loss.metrics(*oreal_kernels.oreal_loss(logp_T, terms), counts, config)
+    metrics |= importance.metrics(logp_T, batch, counts.incorrect_tokens, config)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("normalise", ["side", "joint"])
@@ -46,13 +46,13 @@ def test_means_over_tokens_are_those_of_all_samples_at_once(normalise, step):
     """A mini-batch without tokens of a side has no such mean, and counts for nothing in that of the step."""
     config, parts = LossConfig(ratio_cap=1.2, normalise=normalise), samples_of(step)
     tokens = [loss.metric_tokens(selection.counts(part), config) for part in parts]
-    found = mean_metrics([metrics_of(part, config) for part in parts], tokens)
+    metrics = mean_metrics([metrics_of(part, config) for part in parts], tokens)
     expected = metrics_of([sample for part in parts for sample in part], config)
     totals = [metrics_of(part, config)["loss/total"] for part in parts]
-    assert found == pytest.approx(expected | {"loss/total": sum(totals) / len(parts)}, rel=1e-5, abs=1e-9)
+    assert metrics == pytest.approx(expected | {"loss/total": sum(totals) / len(parts)}, rel=1e-5, abs=1e-9)
     rewards = {reward for part in step for reward, _ in part}
-    assert ("policy/ratio_mean" in found) == ("weights/incorrect_mean" in found) == (-1.0 in rewards)
-    assert ("weights/correct_mean" in found) == (1.0 in rewards)
+    assert ("policy/ratio_mean" in metrics) == ("weights/incorrect_mean" in metrics) == (-1.0 in rewards)
+    assert ("weights/correct_mean" in metrics) == (1.0 in rewards)
 
 
 def test_other_metrics_are_means_over_the_updates_that_have_them_and_the_state_is_the_last():

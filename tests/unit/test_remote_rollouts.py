@@ -360,9 +360,9 @@ def test_penalties_are_found_where_the_responses_are(perplexity, caplog):
         return penalised.verdicts(known_on(rank, rows, replicas))
 
     (expected,), before = ThreadWorld(1).run(lambda rank: judge(rank, 1)), caplog.messages.copy()
-    found = [verdict.penalty for row in expected for verdict in row]
-    assert found.count("overlong") == 3 and found.count("gibberish") == 1
-    assert found.count("perplexity") == (7 if perplexity else 0) and not expected[0][1].penalty
+    penalties = [verdict.penalty for row in expected for verdict in row]
+    assert penalties.count("overlong") == 3 and penalties.count("gibberish") == 1
+    assert penalties.count("perplexity") == (7 if perplexity else 0) and not expected[0][1].penalty
     caplog.clear()
     for table in ThreadWorld(2).run(lambda rank: judge(rank, 2)):
         assert table == expected

@@ -148,8 +148,8 @@ def test_weight_metrics_are_shares_of_the_step_s_tokens_of_each_side(make_sample
 def test_a_side_without_tokens_has_no_mean_weight(make_samples, sign, side):
     samples = [sample for sample in make_samples(4) if sample.reward == sign]
     batch, counts = packing.micro_batch(samples), selection.counts(samples)
-    found = token_weighting.metrics(torch.zeros(len(batch.labels)), batch, counts)
-    assert found == {f"weights/{side}_mean": 0.0, f"weights/{side}_zero_share": 1.0}
+    metrics = token_weighting.metrics(torch.zeros(len(batch.labels)), batch, counts)
+    assert metrics == {f"weights/{side}_mean": 0.0, f"weights/{side}_zero_share": 1.0}
 
 
 def weights_of(correct: float, incorrect: float, zero_shares: tuple[float, float] = (0.3, 0.3)) -> dict[str, float]:

@@ -114,8 +114,8 @@ def test_carrying_keeps_the_lengths_and_discarding_trains_shorter_responses():
 
 def test_shares_of_nothing_are_absent():
     pool = PromptPool()
-    found = pool_metrics.of_step(pool, StepEnd((), pool, ()), (), 0, configuration())
-    assert found == {f"rollout/{name}": 0 for name in ("pool_prompts", "carried_rollouts", "carried_tokens",
+    metrics = pool_metrics.of_step(pool, StepEnd((), pool, ()), (), 0, configuration())
+    assert metrics == {f"rollout/{name}": 0 for name in ("pool_prompts", "carried_rollouts", "carried_tokens",
                                                        "generated_tokens", "aborted", "dropped_prompts")}  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_the_bubble_of_a_step_counts_every_fill_and_drain(parts, passes, models)
 
 
 def test_a_timed_step_counts_the_mini_batches_that_its_batch_has():
-    """Of five asked for, a step with two prompts has two."""
+    """A step of two prompts has two mini-batches, whatever number is set."""
     config = c.Config(parallel=c.ParallelConfig(pipeline=3), loss=c.LossConfig(updates_per_step=5, mini_batches=5))
     timer = PhaseTimer(config)
     for name in ("reward_model", "reference", "policy"):
