@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -71,6 +72,15 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         return ["/".join(parts[0][-2:])]
     shared = next((n for n, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
     return ["/".join(own[shared:]) or own[-1] for own in parts]
+
+
+def curve_labels(names: Sequence[str]) -> list[str]:
+    """Return the label of each run's curve; runs of one label share a colour.
+
+    Seeds of several arms (`seed_0/oreal`, `seed_1/oreal`, `seed_0/sft`) are labelled by arm, other runs by name.
+    """
+    arms = [Path(name).name for name in names]
+    return arms if 1 < len(set(arms)) < len(arms) else list(names)
 
 
 def summary(record: RunRecord) -> dict[str, Any]:
@@ -151,10 +161,14 @@ def draw(records: Sequence[RunRecord], path: Path) -> None:
     trained_on_rollouts = any(record.has_rollouts for record in records)
     panels = 1 + trained_on_rollouts
     figure, all_axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), sharey=True, squeeze=False)
-    colours = plt.get_cmap("tab10" if len(records) <= 10 else "tab20").colors
-    names = short_names([Path(record.name) for record in records])
-    for record, name, colour in zip(records, names, itertools.cycle(colours)):
-        all_axes[0, 0].plot([], [], color=colour, label=name)
+    labels = curve_labels(short_names([Path(record.name) for record in records]))
+    counts = collections.Counter(labels)
+    palette = plt.get_cmap("tab10" if len(counts) <= 10 else "tab20").colors
+    colours = dict(zip(counts, itertools.cycle(palette)))
+    for label, count in counts.items():
+        all_axes[0, 0].plot([], [], color=colours[label], label=f"{label} ({count} runs)" if count > 1 else label)
+    for record, label in zip(records, labels, strict=True):
+        colour = colours[label]
         _draw_accuracy(record, all_axes[0, 0], colour)
         if trained_on_rollouts:
             rows = [row for row in record.metrics if "reward/pass_rate" in row]
@@ -163,7 +177,7 @@ def draw(records: Sequence[RunRecord], path: Path) -> None:
             all_axes[0, 1].set(title="pass rate of rollouts (training prompts)")
     title = "held-out accuracy (greedy; dashed: samples; bands: 95 %)"
     all_axes[0, 0].set(title=title, ylabel="share correct", ylim=(0, 1.03))
-    all_axes[0, 0].legend(loc="best", fontsize="medium" if len(records) <= 6 else "x-small")
+    all_axes[0, 0].legend(loc="best", fontsize="medium" if len(counts) <= 6 else "x-small")
     for axes in all_axes[0]:
         axes.set(xlabel="step")
         axes.grid(alpha=0.3)

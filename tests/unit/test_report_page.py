@@ -235,3 +235,15 @@ def test_a_prompt_has_its_results_in_the_other_steps_that_are_shown(tmp_path):
     assert list(prompt["history"]) == [(3, 3, 1, 2), (7, 3, 1, 1)]
     (prompt,) = rollout_files.step_content(tmp_path, 9, None, histories)
     assert not prompt["history"]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["seed_0/oreal", "seed_0/sft", "seed_1/oreal", "seed_1/sft"], ["oreal", "sft", "oreal", "sft"]),
+        (["before/oreal", "after/oreal"], ["before/oreal", "after/oreal"]),  # the folder is all that tells them apart
+        (["oreal", "sft"], ["oreal", "sft"]),
+    ],
+)
+def test_seeds_of_an_arm_share_a_colour_and_other_runs_do_not(names, labels):
+    assert run_report.curve_labels(names) == labels
