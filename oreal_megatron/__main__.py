@@ -1,7 +1,7 @@
 """Entry point of `oreal` and of `python -m oreal_megatron`, as which torchrun starts it.
 
-Imports nothing heavy itself: libraries read their environment while they are imported, and Ctrl-C during an import ends
-in one line.
+Imports next to nothing itself: libraries read their environment while they are imported, and Ctrl-C during an import
+ends in one line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import signal
 import sys
 from types import FrameType
 
-from oreal_megatron.runtime import logging_setup
 from oreal_megatron.runtime.exit_codes import INTERRUPTED
 
 _interrupts: list[int] = []  # signals that arrived while no command handled them
@@ -19,9 +18,11 @@ _interrupts: list[int] = []  # signals that arrived while no command handled the
 
 def main() -> int:
     """Run the command line; return its exit code."""
-    logging_setup.quiet_environment()
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)  # before all other imports, which a busy machine may take seconds for
     try:
+        from oreal_megatron.runtime import logging_setup
+
+        logging_setup.quiet_environment()
         from oreal_megatron.cli.main import main as run_command  # imports torch, which takes seconds
 
         return run_command()
