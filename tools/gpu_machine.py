@@ -92,3 +92,9 @@ class Machine:
         """Return bf16 normal numbers, the same for the same shape."""
         generator = torch.Generator(self.device).manual_seed(SEED + sum(shape))
         return (torch.randn(*shape, generator=generator, device=self.device) * scale).bfloat16()
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Return the largest difference over the largest magnitude; infinity if any value is not finite."""
+    difference = (result.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)
+    return float(difference.nan_to_num(nan=torch.inf))
