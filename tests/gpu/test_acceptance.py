@@ -13,5 +13,5 @@ acceptance = load_tool("gpu_acceptance")
 def test_stage(stage):
     if not torch.cuda.is_available():
         pytest.skip(f"NOT RUN: the stage {stage} needs a GPU, and torch sees none here")
-    rows = acceptance.run_stage(stage, acceptance.Machine(torch.device("cuda"), dry=False))
+    rows = acceptance.run_alone(stage, acceptance.command_of(stage), acceptance.STAGES[stage][1])
     assert rows and not [row for row in rows if row.result == "FAIL"]
