@@ -26,9 +26,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_attention import attention
-from gpu_engine import checkpoint, sleep, sync
+from gpu_engine import checkpoint, sync
 from gpu_kernels import head, kernels, weight_gradient
 from gpu_machine import FAILED, NOT_JUDGED, Machine, Row
+from gpu_sleep import sleep
 from gpu_training import training
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_machine import NOT_JUDGED, Machine, Row
+from gpu_machine import Machine, Row
 from gpu_training import QWEN_7B, SMALL, make_architecture, make_batch, make_config, make_policy, make_update
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from oreal_megatron.models.architecture import Architecture
 from oreal_megatron.reshard import vllm_layout
 from oreal_megatron.reshard.overlaps import ReshardLayout
 from oreal_megatron.reshard.weight_sync import EngineWeightSync, WeightMismatch
-from oreal_megatron.rollout.device import EngineMemory
 
 QWEN_05B = dict(
     hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936
@@ -127,55 +124,3 @@ def _differing_tensors(*models: SavedModel) -> int:
             state = checkpoint_state.sharded(model, loading=False)
             states.append([part.data.cpu().clone() for part in checkpoint_state.tensors_of(state)])
     return sum(not torch.equal(*pair) for pair in zip(*states, strict=True))
-
-
-def sleep(machine: Machine) -> Iterator[Row]:
-    """Put memory of vLLM's allocator to sleep below a captured graph, fill torch's cache, and wake it."""
-    if machine.dry or importlib.util.find_spec("vllm") is None:
-        reason = "dry run" if machine.dry else "vLLM is not installed"
-        yield Row("sleep", "memory of a sleeping engine", reason, "graph sees new weights", NOT_JUDGED)
-        return
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    allocator = CuMemAllocator.get_instance()
-    pools = {}
-    for tag in ("weights", "kv_cache"):
-        with allocator.use_memory_pool(tag=tag):
-            pools[tag] = torch.ones(2**30, dtype=torch.bfloat16, device=machine.device)
-    weights, cache = pools["weights"], pools["kv_cache"]
-    total, addresses = torch.zeros(1, device=machine.device), [weights.data_ptr(), cache.data_ptr()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total.copy_(weights[:1024].float().sum() + cache[:1024].float().sum())
-    memory = EngineMemory(_Allocator(allocator), can_sleep=True)
-    memory.release()
-    free, _ = torch.cuda.mem_get_info()
-    filling = [torch.empty(GIB // 4, dtype=torch.uint8, device=machine.device) for _ in range(int(free / GIB * 4) - 2)]
-    del filling
-    yield machine.measured("sleep", "memory free for waking up beside torch's cache",
-                           torch.cuda.mem_get_info()[0] / GIB, "GiB")  # fmt: skip
-    memory.allocate_weights()
-    weights.fill_(2)
-    memory.allocate_cache()
-    cache.fill_(3)
-    graph.replay()
-    yield machine.at_most("sleep", "difference of what the graph reads", abs(float(total) - 5 * 1024), 0)
-    moved = sum(a != b for a, b in zip(addresses, [weights.data_ptr(), cache.data_ptr()], strict=True))
-    yield machine.at_most("sleep", "memory that moved", moved, 0)
-    memory.release()  # the stages that follow need the card
-    torch.cuda.empty_cache()
-
-
-class _Allocator:
-    """vLLM's allocator as the sleep mode of its engine uses it."""
-
-    def __init__(self, allocator: Any):
-        self.allocator = allocator
-
-    def sleep(self, level: int) -> None:
-        """Unmap all memory without a copy."""
-        self.allocator.sleep(offload_tags=())
-
-    def wake_up(self, tags: list[str]) -> None:
-        """Map the memory of these tags."""
-        self.allocator.wake_up(tags)

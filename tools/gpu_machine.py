@@ -37,6 +37,10 @@ class Machine:
         """Memory of the device in GiB; 0 in a dry run."""
         return 0.0 if self.dry else torch.cuda.get_device_properties(self.device).total_memory / 2**30
 
+    def free_gib(self) -> float:
+        """Return the memory that no process has; 0 in a dry run."""
+        return 0.0 if self.dry else torch.cuda.mem_get_info()[0] / 2**30
+
     def at_most(self, stage: str, check: str, value: float, limit: float, unit: str = "", speed: bool = False) -> Row:
         """Return a row that passes up to a limit; speed and memory of a dry run are not judged."""
         result = NOT_JUDGED if self.dry and speed else PASSED if value <= limit else FAILED
