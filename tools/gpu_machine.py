@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +41,14 @@ class Machine:
     def free_gib(self) -> float:
         """Return the memory that no process has; 0 in a dry run."""
         return 0.0 if self.dry else torch.cuda.mem_get_info()[0] / 2**30
+
+    def bytes_in_use(self) -> int:
+        """Return the memory of all tensors, when cycles of references are gone; 0 in a dry run."""
+        if self.dry:
+            return 0
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
 
     def at_most(self, stage: str, check: str, value: float, limit: float, unit: str = "", speed: bool = False) -> Row:
         """Return a row that passes up to a limit; speed and memory of a dry run are not judged."""

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from oreal_megatron.mcore import parallel, trained_models
+from oreal_megatron.mcore import parallel
+from oreal_megatron.mcore.trained_models import Policy, TokenRewardModel, TrainedModel
 from oreal_megatron.models import architecture, flops, tensors
 from oreal_megatron.models.architecture import Architecture
-from oreal_megatron.records import Batch, Sample
+from oreal_megatron.plan import gpus, memory
+from oreal_megatron.plan.scenario import Scenario
+from oreal_megatron.records import Batch, Sample, TokenWeights
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FUSED_ROTARY = {"apply_rope_fusion": True}
@@ -23,6 +26,12 @@ SMALL = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_
 QWEN_7B = dict(
     hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064
 )
+
+
+MODELS = {  # with the settings whose bf16 gradients are compared
+    "policy": (Policy, (("bf16", {}), ("bf16, fused rotary embedding,", FUSED_ROTARY))),
+    "reward model": (TokenRewardModel, (("bf16", {}),)),
+}
 
 
 def training(machine: Machine) -> Iterator[Row]:
@@ -39,11 +48,16 @@ def training(machine: Machine) -> Iterator[Row]:
 def _equalities(machine: Machine) -> Iterator[Row]:
     """Yield how much gradients and weights differ that should be close, or equal."""
     small, batch = make_architecture(2, **SMALL), make_batch(2, 100, 512)
-    exact = _gradient(small, batch, make_config("float32"), machine).double()
-    for name, megatron in (("bf16", {}), ("bf16, fused rotary embedding,", FUSED_ROTARY)):
-        gradient = _gradient(small, batch, make_config("bfloat16", megatron=megatron), machine).double()
-        cosine = torch.nn.functional.cosine_similarity(exact, gradient, 0)
-        yield machine.at_most("training", f"1 - cosine of {name} and fp32 gradients", 1 - float(cosine), 1e-3)
+    for model, kinds in MODELS.items():
+        exact = _gradient(kinds[0], small, batch, make_config("float32"), machine).double()
+        for name, megatron in kinds[1]:
+            gradient = _gradient(kinds[0], small, batch, make_config("bfloat16", megatron=megatron), machine).double()
+            cosine = torch.nn.functional.cosine_similarity(exact, gradient, 0)
+            check = f"{model}: 1 - cosine of {name} and fp32 gradients"
+            yield machine.at_most("training", check, 1 - float(cosine), 1e-3)
+    scores = [_scores(small, batch, make_config(dtype), machine).double() for dtype in ("float32", "bfloat16")]
+    difference = float((scores[0] - scores[1]).abs().mean())
+    yield machine.at_most("training", "log-probs of bf16 and fp32, mean difference", difference, 0.01, "nats")
     weights = [
         _weights_after(small, batch, make_config("bfloat16", offload), machine) for offload in (False, False, True)
     ]
@@ -52,6 +66,8 @@ def _equalities(machine: Machine) -> Iterator[Row]:
     )
     yield machine.at_most("training", "tensors that differ in a second run", repeated, 0)
     yield machine.at_most("training", "tensors that differ with offloading", offloaded, 0)
+    yield machine.at_most("training", "bytes that two more updates leave on the GPU with offloading",
+                          _leaked_bytes(small, batch, machine), 0, speed=True)  # fmt: skip
 
 
 def _speed(machine: Machine) -> Iterator[Row]:
@@ -66,32 +82,67 @@ def _speed(machine: Machine) -> Iterator[Row]:
         ("with recomputation", RECOMPUTE, 0.34),
     )
     for name, megatron, limit in kinds:
-        seconds, gib = zip(
-            *(_time_update(make_architecture(depth, **shape), megatron, batch, machine) for depth in depths),
-            strict=True,
-        )
-        layer = (seconds[1] - seconds[0]) / (depths[1] - depths[0])
-        yield machine.measured("training", f"update of a 7B layer {name}", 1e3 * layer, "ms")
-        mfu = 3 * (many - few) / (seconds[1] - seconds[0]) / PEAK_FLOPS
+        config = dataclasses.replace(make_config("bfloat16", megatron=megatron), tokens_per_micro_batch=tokens)
+        updates = [_time_update(make_architecture(depth, **shape), config, batch, machine) for depth in depths]
+        seconds, layers = updates[1].seconds - updates[0].seconds, depths[1] - depths[0]
+        yield machine.measured("training", f"update of a 7B layer {name}", 1e3 * seconds / layers, "ms")
+        mfu = 3 * (many - few) / seconds / PEAK_FLOPS
         yield machine.at_least("training", f"MFU of a layer {name}", mfu, limit)
-        memory = (gib[1] - gib[0]) / (depths[1] - depths[0])
-        yield machine.measured("training", f"memory of a layer's update {name}", memory, "GiB")
+        layer_gib = (updates[1].extra_bytes - updates[0].extra_bytes) / layers / 2**30
+        yield machine.measured("training", f"memory of a layer's update {name}", layer_gib, "GiB")
+        planned = planned_bytes(make_architecture(depths[1], **shape), config)
+        error = updates[1].peak_bytes / planned - 1
+        yield machine.at_most("training", f"|error| of the planned {planned / 2**30:.3g} GiB {name}",
+                              abs(error), 0.10, speed=True)  # fmt: skip
 
 
-def _time_update(
-    arch: Architecture, megatron: dict[str, object], batch: Batch, machine: Machine
-) -> tuple[float, float]:
-    """Return the seconds of an update, optimizer included, and its memory in GiB beyond weights and optimizer."""
-    policy = make_policy(arch, make_config("bfloat16", megatron=megatron), machine)
-    update = make_update(policy, batch)
-    return machine.wall_seconds(update), machine.peak_bytes(update) / 2**30
+@dataclasses.dataclass(frozen=True)
+class UpdateCost:
+    """Cost of one update, optimizer included."""
+
+    seconds: float
+    extra_bytes: float  # beyond weights and optimizer
+    peak_bytes: float  # of the model, with weights and optimizer
 
 
-def _gradient(arch: Architecture, batch: Batch, config: Config, machine: Machine) -> Tensor:
+def _time_update(arch: Architecture, config: Config, batch: Batch, machine: Machine) -> UpdateCost:
+    before = machine.bytes_in_use()
+    update = make_update(make_policy(arch, config, machine), batch)
+    seconds = machine.wall_seconds(update)
+    standing = machine.bytes_in_use() - before
+    extra = machine.peak_bytes(update)
+    return UpdateCost(seconds, extra, standing + extra)
+
+
+def planned_bytes(arch: Architecture, config: Config) -> float:
+    """Return what `oreal plan` gives for an update of the policy on one GPU, without the engine and without reserve."""
+    engine = dataclasses.replace(config.engine, max_model_len=config.tokens_per_micro_batch)
+    data = dataclasses.replace(config.data, prompts_per_step=1)
+    config = dataclasses.replace(config, engine=engine, data=data, offload=True)
+    phase = memory.stages(Scenario(config, arch, gpus.find_gpu("h200"), world=1))[0].phases["policy"]
+    return sum(phase[name] for name in ("parameters", "gradients", "optimizer", "activations", "head"))
+
+
+def _scores(arch: Architecture, batch: Batch, config: Config, machine: Machine) -> Tensor:
+    """Return the log-probs of all tokens."""
+    return torch.cat(make_policy(arch, config, machine).score(batch) or [])
+
+
+def _leaked_bytes(arch: Architecture, batch: Batch, machine: Machine) -> int:
+    """Return how much more memory is in use after three updates of an offloaded model than after one."""
+    update = make_update(make_policy(arch, make_config("bfloat16", offload=True), machine), batch)
+    update()
+    first = machine.bytes_in_use()
+    for _ in range(2):
+        update()
+    return machine.bytes_in_use() - first
+
+
+def _gradient(kind: type[TrainedModel], arch: Architecture, batch: Batch, config: Config, machine: Machine) -> Tensor:
     """Return the gradient [weights] of one update, in fp32 as Megatron accumulates it."""
-    policy = make_policy(arch, config, machine)
-    make_update(policy, batch)()
-    return torch.cat([buffer.grad_data for chunk in policy.chunks for buffer in chunk.buffers]).clone()
+    model = kind(arch, config, _reader(arch, machine))
+    make_update(model, batch)()
+    return torch.cat([buffer.grad_data for chunk in model.chunks for buffer in chunk.buffers]).clone()
 
 
 def _weights_after(arch: Architecture, batch: Batch, config: Config, machine: Machine) -> list[Tensor]:
@@ -104,9 +155,9 @@ def _weights_after(arch: Architecture, batch: Batch, config: Config, machine: Ma
         return [tensor.detach().clone() for _, tensor in policy.named_shards()]
 
 
-def make_policy(arch: Architecture, config: Config, machine: Machine) -> trained_models.Policy:
+def make_policy(arch: Architecture, config: Config, machine: Machine) -> Policy:
     """Return a policy with random weights, the same for the same shape."""
-    return trained_models.Policy(arch, config, _reader(arch, machine))
+    return Policy(arch, config, _reader(arch, machine))
 
 
 def make_config(dtype: str, offload: bool = False, megatron: dict[str, object] | None = None) -> Config:
@@ -146,9 +197,12 @@ def make_batch(samples: int, length: int, vocabulary: int) -> Batch:
     return packing.batch(chosen, parallel.packing_spec(samples * length))
 
 
-def make_update(policy: trained_models.Policy, batch: Batch) -> Callable[[], object]:
+def make_update(model: Policy | TokenRewardModel, batch: Batch) -> Callable[[], object]:
+    """Return a function that makes one update of a policy or a reward model."""
+    if isinstance(model, TokenRewardModel):
+        return lambda: model.update(batch)
     rows = [len(part.labels) for part in batch.micro_batches]
-    device = next(policy.chunks[0].parameters()).device
+    device = next(model.chunks[0].parameters()).device
     reference = [torch.full((count,), -6.0, device=device) for count in rows]
-    weights = trained_models.TokenWeights([torch.ones(count, device=device) for count in rows])
-    return lambda: policy.update(batch, reference, weights)
+    weights = TokenWeights([torch.ones(count, device=device) for count in rows])
+    return lambda: model.update(batch, reference, weights)
