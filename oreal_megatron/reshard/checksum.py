@@ -76,7 +76,8 @@ class PositionFactors:
 class EngineChecksum:
     """Checksums of this rank's engine parameters, and of its shards of the trainer.
 
-    Holds views of the tensors, as direct_transport.DirectTransfer does.
+    Holds views of the tensors, as direct_transport.DirectTransfer does. `previous`: [parameters] int64 sums of the
+    engine after the previous weight sync, if there was one.
     """
 
     def __init__(
@@ -86,12 +87,13 @@ class EngineChecksum:
         rank: int,
         trainer_tensors: dict[str, Tensor],
         parameters: dict[str, Tensor],
+        previous: Tensor | None = None,
     ):
         self.ranks, self.rank, self.names = layout.engine, rank % layout.engine, list(parameters)
         first = next(iter(parameters.values()))
         longest = max(max(as_matrix(tensor).shape) for tensor in parameters.values())
         self.weights = PositionFactors(longest, first.dtype, first.device)
-        self.previous: Tensor | None = None
+        self.previous = previous
         number = {name: index for index, name in enumerate(self.names)}
 
         def term(tensor: Tensor, source: Offset, target: Offset, rows: int, columns: int) -> ChecksumTerm:

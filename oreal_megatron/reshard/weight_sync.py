@@ -178,7 +178,8 @@ class EngineWeightSync:
         direct, checksum = self.direct, self.engine_checksum
         if direct is None or checksum is None or direct.is_stale(trainer_tensors, parameters):
             direct = DirectTransfer(plan, trainer_tensors, parameters)
-            checksum = EngineChecksum(self.layout, plan, distributed.rank(), trainer_tensors, parameters)
+            previous = checksum.previous if checksum else None
+            checksum = EngineChecksum(self.layout, plan, distributed.rank(), trainer_tensors, parameters, previous)
             self.direct, self.engine_checksum = direct, checksum
         return direct, checksum
 
