@@ -27,8 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_attention import attention
 from gpu_engine import checkpoint, sync
-from gpu_kernels import head, kernels, weight_gradient
+from gpu_head import head
+from gpu_kernels import kernels, weight_gradient
 from gpu_machine import FAILED, NOT_JUDGED, Machine, Row
+from gpu_memcheck import memcheck
+from gpu_rivals import rivals
 from gpu_sleep import sleep
 from gpu_training import training
 
@@ -47,7 +50,7 @@ def doctor(machine: Machine) -> Iterator[Row]:
 
 TERMINATION_S = 40  # torchrun gives its processes 30
 STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in order of value per minute, with limits in s
-    "kernels": (kernels, 240),
+    "kernels": (kernels, 300),
     "weight_gradient": (weight_gradient, 60),
     "head": (head, 240),
     "attention": (attention, 180),
@@ -55,6 +58,8 @@ STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in orde
     "sync": (sync, 60),
     "checkpoint": (checkpoint, 180),
     "sleep": (sleep, 60),
+    "memcheck": (memcheck, 300),
+    "rivals": (rivals, 180),
     "doctor": (doctor, 480),
 }
 

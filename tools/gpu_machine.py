@@ -101,9 +101,9 @@ class Machine:
         torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
 
-    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Return bf16 normal numbers, the same for the same shape."""
-        generator = torch.Generator(self.device).manual_seed(SEED + sum(shape))
+    def random(self, *shape: int, scale: float = 1.0, seed: int = SEED) -> Tensor:
+        """Return bf16 normal numbers, the same for the same shape and seed."""
+        generator = torch.Generator(self.device).manual_seed(seed + sum(shape))
         return (torch.randn(*shape, generator=generator, device=self.device) * scale).bfloat16()
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from unittest import mock
 
+import oreal_kernels
 import psutil
 import pytest
 import torch
@@ -34,20 +35,10 @@ def test_a_dry_run_reaches_every_stage_and_judges_results_but_no_speed(tmp_path,
     assert "criterion: <= " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["label", "nan", "second run"])
-def test_a_wrong_kernel_fails(fault, monkeypatch, capsys):
-    original, calls = gpu_kernels.logprob_from_logits, []
-
-    def wrong(logits, labels):
-        logp, entropy = original(logits, labels)
-        calls.append(1)
-        if fault == "label":
-            return logp * 1.001, entropy
-        if fault == "nan":
-            return logp * torch.where(labels == 0, torch.nan, 1.0), entropy
-        return logp * (1 + 1e-7 * (len(calls) % 2)), entropy
-
-    monkeypatch.setattr(gpu_kernels, "logprob_from_logits", wrong)
+def test_a_wrong_operation_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_kernels, "OPERATIONS", {"rotary": gpu_kernels.OPERATIONS["rotary"]})
+    assert acceptance.main(["--dry-run", "kernels"]) == 0
+    monkeypatch.setattr(oreal_kernels, "rotary", lambda x, cos_sin: x * 1.0)
     assert acceptance.main(["--dry-run", "kernels"]) == 1
     assert "FAIL" in capsys.readouterr().out
 
