@@ -5,7 +5,7 @@
 Prints one table: each value beside its criterion. Exit code 0 if all criteria hold, 1 if one does not, 2 without a GPU.
 Every stage runs in a process of its own, which is ended at the stage's limit with all that it started. `--dry-run`
 runs the same logic with small shapes on the CPU, in one process; speed is then not judged. Needs torch, Triton,
-megatron-core and psutil; the stages `sleep`, `doctor` and `run` need vLLM too. No network is used.
+megatron-core and psutil; `sleep`, `doctor`, `learning` and `steps` need vLLM too. No network is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -29,24 +28,12 @@ from gpu_attention import attention
 from gpu_engine import checkpoint, sync
 from gpu_head import head
 from gpu_kernels import kernels, weight_gradient
-from gpu_machine import FAILED, NOT_JUDGED, Machine, Row
+from gpu_machine import FAILED, Machine, Row
 from gpu_memcheck import memcheck
 from gpu_rivals import rivals
+from gpu_run import doctor, learning, steps
 from gpu_sleep import sleep
 from gpu_training import training
-
-
-def doctor(machine: Machine) -> Iterator[Row]:
-    """Run `oreal doctor`: a collective, generation, an update and a weight sync with vLLM and Megatron."""
-    if machine.dry or importlib.util.find_spec("vllm") is None:
-        reason = "dry run" if machine.dry else "vLLM is not installed"
-        yield Row("doctor", "oreal doctor", reason, "exit code 0", NOT_JUDGED)
-        return
-    command = [sys.executable, "-m", "oreal_megatron", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout[-4000:] + done.stderr[-2000:], file=sys.stderr)
-    yield machine.at_most("doctor", "exit code of oreal doctor", done.returncode, 0)
-
 
 TERMINATION_S = 40  # torchrun gives its processes 30
 STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in order of value per minute, with limits in s
@@ -61,6 +48,8 @@ STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in orde
     "memcheck": (memcheck, 300),
     "rivals": (rivals, 180),
     "doctor": (doctor, 480),
+    "learning": (learning, 480),
+    "steps": (steps, 360),
 }
 
 
