@@ -47,5 +47,5 @@ echo "== $steps, two at a time"
 printf '%s\n' $steps | xargs -P 2 -I {} bash -c 'step "$@"' bash {} "$@"
 python tests/helpers/cost_recorder.py "$OREAL_TEST_COSTS"
 failed=$(cd "$LOGS" && find . -name '*.failed' -printf '%f ' | sed 's/\.failed//g')
-echo "== after $SECONDS s: ${failed:+FAILED: $failed}${failed:-all passed}"
-[ -z "$failed" ]
+[ -z "$failed" ] || { echo "== after $SECONDS s, FAILED: $failed"; exit 1; }
+echo "== after $SECONDS s: all passed"
