@@ -14,10 +14,13 @@ from pathlib import Path
 from types import FrameType
 
 ENDED = "ZX"  # states of a process that has ended
-# A call on which the host waits for its GPU: it ends in a method, or is a conversion. Python's positions of a method
-# that stands on a line of its own begin at its name.
-WAITING_CALL = re.compile(r"((^|\.)(item|cpu|tolist|numpy|nonzero)|synchronize)\(\)$|^(float|int|bool)\(")
-GPU_PACKAGES = ("/oreal_megatron/mcore/", "/oreal_megatron/reshard/", "/megatron/core/")
+# A call on which the host waits for its GPU: it ends in a method, is a conversion, or torch's own call. Python's
+# positions of a method that stands on a line of its own begin at its name.
+WAITING_CALL = re.compile(
+    r"((^|\.)(item|cpu|tolist|numpy|nonzero)|synchronize)\(\)$|^(float|int|bool)\(|"
+    r"(^|\.)to\(['\"]cpu['\"]\)$|_accelerator_synchronizeDevice\("
+)
+GPU_PACKAGES = ("/oreal_megatron/mcore/", "/oreal_megatron/reshard/", "/megatron/core/", "/vllm/v1/worker/")
 
 
 def machine_id() -> str:
@@ -45,7 +48,8 @@ def in_collective(on_gpu: bool) -> bool:
     """Return whether a thread of this process is in a collective, as far as Python stacks show.
 
     On a GPU collectives return at once, and the host waits for them where it next reads a tensor: then the main thread
-    counts as in a collective while it reads one, or synchronises, on behalf of the trainer or of the weight sync.
+    counts as in a collective while it reads one, or synchronises, on behalf of the trainer, the weight sync or the
+    engine, whose ranks wait for the outputs of a step.
     """
     frames = sys._current_frames()
     if any(_is_collective(frame) for frame in frames.values()):
