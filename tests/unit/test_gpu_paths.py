@@ -119,3 +119,27 @@ def test_a_broken_flash_attention_3_leaves_version_2_and_a_warning(gpu, monkeypa
     monkeypatch.setattr(varlen_attention.importlib.util, "find_spec", lambda name: object())
     assert varlen_attention.use_fastest_kernel.__wrapped__(torch.device("cuda", 0)) is None
     assert "undefined symbol" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "chunks", [[range(13)], [range(2, 4), range(7, 10)]], ids=["all queries", "parts of sequences"]
+)
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
+def test_without_variable_lengths_a_gpu_attends_by_kernels_of_linear_memory(chunks, heads, groups, monkeypatch):
+    """Float32, for one. torch's plain products hold all scores; it would choose them for grouped heads or a mask."""
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, **options):
+        calls.append((query.shape[1] == key.shape[1], torch.backends.cuda.math_sdp_enabled(), options))
+        return attention(query, key, value, **options)
+
+    plan = varlen_attention.AttentionPlan(varlen_attention.segments([0, 5, 12, 13], chunks), torch.device("cpu"))
+    query = torch.randn(sum(map(len, chunks)), heads, 8)
+    key, value = torch.randn(2, 13, groups, 8)
+    expected = plan.attend(query, key, value)
+    monkeypatch.setattr(varlen_attention.F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    attended = plan.attend(query, key, value)
+    torch.testing.assert_close(attended, expected)
+    assert calls and all(call == (True, False, {"is_causal": True}) for call in calls)
