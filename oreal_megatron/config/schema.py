@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal
 from oreal_megatron.config.errors import ConfigError
 
 TYPE_NAMES = {int: "int", float: "float", bool: "bool", str: "str", type(None): "None"}
+UNIONS = (types.UnionType, typing.Union)  # as `int | None` and as `Optional[int]`
 PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -226,10 +227,12 @@ def type_name(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " | ".join(str(choice) or "''" for choice in args)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return " | ".join(map(type_name, args))
     if origin is tuple:
         return f"tuple of {type_name(args[0])}" if args[-1] is Ellipsis else f"({', '.join(map(type_name, args))})"
+    if origin is list:
+        return f"list of {type_name(args[0])}"
     return "dict" if origin is dict else TYPE_NAMES.get(hint, str(hint))
 
 
@@ -250,8 +253,10 @@ def _accepts(value: object, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return value in args
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return any(_accepts(value, choice) for choice in args)
+    if origin is list:
+        return isinstance(value, list) and all(_accepts(item, args[0]) for item in value)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

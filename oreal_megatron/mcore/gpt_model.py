@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,8 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from oreal_megatron.config import Config, ConfigError
-from oreal_megatron.config.suggestions import suggest
-from oreal_megatron.mcore import expert_layers, layers, megatron_patches
+from oreal_megatron.mcore import expert_layers, layers, megatron_fields, megatron_patches
 from oreal_megatron.mcore.layer_spec import layer_spec
 from oreal_megatron.mcore.megatron_patches import cpu_shim
 from oreal_megatron.mcore.output_heads import PassThroughOutput, ScalarHead
@@ -46,8 +44,8 @@ def _virtual_stages(config: Config) -> int | None:
 def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     """Return Megatron's description of the model and its layout; `config.megatron` adds further fields.
 
-    Raises ConfigError for an unknown field, one that is derived from the model or the layout, or a combination that
-    Megatron refuses.
+    Raises ConfigError for an unknown field, one that is derived from the model or the layout, a value of another type,
+    or a combination that Megatron refuses.
     """
     dtype = DTYPES[config.model.dtype]
     fixed = dict(
@@ -86,14 +84,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         **expert_layers.transformer_fields(arch),
     )
     expert_layers.refuse_expert_parallelism(config.megatron)
-    known = [field.name for field in dataclasses.fields(TransformerConfig)]
-    for key in config.megatron:
-        if key not in known:
-            raise ConfigError(f"config.megatron: TransformerConfig has no field {key!r}{suggest(key, known)}")
-        if key in fixed:
-            raise ConfigError(
-                f"config.megatron: {key} is derived from the model and the other sections; set those instead"
-            )
+    megatron_fields.check_fields(config.megatron, derived=fixed)
     if config.model.layers == "local":
         megatron_patches.use_own_rotary(layers.fused_rotary)
     if config.megatron.get("deterministic_mode"):

@@ -426,7 +426,14 @@ def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says)
         ({"recompute_granularitty": "full"}, "did you mean recompute_granularity"),
         ({"calculate_per_token_loss": False}, "is derived from the model"),
         ({"expert_model_parallel_size": 2}, "expert parallelism is not supported"),
-        ({"recompute_granularity": "some"}, "megatron-core refuses this configuration"),
+        ({"recompute_granularity": "some"}, r"megatron\.recompute_granularity is 'some'; expected full \| selective"),
+        ({"recompute_granularity": "full"}, "megatron-core refuses this configuration"),
+        ({"moe_aux_loss_coeff": "abc"}, r"megatron\.moe_aux_loss_coeff is 'abc'; expected float \| list of float"),
+        ({"moe_aux_loss_coeff": [0.1, "abc"]}, "expected float"),
+        ({"recompute_num_layers": "1"}, "megatron.recompute_num_layers is '1'; expected int"),
+        ({"recompute_num_layers": True}, "is True; expected int"),
+        ({"deterministic_mode": 1}, "megatron.deterministic_mode is 1; expected true or false"),
+        ({"init_method_std": None}, "expected a number"),
     ],
 )
 def test_megatron_fields_are_checked(model_folder, fields, says):
@@ -436,6 +443,18 @@ def test_megatron_fields_are_checked(model_folder, fields, says):
     with pytest.raises(c.ConfigError, match=says):
         gpt_model.transformer_config(arch, config_for(model_folder, megatron=fields))
     gpt_model.transformer_config(arch, config_for(model_folder, megatron={"recompute_granularity": "selective"}))
+
+
+def test_every_default_of_megatron_has_the_type_that_is_expected():
+    """Else a recipe that names a default would be refused."""
+    from megatron.core.transformer import TransformerConfig
+
+    from oreal_megatron.mcore import megatron_fields
+
+    fields = dataclasses.fields(TransformerConfig)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    megatron_fields.check_fields(defaults, derived=())
+    assert len(defaults) > 200
 
 
 def test_deterministic_mode_tells_transformer_engine_or_says_that_it_was_told_otherwise(model_folder, monkeypatch):

@@ -301,7 +301,12 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
         (["megatron.recompute_granularitty=full"], "TransformerConfig has no field 'recompute_granularitty'; did you"),
         (["megatron.num_layers=3"], "config.megatron: num_layers is derived from the model and the other sections"),
         (["megatron.expert_model_parallel_size=2"], "expert parallelism is not supported"),
-        (["megatron.recompute_granularity=some"], "megatron-core refuses this configuration: "),
+        (
+            ["megatron.recompute_granularity=some"],
+            "megatron.recompute_granularity is 'some'; expected full | selective",
+        ),
+        (["megatron.recompute_num_layers='1'"], "megatron.recompute_num_layers is '1'; expected int | None"),
+        (["megatron.recompute_granularity=full"], "megatron-core refuses this configuration: "),
     ],
 )
 def test_a_layout_that_cannot_be_is_told_in_a_sentence(changes, says, capsys):
