@@ -27,13 +27,13 @@ bad() { echo "launch: $1" >&2; exit 2; }
 recipe="" gpus="" per_node=8 hosts="" nodes="" rendezvous="" restarts=3 doctor=full dry="" words=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --recipe) recipe=${2:?"launch: --recipe wants a name"} ;;
-        --gpus) gpus=${2:?"launch: --gpus wants a number"} ;;
-        --gpus-per-node) per_node=${2:?"launch: --gpus-per-node wants a number"} ;;
+        --recipe) recipe=${2:?"launch: --recipe needs a name"} ;;
+        --gpus) gpus=${2:?"launch: --gpus needs a number"} ;;
+        --gpus-per-node) per_node=${2:?"launch: --gpus-per-node needs a number"} ;;
         --hosts) hosts=${2:?"launch: --hosts wants names"} ;;
-        --nodes) nodes=${2:?"launch: --nodes wants a number"} ;;
+        --nodes) nodes=${2:?"launch: --nodes needs a number"} ;;
         --rendezvous) rendezvous=${2:?"launch: --rendezvous wants HOST:PORT"} ;;
-        --max-restarts) restarts=${2:?"launch: --max-restarts wants a number"} ;;
+        --max-restarts) restarts=${2:?"launch: --max-restarts needs a number"} ;;
         --quick-doctor) doctor=quick; shift; continue ;;
         --no-doctor) doctor=""; shift; continue ;;
         --dry-run) dry=yes; shift; continue ;;

@@ -51,6 +51,11 @@ def importable_folder(folder: Path) -> Iterator[None]:
 
 def execute(path: str) -> types.ModuleType:
     """Execute a Python file as a module of its own; an exception in it becomes ConfigError."""
+    if Path(path).suffix != ".py":
+        raise ConfigError(
+            f"recipe file {path} is no Python file; expected file.py:function, a function that returns a Config "
+            "(docs/start/first_recipe.md)"
+        )
     module = types.ModuleType(MODULE)
     module.__file__ = path
     sys.modules[MODULE] = module  # dataclasses look up the module of their class

@@ -219,7 +219,8 @@ def type_problem(path: str, value: object, hint: Any) -> str | None:
         return None
     if typing.get_origin(hint) is Literal:
         return f"{path} is {value!r}; expected one of {type_name(hint).replace(' | ', ', ')}"
-    return f"{path} is {value!r}; expected {PLAIN_TYPES.get(hint, type_name(hint))}"
+    example = f", for example {(value,)!r}" if _accepts((value,), hint) else ""  # one item, without its parentheses
+    return f"{path} is {value!r}; expected {PLAIN_TYPES.get(hint, type_name(hint))}{example}"
 
 
 def type_name(hint: Any) -> str:

@@ -33,7 +33,10 @@ def suggest_keys(path: str, config: Section) -> str:
         near = sorted((key for key, score in scores.items() if score > best - 0.2), key=lambda key: -scores[key])
         return f"; did you mean {_either(near[:MOST])}?"
     named = dict(sections(config)).get(path.rpartition(".")[0] + ".", config)
-    return f"; known are {', '.join(vars(named))}; `oreal config` lists all keys with their meaning"
+    return (
+        f"; known are {', '.join(vars(named))}; `oreal config` lists all keys with their meaning, and "
+        "docs/start/from_other_trainers.md what verl, slime and NeMo-RL call them"
+    )
 
 
 def _similarity(path: str, key: str, meaning: str) -> float:

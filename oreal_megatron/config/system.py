@@ -186,7 +186,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class RecordConfig(Section):
-    """Retention of what the run folder holds of every step, whatever `checkpoint.every` is."""
+    """Retention of what the run folder holds of every step."""
 
     dumps: Annotated[
         int, FreeKey("newest steps that can be replayed; those before the oldest checkpoint go earlier", low=1)

@@ -32,6 +32,11 @@ class HFFolder:
 
     def __init__(self, path: str | Path, tokenizer: bool = True):
         self.path = Path(path)
+        if not self.path.exists():
+            raise ConfigError(
+                f"{path} does not exist; expected a folder with a Hugging Face model. A model of the hub is downloaded "
+                f"first: hf download NAME --local-dir {path}"
+            )
         for name in ("config.json", "tokenizer_config.json") if tokenizer else ("config.json",):
             if not (self.path / name).is_file():
                 hint = models_below(self.path)

@@ -84,7 +84,9 @@ def _parse(name: str, text: bytes) -> Line:
         line = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply to be read; expected a flat JSON object") from None
-    except ValueError as error:  # also of integers with thousands of digits
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name} is not JSON ({error.msg}); expected one JSON object in each line") from None
+    except ValueError as error:  # of integers with thousands of digits
         raise ConfigError(f"{name} is not JSON: {error}") from None
     if not isinstance(line, dict):
         raise ConfigError(f"{name} is {type(line).__name__}; expected a JSON object")

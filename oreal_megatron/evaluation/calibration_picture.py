@@ -17,7 +17,7 @@ def draw(run: Path, path: Path) -> None:
     """Draw the bins of a run's first and last quarter, with 95 % intervals, and how many samples are in them."""
     rows = read_rows(run / "calibration.jsonl")
     if not rows:
-        raise ConfigError(f"{run} has no calibration.jsonl: it was run without a reward model, or by version 0.1")
+        raise ConfigError(f"{run} has no calibration.jsonl: no step had samples for a reward model")
     import matplotlib
 
     matplotlib.use("Agg")

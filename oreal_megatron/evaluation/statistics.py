@@ -39,4 +39,4 @@ def wilson_interval(successes: float, trials: int, z: float = 1.96) -> tuple[flo
     centre = rate + z * z / (2 * trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)  # beyond by rounding only

@@ -28,9 +28,7 @@ def newest_responses(run: Path) -> tuple[int, list[WeighedResponse]]:
         dump = read_dump(folder)
         if responses := responses_of(dump):
             return dump.step, responses
-    raise ConfigError(
-        f"{run} has no dump with token scores in {run}/dumps: it was run without a reward model, or by version 0.1"
-    )
+    raise ConfigError(f"{run} has no dump with token scores in {run}/dumps: no step had samples for a reward model")
 
 
 def responses_of(dump: Dump) -> list[WeighedResponse]:

@@ -76,7 +76,7 @@ class Start:
             )
         elif step and steps > step:
             log.info(
-                f"{self.run} continues from step {step}; the {steps - step} steps after it were not saved and are "
+                f"{self.run} continues from step {step}; of {steps} logged steps those after it were not saved and are "
                 "taken again"
             )
 

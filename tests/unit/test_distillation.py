@@ -152,7 +152,7 @@ def teacher_of(folder, tmp_path, **changes):
     ("changes", "says"),
     [
         (dict(teacher=""), "distillation.teacher names no model"),
-        (dict(teacher="nowhere"), "is not a Hugging Face model folder"),
+        (dict(teacher="nowhere"), "does not exist; expected a folder with a Hugging Face model"),
         (dict(layers=5), "distillation.layers is 5, but student and teacher have 4 and 4 layers; set it to at most 4"),
     ],
 )

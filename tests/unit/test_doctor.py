@@ -112,7 +112,7 @@ def test_a_recipe_without_its_inputs_fails_with_their_names(capsys, monkeypatch,
     monkeypatch.setenv("OREAL_JUDGE_URLS", "none")
     recipe = "examples/recipes/oreal.py:oreal_7b_8_gpus"
     assert main.main(["doctor", "--quick", recipe]) == 1
-    assert "is not a Hugging Face model folder" in " ".join(capsys.readouterr().out.split())
+    assert "expected a folder with a Hugging Face model" in " ".join(capsys.readouterr().out.split())
     small = [f"model.path={model_folder}", "engine.max_model_len=64", "parallel.tensor=1", "parallel.sequence=false"]
     small += ["model.dtype=float32", "data.held_out="]
     assert main.main(["doctor", "--quick", recipe, *(word for one in small for word in ("--set", one))]) == 1

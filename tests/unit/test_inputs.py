@@ -297,7 +297,7 @@ def config_for(folder: Path, **changes) -> c.Config:
             1,
             "verify_s is 1800, but",
         ),
-        (dict(model=c.ModelConfig("nowhere")), 1, "nowhere is not a Hugging Face model folder"),
+        (dict(model=c.ModelConfig("nowhere")), 1, "nowhere does not exist; expected a folder"),
     ],
 )
 def test_what_does_not_fit_is_refused(model_folder, monkeypatch, changes, world, says):

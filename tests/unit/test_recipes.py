@@ -117,8 +117,8 @@ def test_inputs_come_from_the_environment(monkeypatch, model_folder, tmp_path):
     ("judge", "says"),
     [
         (None, "requires a judge, and verify.judge.urls names none; set OREAL_JUDGE_URLS"),
-        ("none", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
-        ("http://judge:8000", "models/OREAL-7B-SFT is not a Hugging Face model folder"),
+        ("none", "models/OREAL-7B-SFT does not exist"),
+        ("http://judge:8000", "models/OREAL-7B-SFT does not exist"),
     ],
 )
 def test_a_missing_judge_or_model_is_told_before_anything_is_loaded(judge, says, monkeypatch):

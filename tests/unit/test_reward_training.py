@@ -198,7 +198,7 @@ def test_a_reward_model_of_another_shape_is_refused_and_its_digest_is_an_input(m
     for path, says in (
         (small, f"reward_model.path is {small}, whose layers is 2; expected 4, that of {policy}"),
         (policy, f"reward_model.path is {policy}, a language model; expected a reward model"),
-        (str(tmp_path / "nowhere"), "is not a Hugging Face model folder"),
+        (str(tmp_path / "nowhere"), "does not exist; expected a folder with a Hugging Face model"),
     ):
         with pytest.raises(c.ConfigError, match=says):
             read_inputs(recipe_config(policy, path))
