@@ -46,7 +46,7 @@ STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in orde
     "checkpoint": (checkpoint, 180),
     "sleep": (sleep, 60),
     "memcheck": (memcheck, 300),
-    "rivals": (rivals, 180),
+    "rivals": (rivals, 300),
     "doctor": (doctor, 480),
     "learning": (learning, 480),
     "steps": (steps, 360),

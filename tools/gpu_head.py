@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_machine import Machine, Row
+from gpu_machine import Machine, Row, use_trainer_products
 from gpu_row_cases import row_terms
 from oreal_kernels import linear_oreal_loss, row_gradient, row_statistics
 from torch import Tensor
@@ -16,6 +16,7 @@ GIB = 2**30
 
 def head(machine: Machine) -> Iterator[Row]:
     """Time the head against three bare products of all rows, and its passes over logits against a copy."""
+    use_trainer_products()
     rows, width, columns = (128, 64, 640) if machine.dry else (ROWS, WIDTH, COLUMNS)
     yield from _against_products(machine, rows, width, columns, (1024, 1280, 2560))
     yield from _against_products(machine, rows, width, columns // 8, (1280,))

@@ -8,7 +8,7 @@ import gpu_row_cases
 import gpu_token_cases
 import torch
 from gpu_comparison import Case, differing, error_over_limit, error_row, run, widen
-from gpu_machine import Machine, Row, error
+from gpu_machine import Machine, Row, error, use_trainer_products
 from oreal_kernels import gemm
 
 OPERATIONS: dict[str, Callable[[Machine], Iterator[Case]]] = {  # every public one
@@ -27,6 +27,7 @@ EPSILON = torch.finfo(torch.float32).eps
 
 def kernels(machine: Machine) -> Iterator[Row]:
     """Compare results and gradients of every operation with float64, twice, in memory that is filled with nan."""
+    use_trainer_products()
     for operation in OPERATIONS:
         yield from judge(machine, operation)
 
@@ -38,7 +39,7 @@ def judge(machine: Machine, operation: str) -> Iterator[Row]:
         first, second = (run(machine, case.fused, case.inputs, case.leaves) for _ in range(2))
         plain = run(machine, case.reference, case.inputs, case.leaves)
         exact = run(machine, case.reference, widen(case.inputs), case.leaves)
-        share, result = error_over_limit(first, plain, exact, rounding=max(8, case.summed**0.5) * EPSILON)
+        share, result = error_over_limit(first, plain, exact, rounding_of(case))
         if share > 1:
             yield error_row(machine, "kernels", f"{operation}, {case.name}: error over its limit", share, result)
         largest = max(largest, (share, f"{result}, {case.name}"))
@@ -48,8 +49,14 @@ def judge(machine: Machine, operation: str) -> Iterator[Row]:
     yield machine.at_most("kernels", f"{operation}: cases whose bits differ in a second run", different, 0)
 
 
+def rounding_of(case: Case) -> float:
+    """Return the rounding of a result in fp32, relative to its largest value: of a few operations, or of a long sum."""
+    return max(8, case.summed**0.5) * EPSILON
+
+
 def weight_gradient(machine: Machine) -> Iterator[Row]:
     """Add a bf16 product to an fp32 sum in place, from a transposed operand, against float64."""
+    use_trainer_products()
     rows, columns, hidden = (64, 96, 32) if machine.dry else (4096, 38016, 3584)
     dlogits, x = machine.random(rows, columns), machine.random(rows, hidden)
     total = torch.ones(columns, hidden, device=machine.device)

@@ -107,6 +107,11 @@ class Machine:
         return (torch.randn(*shape, generator=generator, device=self.device) * scale).bfloat16()
 
 
+def use_trainer_products() -> None:
+    """Let bf16 products sum in fp32, as the trainer does."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def error(result: Tensor, exact: Tensor) -> float:
     """Return the largest difference over the largest magnitude; infinity if any value is not finite."""
     difference = (result.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
-from gpu_machine import NOT_JUDGED, Machine, Row
+from gpu_machine import NOT_JUDGED, Machine, Row, use_trainer_products
 from oreal_kernels import policy_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels/benchmarks"))
@@ -22,6 +22,7 @@ OURS = "linear_oreal_loss"
 
 def rivals(machine: Machine) -> Iterator[Row]:
     """Time installed heads, of all columns and of one of eight ranks, and the loss at 16 x 14000 tokens."""
+    use_trainer_products()
     for name, package in PACKAGES.items():
         if not importlib.util.find_spec(package):
             yield Row("rivals", f"head of {name}", "not installed", "measured", NOT_JUDGED)

@@ -33,7 +33,7 @@ def packs(machine: Machine, variants: Sequence[V]) -> Iterator[tuple[str, Result
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=machine.device)
         pack = {"offsets": offsets, "reward": reward, "advantage": reward * 0.7 - 0.2 * (reward <= 0)}
         for variant in chosen:
-            yield f"{variant}, {sum(lengths)} tokens in {len(lengths)} sequences", pack, variant
+            yield f"{_shown(variant)}, {sum(lengths)} tokens in {len(lengths)} sequences", pack, variant
 
 
 def tokens_of(pack: Results) -> int:
@@ -45,7 +45,7 @@ def token_weights(machine: Machine) -> Iterator[Case]:
     """Yield both beliefs, with scores in float32 and in bfloat16."""
     variants = list(itertools.product(scores_to_weights.BELIEFS, DTYPES))
     for name, pack, (belief, dtype) in packs(machine, variants):
-        inputs = pack | {"scores": _normal(machine, tokens_of(pack), 1).to(dtype)}
+        inputs = pack | {"scores": _scores(machine, pack).to(dtype)}
 
         def compute(function, values: Results, belief: str = belief) -> Results:
             weights, means = function(values["scores"], values["offsets"], values["reward"] > 0, (0.25, 0.5), belief)
@@ -58,7 +58,7 @@ def token_weights(machine: Machine) -> Iterator[Case]:
 def reward_loss(machine: Machine) -> Iterator[Case]:
     """Yield scores in float32 and in bfloat16."""
     for name, pack, dtype in packs(machine, DTYPES):
-        inputs = pack | {"scores": _normal(machine, tokens_of(pack), 1).to(dtype)}
+        inputs = pack | {"scores": _scores(machine, pack).to(dtype)}
 
         def compute(function, values: Results) -> Results:
             loss, hits = function(values["scores"], values["offsets"], values["reward"], 7)
@@ -71,7 +71,7 @@ def reward_loss(machine: Machine) -> Iterator[Case]:
 def prefix_reward_loss(machine: Machine) -> Iterator[Case]:
     """Yield both beliefs."""
     for name, pack, belief in packs(machine, scores_to_weights.BELIEFS):
-        inputs = pack | {"scores": _normal(machine, tokens_of(pack), 1)}
+        inputs = pack | {"scores": _scores(machine, pack)}
 
         def compute(function, values: Results, belief: str = belief) -> Results:
             loss, hits = function(values["scores"], values["offsets"], values["reward"], 7, belief)
@@ -152,6 +152,19 @@ def rotary(machine: Machine) -> Iterator[Case]:
 def _normal(machine: Machine, count: int, seed: int) -> Tensor:
     """Return normal numbers in float32, whose sums have to be rounded."""
     return machine.random(count, seed=seed).float() * 1.1
+
+
+def _scores(machine: Machine, pack: Results) -> Tensor:
+    """Return scores whose sums are not near 0, where rounding leaves no digits to compare."""
+    return _normal(machine, tokens_of(pack), 1) + 0.5
+
+
+def _shown(variant: object) -> str:
+    """Return the text of a variant: a dtype, a name or number, several of them, or options."""
+    if isinstance(variant, dict):
+        return ", ".join(f"{name} {value}" for name, value in variant.items())
+    values = variant if isinstance(variant, tuple) else (variant,)
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
 def _case(
