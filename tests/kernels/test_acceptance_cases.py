@@ -10,7 +10,7 @@ from gpu_machine import Machine
 from oreal_kernels import backend
 
 DRY = Machine(torch.device("cpu"), dry=True)
-OF_TOKENS = {"oreal_loss": 8, "reward_loss": 4, "token_weights": 6, "rotary": 4}  # cases; those of logits take minutes
+OF_TOKENS = {"oreal_loss": 8, "reward_loss": 4, "token_weights": 6}  # cases; those of logits and heads take minutes
 
 
 def in_fp16(case: Case) -> Results:
