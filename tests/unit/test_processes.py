@@ -50,7 +50,7 @@ def waits_while(run: Callable[[Any], Any], file: Path, on_gpu: bool, seconds: fl
     `run` gets a value whose methods do not return until then.
     """
     release: queue.SimpleQueue[None] = queue.SimpleQueue()
-    observed = []
+    observed, returned = [], threading.Event()
 
     class Blocking:
         """A value whose methods block in C until another thread has observed the stacks."""
@@ -59,10 +59,10 @@ def waits_while(run: Callable[[Any], Any], file: Path, on_gpu: bool, seconds: fl
 
     def observe() -> None:
         main = threading.main_thread().ident
-        while sys._current_frames()[main].f_code.co_filename != str(file):  # the main thread is not there yet
-            pass
+        while sys._current_frames()[main].f_code.co_filename != str(file) and not returned.is_set():
+            pass  # the main thread is not there yet
         stop = time.monotonic() + seconds
-        while not (waits := processes.in_collective(on_gpu)) and time.monotonic() < stop:
+        while not (waits := processes.in_collective(on_gpu)) and time.monotonic() < stop and not returned.is_set():
             time.sleep(0.001)
         observed.append(waits)
         release.put(None)
@@ -73,6 +73,8 @@ def waits_while(run: Callable[[Any], Any], file: Path, on_gpu: bool, seconds: fl
         run(Blocking())
     except (TypeError, AttributeError):  # what the methods return is no number and no tensor
         pass
+    finally:
+        returned.set()
     thread.join()
     return observed[0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import oreal_kernels
 import pytest
 import yaml
+from declared_packages import project
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT
@@ -33,11 +33,6 @@ LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 def read(path: str) -> str:
     """Return the text of a file of the repository."""
     return (ROOT / path).read_text()
-
-
-def project() -> dict[str, Any]:
-    """Return the [project] table of pyproject.toml."""
-    return tomllib.loads(read("pyproject.toml"))["project"]
 
 
 def jobs() -> Iterator[dict[str, Any]]:
