@@ -6,7 +6,8 @@ Every rank knows the same samples or rollouts, with values where its replica gen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,31 +28,23 @@ def fetch(samples: Sequence[Sample], numbers: Collection[int]) -> list[Sample]:
     Tokens travel as int32, log-probs as float32, in two collectives.
     """
     own = {number for number, sample in enumerate(samples) if _can_read(sample)}
-    transfers = _plan_transfers(own, numbers)
-    result, rank = list(samples), distributed.rank()
-    if not any(numbers for sender in transfers for numbers in sender):
-        return result
-    sent = [[samples[number] for number in numbers] for numbers in transfers[rank]]
-    received = [[samples[number] for number in sender[rank]] for sender in transfers]
-    tokens = _exchange(
-        [[(*sample.prompt_tokens, *sample.response_tokens) for sample in part] for part in sent],
-        [sum(map(len, part)) for part in received],
-        torch.int32,
-    )
-    logprobs = _exchange(
-        [[sample.engine_logprobs or () for sample in part] for part in sent],
-        [sum(len(sample.engine_logprobs or ()) for sample in part) for part in received],
-        torch.float32,
-    )
-    for number in (number for sender in transfers for number in sender[rank]):
+    transfers, rank = _plan_transfers(own, numbers), distributed.rank()
+    if not any(itertools.chain(*transfers)):
+        return list(samples)
+    outgoing = [[samples[number] for number in to_receiver] for to_receiver in transfers[rank]]
+    incoming = [[samples[number] for number in of_sender[rank]] for of_sender in transfers]
+    tokens = _exchange(outgoing, incoming, lambda sample: (sample.prompt_tokens, sample.response_tokens), torch.int32)
+    logprobs = _exchange(outgoing, incoming, lambda sample: (sample.engine_logprobs or (),), torch.float32)
+    result = list(samples)
+    received = itertools.chain(*(of_sender[rank] for of_sender in transfers))
+    for number, tokens_of_sample, logprobs_of_sample in zip(received, tokens, logprobs, strict=True):
         sample = samples[number]
-        prompt, response = len(sample.prompt_tokens), len(sample.response_tokens)
-        known = sample.engine_logprobs is not None
+        prompt = len(sample.prompt_tokens)
         result[number] = dataclasses.replace(
             sample,
-            prompt_tokens=tuple(next(tokens) for _ in range(prompt)),
-            response_tokens=tuple(next(tokens) for _ in range(response)),
-            engine_logprobs=tuple(next(logprobs) for _ in range(response)) if known else None,
+            prompt_tokens=tokens_of_sample[:prompt],
+            response_tokens=tokens_of_sample[prompt:],
+            engine_logprobs=None if sample.engine_logprobs is None else logprobs_of_sample,
         )
     return result
 
@@ -105,13 +98,23 @@ def _plan_transfers(own: set[int], needed: Collection[int]) -> Transfers:
     return transfers
 
 
-def _exchange(sent: Sequence[Sequence[Sequence[float]]], counts: list[int], dtype: torch.dtype) -> Any:
-    """Return an iterator over the values that this rank receives, by sender; `sent`: by receiver. Collective.
+def _exchange(
+    outgoing: Sequence[Sequence[Sample]],
+    incoming: Sequence[Sequence[Sample]],
+    values: Callable[[Sample], tuple[Sequence[float], ...]],
+    dtype: torch.dtype,
+) -> list[tuple[Any, ...]]:
+    """Return the values of each incoming sample, in their order. Collective.
 
-    `counts`: values from each sender.
+    `outgoing`: by receiver; `incoming`: by sender, without values but with their lengths.
     """
-    flat = [value for part in sent for values in part for value in values]
-    sizes = [sum(map(len, part)) for part in sent]
-    received = torch.empty(sum(counts), dtype=dtype)
-    dist.all_to_all_single(received, torch.tensor(flat, dtype=dtype), counts, sizes)
-    return iter(received.tolist())
+    flat = [value for sample in itertools.chain(*outgoing) for part in values(sample) for value in part]
+    sent, lengths = ([[_length(values(sample)) for sample in group] for group in side] for side in (outgoing, incoming))
+    received = torch.empty(sum(map(sum, lengths)), dtype=dtype)
+    received_counts, sent_counts = list(map(sum, lengths)), list(map(sum, sent))
+    dist.all_to_all_single(received, torch.tensor(flat, dtype=dtype), received_counts, sent_counts)
+    return [tuple(part.tolist()) for part in received.split(list(itertools.chain(*lengths)))]
+
+
+def _length(parts: Iterable[Sequence[float]]) -> int:
+    return sum(map(len, parts))

@@ -96,10 +96,9 @@ def train(
         )
         packing_spec = parallel.packing_spec(config.tokens_per_micro_batch, inputs.arch)
         models = (policy, reference, reward_model)
-        penalties = config.selection.penalties
         grader: Verifier = pool or verifier
-        if penalties.enabled:
-            grader = PenalisedVerifier(grader, penalties, reference, packing_spec)
+        if config.selection.penalties.enabled:
+            grader = PenalisedVerifier(grader, config.selection.penalties, reference, packing_spec)
         with hooks.saving_on_stop_request():
             weight_sync.sync(policy.updates)
             hooks.start(first_step, saved=checkpoint is not None)
@@ -109,10 +108,15 @@ def train(
             save_policy(run_path / "policy", model_note(config.steps))
         if held_out and not (run_path / "best").is_dir():
             log.info(f"no evaluation was better than the starting policy's, so there is no {run_path / 'best'}")
-        if distributed.rank() == 0:
-            record = run_report.read_run(run_path)
-            speed_report.write_and_print(record)
-            print(run_report.closing(record))
+        _print_results(run_path)
+
+
+def _print_results(run: Path) -> None:
+    """Print speed and accuracy of a finished run, on the first rank."""
+    if distributed.rank() == 0:
+        record = run_report.read_run(run)
+        speed_report.write_and_print(record)
+        print(run_report.closing(record))
 
 
 def _start_pool(
