@@ -73,7 +73,7 @@ def _loss(machine: Machine) -> Iterator[Row]:
         copy = machine.seconds(case.bare_copy())
         ratio = machine.seconds(lambda case=case: policy_loss.policy_terms(case.logp, case.terms)) / copy
         name = f"loss and slopes, {case.shape} tokens"
-        if (sequences, tokens) == shapes[0]:
+        if (sequences, tokens) == shapes[-1]:
             yield machine.at_most("rivals", name, ratio, 1.25, "of a copy", speed=True)
         else:
             yield machine.measured("rivals", name, ratio, "of a copy")
