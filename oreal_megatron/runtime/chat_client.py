@@ -117,7 +117,9 @@ class ChatClient:
         self.config, self.service = config, service
         self.hosts = [_Host(url.rstrip("/").removesuffix("/v1")) for url in config.urls]
         self.requests = 0  # sent so far, without probes
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lock = threading.Lock()  # of the queue of the loop: nothing may follow the request to stop
+        self._is_closed = False
         self._down_since: float | None = None
         self._warned_at = 0.0
         self._loop = asyncio.new_event_loop()
@@ -136,15 +138,21 @@ class ChatClient:
         return {host.url: "up" if host.is_up else f"down: {host.last_error}" for host in self.hosts}
 
     def close(self) -> None:
-        """Close the connections; pending requests are cancelled."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+        """Close the connections; pending requests and later ones are cancelled."""
+        with self._lock:
+            if not self._is_closed:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._is_closed = True
+        self._thread.join()
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Return the future result of a coroutine that runs on the loop."""
         future: Future[T] = Future()
-        self._loop.call_soon_threadsafe(lambda: self._spawn(self._settle(future, work())))
+        with self._lock:
+            if self._is_closed:
+                cancel(future)
+            else:
+                self._loop.call_soon_threadsafe(lambda: self._settle(future, self._spawn(work())))
         return future
 
     # -- on the loop ---------------------------------------------------------------------------------------------
@@ -166,22 +174,25 @@ class ChatClient:
         self._loop.run_until_complete(self._client.aclose())
         self._loop.close()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only weak references
         task.add_done_callback(self._tasks.discard)
+        return task
 
     @staticmethod
-    async def _settle(future: Future[T], work: Coroutine[Any, Any, T]) -> None:
-        try:
-            result = await work
-        except asyncio.CancelledError:
-            cancel(future)
-            raise
-        except Exception as error:  # raised where the result is waited for
-            fail(future, error)
-        else:
-            settle(future, result)
+    def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
+        """Copy the end of a task to a future: a callback, because a task cancelled before it began runs no code."""
+
+        def copy(task: asyncio.Task[T]) -> None:
+            if task.cancelled():
+                cancel(future)
+            elif (error := task.exception()) is not None:  # raised where the result is waited for
+                fail(future, error)
+            else:
+                settle(future, task.result())
+
+        task.add_done_callback(copy)
 
     async def complete(self, chat: Chat) -> Reply:
         """Try hosts until one replies. After the retries: no text if a host is alive, else another round."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oreal_megatron.cli.main import main
-from oreal_megatron.config import ConfigError
+from oreal_megatron.config import ConfigError, JudgeConfig
 from oreal_megatron.data import merge_attempts, replies, skills
 from oreal_megatron.runtime import chat_client
 from oreal_megatron.runtime.chat_client import Reply
@@ -145,6 +146,22 @@ def test_servers_that_are_all_down_end_the_command(quick, tmp_path, free_port, c
     source, out = write(tmp_path / "in.jsonl", ROLLOUTS), tmp_path / "out.jsonl"
     assert main(["data", "merge", source, str(out), "--server", f"http://127.0.0.1:{free_port}"]) == 3
     assert "bring one up and start the command again" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("turn", ["pending", "not begun", "later"])
+def test_a_closed_client_settles_every_request(free_port, turn):
+    service = chat_client.Service("server", "start again", replies.PROBE, 9)
+    client = chat_client.ChatClient(JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",)), service)
+    futures = [client.submit(replies.PROBE) for _ in range(3 if turn == "pending" else 0)]
+    if turn == "not begun":  # the loop takes up these requests and the end of the client in one turn
+        is_queued = threading.Event()
+        client._loop.call_soon_threadsafe(is_queued.wait)
+        futures += [client.submit(replies.PROBE) for _ in range(3)]
+        threading.Timer(0.2, is_queued.set).start()
+    client.close()
+    futures += [client.submit(replies.PROBE) for _ in range(3 if turn == "later" else 0)]
+    assert len(wait(futures, timeout=10).done) == len(futures) == 3 and all(future.cancelled() for future in futures)
+    client.close()
 
 
 PROBLEMS = [
