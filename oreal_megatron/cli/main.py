@@ -43,11 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.works_alone(args):
         print(f"oreal: {args.command} works in one process; start it without --processes or torchrun", file=sys.stderr)
         return BAD_INPUT
-    if args.processes and "TORCHELASTIC_RUN_ID" not in os.environ:
-        from oreal_megatron.runtime.launcher import launch  # imports torch, which takes seconds
-
-        return launch(args, argv[argv.index(args.command) :])
-    return _run(args)
+    return _run(args, argv[argv.index(args.command) :])
 
 
 def complain(command: str, error: Exception) -> None:
@@ -82,10 +78,14 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"oreal_megatron.cli.{command.replace('-', '_')}")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, words: list[str]) -> int:
     from oreal_megatron.runtime import watchdog  # imports torch, which takes seconds
 
     try:
+        if args.processes and "TORCHELASTIC_RUN_ID" not in os.environ:
+            from oreal_megatron.runtime.launcher import launch
+
+            return launch(args, words)
         return int(_module(args.command).run(args))
     except (ConfigError, RunStopped) as error:
         watchdog.stop()

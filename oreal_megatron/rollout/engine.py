@@ -17,15 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM, SamplingParams
 from vllm.distributed import get_tp_group
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from oreal_megatron.algo import logprob_parity
-from oreal_megatron.config import Config, ConfigError, Preempted, RunStopped, SamplingConfig
-from oreal_megatron.config.suggestions import suggest
+from oreal_megatron.config import Config, Preempted, RunStopped, SamplingConfig
 from oreal_megatron.protocols import Metrics
 from oreal_megatron.records import Prompt, Rollout
-from oreal_megatron.rollout import growth, pool_schedule, requests, speculation, vllm_patches
+from oreal_megatron.rollout import engine_arguments, growth, pool_schedule, requests, speculation, vllm_patches
 from oreal_megatron.rollout.device import EngineMemory, is_device_error
 from oreal_megatron.runtime import distributed, heartbeat, versions
 
@@ -72,25 +70,26 @@ class VllmEngine:
         vllm_patches.name_shared_memory(distributed.all_gather_object(uuid.uuid4().hex)[0])
         self.sockets = tempfile.TemporaryDirectory(prefix="oreal")  # vLLM leaves its sockets behind
         os.environ["VLLM_RPC_BASE_PATH"] = self.sockets.name
-        _check_arguments(config.engine.vllm)
+        engine_arguments.check_names(config.engine.vllm)
         speculation.prepare(config.engine.speculative)
-        self.llm = LLM(
-            config.model.path,
-            dtype=config.engine_dtype,
-            enable_sleep_mode=can_sleep,
-            skip_tokenizer_init=True,
-            tensor_parallel_size=size,
-            distributed_executor_backend="external_launcher",
-            seed=config.seed,
-            max_model_len=config.engine.max_model_len,
-            max_num_seqs=config.engine.max_num_seqs,
-            kv_cache_memory_bytes=int(config.engine.kv_cache_gib * 2**30),
-            enforce_eager=config.engine.enforce_eager,
-            logprobs_mode="raw_logprobs",  # of all tokens: processed ones are of those within top_p
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **_platform_arguments(config) | _speculative_arguments(config) | config.engine.vllm,
-        )
+        with engine_arguments.reported_refusals(config.engine.vllm):
+            self.llm = LLM(
+                config.model.path,
+                dtype=config.engine_dtype,
+                enable_sleep_mode=can_sleep,
+                skip_tokenizer_init=True,
+                tensor_parallel_size=size,
+                distributed_executor_backend="external_launcher",
+                seed=config.seed,
+                max_model_len=config.engine.max_model_len,
+                max_num_seqs=config.engine.max_num_seqs,
+                kv_cache_memory_bytes=int(config.engine.kv_cache_gib * 2**30),
+                enforce_eager=config.engine.enforce_eager,
+                logprobs_mode="raw_logprobs",  # of all tokens: processed ones are of those within top_p
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                **_platform_arguments(config) | _speculative_arguments(config) | config.engine.vllm,
+            )
         vllm_patches.divide_logits(self.llm.collective_rpc("get_model")[0], self.temperature)
         self.drafts = speculation.install(self.llm) if config.engine.speculative.enabled else None
         self.memory = EngineMemory(self.llm, can_sleep)
@@ -287,14 +286,6 @@ class VllmEngine:
             with_logprobs,
             min(round_tokens or room, room),
         )
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise ConfigError for an argument that the installed vLLM does not have."""
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in arguments:
-        if name not in known:
-            raise ConfigError(f"engine.vllm: vLLM has no argument {name!r}{suggest(name, known)}")
 
 
 def _speculative_arguments(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError
@@ -18,11 +19,12 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.runtime import preemption
+from oreal_megatron.runtime import files, preemption
 from oreal_megatron.runtime.exit_codes import FINAL, LOST, PREEMPTED
 
 SAVE_S = 600  # time for processes to save after a stop request; then they are killed
@@ -41,14 +43,18 @@ class Agent(LocalElasticAgent):
 def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     """Run `oreal ARGUMENTS` in `args.processes` processes of this node; return the exit code of the first to fail.
 
-    A killed process counts as lost, and so does a failed rendezvous. Raises ConfigError for several nodes that could
-    not meet.
+    A killed process counts as lost, and so does a failed rendezvous. Raises ConfigError for nodes that could not meet,
+    and for a folder of logs that cannot be written.
     """
     if args.nodes > 1 and not args.rendezvous:
         raise ConfigError(
             f"--nodes {args.nodes} needs --rendezvous HOST:PORT, the same on every node: one of the nodes, and a free "
             "port of it"
         )
+    if args.rendezvous:
+        _check_address(args.rendezvous)
+    if args.logs:
+        files.make_folder(Path(args.logs), "--logs")
     setattr(api, "LocalElasticAgent", Agent)  # noqa: B010 - torch offers no other way to choose the agent
     _silence_torchrun()
     if args.rendezvous:  # else torch 2.13 keeps its store, where ranks find the addresses of those before a restart
@@ -56,6 +62,16 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     with tempfile.TemporaryDirectory(prefix="oreal_") as folder:  # torchrun would leave one of its own behind
         return _run([*torchrun(args, folder), "-m", "oreal_megatron", *arguments], args)
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigError for a text that torch does not read as HOST:PORT."""
+    try:
+        parse_rendezvous_endpoint(address, default_port=0)
+    except ValueError as error:
+        raise ConfigError(
+            f"--rendezvous is {address!r} ({error}); expected HOST:PORT, such as node-1:29400, the same on every node"
+        ) from None
 
 
 def _silence_torchrun() -> None:

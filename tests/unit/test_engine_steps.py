@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from vllm.config import CacheConfig, SchedulerConfig
 
 from oreal_megatron.config import Config, ConfigError, EngineConfig
-from oreal_megatron.rollout import engine
+from oreal_megatron.rollout import engine, engine_arguments
 
 
 class Core:
@@ -75,4 +76,68 @@ def test_an_argument_that_vllm_does_not_have_is_refused_before_it_starts(argumen
 
 
 def test_the_arguments_of_vllm_pass():
-    engine._check_arguments({"max_num_batched_tokens": 4096, "block_size": 32})
+    engine_arguments.check_names({"max_num_batched_tokens": 4096, "block_size": 32})
+
+
+def start_refused(arguments: dict, refuse, monkeypatch) -> None:
+    """Start an engine whose vLLM ends in `refuse`."""
+    monkeypatch.setattr(engine, "LLM", lambda *_, **given: refuse(given))
+    monkeypatch.setattr(engine, "vllm_patches", mock.Mock())
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "")
+    engine.VllmEngine(Config(engine=EngineConfig(vllm=arguments)), [0], mock.Mock())
+
+
+def refuse_by_type(given: dict) -> None:
+    CacheConfig(block_size=given["block_size"])
+
+
+def refuse_by_rule(given: dict) -> None:
+    """Raise as vLLM's checks of several settings do."""
+    SchedulerConfig(
+        max_num_batched_tokens=given["max_num_batched_tokens"],
+        max_num_seqs=given["max_num_seqs"],
+        max_model_len=given["max_model_len"],
+        is_encoder_decoder=False,
+    ).verify_max_model_len(given["max_model_len"])
+
+
+def refuse_by_name(given: dict) -> None:
+    raise KeyError("no such backend")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refuse", "message"),
+    [
+        (
+            {"enable_prefix_caching": True, "block_size": "abc"},
+            refuse_by_type,
+            "engine.vllm.block_size = 'abc': block_size: Input should be",
+        ),
+        (
+            {"max_num_batched_tokens": 8},
+            refuse_by_rule,
+            "engine.vllm.max_num_batched_tokens = 8: max_num_batched_tokens .8. must be",
+        ),
+        (
+            {"block_size": 16, "attention_backend": "none"},
+            refuse_by_name,
+            "engine.vllm.block_size = 16, engine.vllm.attention_backend = 'none': KeyError: 'no such backend'",
+        ),
+    ],
+)
+def test_a_value_that_vllm_refuses_is_bad_input(arguments, refuse, message, monkeypatch):
+    with pytest.raises(ConfigError, match=f"^vLLM refuses {message}.*; correct the value, or remove the argument"):
+        start_refused(arguments, refuse, monkeypatch)
+
+
+def test_an_error_of_an_engine_that_has_begun_or_has_no_arguments_stays(monkeypatch):
+    def begin(_: dict) -> None:
+        engine_arguments.LLMEngine(*[None] * 4)  # fails within its construction
+
+    def end(_: dict) -> None:
+        raise OSError("the weights are gone")
+
+    for arguments, refuse in (({"block_size": 16}, begin), ({}, end)):
+        with pytest.raises(Exception) as error:
+            start_refused(arguments, refuse, monkeypatch)
+        assert not isinstance(error.value, ConfigError)

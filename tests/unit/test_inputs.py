@@ -434,6 +434,17 @@ def test_a_damaged_model_folder_is_refused(model_folder, tmp_path, change, says)
         ({"recompute_num_layers": True}, "is True; expected int"),
         ({"deterministic_mode": 1}, "megatron.deterministic_mode is 1; expected true or false"),
         ({"init_method_std": None}, "expected a number"),
+        ({"num_layers_in_first_pipeline_stage": 1}, "is 1, but .* equally many layers on every pipeline stage; remove"),
+        ({"num_layers_in_last_pipeline_stage": 3}, "equally many layers"),
+        ({"account_for_embedding_in_pipeline_split": True}, "equally many layers"),
+        ({"account_for_loss_in_pipeline_split": True}, "equally many layers"),
+        ({"pipeline_model_parallel_layout": "Et|tttL"}, "equally many layers"),
+        ({"linear_attention_freq": 2}, "linear_attention_freq is 2, which gives the model other tensors"),
+        ({"moe_layer_freq": [0, 1, 1, 1]}, "other tensors"),
+        ({"mtp_num_layers": 1}, "other tensors"),
+        ({"softmax_type": "learnable"}, "other tensors"),
+        ({"multi_latent_attention": True}, "other tensors"),
+        ({"hetereogenous_dist_checkpoint": True}, "other tensors"),
     ],
 )
 def test_megatron_fields_are_checked(model_folder, fields, says):

@@ -74,3 +74,23 @@ def test_processes_of_one_machine_meet_at_its_loopback_address():
         args = main.parser("train").parse_args([*words, "train", "r.py"])
         parsed = parse_args([*launcher.torchrun(args, "/tmp/x"), "-m", "oreal_megatron"])
         assert (parsed.local_addr, parsed.standalone) == (address, address is not None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nodes", "2"], "--nodes 2 needs --rendezvous HOST:PORT"),
+        (["--rendezvous", "a:b"], "--rendezvous is 'a:b' (The port number"),
+        (["--rendezvous", ":29400"], "--rendezvous is ':29400' (The hostname"),
+        (["--logs", "{file}/logs"], "file/logs, which cannot be written to (Not a directory); choose another"),
+        (["--logs", "{file}"], "file, which cannot be written to (File exists); choose another"),
+        (["--logs", "/proc/logs"], "--logs names /proc/logs, which cannot be written to"),
+    ],
+)
+def test_launch_options_that_cannot_be_are_bad_input(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(launcher, "run", lambda _: pytest.fail("processes were started"))
+    (tmp_path / "file").touch()
+    words = [word.format(file=tmp_path / "file") for word in words]
+    assert main.main(["--processes", "2", *words, "train", "recipe.py"]) == 2
+    assert says in capsys.readouterr().err

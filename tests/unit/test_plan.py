@@ -299,6 +299,7 @@ def test_a_synthetic_step_has_the_assumed_lengths_and_ranks_of_every_group():
         (["model.path=models/unheard"], "'unheard' is not a published model"),
         (["verify.workers=0"], "verify.workers is 0; expected 1 to 1024 (verifier processes"),
         (["megatron.recompute_granularitty=full"], "TransformerConfig has no field 'recompute_granularitty'; did you"),
+        (["megatron.num_layers_in_first_pipeline_stage=1"], "equally many layers on every pipeline stage; remove it"),
         (["megatron.num_layers=3"], "config.megatron: num_layers is derived from the model and the other sections"),
         (["megatron.expert_model_parallel_size=2"], "expert parallelism is not supported"),
         (
