@@ -38,34 +38,54 @@ def groups(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
 
 def collectives(ranks: Sequence[RankRehearsal]) -> Iterator[str]:
     """Simulate the collectives: one completes when every rehearsed member has reached it."""
-    waiting = {entry.rank: [call for call in entry.calls if call.operation not in MESSAGES] for entry in ranks}
-    position = dict.fromkeys(waiting, 0)
-
-    def next_of(rank: int) -> Call | None:
-        return waiting[rank][position[rank]] if position[rank] < len(waiting[rank]) else None
-
-    moved = True
-    while moved:
-        moved = False
-        for rank in waiting:
-            while (call := next_of(rank)) is not None:
-                members = [other for other in call.group if other in waiting]
-                if any(next_of(other) != call for other in members):
-                    break
-                for other in members:
-                    position[other] += 1
-                moved = True
-    stuck = [
-        ((other_call := next_of(other)) is None or other_call.group != call.group, rank, other)
-        for rank in waiting
-        if (call := next_of(rank)) is not None
-        for other in itertools.islice((x for x in call.group if x in waiting and next_of(x) != call), 1)
-    ]
-    for _, rank, other in sorted(stuck):  # first ranks that disagree, then those that wait for them
+    queues = _Queues(ranks)
+    while queues.complete():
+        pass
+    for _, rank, other in sorted(queues.blocked()):  # first ranks that disagree, then those that wait for them
         yield (
-            f"rank {rank} waits in its collective {position[rank]}, {_describe(next_of(rank))}, for rank {other}, "
-            f"which is at its {position[other]}, {_describe(next_of(other))}"
+            f"rank {rank} waits in its collective {queues.position[rank]}, {_describe(queues.next_of(rank))}, for rank "
+            f"{other}, which is at its {queues.position[other]}, {_describe(queues.next_of(other))}"
         )
+
+
+class _Queues:
+    """Collectives of each rehearsed rank in their order, of which some are complete."""
+
+    def __init__(self, ranks: Sequence[RankRehearsal]):
+        self.calls = {entry.rank: [call for call in entry.calls if call.operation not in MESSAGES] for entry in ranks}
+        self.position = dict.fromkeys(self.calls, 0)  # of the collective that a rank waits in
+
+    def next_of(self, rank: int) -> Call | None:
+        """Return the collective that a rank waits in; None after its last."""
+        calls, number = self.calls[rank], self.position[rank]
+        return calls[number] if number < len(calls) else None
+
+    def complete(self) -> int:
+        """Complete what all members wait in, for each rank as far as it gets; return how many collectives that were."""
+        count = 0
+        for rank in self.calls:
+            while (call := self.next_of(rank)) is not None and not self._absent(call):
+                for member in self._members(call):
+                    self.position[member] += 1
+                count += 1
+        return count
+
+    def blocked(self) -> Iterator[tuple[bool, int, int]]:
+        """Yield each waiting rank with one that it waits for, after whether that one waits in another group or not."""
+        for rank in self.calls:
+            call = self.next_of(rank)
+            if call is not None:
+                other = self._absent(call)[0]
+                next_call = self.next_of(other)
+                yield next_call is None or next_call.group != call.group, rank, other
+
+    def _members(self, call: Call) -> list[int]:
+        """Return the rehearsed members of a collective's group."""
+        return [rank for rank in call.group if rank in self.calls]
+
+    def _absent(self, call: Call) -> list[int]:
+        """Return the members that wait elsewhere."""
+        return [rank for rank in self._members(call) if self.next_of(rank) != call]
 
 
 def messages(ranks: Sequence[RankRehearsal]) -> Iterator[str]:

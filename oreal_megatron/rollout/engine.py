@@ -133,21 +133,8 @@ class VllmEngine:
         finished: dict[tuple[int, int], Rollout] = {}
         for attempt in range(self.config.engine.retries + 1):
             pending = {f"{attempt}.{slot}.{index}": by_key[slot, index] for slot, index in missing}
-            error, can_retry = "", True
-            try:
-                for rollout in self._run_requests(pending, sampling, seed, round_tokens):
-                    if (
-                        on_rollout
-                        and self.reports
-                        and rollout.key not in finished
-                        and not self._grows(rollout, round_tokens)
-                    ):
-                        on_rollout(rollout)
-                    finished[rollout.key] = rollout
-            except Exception as raised:  # vLLM's, perhaps on this rank only; the others learn of it below
-                log.exception("the engine of rank %d failed", distributed.rank())
-                error = f"{type(raised).__name__}: {raised}".splitlines()[0]
-                can_retry = not is_device_error(raised)
+            growing = self._run_requests(pending, sampling, seed, round_tokens)
+            error, can_retry = self._collect(growing, round_tokens, on_rollout, finished)
             if any(distributed.all_gather_object(self.stopping)):
                 raise Preempted("a stop was requested during generation")
             unfinished = [key for key in missing if key not in finished]
@@ -155,13 +142,33 @@ class VllmEngine:
             if not any(keys for _, keys, _ in gathered):
                 break
             can_retry = all(distributed.all_gather_object(can_retry)) and attempt < self.config.engine.retries
-            self._retry_or_stop(can_retry, attempt, [(len(keys), error) for _, keys, error in gathered], seed[1])
+            failures = [(len(keys), error_of_rank) for _, keys, error_of_rank in gathered]
+            self._retry_or_stop(can_retry, attempt, failures, seed[1])
             missing = sorted({key for replica, keys, _ in gathered if replica == self.replica for key in keys})
         return growth.gather_growth(list(finished.values()), rollouts, self.version, self.replicas)
 
     def is_own(self, rollout: Rollout) -> bool:
         """Return whether this rank's replica generates a rollout."""
         return rollout.replica(self.replicas) == self.replica
+
+    def _collect(
+        self,
+        rollouts: Iterator[Rollout],
+        round_tokens: int,
+        on_rollout: Callable[[Rollout], None] | None,
+        finished: dict[tuple[int, int], Rollout],
+    ) -> tuple[str, bool]:
+        """Put what the engine yields into `finished`; return its error, "" without, and whether a retry can help."""
+        try:
+            for rollout in rollouts:
+                is_new = rollout.key not in finished
+                if on_rollout and self.reports and is_new and not self._grows(rollout, round_tokens):
+                    on_rollout(rollout)
+                finished[rollout.key] = rollout
+        except Exception as raised:  # vLLM's, perhaps on this rank only; the others learn of it afterwards
+            log.exception("the engine of rank %d failed", distributed.rank())
+            return f"{type(raised).__name__}: {raised}".splitlines()[0], not is_device_error(raised)
+        return "", True
 
     def _retry_or_stop(self, can_retry: bool, attempt: int, failures: list[tuple[int, str]], step: int) -> None:
         """Log the retry, or raise EngineError on all ranks alike. `failures`: unfinished requests and error by rank."""
