@@ -24,16 +24,16 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from gpu_attention import attention
-from gpu_engine import checkpoint, sync
-from gpu_head import head
-from gpu_kernels import kernels, weight_gradient
-from gpu_machine import FAILED, Machine, Row
-from gpu_memcheck import memcheck
-from gpu_rivals import rivals
-from gpu_run import doctor, learning, steps
-from gpu_sleep import sleep
-from gpu_training import training
+from gpu_stages.attention import attention
+from gpu_stages.commands import doctor, learning, steps
+from gpu_stages.engine import checkpoint, sync
+from gpu_stages.head import head
+from gpu_stages.kernels import kernels, weight_gradient
+from gpu_stages.machine import FAILED, Machine, Row
+from gpu_stages.memcheck import memcheck
+from gpu_stages.rivals import rivals
+from gpu_stages.sleep import sleep
+from gpu_stages.training import training
 
 TERMINATION_S = 40  # torchrun gives its processes 30
 STAGES: dict[str, tuple[Callable[[Machine], Iterator[Row]], int]] = {  # in order of value per minute, with limits in s

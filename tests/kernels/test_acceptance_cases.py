@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_comparison import Case, Results, error_over_limit, run, widen
-from gpu_kernels import OPERATIONS, rounding_of
-from gpu_machine import Machine
+from gpu_stages.comparison import Case, Results, error_over_limit, run, widen
+from gpu_stages.kernels import OPERATIONS, rounding_of
+from gpu_stages.machine import Machine
 from oreal_kernels import backend
 
 DRY = Machine(torch.device("cpu"), dry=True)

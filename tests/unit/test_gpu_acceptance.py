@@ -11,10 +11,11 @@ import oreal_kernels
 import psutil
 import pytest
 import torch
+from gpu_stages import kernels
+from gpu_stages.machine import FAILED, NOT_JUDGED, PASSED, Machine
 from repository import load_tool
 
 acceptance = load_tool("gpu_acceptance")
-gpu_machine, gpu_kernels = (sys.modules[name] for name in ("gpu_machine", "gpu_kernels"))  # as the tool imported them
 
 WHOLE_COMMANDS = ("doctor", "learning", "steps")  # a minute each, with vLLM
 
@@ -33,8 +34,8 @@ def test_a_dry_run_reaches_every_stage_and_judges_results_but_no_speed(tmp_path,
     written = json.loads(file.read_text())
     rows = written["rows"]
     assert written["card"] == "CPU, dry run" and {row["stage"] for row in rows} == set(stages)
-    assert not any(row["result"] == gpu_machine.PASSED for row in rows if "share of copy" in row["check"])
-    judged = {row["stage"] for row in rows if row["result"] == gpu_machine.PASSED}
+    assert not any(row["result"] == PASSED for row in rows if "share of copy" in row["check"])
+    judged = {row["stage"] for row in rows if row["result"] == PASSED}
     assert judged >= {"kernels", "weight_gradient", "attention", "training", "sync", "checkpoint", "sleep"}
     assert "criterion: <= " in capsys.readouterr().out
 
@@ -42,14 +43,14 @@ def test_a_dry_run_reaches_every_stage_and_judges_results_but_no_speed(tmp_path,
 @pytest.mark.full
 @pytest.mark.parametrize("stage", WHOLE_COMMANDS)
 def test_a_dry_run_of_whole_commands_ends_without_an_error(stage):
-    machine = gpu_machine.Machine(torch.device("cpu"), dry=True)
+    machine = Machine(torch.device("cpu"), dry=True)
     rows = list(acceptance.run_stage(stage, machine))
-    assert rows and not [row for row in rows if row.result == gpu_machine.FAILED]
+    assert rows and not [row for row in rows if row.result == FAILED]
     assert not [row for row in rows if "not installed" in row.value or "nan" in row.value]
 
 
 def test_a_wrong_operation_is_a_failure(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_kernels, "OPERATIONS", {"rotary": gpu_kernels.OPERATIONS["rotary"]})
+    monkeypatch.setattr(kernels, "OPERATIONS", {"rotary": kernels.OPERATIONS["rotary"]})
     assert acceptance.main(["--dry-run", "kernels"]) == 0
     monkeypatch.setattr(oreal_kernels, "rotary", lambda x, cos_sin: x * 1.0)
     assert acceptance.main(["--dry-run", "kernels"]) == 1
@@ -70,7 +71,7 @@ def test_a_failing_stage_is_a_failure_and_the_next_still_runs(monkeypatch, capsy
 
 def test_a_stage_in_its_own_process_gives_the_same_rows():
     alone = acceptance.run_alone("weight_gradient", acceptance.command_of("weight_gradient", "--dry-run"), 60)
-    assert alone and alone == acceptance.dry_rows("weight_gradient", gpu_machine.Machine(torch.device("cpu"), True))
+    assert alone and alone == acceptance.dry_rows("weight_gradient", Machine(torch.device("cpu"), True))
 
 
 ROW = """
@@ -92,7 +93,7 @@ open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
 """
     script = ROW + ("" if "abort" in end else worker) + end
     rows = acceptance.run_alone("s", [sys.executable, "-c", script], 5)
-    assert [row.result for row in rows] == [gpu_machine.PASSED, gpu_machine.FAILED]
+    assert [row.result for row in rows] == [PASSED, FAILED]
     assert rows[1].value == ("exit code -6" if "abort" in end else "not finished after 5 s")
     if "abort" not in end:
         pid = int((tmp_path / "pid").read_text())
@@ -101,10 +102,10 @@ open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
 
 def test_a_speed_below_its_criterion_fails_on_a_gpu_only():
     gpu, dry = (acceptance.Machine(torch.device("cpu"), dry=dry) for dry in (False, True))
-    assert gpu.at_least("s", "c", 299, 300).result == gpu_machine.FAILED
-    assert gpu.at_most("s", "c", 1.11, 1.10, speed=True).result == gpu_machine.FAILED
-    assert dry.at_least("s", "c", 299, 300).result == gpu_machine.NOT_JUDGED
-    assert dry.at_most("s", "c", 1.11, 1.10).result == gpu_machine.FAILED, "an error counts anywhere"
+    assert gpu.at_least("s", "c", 299, 300).result == FAILED
+    assert gpu.at_most("s", "c", 1.11, 1.10, speed=True).result == FAILED
+    assert dry.at_least("s", "c", 299, 300).result == NOT_JUDGED
+    assert dry.at_most("s", "c", 1.11, 1.10).result == FAILED, "an error counts anywhere"
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

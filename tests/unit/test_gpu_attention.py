@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
-from repository import load_tool
+from gpu_stages import attention, machine
 
-load_tool("gpu_acceptance")
-attention, machine = (sys.modules[f"gpu_{name}"] for name in ("attention", "machine"))
 DRY = machine.Machine(torch.device("cpu"), dry=True)
 CHECKS = {
     (name, rows)

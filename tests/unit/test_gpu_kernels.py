@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-import sys
 
 import oreal_kernels
 import pytest
 import torch
-from repository import load_tool
+from gpu_stages import comparison, kernels, machine, memcheck
 
-acceptance = load_tool("gpu_acceptance")
-comparison, kernels, machine, memcheck = (
-    sys.modules[f"gpu_{name}"] for name in ("comparison", "kernels", "machine", "memcheck")
-)
 DRY = machine.Machine(torch.device("cpu"), dry=True)
 FAR = 11  # number of the case with more than 2^31 logits
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
-from repository import load_tool
+from gpu_stages import head, machine, rivals
 
-load_tool("gpu_acceptance")
-head, machine, rivals = (sys.modules[f"gpu_{name}"] for name in ("head", "machine", "rivals"))
 DRY, GPU = (machine.Machine(torch.device("cpu"), dry=dry) for dry in (True, False))
 
 

@@ -8,10 +8,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
-from gpu_machine import NOT_JUDGED, Machine, Row, use_trainer_products
 from oreal_kernels import policy_loss
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels/benchmarks"))
+from gpu_stages.machine import NOT_JUDGED, Machine, Row, use_trainer_products
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels/benchmarks"))
 import head_providers  # noqa: E402
 import loss_providers  # noqa: E402
 

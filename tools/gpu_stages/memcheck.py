@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from gpu_comparison import run
-from gpu_kernels import OPERATIONS, weight_gradient
-from gpu_machine import FAILED, NOT_JUDGED, Machine, Row
+
+from gpu_stages.comparison import run
+from gpu_stages.kernels import OPERATIONS, weight_gradient
+from gpu_stages.machine import FAILED, NOT_JUDGED, Machine, Row
 
 CHECK = "errors reported by compute-sanitizer"
 
@@ -29,8 +31,9 @@ def memcheck(machine: Machine) -> Iterator[Row]:
         yield Row("memcheck", CHECK, reason, "<= 0", NOT_JUDGED)
         return
     # An allocation for each tensor: within a block of torch's cache the sanitizer would not see a tensor's end.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [program, "--tool", "memcheck", sys.executable, __file__]
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
+    command = [program, "--tool", "memcheck", sys.executable, "-m", "gpu_stages.memcheck"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout[-4000:], file=sys.stderr)
     errors = re.findall(r"ERROR SUMMARY: (\d+) error", done.stdout)

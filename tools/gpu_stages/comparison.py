@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from gpu_machine import Machine, Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpu_stages.machine import Machine, Row
 
 Results = dict[str, Tensor]
 Compute = Callable[[Results], Results]

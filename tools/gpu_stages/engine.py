@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from gpu_machine import Machine, Row
-from gpu_training import QWEN_7B, SMALL, make_architecture, make_batch, make_config, make_policy, make_update
 from torch import Tensor
 
+from gpu_stages.machine import Machine, Row
+from gpu_stages.training import QWEN_7B, SMALL, make_architecture, make_batch, make_config, make_policy, make_update
 from oreal_megatron.config import ParallelConfig
 from oreal_megatron.mcore import checkpoint_state, parallel
 from oreal_megatron.mcore.checkpoint_saver import CheckpointSaver

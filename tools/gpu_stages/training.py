@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_machine import Machine, Row
 from torch import Tensor
 
+from gpu_stages.machine import Machine, Row
 from oreal_megatron.algo import packing
 from oreal_megatron.config import Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from oreal_megatron.mcore import parallel

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from gpu_comparison import Results, error_over_limit, error_row
-from gpu_machine import FAILED, NOT_JUDGED, PASSED, Machine, Row
 from torch import Tensor
 
+from gpu_stages.comparison import Results, error_over_limit, error_row
+from gpu_stages.machine import FAILED, NOT_JUDGED, PASSED, Machine, Row
 from oreal_megatron.mcore import varlen_attention
 from oreal_megatron.mcore.varlen_attention import AttentionPlan, segments
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_machine import Machine, Row, use_trainer_products
-from gpu_row_cases import row_terms
 from oreal_kernels import linear_oreal_loss, row_gradient, row_statistics
 from torch import Tensor
+
+from gpu_stages.machine import Machine, Row, use_trainer_products
+from gpu_stages.row_cases import row_terms
 
 ROWS, WIDTH, COLUMNS = 16384, 5120, 152064
 GIB = 2**30

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-from gpu_machine import NOT_JUDGED, Machine, Row
 
+from gpu_stages.machine import NOT_JUDGED, Machine, Row
 from oreal_megatron.rollout.device import EngineMemory
 
 GIB = 2**30

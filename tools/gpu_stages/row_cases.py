@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import oreal_kernels
 import torch
-from gpu_comparison import Case, Results
-from gpu_machine import Machine
 from oreal_kernels import LossTerms, hidden_to_logprob, hidden_to_loss, logits_to_logprob
 from torch import Tensor
+
+from gpu_stages.comparison import Case, Results
+from gpu_stages.machine import Machine
 
 
 class Edge(NamedTuple):

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_engine import QWEN_05B
-from gpu_machine import NOT_JUDGED, Machine, Row
-from gpu_training import SMALL
+from gpu_stages.engine import QWEN_05B
+from gpu_stages.machine import NOT_JUDGED, Machine, Row
+from gpu_stages.training import SMALL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("generate", "reward_model", "reference", "policy")
 
 
@@ -75,7 +75,7 @@ def steps(machine: Machine) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), machine)
         environment = _environment(machine) | {"OREAL_GPU_FOLDER": folder}
-        _run(["-m", "oreal_megatron", "train", f"{ROOT}/tools/gpu_recipe.py:steps"], folder, environment)
+        _run(["-m", "oreal_megatron", "train", f"{ROOT}/tools/gpu_stages/recipe.py:steps"], folder, environment)
         rows = read_rows(Path(folder) / "run/metrics.jsonl")
     measured = rows[1:] or rows  # the first warms up
     yield machine.at_least("steps", "steps that ended", len(rows), 1 if machine.dry else 4)

@@ -8,12 +8,13 @@ from typing import TypeVar
 
 import oreal_kernels
 import torch
-from gpu_comparison import Case, Compute, Results
-from gpu_machine import Machine
 from oreal_kernels import KL_KINDS, SUMS, LossTerms, policy_loss, reward_model_loss, scores_to_weights
 from oreal_kernels.prefix_reward_loss import reference as prefix_reward_reference
 from oreal_kernels.rotary import reference as rotary_reference
 from torch import Tensor
+
+from gpu_stages.comparison import Case, Compute, Results
+from gpu_stages.machine import Machine
 
 DTYPES = (torch.float32, torch.bfloat16)
 V = TypeVar("V")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import gpu_row_cases
-import gpu_token_cases
 import torch
-from gpu_comparison import Case, differing, error_over_limit, error_row, run, widen
-from gpu_machine import Machine, Row, error, use_trainer_products
 from oreal_kernels import gemm
 
+from gpu_stages import row_cases, token_cases
+from gpu_stages.comparison import Case, differing, error_over_limit, error_row, run, widen
+from gpu_stages.machine import Machine, Row, error, use_trainer_products
+
 OPERATIONS: dict[str, Callable[[Machine], Iterator[Case]]] = {  # every public one
-    "logprob_from_logits": gpu_row_cases.logprob_from_logits,
-    "linear_logprob": gpu_row_cases.linear_logprob,
-    "linear_oreal_loss": gpu_row_cases.linear_oreal_loss,
-    "oreal_loss": gpu_token_cases.oreal_loss,
-    "reward_loss": gpu_token_cases.reward_loss,
-    "prefix_reward_loss": gpu_token_cases.prefix_reward_loss,
-    "token_weights": gpu_token_cases.token_weights,
-    "truncated_ratio": gpu_token_cases.truncated_ratio,
-    "rotary": gpu_token_cases.rotary,
+    "logprob_from_logits": row_cases.logprob_from_logits,
+    "linear_logprob": row_cases.linear_logprob,
+    "linear_oreal_loss": row_cases.linear_oreal_loss,
+    "oreal_loss": token_cases.oreal_loss,
+    "reward_loss": token_cases.reward_loss,
+    "prefix_reward_loss": token_cases.prefix_reward_loss,
+    "token_weights": token_cases.token_weights,
+    "truncated_ratio": token_cases.truncated_ratio,
+    "rotary": token_cases.rotary,
 }
 EPSILON = torch.finfo(torch.float32).eps
 
