@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from oreal_megatron.config import Config, ConfigError
@@ -38,6 +38,14 @@ def output_file(text: str) -> Path:
         return files.require_writable(Path(text))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str], command: str) -> None:
+    """End the program with a message about words that the parser does not know; launch options precede the command."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    misplaced = next((word.partition("=")[0] for word in words if word.partition("=")[0] in options), "")
+    hint = f"; {misplaced} stands before the command: oreal {misplaced} ... {command}" if misplaced else ""
+    parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def refuse_alone(args: argparse.Namespace, **needed: str) -> None:

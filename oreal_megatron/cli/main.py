@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in arguments.words() or argv if word in COMMANDS), None)
     command_line = parser(command)
     arguments.complete(command_line)
-    args = command_line.parse_args(argv)
+    args, unknown = command_line.parse_known_args(argv)
+    if unknown:
+        arguments.refuse_unknown(command_line, unknown, args.command)
     if arguments.works_alone(args):
         print(f"oreal: {args.command} works in one process; start it without --processes or torchrun", file=sys.stderr)
         return BAD_INPUT

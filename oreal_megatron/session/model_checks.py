@@ -53,8 +53,8 @@ def check_world(config: Config, arch: Architecture) -> None:
     for what, size in (trainer, ("engine.tensor", config.engine.tensor)):
         if world % size:
             raise ConfigError(
-                f"{world} processes were started, but {what} is {size}; start a multiple of {size} with "
-                "torchrun --nproc-per-node, or change the layout"
+                f"{world} processes were started, but {what} is {size}; start a multiple of {size} "
+                "(oreal --processes, torchrun --nproc-per-node), or change the layout"
             )
     check_engine(config.engine.tensor, arch)
 

@@ -78,3 +78,10 @@ def test_evaluation_outputs_are_refused_before_anything_is_loaded(tmp_path, caps
 def test_an_option_that_would_be_ignored_is_refused(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(list(words)) == 2 and says in capsys.readouterr().err
+
+
+def test_a_launch_option_after_the_command_is_told_where_it_stands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--processes", "2", "recipe.py:run"])
+    assert ended.value.code == 2
+    assert "--processes stands before the command: oreal --processes ... train" in capsys.readouterr().err
