@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for line in [
             f"exit codes: 0 it fits, 2 an impossible layout, {UNFIT} it does not fit or a rehearsal reported a fault",
             "assumptions:",
-            *report_tables.describe_assumptions().splitlines(),
+            *assumptions.describe().splitlines(),
         ]
     )
     parser.add_argument("recipe", help="FILE.py:FUNCTION, which returns a Config; FILE.py alone if it holds one")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", default="h100-80g", metavar="KIND", help=f"{', '.join(gpus.GPUS)}; default %(default)s"
     )
-    parser.add_argument("--assume", action="append", default=[], metavar="KEY=VALUE", help="see the list below")
+    parser.add_argument("--assume", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="see below")
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
     parser.add_argument("--rehearse", action="store_true", help="build and run some ranks of this world without data")
     parser.add_argument("--ranks", metavar="R,R,...", help="ranks to rehearse; default: two of each kind of group")

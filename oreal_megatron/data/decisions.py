@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +12,12 @@ from oreal_megatron.data.lines import Line
 from oreal_megatron.runtime import files
 
 SUFFIX = ".decisions.jsonl"
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return the numbers of dropped lines by reason, most frequent first; "" stands for lines that stay."""
+    dropped = sorted(((count, reason) for reason, count in counts.items() if reason), reverse=True)
+    return ", ".join(f"{count} {reason}" for count, reason in dropped)
 
 
 class Decisions:
@@ -38,6 +45,10 @@ class Decisions:
         """Write the decision about a line: the reason for dropping it, "" if it stays."""
         self._file.write(json.dumps({"line": number, "dropped": reason}) + "\n")
         self._file.flush()
+
+    def remove(self) -> None:
+        """Remove the file, so that a start with other settings is not refused."""
+        self.path.unlink()
 
     def _read(self, header: dict[str, object]) -> list[Line]:
         if not self.path.is_file():

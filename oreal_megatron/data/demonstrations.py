@@ -12,6 +12,7 @@ from typing import Literal
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import labelled_rollouts
+from oreal_megatron.data.decisions import describe_counts
 from oreal_megatron.data.lines import Line, write_lines
 from oreal_megatron.records import Outcome
 
@@ -49,7 +50,11 @@ def write_demonstrations(
         best = chosen.setdefault(line["question"], [])
         counts[_reason(line) or _insert(best, _rank(line, choice), choice.per_problem)] += 1
     if not any(chosen.values()):
-        raise ConfigError(f"none of the {sum(counts.values())} rollouts is a demonstration: {dict(counts)}")
+        raise ConfigError(
+            f"none of the {sum(counts.values())} rollouts is a demonstration ({describe_counts(counts)}); expected "
+            "complete responses that were verified as correct: sample more per problem "
+            "(sampling.rollouts_per_prompt), take easier problems, or raise sampling.max_new_tokens if they are cut off"
+        )
     write_lines(output, _demonstrations(chosen))
     return counts, sum(map(bool, chosen.values())), sum(not best for best in chosen.values())
 

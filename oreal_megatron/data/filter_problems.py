@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from oreal_megatron.config import ConfigError
-from oreal_megatron.data import decisions, problems
+from oreal_megatron.data import decisions, key_map, problems
 from oreal_megatron.data.lines import Line, local_file, read_lines, write_lines
 from oreal_megatron.data.overlap import TextIndex, plain_form
 from oreal_megatron.runtime import files
@@ -50,6 +50,8 @@ def filter_file(
 ) -> Counter[str]:
     """Write the lines that stay, unchanged, and return the number of lines by reason; "" counts those that stay.
 
+    Raises ConfigError if none would stay.
+
     `equals_itself` says whether the verifier can read a gold answer. A second start continues after the last decision.
     """
     settings.check()
@@ -70,6 +72,9 @@ def filter_file(
             if reason != NO_PROBLEM:
                 seen.add(plain_form(_question(source, line, settings)))
             reasons[number] = reason
+        if all(reasons.values()):
+            journal.remove()
+            raise ConfigError(_describe_empty(source, Counter(reasons.values()), settings))
     write_lines(output, (line for number, line in read_lines(source) if not reasons[number]))
     return Counter(reasons.values())
 
@@ -97,6 +102,31 @@ def _reason(
     if settings.limits_rates and not settings.min_rate <= rate <= settings.max_rate:
         return EASY_OR_HARD
     return "" if equals_itself(problem["gold_answer"]) else UNREADABLE
+
+
+def _describe_empty(source: str, counts: Counter[str], settings: ProblemFilter) -> str:
+    """Return a message about a filter that drops every line, with the fix for the most frequent reason."""
+    others = [reason for reason in REASONS if reason != DUPLICATE]  # the first of duplicates has another reason
+    reason = max(others, key=counts.__getitem__)
+    if reason == NO_PROBLEM:
+        fix = _first_fault(source, settings)
+    elif reason == UNRATED:
+        fix = "rate them with `oreal evaluate RECIPE --rate OUT.jsonl`, or name their key with --key pass_rate=KEY"
+    elif reason == EASY_OR_HARD:
+        fix = "widen --min-rate and --max-rate"
+    else:
+        fix = "give another file"
+    return f"none of the {counts.total()} lines of {source} stays ({decisions.describe_counts(counts)}); {fix}"
+
+
+def _first_fault(source: str, settings: ProblemFilter) -> str:
+    """Return the error of the first line that is no problem, as other commands report it, with this one's option."""
+    for number, line in read_lines(source):
+        try:
+            problems.read_problem(f"{source} line {number}", line, settings.keys)
+        except ConfigError as error:
+            return str(error).replace(key_map.OPTION, "--key ")
+    return ""
 
 
 def _question(name: str, line: Line, settings: ProblemFilter) -> str:

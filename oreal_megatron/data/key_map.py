@@ -16,6 +16,7 @@ SUGGESTIONS = {
     "gold_answer": ("ground_truth", "gold", "final_answer", "expected_answer", "solution", "target", "label"),
     "response": ("completion", "output", "solution", "answer", "generation"),
 }
+OPTION = "--set data.keys."  # of commands with a recipe; names a field's key
 MISSING = object()
 
 
@@ -50,7 +51,7 @@ def describe_missing(name: str, line: Line, field: str) -> str:
     near = [key for word in SUGGESTIONS.get(field, ()) for key in known if key.rpartition(".")[2] == word]
     return (
         f"{name} has no value for {field!r}; its keys are {', '.join(known) or 'none'}. Name the right one with "
-        f"--set data.keys.{field}={near[0] if near else 'KEY'}"
+        f"{OPTION}{field}={near[0] if near else 'KEY'}"
     )
 
 

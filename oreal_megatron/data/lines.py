@@ -32,9 +32,13 @@ def read_lines(path: str) -> Iterator[tuple[int, Line]]:
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
     """Write lines one by one under another name, then give the file its own; a former file is set aside."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    try:
+        with open(partial, "w") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    except BaseException:
+        partial.unlink()
+        raise
     files.set_aside(path)
     partial.rename(path)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import labelled_rollouts, replies
+from oreal_megatron.data.decisions import describe_counts
 from oreal_megatron.data.lines import Line, write_lines
 from oreal_megatron.data.replies import Replies, Text
 from oreal_megatron.records import Outcome
@@ -76,7 +77,10 @@ def write_chains(
         if not reason:
             chains.append({"question": problem.question, "response": text})
     if not chains:
-        raise ConfigError(f"none of the {len(problems)} problems has a chain: {dict(counts)}")
+        raise ConfigError(
+            f"none of the {len(problems)} problems has a chain ({describe_counts(counts)}); expected a correct "
+            "rollout of a problem and a chain that repeats its answer: give more rollouts, or another --server"
+        )
     write_lines(output, chains)
     return counts
 

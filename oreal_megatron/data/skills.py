@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from oreal_megatron.config import ConfigError
 from oreal_megatron.data import labelled_rollouts, replies
+from oreal_megatron.data.decisions import describe_counts
 from oreal_megatron.data.lines import Line, local_file, read_lines, write_lines
 from oreal_megatron.data.overlap import plain_form
 from oreal_megatron.data.problems import read_problem
@@ -64,6 +65,11 @@ def annotate(
             if not reason:
                 skills[line["skill"]] += 1
                 yield line
+        if not counts[""]:
+            raise ConfigError(
+                f"none of the {counts.total()} problems of {source} has a skill ({describe_counts(counts)}); expected "
+                "lines with a question, and replies that name a skill: correct the file, or start with another model"
+            )
 
     write_lines(output, lines())
     return counts, skills

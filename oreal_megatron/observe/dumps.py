@@ -32,6 +32,7 @@ from oreal_megatron.records import Batch, Counts, MicroBatch, MiniBatch, TokenWe
 from oreal_megatron.runtime import checkpoint_folders, files
 
 log = logging.getLogger(__name__)
+LISTED = 20  # names of dumps in a message
 PER_TOKEN = ("reference_logp", "weight", "score", "logp")  # names in the file of the values beside the batch, [T] each
 
 
@@ -178,6 +179,8 @@ def write_dump(
 
 def read_dump(folder: Path) -> Dump:
     """Read the header of a dumped step."""
+    if not (folder / "step.json").is_file():
+        raise ConfigError(_describe_missing(folder))
     try:
         header = files.read_object(folder / "step.json")
         counts, config = Counts(**header["counts"]), settings.from_dict(header["config"])
@@ -194,6 +197,19 @@ def read_dump(folder: Path) -> Dump:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not the dump of a step, such as RUN/dumps/step_000013: {error}") from None
+
+
+def _describe_missing(folder: Path) -> str:
+    """Return a message about a folder that is no dump, with the dumps in it or beside it."""
+    for parent in (folder / "dumps", folder, folder.parent):
+        names = sorted(file.parent.name for file in parent.glob("step_*/step.json"))
+        if names:
+            shown = ", ".join(names if len(names) <= LISTED else [*names[: LISTED - 1], "...", names[-1]])
+            return f"{folder} is not the dump of a step; name one of those in {parent}: {shown}"
+    return (
+        f"{folder} is not the dump of a step, such as RUN/dumps/step_000013, and none is near it; a run has dumps with "
+        "record.dumps above 0"
+    )
 
 
 def read_replayable(folder: Path) -> Dump:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oreal_megatron.config import ConfigError
 from oreal_megatron.runtime import files
 
 Row = dict[str, Any]
@@ -19,11 +19,15 @@ def append_row(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Return the lines of a file, [] if it does not exist; a last line that a crash cut short is dropped."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    with contextlib.suppress(json.JSONDecodeError):
-        return [json.loads(line) for line in lines]
-    return [json.loads(line) for line in lines[:-1]]
+    """Return the lines of a file, [] if it does not exist; a last line that a crash cut short is dropped.
+
+    Raises ConfigError for another line that is no JSON object.
+    """
+    rows = files.complete_json_lines(file)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ConfigError(f"{file} holds {row!r:.100}; expected one JSON object per line, so remove this line")
+    return rows
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

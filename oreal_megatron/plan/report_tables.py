@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -133,12 +132,6 @@ def _traffic_lines(plan: Estimate) -> Iterator[str]:
 
 def _assumptions(assumed: assumptions.Assumptions) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in dataclasses.asdict(assumed).items())
-
-
-def describe_assumptions() -> str:
-    """Return every assumption with its meaning, for the help text."""
-    lines = inspect.getsource(assumptions.Assumptions).splitlines()
-    return "\n".join(line.strip() for line in lines if ": float" in line)
 
 
 def print_search(layouts: Sequence[Estimate], recipe: Scenario, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -107,12 +106,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def complete_json_lines(path: Path) -> list[Any]:
-    """Return the values of a file of JSON lines, [] if it does not exist; a line that a crash cut short ends it."""
+    """Return the values of a file of JSON lines, [] if it does not exist, without a last line that a crash cut short.
+
+    Raises ConfigError for another damaged line.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     values: list[Any] = []
-    if path.is_file():
-        with open(path) as lines, contextlib.suppress(json.JSONDecodeError):
-            for line in lines:
-                values.append(json.loads(line))
+    for number, line in numbered:
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            if number == numbered[-1][0]:
+                break
+            raise ConfigError(
+                f"{path} line {number} is damaged ({error}); remove this line, or restore the file from a copy"
+            ) from None
     return values
 
 

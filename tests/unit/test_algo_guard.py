@@ -175,6 +175,13 @@ def test_a_damaged_dump_is_refused_with_a_sentence(dumped):
     (path / "share_001.safetensors").write_bytes(b"12345678")
     with pytest.raises(c.ConfigError, match="share_001.safetensors is missing, damaged"):
         dumps.read_dump(path).share(1, 2)
+    for folder in (path.parent.parent, path.parent, path.parent / "step_000099"):
+        with pytest.raises(
+            c.ConfigError, match=f"is not the dump of a step; name one of .* {path.parent}: {path.name}$"
+        ):
+            dumps.read_dump(folder)
+    with pytest.raises(c.ConfigError, match="none is near it; a run has dumps with record.dumps above 0"):
+        dumps.read_dump(path.parent / "elsewhere/run")
     (path / "step.json").write_text("{}")
     with pytest.raises(c.ConfigError, match="is not the dump of a step"):
         dumps.read_dump(path)

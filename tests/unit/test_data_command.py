@@ -122,6 +122,34 @@ def test_bad_arguments_are_refused_and_nothing_is_written(arguments, says, input
     assert says in capsys.readouterr().err and not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("line", "arguments", "says"),
+    [
+        ({"prompt": "1+1?", "gold_answer": "2"}, [], "line 1 has no value for 'question'; its keys are prompt, gold_a"),
+        ({"prompt": "1+1?", "gold_answer": "2"}, [], "Name the right one with --key question=prompt"),
+        ({"question": "1+1?"}, ["--key", "gold_answer=a"], "has no value for 'gold_answer'; its keys are question"),
+        (
+            problem("1+1?", None),
+            ["--max-rate", "0.3"],
+            "(1 no pass rate, 1 duplicate question); rate them with `oreal evaluate RECIPE --rate",
+        ),
+        (
+            problem("1+1?", 0.9),
+            ["--max-rate", "0.3"],
+            "(1 pass rate outside the limits, 1 duplicate question); widen --min",
+        ),
+        (problem("1+1?") | {"gold_answer": "$$"}, [], "(1 unreadable gold answer, 1 duplicate question); give another"),
+    ],
+)
+def test_a_filter_that_drops_every_line_is_bad_input_and_can_be_started_again(line, arguments, says, tmp_path, capsys):
+    source, out = write(tmp_path / "in.jsonl", [line, line]), tmp_path / "out.jsonl"
+    for _ in range(2):  # other settings than those of the first start are not refused
+        assert main(["data", "filter", source, str(out), *arguments]) == 2
+        said = capsys.readouterr().err
+        assert says in said and "none of the 2 lines" in said and not list(tmp_path.glob("out*"))
+        arguments = [*arguments, "--key", "pass_rate=pass_rate"]
+
+
 def test_the_input_is_never_the_output(inputs, capsys):
     assert main(["data", "filter", inputs[0], inputs[0]]) == 2
     assert "is the input itself" in capsys.readouterr().err
@@ -192,7 +220,9 @@ def test_a_run_folder_is_an_input_and_nothing_correct_is_refused(tmp_path, capsy
     assert main(["data", "rft", str(tmp_path / "run"), str(tmp_path / "out.jsonl")]) == 0
     assert len(read(tmp_path / "out.jsonl")) == 2
     wrong = write(tmp_path / "wrong.jsonl", ROLLOUTS[5:6])
-    with pytest.raises(ConfigError, match="none of the 1 rollouts is a demonstration"):
+    with pytest.raises(
+        ConfigError, match=r"none of the 1 rollouts is a demonstration \(1 \w[^{}]+\); expected .*: sample"
+    ):
         demonstrations.write_demonstrations([wrong], tmp_path / "none.jsonl", DemonstrationChoice())
     foreign = write(tmp_path / "foreign.jsonl", [{"question": "p"}])
     assert main(["data", "rft", foreign, str(tmp_path / "none.jsonl")]) == 2

@@ -184,6 +184,15 @@ def test_skills_over_http(judge_server, quick, tmp_path, capsys):
     assert server.stop() == ["1+1?", "3*3?", "4*4?"], "a line with a skill is not sent"
 
 
+def test_a_file_whose_lines_all_stay_without_a_skill_is_bad_input(judge_server, quick, tmp_path, capsys):
+    source, out = write(tmp_path / "in.jsonl", PROBLEMS[2:4]), tmp_path / "out.jsonl"
+    server = judge_server("say=" + "It tests many things. " * 9)
+    assert main(["data", "skills", source, str(out), "--concurrency", "1", "--server", server.url]) == 2
+    said = capsys.readouterr().err
+    assert all(f"1 {reason}" in said for reason in (skills.NO_PROBLEM, skills.NO_SKILL)) and "{" not in said
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+
+
 def test_only_named_skills_are_accepted(judge_server, quick, tmp_path, capsys):
     source, out, names = write(tmp_path / "in.jsonl", PROBLEMS[3:]), tmp_path / "out.jsonl", tmp_path / "names.txt"
     names.write_text("Products\n\nSums\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from oreal_megatron import settings
 from oreal_megatron.algo import packing
-from oreal_megatron.cli.main import main
+from oreal_megatron.cli.main import main, parser
 from oreal_megatron.config import (
     Config,
     ConfigError,
@@ -322,12 +323,34 @@ def test_a_layout_that_cannot_be_is_told_in_a_sentence(changes, says, capsys):
         (["--gpu", "h1000"], "unknown GPU h1000; choose one of a100-40g"),
         (["--assume", "train_mfv=1"], "did you mean train_mfu?"),
         (["--assume", "train_mfu=fast"], "'fast' is not a number"),
+        (["--assume", "train_mfu=0"], "--assume train_mfu is 0; expected 0.001 to 1 (of the bf16 peak"),
+        (["--assume", "response_tokens=nan"], "--assume response_tokens is nan; expected a finite number, 1 to"),
+        (["--assume", "response_tokens=-5", "link_share=0"], "--assume link_share is 0; expected 0.001 to 1"),
         (["--gpus", "12"], "12 GPUs is not a multiple of 8 GPUs per node"),
     ],
 )
 def test_a_wrong_argument_is_told_in_a_sentence(arguments, says, capsys):
     assert main(["plan", f"{RECIPES}:oreal_7b", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(assumptions.Assumptions)])
+def test_an_assumption_within_its_bounds_gives_a_plan_and_no_other_is_taken(field):
+    one = case("oreal_7b")
+    (key,) = (key.key for key in config_keys(assumptions.Assumptions()) if key.path == field)
+    for value in (key.low, key.high):
+        plan = estimate.estimate_recipe(
+            dataclasses.replace(one, assumed=assumptions.with_changes([f"{field}={value}"]))
+        )
+        assert all(map(math.isfinite, (plan.step_seconds, plan.hours))) and plan.step_seconds > 0
+    for value in (key.low - 1, key.high * 2, "inf", "-inf", "nan"):
+        with pytest.raises(ConfigError, match=f"--assume {field} is "):
+            assumptions.with_changes([f"{field}={value}"])
+
+
+def test_several_assumptions_follow_one_option():
+    words = ["plan", "r.py", "--assume", "prompt_tokens=10", "response_tokens=20", "--gpus", "8", "--assume", "thin=0"]
+    assert parser("plan").parse_args(words).assume == ["prompt_tokens=10", "response_tokens=20", "thin=0"]
 
 
 def test_the_command_prints_and_writes_the_plan(capsys, tmp_path):

@@ -127,3 +127,24 @@ def test_faults_are_refused_with_a_sentence(tmp_path, model_folder, capsys):
         ),
     ):
         server.PageServer("127.0.0.1", first.server_address[1], None)
+
+
+def test_a_port_that_does_not_exist_is_bad_input(tmp_path, model_folder, capsys):
+    run = report_run.write(tmp_path / "run", model_folder, with_dumps=False)
+    page = str(tmp_path / "r.html")
+    assert main.main(["report", str(run), "--html", page, "--serve", "--port", "99999"]) == 2
+    assert "on 127.0.0.1 port 99999: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+@pytest.mark.parametrize("damage", [b'{"step": 1, "lo', b"\x00\x00\xff", b"5"])
+def test_a_damaged_line_of_a_log_is_named(tmp_path, model_folder, capsys, name, damage):
+    run = report_run.write(tmp_path / "run", model_folder, with_dumps=False)
+    first, *others = (run / name).read_bytes().splitlines()
+    (run / name).write_bytes(b"\n".join([first, damage, *others, b""]))
+    assert main.main(["report", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"{run / name} {'holds 5; expected' if damage == b'5' else 'line 2 is damaged'}" in said
+    assert "remove this line" in said
+    (run / name).write_bytes(b"\n".join([first, *others, damage if damage != b"5" else b""]))
+    assert main.main(["report", str(run)]) == 0, "a last line that a crash cut short"

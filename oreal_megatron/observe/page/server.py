@@ -110,10 +110,10 @@ class PageServer(ThreadingHTTPServer):
         self.token = "" if is_loopback(host) else secrets.token_urlsafe(24)
         try:
             super().__init__((host, port), Handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # OverflowError: of a port above 65535
+            reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"the page cannot be served on {host} port {port}: {error.strerror or error}; choose others with "
-                "--host and --port"
+                f"the page cannot be served on {host} port {port}: {reason}; choose others with --host and --port"
             ) from None
 
     @property
