@@ -92,9 +92,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     except (ConfigError, RunStopped) as error:
         watchdog.stop()
         complain(args.command, error)
-        if isinstance(error, Preempted):
-            return PREEMPTED
-        return BAD_INPUT if isinstance(error, ConfigError) else STOPPED
+        return BAD_INPUT if isinstance(error, ConfigError) else PREEMPTED if isinstance(error, Preempted) else STOPPED
     except Exception as error:
         watchdog.failed(error)
         raise
