@@ -147,6 +147,12 @@ def refuse_existing(config: Config) -> None:
     )
 
 
+def check_logs(run: Path) -> None:
+    """Raise ConfigError for a damaged line of a log, which a resumed run would read after everything is loaded."""
+    for name in LOGS:
+        read_rows(run / name)
+
+
 def logged_steps(run: Path) -> int:
     """Return the number of steps that the metrics of a run folder reach."""
     return 1 + max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=-1)

@@ -42,6 +42,7 @@ class Start:
         if not self.resume:
             run_folder.refuse_existing(self.config)
             return ""
+        run_folder.check_logs(self.run)
         checkpoint = self._checkpoint()
         if checkpoint is None:
             return self._check_begin()

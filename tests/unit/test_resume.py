@@ -17,6 +17,7 @@ from oreal_megatron.observe import run_folder
 from oreal_megatron.runtime import checkpoint_folders, disk_space, files
 from oreal_megatron.session import policy_weights
 from oreal_megatron.session.inputs import read_inputs
+from oreal_megatron.training.resume import Start
 
 QUESTIONS = [{"question": f"{a}+{b}=", "gold_answer": str(a + b)} for a in range(3) for b in range(4)]
 
@@ -246,6 +247,17 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_that_are_there(finish
     before = tree(Path(finished.run))
     with pytest.raises(c.ConfigError, match=rf"no checkpoint after {step} steps; .* it has: 2, 4, 6, 8"):
         fake_run.train(finished, resume=finished.run, step=step)
+    assert tree(Path(finished.run)) == before
+
+
+@pytest.mark.parametrize("name", run_folder.LOGS)
+def test_a_damaged_line_of_a_log_is_refused_before_anything_is_loaded(finished, name):
+    file = Path(finished.run) / name
+    file.write_text("".join(['{"step": 0}\n', '{"step": 1, "lo\n', '{"step": 2}\n']))
+    before = tree(Path(finished.run))
+    start = Start(finished, finished.steps, finished.run, None, {})
+    with pytest.raises(c.ConfigError, match=f"{name} line 2 is damaged .*; remove this line"):
+        start.check()
     assert tree(Path(finished.run)) == before
 
 
