@@ -167,10 +167,10 @@ class ChatClient:
         self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, headers=headers)
         self._loop.call_soon(self._ready.set)
         self._loop.run_forever()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        while self._tasks:  # again, because asyncio.wait_for of Python 3.11 loses a cancellation if its result is there
+            for task in self._tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(self._tasks, timeout=0.1))
         self._loop.run_until_complete(self._client.aclose())
         self._loop.close()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -162,6 +164,27 @@ def test_a_closed_client_settles_every_request(free_port, turn):
     futures += [client.submit(replies.PROBE) for _ in range(3 if turn == "later" else 0)]
     assert len(wait(futures, timeout=10).done) == len(futures) == 3 and all(future.cancelled() for future in futures)
     client.close()
+
+
+def test_a_request_that_loses_its_cancellation_is_cancelled_again(free_port):
+    """As asyncio.wait_for does in Python 3.11 when the reply comes at the same moment."""
+
+    has_begun = threading.Event()
+
+    async def lose_one_cancellation() -> None:
+        has_begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    service = chat_client.Service("server", "start again", replies.PROBE, 9)
+    client = chat_client.ChatClient(JudgeConfig(urls=(f"http://127.0.0.1:{free_port}",)), service)
+    future = client._start(lose_one_cancellation)
+    assert has_begun.wait(20)
+    closing = threading.Thread(target=client.close)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive() and future.cancelled()
 
 
 PROBLEMS = [
