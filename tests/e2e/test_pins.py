@@ -1,4 +1,4 @@
-"""What the admitted releases of vLLM and torch pin, as the package index gives it. Needs the index; 10 MB."""
+"""Pins of the admitted releases of vLLM and torch, read from the package index. Needs the index; 10 MB."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_a_closed_client_settles_every_request(free_port, turn):
 
 
 def test_a_request_that_loses_its_cancellation_is_cancelled_again(free_port):
-    """As asyncio.wait_for does in Python 3.11 when the reply comes at the same moment."""
+    """Python 3.11 loses one in asyncio.wait_for when the reply comes at the same moment."""
 
     has_begun = threading.Event()
 
